@@ -1,0 +1,19 @@
+"""The one error a person sees: what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UsageError(Exception):
+    """Bad input or an environment that cannot do what was asked.
+
+    Commands and recipes print the message as one `error:` line, without a traceback, and exit with code 2.
+    """
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """A sentence that suggests the nearest of `choices`, with a leading space; empty when none is near."""
+    near = difflib.get_close_matches(name, list(choices), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
