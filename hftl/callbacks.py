@@ -1,0 +1,152 @@
+"""What happens beside a training step: progress, the log file, and an orderly stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hftl.folder import is_main_process, say
+
+#: a run in a file rather than a terminal gets a line of progress every so many seconds
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+class Interrupted(BaseException):
+    """SIGTERM or Ctrl-C arrived, and the checkpoint to go on from is written.
+
+    Not an Exception, so that nothing on the way takes it for an error to handle.
+    """
+
+    def __init__(self, number: int) -> None:
+        """Keep the number of the signal."""
+        self.number = number
+        super().__init__(signal.Signals(number).name)
+
+
+class StopSignals(TrainerCallback):
+    """On SIGTERM or Ctrl-C write a checkpoint after the current step, then stop; on a second signal stop at once."""
+
+    def __init__(self) -> None:
+        """Start to listen; `close` gives the signals back."""
+        self.number, self.process = 0, os.getpid()
+        self.previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in self.previous:
+            signal.signal(number, self._receive)
+        self.training = False
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:  # a data worker, which inherited this handler: the main process decides
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
+        if self.number or not self.training:
+            raise Interrupted(number)
+        self.number = number
+        say(f"\n{signal.Signals(number).name} received: writing a checkpoint after this step.")
+
+    def close(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """From here on a checkpoint can be written."""
+        self.training = True
+
+    def on_train_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """No step follows that could end in a checkpoint."""
+        self.training = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for a checkpoint when a signal came, to this process or to another."""
+        if args.world_size > 1:  # all must stop after the same step, or one would wait for the others for ever
+            number = torch.tensor(self.number, device=args.device)
+            torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+            self.number = int(number)
+        if self.number:
+            control.should_save = True
+        return control
+
+    def on_save(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """The checkpoint is there: stop."""
+        if self.number:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.barrier()  # rank 0 may still be writing
+            raise Interrupted(self.number)
+
+
+class ReadableProgress(ProgressCallback):
+    """A bar with the time left in a terminal, a line now and then elsewhere, and a line for each evaluation."""
+
+    def __init__(self, stage: str) -> None:
+        """Name the stage that is shown."""
+        super().__init__()
+        self.stage = stage
+        self.last_line = time.monotonic()
+        self.started = self.last_line
+        self.first_step = 0
+        self.show_bar = sys.stderr.isatty()
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Open the bar."""
+        self.started, self.first_step = time.monotonic(), state.global_step
+        if self.show_bar:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Move the bar, or print a line when the last one is old."""
+        if self.show_bar:
+            super().on_step_end(args, state, control, **kwargs)
+        elif time.monotonic() - self.last_line > _SECONDS_BETWEEN_LINES:
+            self.last_line = time.monotonic()
+            done = state.global_step - self.first_step
+            left = (self.last_line - self.started) / done * (state.max_steps - state.global_step)
+            loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
+            shown = "" if loss is None else f", loss {loss:.3f}"
+            say(f"{self.stage}: step {state.global_step} of {state.max_steps}{shown}, about {left:.0f} s left")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self.show_bar:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Move the bar of the evaluation."""
+        if self.show_bar:
+            super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Print an evaluation as a line; the losses between are in the log file."""
+        if not state.is_world_process_zero or not logs or "eval_loss" not in logs:
+            return
+        shown = {"accuracy": "accuracy", "f1_macro": "macro F1", "loss": "loss"}
+        parts = [f"{text} {logs[f'eval_{name}']:.4f}" for name, text in shown.items() if f"eval_{name}" in logs]
+        line = f"{self.stage}: epoch {logs.get('epoch', state.epoch or 0):.3g}, validation {', '.join(parts)}"
+        self.training_bar.write(line) if self.training_bar is not None else say(line)
+
+
+class LogFile(TrainerCallback):
+    """Every log entry of every stage as a line of JSON."""
+
+    def __init__(self, path: Path, stage: str) -> None:
+        """Name the file, which is appended to, and the stage."""
+        self.path, self.stage = path, stage
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Append one line."""
+        if is_main_process() and logs:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": self.stage, "step": state.global_step, **logs}) + "\n")

@@ -1,0 +1,88 @@
+"""The model card: what the model is, how it was made, how well it does, how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from hftl.arguments import TransferArguments
+from hftl.data import Splits
+from hftl.tasks.classification import ClassificationTask, class_counts
+
+_TEXT = """# {title}
+
+{base} adapted to {task} on `{dataset}` with the method `{method}`, using hftl.
+
+## Results
+
+| split | accuracy | macro F1 | loss |
+| --- | --- | --- | --- |
+{results}
+
+## Classes
+
+| class | training rows | F1 on {split} |
+| --- | --- | --- |
+{classes}
+
+## How to use it
+
+```python
+from transformers import pipeline
+classify = pipeline("{task}", "{title}")
+print(classify({example}))
+```
+
+## Training
+
+`recipe.yaml` repeats the training: `hftl train {task} --config recipe.yaml`.
+"""
+
+
+def write_card(
+    target: Path, task: ClassificationTask, arguments: TransferArguments, splits: Splits, metrics: dict[str, Any]
+) -> None:
+    """Write README.md with the metadata that the Hub reads. No local path gets into it."""
+    split = "test" if "test" in metrics else "validation"
+    base, dataset = _public_name(arguments.model_name_or_path), _public_name(arguments.dataset_name)
+    title = Path(str(arguments.output_dir)).name
+    on_hub = not Path(str(arguments.model_name_or_path)).exists() and ":" not in str(arguments.model_name_or_path)
+    results = [
+        EvalResult(
+            task_type=task.name, dataset_type=dataset, dataset_name=dataset, dataset_split=split,
+            metric_type=kind, metric_name=name, metric_value=round(metrics[split][key], 4),
+        )
+        for kind, name, key in (("accuracy", "Accuracy", "accuracy"), ("f1", "Macro F1", "f1_macro"))
+    ]  # fmt: skip
+    header = ModelCardData(
+        pipeline_tag=task.name,
+        library_name="transformers",
+        base_model=arguments.model_name_or_path if on_hub else None,
+        tags=["hftl", task.modality],
+        metrics=["accuracy", "f1"],
+        model_name=title,
+        eval_results=results,
+    )
+    rows = [
+        f"| {name} | {metrics[name]['accuracy']:.4f} | {metrics[name]['f1_macro']:.4f} | {metrics[name]['loss']:.4f} |"
+        for name in ("validation", "test")
+        if name in metrics
+    ]
+    classes = [
+        f"| {name} | {count:,} | {metrics[split].get(f'f1/{name}', 0.0):.4f} |"
+        for name, count in zip(splits.label_names, class_counts(splits), strict=True)
+    ]
+    text = _TEXT.format(
+        title=title, base=base, task=task.name, dataset=dataset, method=arguments.method, split=split,
+        results="\n".join(rows), classes="\n".join(classes),
+        example='"image.jpg"' if task.modality == "image" else '"A text."',
+    )  # fmt: skip
+    ModelCard(f"---\n{header.to_yaml()}\n---\n\n{text}").save(target / "README.md")
+
+
+def _public_name(name: str | None) -> str:
+    """A name without the folders of this machine."""
+    text = str(name)
+    return Path(text).name if Path(text).exists() else text

@@ -1,0 +1,254 @@
+"""The command line: `hftl train | predict | evaluate | push | ls | cp`.
+
+Nothing here imports torch before a command needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from hftl import __version__
+from hftl.errors import UsageError, did_you_mean
+from hftl.launch import launch
+from hftl.tasks import TASKS, check_task
+
+if TYPE_CHECKING:
+    from hftl.run import Run
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors as `UsageError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message[0].upper()}{message[1:]}. See hftl --help.")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the `hftl` command."""
+    launch(_run, list(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: list[str]) -> None:
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": _train,
+        "predict": _predict,
+        "evaluate": _evaluate,
+        "push": _push,
+        "ls": _list,
+        "cp": _copy,
+    }
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_HELP)
+    elif argv[0] == "--version":
+        print(f"hftl {__version__}")
+    elif argv[0] in commands:
+        commands[argv[0]](argv[1:])
+    else:
+        raise UsageError(f"Unknown command {argv[0]!r}.{did_you_mean(argv[0], commands)} See hftl --help.")
+
+
+_HELP = f"""usage: hftl COMMAND …
+
+Fine-tune pretrained models with the Hugging Face stack.
+
+  hftl train TASK --model M --dataset D --method full|frozen|partial|lora|lp_ft …
+  hftl train my_recipe.py …         a recipe of your own
+  hftl train --config RUN/recipe.yaml --output_dir NEW
+  hftl predict RUN INPUT            a file, a folder, or a text; --output out.csv
+  hftl evaluate RUN --dataset D     scores on labelled data; --split NAME
+  hftl push RUN REPOSITORY          to the Hub; --private
+  hftl ls                           the recipes and configurations that come with hftl
+  hftl cp RECIPE my_recipe.py       a copy of a recipe, to change
+  hftl --version
+
+tasks: {", ".join(TASKS)}
+every flag of a task: hftl train TASK --help"""
+
+
+def recipes_folder() -> Path:
+    """The recipes that came with the package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    return next(path for path in (package / "recipes", package.parent / "recipes") if path.is_dir())
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe: of a task, by its own name, or a path.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name.endswith(".py"):
+        return Path(name)
+    if name in TASKS:
+        return recipes_folder() / f"{TASKS[name][2]}.py"
+    names = {path.stem: path for path in recipes_folder().glob("*.py")}
+    if name not in names:
+        raise UsageError(
+            f"Unknown task or recipe {name!r}.{did_you_mean(name, [*TASKS, *names])} There are: {', '.join([*TASKS, *names])}, "
+            "and the path of a file."
+        )
+    return names[name]
+
+
+def run_recipe(path: Path, argv: list[str]) -> Run:
+    """Call the `main(argv)` of a recipe.
+
+    Raises:
+        UsageError: there is no such file, or no `main` in it.
+    """
+    from hftl.methods import load_file
+
+    recipe = load_file(path, "Recipe")
+    if not callable(getattr(recipe, "main", None)):
+        raise UsageError(f"Recipe {str(path)!r} has no function main(argv): copy one with `hftl cp` to see its shape.")
+    return recipe.main(argv)
+
+
+def finetune(task: str, **settings: Any) -> Run:
+    """Fine-tune from Python, as `hftl train` does from the command line.
+
+    Args:
+        task: name of a task, or path of a recipe.
+        settings: any flag by its name, such as `model=…, dataset=…, method="lora", num_train_epochs=3`.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UsageError: bad input.
+    """
+    from hftl.arguments import argument_tokens
+
+    tokens = [token for name, value in settings.items() for token in argument_tokens(name, value)]
+    return run_recipe(find_recipe(task), tokens)
+
+
+def _train(argv: list[str]) -> None:
+    if argv and not argv[0].startswith("-"):
+        run_recipe(find_recipe(argv[0]), argv[1:])
+        return
+    if argv in (["--help"], ["-h"]):
+        print(f"usage: hftl train TASK …\n\ntasks: {', '.join(TASKS)}\nevery flag of a task: hftl train TASK --help")
+        return
+    run_recipe(find_recipe(_task_of_config(argv)), argv)
+
+
+def _task_of_config(argv: list[str]) -> str:
+    """The task that a configuration file names."""
+    from hftl.arguments import read_yaml
+
+    path = next((token.partition("=")[2] for token in argv if token.startswith("--config=")), None)
+    if "--config" in argv[:-1]:
+        path = argv[argv.index("--config") + 1]
+    task = read_yaml(Path(path)).get("task") if path else None
+    if not task:
+        raise UsageError(
+            f"Name the task: hftl train TASK …, with one of {', '.join(TASKS)}, or `task:` in the --config file."
+        )
+    check_task(str(task))
+    return str(task)
+
+
+def _predict(argv: list[str]) -> None:
+    parser = _Parser(prog="hftl predict", description="Labels and probabilities of new inputs.")
+    parser.add_argument("run", help="folder of a finished run")
+    parser.add_argument("input", help="image, folder, table or text file; or a text")
+    parser.add_argument("--output", help="CSV file to write (default: print)")
+    parser.add_argument("--batch_size", type=int, default=32)
+    options = parser.parse_args(argv)
+    from hftl.run import load_run
+
+    run = load_run(options.run)
+    looks_like_path = Path(options.input).suffix.lower() in (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
+    is_file = run.task.modality != "text" or looks_like_path or os.path.exists(options.input)
+    predictions = run.predict(Path(options.input) if is_file else options.input, options.batch_size)
+    _write_predictions(predictions, run.label_names, options.output)
+
+
+def _write_predictions(predictions: list[Any], label_names: list[str], output: str | None) -> None:
+    """As CSV, with the columns of a run's predictions.csv but the label; to a file whole or not at all."""
+    import csv
+    import io
+
+    from hftl.folder import write_text
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["id", "prediction", *(f"probability_{name}" for name in label_names)])
+    for entry in predictions:
+        writer.writerow([entry.id, entry.label, *(f"{entry.probabilities[name]:.6f}" for name in label_names)])
+    if output is None:
+        print(text.getvalue(), end="")
+        return
+    if not Path(output).parent.is_dir():
+        raise UsageError(f"--output {output!r}: there is no folder {str(Path(output).parent)!r}.")
+    write_text(Path(output), text.getvalue())
+    print(f"{len(predictions):,} predictions written to {output}")
+
+
+def _evaluate(argv: list[str]) -> None:
+    parser = _Parser(prog="hftl evaluate", description="Scores of a finished run on labelled data.")
+    parser.add_argument("run", help="folder of a finished run")
+    parser.add_argument("--dataset", "--dataset_name", required=True, help="as for hftl train")
+    parser.add_argument("--split", help="its name (default: test, else validation, else the only one)")
+    parser.add_argument("--batch_size", type=int, default=32)
+    for name in ("label_column", "text_column", "text_pair_column", "image_column"):
+        parser.add_argument(f"--{name}", help="where it is not guessed right")
+    options = parser.parse_args(argv)
+    from hftl.run import load_run
+
+    run = load_run(options.run)
+    names = ("label_column", "text_column", "text_pair_column", "image_column")
+    columns = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    for name in columns:
+        if not hasattr(run.task.arguments, name):
+            raise UsageError(f"--{name} does not belong to the task {run.task.name} of this run.")
+    for name, value in run.evaluate(options.dataset, options.split, options.batch_size, **columns).items():
+        print(f"{name:<28}{value:.4f}")
+
+
+def _push(argv: list[str]) -> None:
+    parser = _Parser(prog="hftl push", description="Push a finished run to the Hub.")
+    parser.add_argument("run", help="folder of a finished run")
+    parser.add_argument("repository", help="NAME or USER/NAME")
+    parser.add_argument("--private", action="store_true", default=None)
+    options = parser.parse_args(argv)
+    from hftl.run import load_run
+
+    print(load_run(options.run).push(options.repository, private=options.private))
+
+
+def _list(argv: list[str]) -> None:
+    _Parser(prog="hftl ls", description="List recipes and configurations.").parse_args(argv)
+    for path in sorted(recipes_folder().glob("*.py")):
+        first = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+        print(f"{path.stem:<40}{first}")
+    for path in sorted(recipes_folder().glob("configs/*.yaml")):
+        print(f"configs/{path.name}")
+
+
+def _copy(argv: list[str]) -> None:
+    parser = _Parser(prog="hftl cp", description="Copy a recipe or configuration, to change it.")
+    parser.add_argument("name", help="as hftl ls shows it")
+    parser.add_argument("target", help="file or folder")
+    options = parser.parse_args(argv)
+    folder = recipes_folder()
+    source = folder / options.name if options.name.endswith(".yaml") else find_recipe(options.name)
+    if not source.is_file():
+        names = [str(path.relative_to(folder)) for path in folder.glob("configs/*.yaml")]
+        raise UsageError(f"There is no {options.name!r}.{did_you_mean(options.name, names)} See hftl ls.")
+    target = Path(options.target)
+    target = target / source.name if target.is_dir() else target
+    if target.exists():
+        raise UsageError(f"{str(target)!r} exists already: name another file.")
+    if not target.parent.is_dir():
+        raise UsageError(f"{str(target)!r}: there is no folder {str(target.parent)!r}.")
+    shutil.copyfile(source, target)
+    print(f"copied to {target}")

@@ -1,0 +1,1135 @@
+"""From what a person names (a folder, a table, a Hub id, a built-in) to splits with one label map, checked.
+
+`load_splits` is for training, `load_labelled` for scoring a finished run, `load_inputs` for prediction. Every data set
+they return has the same columns: `id`, then `image`, or `text` and perhaps `text_pair`, then `label` (the class id).
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import struct
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from hftl.builtin import builtin_dataset
+from hftl.errors import UsageError, did_you_mean
+
+SPLIT_ROLES = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+# fmt: off
+IMAGE_SUFFIXES = {
+    ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif", ".jp2",
+}
+TABLE_SUFFIXES = {".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet"}
+STRAY_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}  # beside everything that starts with a dot
+
+# Names that people give to columns, likeliest first; compared without case.
+IMAGE_COLUMNS = [
+    "image", "img", "file", "path", "filename", "file_name", "image_path", "image_file", "filepath", "file_path",
+    "picture", "photo",
+]
+TEXT_COLUMNS = [
+    "text", "sentence", "review", "content", "question", "comment", "tweet", "message", "utterance", "document",
+    "query", "body", "title", "description", "headline", "snippet", "input", "prompt",
+]
+PAIR_COLUMNS = [
+    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
+    ("question", "passage"), ("question", "answer"), ("query", "passage"), ("query", "document"),
+    ("text", "text_pair"), ("text1", "text2"), ("text_a", "text_b"), ("sentence_a", "sentence_b"),
+]
+LABEL_COLUMNS = [
+    "label", "labels", "class", "category", "target", "sentiment", "intent", "emotion", "topic", "classes",
+    "categories", "y",
+]
+# fmt: on
+
+FULL_DECODE_LIMIT = 5000  # above so many images reading all their pixels takes minutes: headers only
+IMAGE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    TypeError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+@dataclass
+class Splits:
+    """The data of a training run: each part has the columns `id`, `image` or `text` (`text_pair`), and `label`."""
+
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    test: datasets.Dataset | None
+    label_names: list[str]
+    """The index is the class id."""
+    columns: dict[str, str]
+    """From a role (image, text, text_pair, label) to the column that it was read from."""
+    report: list[str]
+    """What was found and checked, in at most about 20 lines."""
+
+
+@dataclass
+class _Rows:
+    """One split as read, before roles are given to its columns."""
+
+    origin: str
+    """What messages call it: a file, a folder, a split of a Hub data set."""
+    data: dict[str, list] | datasets.Dataset
+    ids: list[str]
+    folder: Path | None = None
+    """Where relative image paths start."""
+    class_folders: bool = False
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class _Source:
+    """What a person named: its splits by their own names, read when they are called."""
+
+    name: str
+    splits: dict[str, Callable[[], _Rows]]
+    others: list[str] = field(default_factory=list)
+    """What lies beside the splits and is not one."""
+
+
+# ---- the three entrances -------------------------------------------------------------------------------------------
+
+
+def load_splits(arguments: Any, modality: str) -> Splits:
+    """Read, split, label and check the data set that `arguments` names; `modality` is "image" or "text"."""
+    seed = _option(arguments, "seed", 42)
+    source = _open_source(arguments, modality)
+    roles = _assign_roles(source, arguments)
+    rows = {role: source.splits[name]() for role, name in roles.items()}
+    columns, guessed = _resolve_columns(rows["train"], arguments, modality)
+    notes = [*_columns_note(columns, guessed, rows["train"]), *_unused_note(source, roles), *_skipped_note(rows)]
+    _require_columns(rows, columns, source, arguments, notes)
+
+    row_labels = {role: _row_labels(part, columns["label"]) for role, part in rows.items()}
+    declared = _declared_labels(rows["train"], columns["label"])
+    if "test" in rows and not any(label is not None for label in row_labels["test"]):
+        notes.append(f"test: {rows['test'].origin} has no labels and is left out")
+        del rows["test"], row_labels["test"]
+    label_names = declared or _label_map(row_labels["train"], rows["train"])
+    labels = {role: _encode(row_labels[role], label_names, part) for role, part in rows.items()}
+    parts = {role: _canonical(part, columns, labels[role], modality) for role, part in rows.items()}
+    _require_two_classes(labels["train"], label_names, rows["train"].origin)
+
+    if modality == "image":
+        # Before anything is drawn: the draw is then the same as if the bad files had not been there.
+        parts = _check_images(parts, bool(_option(arguments, "skip_bad_files", False)), notes)
+        _require_two_classes(np.asarray(parts["train"]["label"]), label_names, rows["train"].origin)
+    if "validation" not in parts:
+        parts |= _take_validation(parts["train"], _option(arguments, "validation_fraction", 0.1), seed, notes)
+    for role in parts:
+        limit = _option(arguments, "max_train_samples" if role == "train" else "max_eval_samples")
+        parts[role] = _limited(parts[role], limit, seed)
+    parts = {role: parts[role] for role in ("train", "validation", "test") if role in parts}
+    report = [f"data: {source.name}", *notes, *_content_notes(parts, modality), *_class_table(parts, label_names)]
+    return Splits(parts["train"], parts["validation"], parts.get("test"), label_names, columns, report)
+
+
+def load_labelled(
+    arguments: Any, split: str | None, label_names: Sequence[str], modality: str
+) -> tuple[datasets.Dataset, str]:
+    """One split to score a finished run on, labelled by the run's own map, and the name of the split.
+
+    Without `split` it is test, else validation, else the only one.
+    """
+    source = _open_source(arguments, modality)
+    name = _find_split(split, source, "--split") if split else _default_split(source)
+    rows = source.splits[name]()
+    columns, _ = _resolve_columns(rows, arguments, modality)
+    labels = _encode(_row_labels(rows, columns["label"]), list(label_names), rows)
+    part = _canonical(rows, columns, labels, modality)
+    part = _limited(part, _option(arguments, "max_eval_samples"), _option(arguments, "seed", 42))
+    if modality == "image":
+        part = _check_images({name: part}, bool(_option(arguments, "skip_bad_files", False)), [])[name]
+    return part, name
+
+
+def load_inputs(
+    path: str | os.PathLike, modality: str, column: str | None = None, pair_column: str | None = None
+) -> datasets.Dataset:
+    """What to predict on, without labels: images (a file or a folder, at any depth), a `.txt` file, or a table."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise _not_there(str(path))
+    if place.suffix.lower() in TABLE_SUFFIXES and place.is_file():
+        rows = _read_table(place)
+        options = {f"{modality}_column": column, f"{modality}_pair_column": pair_column}
+        columns, _ = _resolve_columns(rows, options, modality, labelled=False)
+        return _canonical(rows, columns, None, modality)
+    if modality == "image":
+        rows = _read_image_inputs(place)
+        return _canonical(rows, {"image": "image"}, None, modality)
+    if place.suffix.lower() != ".txt":
+        raise UsageError(f"{path}: give a .txt file with one text a line, or a table ({_suffixes(TABLE_SUFFIXES)})")
+    lines = [(str(number), line) for number, line in enumerate(_decoded(place).splitlines()) if line.strip()]
+    if not lines:
+        raise UsageError(f"{path} has no text in it")
+    return datasets.Dataset.from_dict({"id": [number for number, _ in lines], "text": [line for _, line in lines]})
+
+
+def _option(arguments: Any, name: str, default: Any = None) -> Any:
+    """An argument, or `default` where a task has no such argument or nobody set it."""
+    value = arguments.get(name) if isinstance(arguments, dict) else getattr(arguments, name, None)
+    return default if value is None else value
+
+
+# ---- sources -------------------------------------------------------------------------------------------------------
+
+
+def _open_source(arguments: Any, modality: str) -> _Source:
+    name = _option(arguments, "dataset_name")
+    if not name:
+        raise UsageError("no data: say which with --dataset (a folder, a table, a Hub id or builtin:NAME)")
+    name = str(name)
+    if name.startswith("builtin:"):
+        return _dataset_source(name, builtin_dataset(name.removeprefix("builtin:")))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _folder_source(path, modality)
+    if path.is_file():
+        return _Source(name, {"train": functools.partial(_read_table, path)})
+    if name.startswith((".", "/", "~")) or path.suffix.lower() in TABLE_SUFFIXES | IMAGE_SUFFIXES:
+        raise _not_there(name)
+    return _dataset_source(name, _load_from_hub(name, _option(arguments, "dataset_config_name")))
+
+
+def _dataset_source(name: str, splits: dict[str, datasets.Dataset]) -> _Source:
+    def read(split: str, data: datasets.Dataset) -> _Rows:
+        if not len(data):
+            raise UsageError(f"{name}: the split {split!r} has no rows")
+        return _Rows(f"{name} ({split})", data, [f"{split}-{row}" for row in range(len(data))])
+
+    return _Source(name, {split: functools.partial(read, split, data) for split, data in splits.items()})
+
+
+def _load_from_hub(name: str, config: str | None) -> dict[str, datasets.Dataset]:
+    try:
+        loaded = datasets.load_dataset(name, config)
+    except (OSError, ValueError, RuntimeError) as error:
+        # Not found, not reached, offline, a config that has to be named, a data set that is a script.
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        offline = " (HF_HUB_OFFLINE is set)" if datasets.config.HF_HUB_OFFLINE else ""
+        near = did_you_mean(Path(name).name, _neighbours(Path(name)))
+        raise UsageError(
+            f"--dataset {name!r}: no local file or folder, and it could not be loaded from the Hub{offline}: "
+            f"{reason}{near}"
+        ) from error
+    return dict(loaded)
+
+
+def _not_there(name: str) -> UsageError:
+    path = Path(name).expanduser()
+    near = did_you_mean(path.name, _neighbours(path))
+    return UsageError(f"no such file or folder: {name!r}{'.' + near if near else ''}")
+
+
+def _neighbours(path: Path) -> list[str]:
+    return [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+
+
+def _is_stray(name: str) -> bool:
+    return name.startswith(".") or name.lower() in STRAY_NAMES
+
+
+def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The sub-folders and the files of a folder, sorted by name, without hidden and system ones."""
+    entries = sorted((entry for entry in folder.iterdir() if not _is_stray(entry.name)), key=lambda entry: entry.name)
+    return [entry for entry in entries if entry.is_dir()], [entry for entry in entries if not entry.is_dir()]
+
+
+def _folder_source(folder: Path, modality: str) -> _Source:
+    folders, files = _entries(folder)
+    if not folders and not files:
+        raise UsageError(f"{folder} is empty: it should hold class folders with images, or tables")
+    tables = [file for file in files if file.suffix.lower() in TABLE_SUFFIXES]
+    # A folder named like a split that holds images itself is a class: trains and buses, say.
+    named = [entry for entry in folders if entry.name.lower() in SPLIT_ROLES]
+    split_folders = [entry for entry in named if _entries(entry)[0]] or (named if named == folders else [])
+    class_folders = split_folders or (folders if len(folders) > 1 else [])
+    if tables and (modality == "text" or not class_folders or any(_role(table.stem) for table in tables)):
+        return _tables_source(folder, tables)
+    if modality == "text":
+        raise _no_tables(folder)
+    if not split_folders:
+        return _Source(str(folder), {"train": functools.partial(_read_class_folders, folder, folder)})
+    others = [entry.name for entry in [*folders, *files] if entry not in split_folders]
+    splits: dict[str, Callable[[], _Rows]] = {
+        entry.name: functools.partial(_read_class_folders, entry, folder) for entry in split_folders
+    }
+    return _Source(str(folder), splits, others)
+
+
+def _no_tables(folder: Path) -> UsageError:
+    if any(_is_image(path) for path in folder.rglob("*")):
+        return UsageError(f"{folder} holds images, not texts: use image-classification (image_classification.py)")
+    return UsageError(f"{folder} holds no table: a text task reads {_suffixes(TABLE_SUFFIXES)}, such as train.csv")
+
+
+def _is_image(path: str | Path) -> bool:
+    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
+
+
+def _suffixes(suffixes: set[str]) -> str:
+    return ", ".join(sorted(suffixes))
+
+
+def _tables_source(folder: Path, tables: list[Path]) -> _Source:
+    files: dict[str, list[Path]] = {}
+    for table in tables:
+        files.setdefault(re.sub(r"-\d+-of-\d+$", "", table.stem), []).append(table)  # shards of one split
+    if len(files) > 1 and not any(map(_role, files)):
+        names = ", ".join(table.name for table in tables)
+        raise UsageError(f"{folder} holds several tables ({names}): name one, or name them train.csv, test.csv …")
+    for name, shards in files.items():
+        if len({shard.suffix for shard in shards}) > 1:
+            names = ", ".join(shard.name for shard in shards)
+            raise UsageError(f"{folder} holds {name!r} in several formats ({names}): keep one")
+    splits: dict[str, Callable[[], _Rows]] = {
+        name: functools.partial(_read_tables, shards) for name, shards in files.items()
+    }
+    return _Source(str(folder), splits)
+
+
+def _role(name: str) -> str | None:
+    """The role that a split's name tells: `val`, `Validation` and `movies_dev` are validation."""
+    roles = {SPLIT_ROLES[word] for word in re.split(r"[-_. ]+", name.lower()) if word in SPLIT_ROLES}
+    return roles.pop() if len(roles) == 1 else None
+
+
+# ---- splits --------------------------------------------------------------------------------------------------------
+
+
+def _assign_roles(source: _Source, arguments: Any) -> dict[str, str]:
+    """From train, validation and test to the names of the splits that play them; validation and test may lack."""
+    roles = {}
+    for role in ("train", "validation", "test"):
+        asked = _option(arguments, f"{role}_split")
+        if asked:
+            roles[role] = _find_split(asked, source, f"--{role}_split")
+    for role in ("train", "validation", "test"):
+        free = [name for name in source.splits if name not in roles.values()]
+        if role not in roles and (name := _split_for(role, free, source.name)):
+            roles[role] = name
+    only = list(source.splits)
+    if "train" not in roles and not roles and len(only) == 1:
+        roles["train"] = only[0]
+    if "train" not in roles:
+        raise UsageError(f"{source.name} has no train split, only {', '.join(only)}: name one with --train_split")
+    return roles
+
+
+def _split_for(role: str, names: list[str], source: str) -> str | None:
+    """The split whose name tells `role`; one that is called just so goes before `my_train`."""
+    exact = [name for name in names if SPLIT_ROLES.get(name.lower()) == role]
+    fitting = exact or [name for name in names if _role(name) == role]
+    if len(fitting) > 1:
+        raise UsageError(f"{source}: {' and '.join(fitting)} could both be the {role} split: say --{role}_split NAME")
+    return fitting[0] if fitting else None
+
+
+def _find_split(asked: str, source: _Source, flag: str) -> str:
+    if asked in source.splits:
+        return asked
+    role = SPLIT_ROLES.get(asked.lower())
+    name = _split_for(role, list(source.splits), source.name) if role else None
+    if name is None:
+        names = list(source.splits)
+        near = did_you_mean(asked, names)
+        raise UsageError(f"{flag} {asked!r}: {source.name} has no such split.{near} It has: {', '.join(names)}")
+    return name
+
+
+def _default_split(source: _Source) -> str:
+    names = list(source.splits)
+    name = _split_for("test", names, source.name) or _split_for("validation", names, source.name)
+    if name is None and len(names) > 1:
+        raise UsageError(f"{source.name} has the splits {', '.join(names)}: say --split NAME")
+    return name or names[0]
+
+
+def _take_validation(train: datasets.Dataset, fraction: float, seed: int, notes: list[str]) -> dict:
+    if not 0 < fraction < 1:
+        raise UsageError(f"--validation_fraction {fraction}: it must lie between 0 and 1")
+    labels = np.asarray(train["label"])
+    taken = stratified_part(labels, max(1, round(len(labels) * fraction)), seed, leave_one=True)
+    if not len(taken):
+        raise UsageError("no class has two rows, so no validation part can be taken: add rows or a validation split")
+    kept = np.setdiff1d(np.arange(len(labels)), taken)
+    notes.append(f"validation: {len(taken)} of {len(labels)} train rows, the same share of each class (seed {seed})")
+    return {"train": train.select(kept), "validation": train.select(taken)}
+
+
+def _limited(part: datasets.Dataset, limit: int | None, seed: int) -> datasets.Dataset:
+    if limit is None or limit >= len(part):
+        return part
+    if limit < 1:
+        raise UsageError(f"{limit} samples cannot be taken: --max_train_samples and --max_eval_samples start at 1")
+    return part.select(stratified_part(np.asarray(part["label"]), limit, seed))
+
+
+def stratified_part(labels: np.ndarray, count: int, seed: int, leave_one: bool = False) -> np.ndarray:
+    """Sorted positions of about `count` rows with each class in proportion; `leave_one` keeps a row of each back.
+
+    Every class gets at least one row where `count` allows it.
+    """
+    classes, sizes = np.unique(labels, return_counts=True)
+    limits = sizes - 1 if leave_one else sizes
+    exact = np.minimum(sizes * count / len(labels), limits)
+    takes = np.floor(exact).astype(int)
+    if count >= len(classes):
+        takes = np.minimum(np.maximum(takes, 1), limits)
+    while takes.sum() < min(count, limits.sum()):
+        takes[np.argmax(np.where(takes < limits, exact - takes, -np.inf))] += 1
+    while takes.sum() > count:
+        takes[np.argmax(np.where(takes > 1, takes - exact, -np.inf))] -= 1
+    generator = np.random.default_rng(seed)
+    parts = [
+        generator.permutation(np.flatnonzero(labels == value))[:take]
+        for value, take in zip(classes, takes, strict=True)
+    ]
+    return np.sort(np.concatenate(parts))
+
+
+# ---- reading images in folders -------------------------------------------------------------------------------------
+
+
+def _read_class_folders(folder: Path, root: Path) -> _Rows:
+    folders, files = _entries(folder)
+    skipped: Counter[str] = Counter()
+    skipped["hidden or system file"] += sum(_is_stray(entry.name) for entry in folder.iterdir())
+    for file in files:
+        skipped["image outside the class folders" if _is_image(file) else _kind(file.name)] += 1
+    columns: dict[str, list] = {"image": [], "label": []}
+    for class_folder in folders:
+        images = list(_walk_images(class_folder, skipped))
+        if not images:
+            skipped[f"folder without images ({class_folder.name})"] += 1
+        columns["image"] += images
+        columns["label"] += [class_folder.name] * len(images)
+    if not columns["image"]:
+        direct = any(_is_image(file) for file in files)
+        found = "images but no class folders" if direct else "no images in class folders"
+        raise UsageError(f"{folder} holds {found}: put the images of each class into a folder named after it")
+    start = os.path.abspath(root)
+    ids = [Path(os.path.relpath(image, start)).as_posix() for image in columns["image"]]
+    return _Rows(str(folder), columns, ids, folder=folder, class_folders=True, skipped=skipped)
+
+
+def _walk_images(folder: Path, skipped: Counter[str]) -> Iterator[str]:
+    """Absolute paths of the images at any depth, in an order that does not depend on the disk."""
+    for place, folders, files in os.walk(os.path.abspath(folder)):
+        skipped["hidden or system file"] += sum(_is_stray(name) for name in [*folders, *files])
+        folders[:] = sorted(name for name in folders if not _is_stray(name))
+        for name in sorted(name for name in files if not _is_stray(name)):
+            if _is_image(name):
+                yield os.path.join(place, name)
+            else:
+                skipped[_kind(name)] += 1
+
+
+def _kind(name: str) -> str:
+    suffix = os.path.splitext(name)[1].lower()
+    return f"{suffix} file" if suffix else "file without a suffix"
+
+
+def _read_image_inputs(place: Path) -> _Rows:
+    if place.is_file():
+        if not _is_image(place):
+            raise UsageError(f"{place} is not an image ({_suffixes(IMAGE_SUFFIXES)})")
+        return _Rows(str(place), {"image": [os.path.abspath(place)]}, [place.name])
+    images = list(_walk_images(place, Counter()))
+    if not images:
+        raise UsageError(f"{place} holds no images ({_suffixes(IMAGE_SUFFIXES)})")
+    start = os.path.abspath(place)
+    return _Rows(str(place), {"image": images}, [Path(os.path.relpath(image, start)).as_posix() for image in images])
+
+
+# ---- reading tables ------------------------------------------------------------------------------------------------
+
+
+def _read_tables(shards: list[Path]) -> _Rows:
+    """The rows of one split, which may stand in several files."""
+    parts = [_read_table(shard) for shard in shards]
+    if len(parts) == 1:
+        return parts[0]
+    origin = f"{parts[0].origin} … {shards[-1].name}"
+    names = [_column_names(part.data) for part in parts]
+    if any(sorted(other) != sorted(names[0]) for other in names):
+        raise UsageError(f"{origin}: the files have different columns")
+    data: dict[str, list] | datasets.Dataset
+    if isinstance(parts[0].data, datasets.Dataset):
+        data = datasets.concatenate_datasets([part.data for part in parts])
+    else:
+        data = {name: [value for part in parts for value in part.data[name]] for name in names[0]}
+    return _Rows(origin, data, [str(row) for row in range(sum(len(part.ids) for part in parts))], parts[0].folder)
+
+
+def _read_table(path: Path) -> _Rows:
+    suffix = path.suffix.lower()
+    if suffix not in TABLE_SUFFIXES:
+        raise UsageError(f"{path}: hftl reads tables as {_suffixes(TABLE_SUFFIXES)}, and images in folders")
+    if not path.stat().st_size:
+        raise UsageError(f"{path} is empty")
+    data: dict[str, list] | datasets.Dataset
+    if suffix == ".parquet":
+        data = _read_parquet(path)
+    elif suffix in (".csv", ".tsv"):
+        data = _read_csv(path, "," if suffix == ".csv" else "\t")
+    else:
+        data = _read_json(path)
+    count = len(data) if isinstance(data, datasets.Dataset) else len(next(iter(data.values()), []))
+    if not count:
+        raise UsageError(f"{path} has no rows")
+    return _Rows(str(path), data, [str(row) for row in range(count)], folder=path.parent)
+
+
+def _decoded(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path} is not UTF-8 (byte {error.start}): convert it, for example with iconv -f LATIN1 -t UTF-8"
+        ) from error
+
+
+def _read_csv(path: Path, delimiter: str) -> dict[str, list]:
+    """All values as text: "null" and "NA" are ordinary words, and 007 is not 7.
+
+    The csv module, because pandas fills up or cuts off rows of the wrong length without a word.
+    """
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    reader = csv.reader(io.StringIO(_decoded(path), newline=""), delimiter=delimiter)
+    header = [name.strip() for name in next(reader, [])]
+    twice = [name for name, count in Counter(header).items() if count > 1]
+    if twice:
+        raise UsageError(f"{path}: the header has the column {twice[0]!r} more than once")
+    rows = []
+    try:
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise UsageError(
+                    f"{path}: line {reader.line_num} has {len(row)} fields, the header {len(header)}: "
+                    "texts with commas, tabs or line breaks need quotes"
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise UsageError(f"{path}: line {reader.line_num} cannot be read: {error}") from error
+    columns: dict[str, list] = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True)) if rows else {}
+    columns.pop("", None)  # the row numbers that pandas writes
+    return columns
+
+
+def _read_json(path: Path) -> dict[str, list]:
+    """One object a line, or one list of objects."""
+    text = _decoded(path)
+    whole = text.lstrip().startswith("[")
+    pieces = [(1, text)] if whole else [(number, line) for number, line in enumerate(text.split("\n"), 1)]
+    rows: list[dict] = []
+    for number, piece in pieces:
+        if not piece.strip():
+            continue
+        try:
+            value = json.loads(piece)
+        except json.JSONDecodeError as error:
+            line = number + error.lineno - 1
+            raise UsageError(f"{path}: line {line} is not valid JSON: {error.msg} (column {error.colno})") from error
+        rows += value if whole else [value]
+        if not all(isinstance(row, dict) for row in rows[-1:]):
+            raise UsageError(f'{path}: line {number} is not an object such as {{"text": "…", "label": "…"}}')
+    names = {name: None for row in rows for name in row}
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _read_parquet(path: Path) -> datasets.Dataset:
+    bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        # Memory-mapped from the datasets cache, so that images inside the file do not fill the memory.
+        data = datasets.Dataset.from_parquet(str(path))
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = str(error.__cause__ or error).splitlines()[0]
+        raise UsageError(f"{path} cannot be read as Parquet: {cause}") from error
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+    assert isinstance(data, datasets.Dataset)
+    return data.remove_columns([name for name in data.column_names if name.startswith("__index_level_")])
+
+
+# ---- columns -------------------------------------------------------------------------------------------------------
+
+
+def _column_names(data: dict[str, list] | datasets.Dataset) -> list[str]:
+    return data.column_names if isinstance(data, datasets.Dataset) else list(data)
+
+
+def _feature(rows: _Rows, column: str) -> Any:
+    """The type that a Dataset declares for a column; None for a table that declares none."""
+    return rows.data.features[column] if isinstance(rows.data, datasets.Dataset) else None
+
+
+def _resolve_columns(
+    rows: _Rows, arguments: Any, modality: str, labelled: bool = True
+) -> tuple[dict[str, str], list[str]]:
+    """From roles to columns, and which of them were guessed."""
+    names = _column_names(rows.data)
+    wanted = ["image"] if modality == "image" else ["text", "text_pair"]
+    wanted += ["label"] if labelled else []
+    columns = {role: name for role in wanted if (name := _option(arguments, f"{role}_column"))}
+    for role, name in columns.items():
+        if name not in names:
+            near = did_you_mean(name, names)
+            raise UsageError(f"--{role}_column {name!r}: {rows.origin} has no such column.{near} {_listed(names)}")
+    given = set(columns)
+
+    def free() -> list[str]:
+        return [name for name in names if name not in columns.values()]
+
+    if labelled and "label" not in columns and (name := _guess(LABEL_COLUMNS, free())):
+        columns["label"] = name
+    if modality == "image":
+        _refuse_texts(rows, columns, names)
+        if "image" not in columns and (name := _guess_image(rows, free(), labelled and "label" not in columns)):
+            columns["image"] = name
+    else:
+        columns |= _guess_texts(columns, free(), not labelled or len(names) == 2)
+        _refuse_images(rows, columns, names)
+    if labelled and "label" not in columns and len(names) == 2 and len(free()) == 1:
+        columns["label"] = free()[0]
+    for role in [wanted[0], "label"] if labelled else wanted[:1]:
+        if role not in columns:
+            raise UsageError(f"{rows.origin}: which column is the {role}? Say --{role}_column NAME. {_listed(names)}")
+    ordered = {role: columns[role] for role in wanted if role in columns}
+    return ordered, [role for role in ordered if role not in given]
+
+
+def _listed(names: list[str]) -> str:
+    return f"The columns are: {', '.join(repr(name) for name in names)}"
+
+
+def _guess(likely: list[str], names: list[str]) -> str | None:
+    by_lower_case = {name.lower(): name for name in reversed(names)}
+    return next((by_lower_case[name] for name in likely if name in by_lower_case), None)
+
+
+def _guess_texts(columns: dict[str, str], names: list[str], other_one: bool) -> dict[str, str]:
+    """The text column, and the pair column where two names belong together."""
+    if "text" in columns:
+        return {}
+    if "text_pair" not in columns:
+        for first, second in PAIR_COLUMNS:
+            text, pair = _guess([first], names), _guess([second], names)
+            if text and pair:
+                return {"text": text, "text_pair": pair}
+    others = [name for name in names if name.lower() not in LABEL_COLUMNS]
+    name = _guess(TEXT_COLUMNS, names) or (others[0] if other_one and len(others) == 1 else None)
+    return {"text": name} if name else {}
+
+
+def _guess_image(rows: _Rows, names: list[str], label_unknown: bool) -> str | None:
+    """By type, else by name, else the one column that holds images or the names of image files."""
+    typed = [name for name in names if isinstance(_feature(rows, name), datasets.Image)]
+    if typed:
+        return typed[0]
+    named = _guess(IMAGE_COLUMNS, names)
+    if named:
+        return named
+    fitting = [name for name in names if _holds_images(rows, name)]
+    return fitting[0] if len(fitting) == 1 and len(names) <= 1 + label_unknown else None
+
+
+def _holds_images(rows: _Rows, column: str) -> bool:
+    """Whether a column's type or its first values say that it holds images, or names of image files."""
+    feature = _feature(rows, column)
+    if feature is not None and not isinstance(feature, datasets.Value):
+        return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
+    values = [value for value in rows.data[column][:20] if value is not None]
+    return bool(values) and all(isinstance(value, bytes) or _is_image(str(value)) for value in values)
+
+
+def _refuse_texts(rows: _Rows, columns: dict[str, str], names: list[str]) -> None:
+    if rows.class_folders or "image" in columns:
+        return
+    has_images = any(_holds_images(rows, name) for name in names) or _guess(IMAGE_COLUMNS, names)
+    if not has_images and _guess(TEXT_COLUMNS, names):
+        raise UsageError(
+            f"{rows.origin} holds texts, not images: use text-classification (text_classification.py). {_listed(names)}"
+        )
+
+
+def _refuse_images(rows: _Rows, columns: dict[str, str], names: list[str]) -> None:
+    suspects = [columns["text"]] if "text" in columns else names
+    if any(_holds_images(rows, name) for name in suspects):
+        raise UsageError(
+            f"{rows.origin} holds images, not texts: use image-classification (image_classification.py). "
+            f"{_listed(names)}"
+        )
+
+
+def _require_columns(
+    rows: dict[str, _Rows], columns: dict[str, str], source: _Source, arguments: Any, notes: list[str]
+) -> None:
+    """Every split has the columns; a test split without labels, as competitions give it, is left out."""
+    for role, part in list(rows.items()):
+        names = _column_names(part.data)
+        missing = [name for name in columns.values() if name not in names]
+        if role == "test" and missing == [columns["label"]] and not _option(arguments, "test_split"):
+            notes.append(f"test: {part.origin} has no column {columns['label']!r} and is left out")
+            del rows[role]
+        elif missing:
+            raise UsageError(f"{part.origin} has no column {missing[0]!r}, which train has. {_listed(names)}")
+
+
+# ---- labels --------------------------------------------------------------------------------------------------------
+
+
+def _row_labels(rows: _Rows, column: str) -> list[str | None]:
+    """The label of each row as its name; None where it is missing."""
+    values = list(rows.data[column])
+    if rows.class_folders:
+        return values
+    feature = _feature(rows, column)
+    if isinstance(feature, datasets.ClassLabel):
+        names = feature.names
+        return [None if value is None or value < 0 else names[value] for value in values]
+    return [_label_name(value, rows, column) for value in values]
+
+
+def _label_name(value: Any, rows: _Rows, column: str) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, float):
+        if np.isnan(value):
+            return None
+        return str(int(value)) if value.is_integer() else str(value)
+    if isinstance(value, (str, int)):
+        text = str(value).strip()
+        return None if text in ("", "nan", "NaN", "<NA>") else text
+    raise UsageError(
+        f"{rows.origin}: the column {column!r} holds {type(value).__name__} values where a label should be: "
+        "give one class a row"
+    )
+
+
+def _declared_labels(rows: _Rows, column: str) -> list[str] | None:
+    """The names and their order where the data set declares them."""
+    feature = _feature(rows, column)
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def _label_map(labels: list[str | None], rows: _Rows) -> list[str]:
+    """The train split's labels in an order that files and processes cannot change: by number, else by name."""
+    names = {name for name in labels if name is not None}
+    numbers = {name: number for name in names if (number := _number(name)) is not None}
+    if len(numbers) < len(names):
+        return sorted(names)
+    broken = sorted(name for name, number in numbers.items() if not number.is_integer())
+    if broken and not rows.class_folders:
+        raise UsageError(
+            f"{rows.origin}: the labels are numbers such as {broken[0]}, a quantity and not a class: "
+            "name the right column with --label_column, or turn them into classes"
+        )
+    return sorted(names, key=lambda name: (numbers[name], name))
+
+
+def _number(name: str) -> float | None:
+    return float(name) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", name, re.IGNORECASE) else None
+
+
+def _encode(labels: list[str | None], label_names: list[str], rows: _Rows) -> np.ndarray:
+    """Class ids; a missing label, or one that the map does not have, is an error that names the rows."""
+    missing = [row for row, label in enumerate(labels) if label is None]
+    if missing:
+        raise UsageError(
+            f"{rows.origin}: {len(missing)} of {len(labels)} rows have no label ({_places(rows, missing)}): "
+            "fill them in or take the rows out"
+        )
+    index = {name: number for number, name in enumerate(label_names)}
+    unseen = [row for row, label in enumerate(labels) if label not in index]
+    if unseen:
+        first = labels[unseen[0]]
+        same = [row for row in unseen if labels[row] == first]
+        more = len({labels[row] for row in unseen}) - 1
+        others = f" (and {more} other such labels)" if more else ""
+        near = did_you_mean(str(first), label_names)
+        raise UsageError(
+            f"{rows.origin}: the label {first!r} does not occur in train{others}: {_places(rows, same)}.{near}"
+        )
+    return np.array([index[str(label)] for label in labels], dtype=np.int64)
+
+
+def _places(rows: _Rows, positions: list[int]) -> str:
+    named = ", ".join(rows.ids[row] for row in positions[:5])
+    more = f" and {len(positions) - 5} more" if len(positions) > 5 else ""
+    if rows.class_folders:
+        return f"{named}{more}"
+    first = " counting from 0" if rows.ids[0] == "0" else ""
+    return f"row{'s' if len(positions) > 1 else ''}{first}: {named}{more}"
+
+
+def _require_two_classes(labels: np.ndarray, label_names: list[str], origin: str) -> None:
+    present = [label_names[value] for value in np.unique(labels)]
+    if len(present) < 2:
+        found = f"one class only, {present[0]!r}" if present else "no rows left"
+        raise UsageError(f"{origin} has {found}: a classifier needs two or more")
+
+
+# ---- the canonical data set ----------------------------------------------------------------------------------------
+
+
+def _canonical(rows: _Rows, columns: dict[str, str], labels: np.ndarray | None, modality: str) -> datasets.Dataset:
+    """The columns id, image or text (and text_pair), and label, whatever the source called them."""
+    string = datasets.Value("string")
+    features = {"id": string}
+    data: dict[str, Any] = {"id": rows.ids}
+    if modality == "image":
+        values = rows.data[columns["image"]]
+        if isinstance(rows.data, datasets.Dataset) and not _holds_paths(rows, columns["image"]):
+            return _canonical_embedded(rows, columns["image"], labels)
+        features["image"], data["image"] = string, [_absolute(value, rows.folder) for value in values]
+    for role in ("text", "text_pair"):
+        if role in columns:
+            features[role], data[role] = string, _texts(rows, columns[role])
+    if labels is not None:
+        features["label"], data["label"] = datasets.Value("int64"), labels.tolist()
+    return datasets.Dataset.from_dict(data, features=datasets.Features(features))
+
+
+def _holds_paths(rows: _Rows, column: str) -> bool:
+    feature = _feature(rows, column)
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def _canonical_embedded(rows: _Rows, column: str, labels: np.ndarray | None) -> datasets.Dataset:
+    """Images inside the data set stay where they are, on disk and undecoded."""
+    assert isinstance(rows.data, datasets.Dataset)
+    data = rows.data.select_columns([column])
+    if isinstance(_feature(rows, column), datasets.Image):
+        data = data.cast_column(column, datasets.Image(decode=False))
+    data = data.rename_column(column, "image") if column != "image" else data
+    data = data.add_column("id", rows.ids)
+    if labels is None:
+        return data.select_columns(["id", "image"])
+    return data.add_column("label", labels).select_columns(["id", "image", "label"])
+
+
+def _absolute(value: Any, folder: Path | None) -> str:
+    """The absolute path that a table's cell names; empty for an empty cell."""
+    if value is None or not str(value).strip():
+        return ""
+    return os.path.abspath(os.path.join(folder or "", os.path.expanduser(str(value).strip())))
+
+
+def _texts(rows: _Rows, column: str) -> list[str]:
+    values = list(rows.data[column])
+    strange = next((value for value in values if isinstance(value, (list, dict, bytes))), None)
+    if strange is not None:
+        raise UsageError(f"{rows.origin}: the column {column!r} holds {type(strange).__name__} values, not texts")
+    return ["" if value is None else str(value) for value in values]
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+
+def _columns_note(columns: dict[str, str], guessed: list[str], rows: _Rows) -> list[str]:
+    if rows.class_folders:
+        return ["columns: label ← the name of the folder"]
+    named = (f"{role} ← {name!r}{' (guessed)' if role in guessed else ''}" for role, name in columns.items())
+    return [f"columns: {', '.join(named)}"]
+
+
+def _unused_note(source: _Source, roles: dict[str, str]) -> list[str]:
+    unused = [*(name for name in source.splits if name not in roles.values()), *source.others]
+    more = f" and {len(unused) - 6} more" if len(unused) > 6 else ""
+    return [f"not used: {', '.join(unused[:6])}{more}"] if unused else []
+
+
+def _skipped_note(rows: dict[str, _Rows]) -> list[str]:
+    skipped = +sum((part.skipped for part in rows.values()), Counter())
+    if not skipped:
+        return []
+    counts = [f"{count} × {what}" for what, count in skipped.most_common(6)]  # noqa: RUF001
+    more = len(skipped) - len(counts)
+    return [f"skipped: {', '.join(counts)}{f' and {more} more kinds' if more else ''}"]
+
+
+def _batches(part: datasets.Dataset) -> Iterator[list]:
+    """The images of a split, a few hundred at a time: a part of them may hold their bytes."""
+    for start in range(0, len(part), 256):
+        yield part[start : start + 256]["image"]
+
+
+def _embedded(part: datasets.Dataset) -> bool:
+    return not isinstance(part.features["image"], datasets.Value) or part.features["image"].dtype != "string"
+
+
+def _check_images(parts: dict[str, datasets.Dataset], skip: bool, notes: list[str]) -> dict[str, datasets.Dataset]:
+    """Look for images that cannot be read: an error, or with `skip` they are dropped and counted."""
+    total = sum(len(part) for part in parts.values())
+    if total > FULL_DECODE_LIMIT and any(_embedded(part) for part in parts.values()):
+        notes.append(f"images: {total} inside the data set, not checked")
+        return parts
+    full = total <= FULL_DECODE_LIMIT
+    bad: list[str] = []
+    kept = {}
+    with ThreadPoolExecutor(_threads()) as pool:
+        for role, part in parts.items():
+            check = functools.partial(_image_problem, full=full)
+            problems = [problem for batch in _batches(part) for problem in pool.map(check, batch)]
+            rows = [row for row, problem in enumerate(problems) if problem]
+            ids = part.select_columns(["id"])
+            bad += [f"{ids[row]['id']} ({problems[row]})" for row in rows]
+            kept[role] = part.select(np.flatnonzero([not problem for problem in problems])) if rows else part
+    if bad and not skip:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise UsageError(
+            f"{len(bad)} of {total} images cannot be read: {', '.join(bad[:5])}{more}: "
+            "repair or remove them, or go on without them with --skip_bad_files"
+        )
+    empty = [role for role, part in kept.items() if not len(part)]
+    if empty:
+        raise UsageError(f"none of the images of {empty[0]} can be read: {', '.join(bad[:3])}")
+    if bad:
+        notes.append(f"images: {len(bad)} of {total} cannot be read and are left out: {', '.join(bad[:3])}")
+    elif not full:
+        notes.append(f"images: {total}, only their headers checked")
+    return kept
+
+
+def _threads() -> int:
+    return min(8, os.cpu_count() or 1)
+
+
+def _image_problem(value: Any, full: bool) -> str | None:
+    """Why an image cannot be read; decoded small (draft mode) where `full`, else opened only."""
+    source, name = _image_source(value)
+    if source is None or source == "":
+        return "no file named"
+    if isinstance(source, str) and not os.path.isfile(source):
+        return f"no such file: {source}"
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if full:
+                image.draft(None, (64, 64))
+                image.load()
+    except IMAGE_ERRORS as error:
+        return _reason(error, name)
+    return None
+
+
+def _reason(error: Exception, name: str) -> str:
+    """Pillow's reason without the path or the memory address that it may repeat."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image"
+    return str(error).replace(repr(name), "the file") or type(error).__name__
+
+
+def _content_notes(parts: dict[str, datasets.Dataset], modality: str) -> list[str]:
+    notes = []
+    if modality == "text":
+        counts = {role: sum(not text.strip() for text in part["text"]) for role, part in parts.items()}
+        found = [f"{count} in {role}" for role, count in counts.items() if count]
+        notes += [f"warning: empty texts: {', '.join(found)}"] if found else []
+    keys = _text_keys(parts) if modality == "text" else _image_keys(parts)
+    if keys is None:
+        return [*notes, "duplicates: not looked for (images inside a large data set)"]
+    found = []
+    for earlier, later in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        if later not in parts:
+            continue
+        seen = {key for key in keys[earlier] if key is not None}
+        count = sum(key in seen for key in keys[later])
+        if count:
+            found.append(f"{count} of {later} also in {earlier}")
+    return [*notes, f"warning: duplicates: {', '.join(found)}" if found else "duplicates across splits: none"]
+
+
+def _text_keys(parts: dict[str, datasets.Dataset]) -> dict[str, list]:
+    return {
+        role: list(zip(part["text"], part["text_pair"], strict=True))
+        if "text_pair" in part.column_names
+        else list(part["text"])
+        for role, part in parts.items()
+    }
+
+
+def _image_keys(parts: dict[str, datasets.Dataset]) -> dict[str, list] | None:
+    """A hash of each image file's content; None for a file whose size no other split has, which need not be read."""
+    if any(_embedded(part) for part in parts.values()):
+        if sum(len(part) for part in parts.values()) > FULL_DECODE_LIMIT:
+            return None
+        return {
+            role: [_digest(_image_source(value)[0]) for batch in _batches(part) for value in batch]
+            for role, part in parts.items()
+        }
+    paths = {role: list(part["image"]) for role, part in parts.items()}
+    sizes = {role: [os.path.getsize(path) for path in paths[role]] for role in parts}
+    splits_with = Counter(size for role in parts for size in set(sizes[role]))
+    with ThreadPoolExecutor(_threads()) as pool:
+        return {
+            role: list(
+                pool.map(lambda path, size: _digest(path) if splits_with[size] > 1 else None, paths[role], sizes[role])
+            )
+            for role in parts
+        }
+
+
+def _digest(source: str | bytes | None) -> bytes | None:
+    if source is None:
+        return None
+    content = Path(source).read_bytes() if isinstance(source, str) else source
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _class_table(parts: dict[str, datasets.Dataset], label_names: list[str]) -> list[str]:
+    """Rows by class and split; imbalance and classes with a single row."""
+    shown = 10
+    counts = {
+        role: np.bincount(np.asarray(part["label"], dtype=int), minlength=len(label_names))
+        for role, part in parts.items()
+    }
+    head = ["class", *parts]
+    names = [name if len(name) <= 30 else f"{name[:29]}…" for name in label_names[:shown]]
+    body = [[name, *(str(counts[role][row]) for role in parts)] for row, name in enumerate(names)]
+    total = ["all", *(str(len(part)) for part in parts.values())]
+    table = [head, *body, total]
+    widths = [max(len(line[column]) for line in table) for column in range(len(head))]
+    lines = [
+        "  ".join(
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        )
+        for line in table
+    ]
+    if len(label_names) > shown:
+        lines.insert(-1, f"… and {len(label_names) - shown} more")
+    train = counts["train"]
+    present = train[train > 0]
+    ratio = present.max() / present.min()
+    if ratio > 3:
+        most, least = (
+            label_names[int(train.argmax())],
+            label_names[int(np.where(train > 0, train, train.max()).argmin())],
+        )
+        lines.append(f"imbalance in train: {ratio:.1f} to 1 ({most!r} to {least!r})")
+    for count, what in ((0, "no row"), (1, "only one row")):
+        few = [label_names[row] for row in np.flatnonzero(train == count)]
+        if few:
+            more = f" and {len(few) - 5} more" if len(few) > 5 else ""
+            lines.append(f"warning: {what} in train for: {', '.join(few[:5])}{more}")
+    return lines
+
+
+# ---- images --------------------------------------------------------------------------------------------------------
+
+
+def open_image(value: Any) -> Image.Image:
+    """An RGB image from a path, bytes, a `{"bytes", "path"}` dict, a Pillow image or a numpy array.
+
+    EXIF orientation is applied; transparency is laid on white; 16-bit and float pixels are scaled to 8 bits.
+    """
+    if isinstance(value, Image.Image):
+        return _to_rgb(value)
+    if isinstance(value, np.ndarray):
+        return _to_rgb(_from_array(value))
+    source, name = _image_source(value)
+    if not source:
+        raise UsageError(f"no image file is named in {value!r}")
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.load()
+            return _to_rgb(image)
+    except FileNotFoundError as error:
+        raise UsageError(f"no such image file: {name}") from error
+    except IMAGE_ERRORS as error:
+        raise UsageError(f"{name} cannot be read as an image: {_reason(error, name)}") from error
+
+
+def _image_source(value: Any) -> tuple[str | bytes | None, str]:
+    """The bytes or the path of an image, and what to call it in messages."""
+    if isinstance(value, dict):
+        path = value.get("path")
+        content = value.get("bytes")
+        return (path, str(path)) if content is None else (content, str(path or "an image given as bytes"))
+    if isinstance(value, bytes):
+        return value, "an image given as bytes"
+    if value is None or isinstance(value, (str, os.PathLike)):
+        return (None, "no image") if value is None else (os.fspath(value), os.fspath(value))
+    raise UsageError(f"an image cannot be made from {type(value).__name__}: give a path, bytes, an array or an image")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _to_8_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale by the smallest usual range that holds the pixels: Pillow's own conversion clips everything above 255."""
+    pixels = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    low, high = float(pixels.min()), float(pixels.max())
+    ranges = (
+        [1.0, 255.0] if image.mode == "F" else [255.0, 4095.0, 65535.0]
+    )  # 4095: the 12 bits of cameras and scanners
+    top = next((top for top in ranges if high <= top), None)
+    if low < 0 or top is None:
+        pixels, top = pixels - low, max(high - low, 1e-12)
+    return Image.fromarray(np.rint(pixels * (255.0 / top)).astype(np.uint8))
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    pixels = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
+    if pixels.size and pixels.ndim == 2:
+        if pixels.dtype in (np.uint8, np.bool_):
+            return Image.fromarray(pixels)
+        kind = np.float32 if pixels.dtype.kind == "f" else np.int32
+        return Image.fromarray(pixels.astype(kind))
+    if pixels.size and pixels.ndim == 3 and pixels.shape[-1] in (3, 4):
+        if pixels.dtype.kind == "f" and pixels.min() >= 0 and pixels.max() <= 1:
+            pixels = np.rint(pixels * 255)
+        if pixels.dtype == np.uint8 or (pixels.min() >= 0 and pixels.max() <= 255):
+            return Image.fromarray(pixels.astype(np.uint8))
+    raise UsageError(
+        f"an image cannot be made from an array of shape {array.shape} and type {array.dtype}: "
+        "give height x width, or height x width x 3, with values 0 to 255"
+    )

@@ -1,0 +1,379 @@
+"""From a plan to a finished run: the stages one after the other, the scores, the files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+
+from hftl import backbones, folder
+from hftl.arguments import TransferArguments, stage_arguments, to_recipe
+from hftl.callbacks import LogFile, ReadableProgress, StopSignals
+from hftl.data import Splits
+from hftl.folder import CHECKPOINTS, LOGS, METRICS, PARTIAL, RECIPE, say
+from hftl.methods import Plan, Stage
+from hftl.metrics import softmax
+from hftl.pretrained import save_model
+from hftl.run import Run
+from hftl.tasks.classification import ClassificationTask
+from hftl.trainer import TransferTrainer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: more epochs than this are never added to reach the least number of steps
+_MOST_EPOCHS = 50
+#: how far logits may move by saving and loading (nothing), or by merging adapters (rounding), relative to the largest
+_TOLERANCE = {"saving": 1e-5, "merging": 1e-3}
+
+
+def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Run:
+    """Run the stages of a plan, evaluate, and write the run folder.
+
+    Args:
+        task: what is predicted from what; its model is the plan's.
+        plan: the model and its stages.
+        splits: the data with its label map.
+        arguments: the settings; those left open are resolved in place.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UsageError: something that was asked for cannot be done.
+        Interrupted: SIGTERM or Ctrl-C; a checkpoint to go on from is written.
+    """
+    requested = to_recipe(arguments)
+    stages = _resolve(task, plan, splits, arguments)
+    folder.check_space(Path(str(arguments.output_dir)), _bytes_needed(plan))
+    data = {"train": task.dataset(splits.train, training=True)}
+    for name, rows in (("validation", splits.validation), ("test", splits.test)):
+        if rows is not None:
+            data[name] = task.dataset(rows, training=False)
+    path = Path(str(arguments.output_dir))
+    if folder.is_main_process():
+        with folder.explained_disk_errors(path):
+            folder.start_folder(arguments, requested)
+    _wait_for_all()
+    if backbones.is_convolutional(plan.model):
+        plan.model.to(memory_format=torch.channels_last)
+    signals = StopSignals()
+    try:
+        with folder.explained_disk_errors(path):
+            trainer, records = _run_stages(task, stages, plan, splits, data, arguments, signals)
+            results = _evaluate(trainer, data)
+            if folder.is_main_process():
+                _write_run(task, plan, splits, arguments, data, records, results)
+            _wait_for_all()
+    finally:
+        signals.close()
+    run = Run(path, task, _inner_model(plan.model))
+    say(run.summary())
+    if arguments.push_to_hub and folder.is_main_process():
+        run.push(arguments.hub_model_id or path.name, private=arguments.hub_private_repo, token=arguments.hub_token)
+    return run
+
+
+def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> list[Stage]:
+    """Fill in what the arguments leave open, and the epochs of each stage."""
+    import dataclasses
+
+    if arguments.per_device_train_batch_size is None:
+        arguments.per_device_train_batch_size = task.batch_size
+    if arguments.dataloader_num_workers < 0:
+        arguments.dataloader_num_workers = _workers(task, arguments)
+    arguments.metric_for_best_model, arguments.greater_is_better = task.best_metric(splits)
+    rows = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    steps = math.ceil(len(splits.train) / rows)
+    stages = [
+        dataclasses.replace(stage, epochs=max(stage.epochs, min(_MOST_EPOCHS, math.ceil(stage.least_steps / steps))))
+        for stage in plan.stages
+    ]
+    for name, value in plan.settings.items():
+        setattr(arguments, name, value)
+    arguments.num_train_epochs = stages[-1].epochs
+    if arguments.head_epochs is not None:
+        arguments.head_epochs = stages[0].epochs
+    for role, column in splits.columns.items():
+        if hasattr(arguments, f"{role}_column"):
+            setattr(arguments, f"{role}_column", column)
+    return stages
+
+
+def _workers(task: ClassificationTask, arguments: TransferArguments) -> int:
+    """Images are decoded beside the computation on the cores that it leaves; tokenised texts need no help."""
+    if task.modality != "image":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(0, min(4, cores // max(1, arguments.world_size) - 1))
+
+
+def _bytes_needed(plan: Plan) -> int:
+    """Disk for three checkpoints (best, last, the one being written) with two moments each, and two whole models."""
+    parameters = list(plan.model.parameters())
+    everything = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    names = set().union(*(stage.trainable for stage in plan.stages))
+    trained = sum(4 * parameter.numel() for name, parameter in plan.model.named_parameters() if name in names)
+    kept = trained if hasattr(plan.model, "peft_config") else everything
+    return 3 * (kept + 2 * trained) + 2 * everything
+
+
+def _run_stages(
+    task: ClassificationTask,
+    stages: list[Stage],
+    plan: Plan,
+    splits: Splits,
+    data: dict[str, Any],
+    arguments: TransferArguments,
+    signals: StopSignals,
+) -> tuple[TransferTrainer, list[dict[str, Any]]]:
+    """Train every stage that is not finished yet; the trainer of the last one evaluates."""
+    records = []
+    for index, stage in enumerate(stages):
+        place = Path(str(arguments.output_dir), CHECKPOINTS, f"{index + 1}-{re.sub(r'[^A-Za-z0-9]+', '-', stage.name)}")
+        trainer = _stage_trainer(task, stage, plan.model, splits, data, arguments, place, index)
+        trainer.add_callback(signals)
+        final = place / "final"
+        if not final.is_dir():
+            say(_announcement(stage, plan.model, index, len(stages)))
+            record = _train_stage(trainer, stage, place, arguments.resume)
+            _keep_result(trainer, record, final)
+        else:
+            trainer._load_from_checkpoint(str(final))
+        records.append(json.loads((final / "stage.json").read_text(encoding="utf-8")))
+    return trainer, records
+
+
+def _announcement(stage: Stage, model: nn.Module, index: int, count: int) -> str:
+    trained = sum(parameter.numel() for name, parameter in model.named_parameters() if name in stage.trainable)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    number = f" {index + 1} of {count}" if count > 1 else ""
+    rate = f"rate {stage.learning_rate:.2g}, head {stage.head_learning_rate:.2g}"
+    return (
+        f"stage{number}: {stage.name}, {trained:,} of {total:,} parameters train ({trained / total:.1%}), "
+        f"{stage.epochs:g} epochs, {rate}"
+    )
+
+
+def _stage_trainer(
+    task: ClassificationTask,
+    stage: Stage,
+    model: nn.Module,
+    splits: Splits,
+    data: dict[str, Any],
+    arguments: TransferArguments,
+    place: Path,
+    index: int,
+) -> TransferTrainer:
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(str(arguments.output_dir), LOGS))
+    settings = stage_arguments(
+        arguments,
+        output_dir=str(place),
+        num_train_epochs=stage.epochs,
+        learning_rate=stage.learning_rate,
+        seed=arguments.seed + index,  # another order in each stage
+        push_to_hub=False,  # the finished run is pushed, not its checkpoints
+        disable_tqdm=True,  # our own progress takes the place of Trainer's
+        label_smoothing_factor=0.0,  # it is in the loss
+        dataloader_persistent_workers=bool(arguments.dataloader_num_workers),
+    )
+    callbacks: list[Any] = [
+        ReadableProgress(stage.name),
+        LogFile(Path(str(arguments.output_dir), LOGS, "log.jsonl"), stage.name),
+    ]
+    if arguments.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
+    trainer = TransferTrainer(
+        stage=stage,
+        loss=stage.loss or task.loss(splits),
+        model=model,
+        args=settings,
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        data_collator=task.collate,
+        compute_metrics=lambda result: task.score(result.predictions, result.label_ids),
+        preprocess_logits_for_metrics=_first,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    for callback in [entry for entry in trainer.callback_handler.callbacks if type(entry) is ProgressCallback]:
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def _first(logits: Any, labels: Any) -> torch.Tensor:
+    """Models that give more than logits put them first."""
+    return logits[0] if isinstance(logits, tuple | list) else logits
+
+
+def _train_stage(trainer: TransferTrainer, stage: Stage, place: Path, resume: bool) -> dict[str, Any]:
+    """Train one stage, from its last whole checkpoint if there is one."""
+    _wait_for_all()
+    checkpoint = folder.last_checkpoint(place) if resume and place.is_dir() else None
+    _wait_for_all()  # nobody may write a new checkpoint while another still looks for the last
+    if checkpoint is not None:
+        say(f"going on from {checkpoint.name} of stage {stage.name!r}")
+    started = time.perf_counter()
+    output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = time.perf_counter() - started
+    return {
+        "name": stage.name,
+        "seconds": seconds,
+        "samples_per_second": output.metrics.get("train_samples_per_second", 0.0),
+        "steps": trainer.state.global_step,
+        "epochs": stage.epochs,
+        "learning_rate": stage.learning_rate,
+        "head_learning_rate": stage.head_learning_rate,
+        "best_metric": trainer.state.best_metric,
+        "trainable_parameters": sum(entry.numel() for entry in trainer.model.parameters() if entry.requires_grad),
+    }
+
+
+def _keep_result(trainer: TransferTrainer, record: dict[str, Any], final: Path) -> None:
+    """Keep the weights that a stage ends with: the next one starts from them, also after an interruption."""
+    partial = final.with_name("final.partial")
+    if folder.is_main_process():
+        shutil.rmtree(partial, ignore_errors=True)
+    _wait_for_all()
+    trainer.save_model(str(partial))
+    if folder.is_main_process():
+        folder.write_json(partial / "stage.json", record)
+        os.replace(partial, final)
+        for checkpoint in final.parent.glob("checkpoint-*"):
+            if not trainer.args.keep_checkpoints:
+                shutil.rmtree(checkpoint)
+    _wait_for_all()
+
+
+def _evaluate(trainer: TransferTrainer, data: dict[str, Any]) -> dict[str, tuple[Any, Any, dict[str, float]]]:
+    """Logits, labels and scores of validation and test; gathered from all processes."""
+    results = {}
+    for name in ("validation", "test"):
+        if name in data:
+            output = trainer.predict(data[name], metric_key_prefix=name)
+            scores = {
+                key.removeprefix(f"{name}_"): value
+                for key, value in (output.metrics or {}).items()
+                if not key.endswith(("_runtime", "_per_second", "_model_preparation_time"))
+            }
+            results[name] = (output.predictions, output.label_ids, scores)
+    return results
+
+
+def _write_run(
+    task: ClassificationTask,
+    plan: Plan,
+    splits: Splits,
+    arguments: TransferArguments,
+    data: dict[str, Any],
+    records: list[dict[str, Any]],
+    results: dict[str, Any],
+) -> None:
+    """Write every file of the run beside its place, check the model by loading it again, and move them in."""
+    from hftl.card import write_card
+
+    path = Path(str(arguments.output_dir))
+    partial = path / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    batch = task.collate([data["validation"][index] for index in range(min(8, len(data["validation"])))])
+    total = sum(parameter.numel() for parameter in plan.model.parameters())
+    _save_checked(task, plan.model, batch, partial)
+    folder.write_text(partial / RECIPE, yaml.safe_dump(to_recipe(arguments), sort_keys=False, allow_unicode=True))
+    split = "test" if "test" in results else "validation"
+    _write_predictions(partial / "predictions.csv", task.label_names, splits, split, results[split])
+    metrics = {
+        "train": {
+            "seconds": sum(record["seconds"] for record in records),
+            "samples_per_second": records[-1]["samples_per_second"],
+            "peak_memory_mb": _peak_memory_mb(),
+            "trainable_parameters": records[-1]["trainable_parameters"],
+            "total_parameters": total,
+            "stages": records,
+        },
+        **{name: scores for name, (_, _, scores) in results.items()},
+    }
+    folder.write_json(partial / METRICS, metrics)
+    write_card(partial, task, arguments, splits, metrics)
+    folder.publish(path)
+    if not arguments.keep_checkpoints:
+        shutil.rmtree(path / CHECKPOINTS)
+    else:
+        (path / CHECKPOINTS / RECIPE).unlink()
+
+
+def _save_checked(task: ClassificationTask, model: Any, batch: dict[str, torch.Tensor], target: Path) -> None:
+    """Save the model, adapters merged and also by themselves; load it in plain transformers and compare logits.
+
+    Raises:
+        RuntimeError: the saved model gives other logits. The checkpoints stay.
+    """
+    model = model.eval()
+    device = next(model.parameters()).device
+    expected = _logits(model, batch, device)
+    kind = "saving"
+    if hasattr(model, "peft_config"):
+        kind = "merging"
+        model.save_pretrained(target / "adapter")
+        # PEFT keeps no labels: the configuration beside the adapter has them.
+        model.get_base_model().config.save_pretrained(target / "adapter")
+        model.merge_and_unload()
+        model = _inner_model(model)
+    save_model(model, target)
+    task.save_processor(target)
+    loaded = task.auto_class.from_pretrained(target, dtype=torch.float32).to(device).eval()
+    difference = float((_logits(loaded, batch, device) - expected).abs().max())
+    limit = _TOLERANCE[kind] * max(1.0, float(expected.abs().max()))
+    if not difference <= limit:
+        raise RuntimeError(
+            f"The saved model gives other logits than the trained one (difference {difference:.3g}, allowed {limit:.3g}). "
+            f"Nothing was published; the training checkpoints are in {target.parent / CHECKPOINTS}."
+        )
+
+
+def _logits(model: Any, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+    inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+    with torch.inference_mode():
+        return model(**inputs).logits.float()
+
+
+def _inner_model(model: Any) -> Any:
+    """The ordinary model; after `merge_and_unload` that of a PEFT model is an ordinary one again."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def _write_predictions(path: Path, label_names: list[str], splits: Splits, split: str, result: tuple[Any, ...]) -> None:
+    logits, labels, _ = result
+    rows = splits.test if split == "test" else splits.validation
+    probabilities = softmax(np.asarray(logits))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "label", "prediction", *(f"probability_{name}" for name in label_names)])
+        for row_id, label, row in zip(rows["id"], labels, probabilities, strict=True):
+            writer.writerow([row_id, label_names[label], label_names[int(row.argmax())], *(f"{p:.6f}" for p in row)])
+
+
+def _peak_memory_mb() -> float:
+    """Most memory held: on the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def _wait_for_all() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()

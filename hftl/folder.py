@@ -1,0 +1,199 @@
+"""The run folder: who may write into it, and how it is never half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hftl.arguments import TransferArguments, read_yaml, to_recipe
+from hftl.errors import UsageError
+
+RECIPE = "recipe.yaml"
+METRICS = "metrics.json"
+CHECKPOINTS = "checkpoints"
+LOGS = "logs"
+#: where the files of a run stand until all of them are there
+PARTIAL = ".partial"
+#: settings that may differ between an interrupted run and the command that goes on with it
+_FREE_ON_RESUME = {"keep_checkpoints", "logging_steps", "per_device_eval_batch_size", "hub_model_id", "hub_strategy"}
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and talks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(message: str = "") -> None:
+    """Print one message, once for all processes."""
+    if is_main_process():
+        print(message, flush=True)
+
+
+def default_output_dir(arguments: TransferArguments) -> str:
+    """`runs/DATASET-MODEL-METHOD`, from the last part of each name."""
+    parts = (arguments.dataset_name, arguments.model_name_or_path, arguments.method)
+    names = [re.split(r"[/\\:]", str(part).rstrip("/\\"))[-1] for part in parts]
+    return os.path.join("runs", re.sub(r"[^\w.-]+", "_", "-".join(names)))
+
+
+def check_output_folder(arguments: TransferArguments) -> None:
+    """Choose the folder where none was named, and refuse one that this run must not touch. Nothing is written.
+
+    Raises:
+        UsageError: the folder holds another run, or there is nothing to resume, or the settings differ.
+    """
+    if arguments.output_dir is None:
+        arguments.output_dir = default_output_dir(arguments)
+    folder = Path(arguments.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output_dir {str(folder)!r} is a file: name a folder.")
+    interrupted = (folder / CHECKPOINTS / RECIPE).is_file()
+    if arguments.resume:
+        if not interrupted:
+            state = "holds a finished run" if (folder / METRICS).is_file() else "holds no interrupted run"
+            raise UsageError(f"Nothing to resume: {str(folder)!r} {state}. Leave out --resume to start one.")
+        _check_same_settings(folder / CHECKPOINTS / RECIPE, arguments)
+    elif not arguments.overwrite and folder.exists() and any(folder.iterdir()):
+        if not interrupted and not (folder / RECIPE).is_file():
+            raise UsageError(f"--output_dir {str(folder)!r} is not empty and holds no run: name another folder.")
+        advice = "--resume goes on with it, " if interrupted else ""
+        kind = "an interrupted run" if interrupted else "a run"
+        raise UsageError(
+            f"--output_dir {str(folder)!r} holds {kind}: {advice}--overwrite replaces it, or name another folder."
+        )
+    elif arguments.overwrite and folder.exists() and any(folder.iterdir()):
+        if not interrupted and not (folder / RECIPE).is_file():
+            raise UsageError(f"--overwrite replaces runs only, and {str(folder)!r} holds none: name another folder.")
+
+
+def _check_same_settings(path: Path, arguments: TransferArguments) -> None:
+    before = read_yaml(path)
+    now = json.loads(json.dumps(to_recipe(arguments)))
+    changed = [
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted((set(before) | set(now)) - _FREE_ON_RESUME)
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        raise UsageError(
+            f"--resume needs the settings of the interrupted run: {'; '.join(changed)}. Use those, or start anew with --overwrite."
+        )
+
+
+def start_folder(arguments: TransferArguments, requested: dict[str, Any]) -> Path:
+    """Make the folder of a run that starts; what a replaced run left is removed.
+
+    Args:
+        arguments: the resolved arguments.
+        requested: the recipe as it was asked for, which `--resume` compares with.
+    """
+    folder = Path(str(arguments.output_dir))
+    if arguments.overwrite and folder.exists():
+        shutil.rmtree(folder)
+    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    (folder / LOGS).mkdir(exist_ok=True)
+    write_text(folder / CHECKPOINTS / RECIPE, yaml.safe_dump(requested, sort_keys=False, allow_unicode=True))
+    return folder
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it, so that it is there whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with explained_disk_errors(path.parent):
+        try:
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def publish(folder: Path) -> None:
+    """Move what stands in the partial folder into the run; the metrics, which mark a finished run, come last."""
+    partial = folder / PARTIAL
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == METRICS):
+        target = folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(path, target)
+    partial.rmdir()
+
+
+def is_complete_checkpoint(path: Path) -> bool:
+    """Whether Trainer finished writing a checkpoint: the state, which it writes last, is whole."""
+    try:
+        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a stage; torn ones (a kill while writing) are removed."""
+    whole = []
+    for path in folder.glob("checkpoint-*"):
+        if is_complete_checkpoint(path):
+            whole.append(path)
+        else:
+            shutil.rmtree(path)
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse a run whose files would not fit.
+
+    Raises:
+        UsageError: less than `needed` bytes are free on the disk of `folder`.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UsageError(
+            f"No space for the run in {str(folder)!r}: its checkpoints and model need about {needed / 1e6:,.0f} MB and "
+            f"{free / 1e6:,.0f} MB are free. Free some space, or name a folder on another disk with --output_dir."
+        )
+
+
+_DISK_ERRORS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file may not grow so large",
+                errno.EROFS: "the disk is read-only", errno.EACCES: "writing there is not allowed"}  # fmt: skip
+
+
+@contextlib.contextmanager
+def explained_disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a failed write, whichever library met it, into one clear error."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        reason = _disk_error(error)
+        if reason is None:
+            raise
+        raise UsageError(
+            f"Cannot write to {str(folder)!r}: {reason}. Make room, then repeat the command with --resume added."
+        ) from error
+
+
+def _disk_error(error: BaseException) -> str | None:
+    """What a disk error means; safetensors and torch report it in the text of an error of their own."""
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return _DISK_ERRORS[error.errno]
+    for number, reason in _DISK_ERRORS.items():
+        if os.strerror(number) in str(error):
+            return reason
+    # torch's zip writer only says that it wrote less than it wanted.
+    return "the disk is full" if "PytorchStreamWriter failed writing" in str(error) else None

@@ -1,0 +1,48 @@
+"""How a command ends: one clear line and an exit code, never a traceback for what the person can mend."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from hftl.errors import UsageError
+
+
+def launch(main: Callable[..., Any], *arguments: Any) -> None:
+    """Run a command's `main`; on bad input print one error line and exit with 2, on a signal with 130 or 143."""
+    try:
+        main(*arguments)
+    except UsageError as error:
+        _end(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        _end("Stopped by Ctrl-C; no checkpoint was due yet.", 130)
+    except BaseException as error:
+        # Compared by name: importing the class would cost `hftl --help` the import of torch.
+        if type(error).__name__ != "Interrupted":
+            raise
+        _end(
+            f"Stopped by {error}. Go on with the same command and --resume (without it when no step was done yet).",
+            128 + error.number,  # type: ignore[attr-defined]
+        )
+    else:
+        _leave_group()
+
+
+def _end(message: str, code: int) -> None:
+    """Print the message once: other processes give the first one time to say the same, and are then ended with it."""
+    if int(os.environ.get("RANK", "0")) != 0:
+        time.sleep(3)
+    print(message, file=sys.stderr, flush=True)
+    _leave_group()
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _leave_group() -> None:
+    """Leave the process group, or torch complains at exit."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,112 @@
+"""Scores of a classifier over a whole split."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hftl.errors import UsageError
+
+#: the scores that `classification_metrics` always gives, for `--metric_for_best_model`
+METRIC_NAMES = (
+    "accuracy", "f1_macro", "f1_weighted", "precision_macro", "recall_macro", "roc_auc", "log_loss",
+    "expected_calibration_error", "matthews_correlation",
+)  # fmt: skip
+#: scores of which less is better
+LOWER_IS_BETTER = ("loss", "log_loss", "expected_calibration_error")
+
+
+def softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Probabilities, shape (rows, classes), from logits of the same shape."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+def expected_calibration_error(probabilities: npt.NDArray[Any], labels: npt.NDArray[Any], bins: int = 15) -> float:
+    """Mean gap between confidence and accuracy over equally wide bins of confidence (Guo et al. 2017, 15 bins)."""
+    confidence = probabilities.max(axis=1)
+    correct = probabilities.argmax(axis=1) == labels
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.zeros(bins)
+    np.add.at(gaps, index, confidence - correct)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def classification_metrics(
+    logits: npt.NDArray[Any], labels: npt.NDArray[Any], label_names: Sequence[str]
+) -> dict[str, float]:
+    """Every score of one split; a score that this split cannot give (ROC AUC with one class only) is left out.
+
+    Args:
+        logits: shape (rows, classes).
+        labels: class ids, shape (rows,).
+        label_names: name of each class id.
+    """
+    from sklearn import metrics  # here, because it costs half a second that training need not wait for
+
+    probabilities = softmax(logits)
+    predictions = probabilities.argmax(axis=1)
+    classes = np.arange(len(label_names))
+    precision, recall, f1, rows = metrics.precision_recall_fscore_support(
+        labels, predictions, labels=classes, zero_division=0.0
+    )
+    present = rows > 0  # a class without a row here has no recall; it must not count as 0 in the macro averages
+    scores = {
+        "accuracy": float((predictions == labels).mean()),
+        "f1_macro": float(f1[present].mean()),
+        "f1_weighted": float(np.average(f1, weights=rows)),
+        "precision_macro": float(precision[present].mean()),
+        "recall_macro": float(recall[present].mean()),
+        "log_loss": float(metrics.log_loss(labels, probabilities, labels=classes)),
+        "expected_calibration_error": expected_calibration_error(probabilities, labels),
+        "matthews_correlation": float(metrics.matthews_corrcoef(labels, predictions)),
+    }
+    if present.all():
+        scores["roc_auc"] = _roc_auc(labels, probabilities)
+    for name, values in (("precision", precision), ("recall", recall), ("f1", f1)):
+        scores.update({f"{name}/{label}": float(value) for label, value in zip(label_names, values, strict=True)})
+    return scores
+
+
+def _roc_auc(labels: npt.NDArray[Any], probabilities: npt.NDArray[Any]) -> float:
+    from sklearn import metrics
+
+    if probabilities.shape[1] == 2:
+        return float(metrics.roc_auc_score(labels, probabilities[:, 1]))
+    return float(metrics.roc_auc_score(labels, probabilities, multi_class="ovr", average="macro"))
+
+
+class ExtraMetrics:
+    """Scores computed by the `evaluate` library: Hub ids or local folders, given to `--metrics`."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """Load them before training, so that a wrong name costs nothing.
+
+        Raises:
+            UsageError: a metric cannot be found.
+        """
+        self.metrics = {re.split(r"[\\/]", name.rstrip("\\/"))[-1]: _load_metric(name) for name in names}
+
+    def __call__(self, predictions: npt.NDArray[Any], labels: npt.NDArray[Any]) -> dict[str, float]:
+        """The scores of predicted class ids against labels, both of shape (rows,)."""
+        scores = {}
+        for metric in self.metrics.values():
+            result = metric.compute(predictions=predictions.tolist(), references=labels.tolist())
+            scores.update({name: float(value) for name, value in result.items() if np.isscalar(value)})
+        return scores
+
+
+def _load_metric(name: str) -> Any:
+    import evaluate
+
+    try:
+        return evaluate.load(name)
+    except (FileNotFoundError, ConnectionError, ImportError, ValueError) as error:
+        raise UsageError(
+            f"Metric {name!r} is none of hftl's own ({', '.join(METRIC_NAMES)}), and evaluate.load cannot load it: "
+            f"{str(error).splitlines()[0]}"
+        ) from error

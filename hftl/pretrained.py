@@ -1,0 +1,225 @@
+"""Pretrained models: found, given a fresh head, checked, and saved so that plain libraries load them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from hftl import backbones
+from hftl.arguments import TransferArguments
+from hftl.errors import UsageError, did_you_mean
+
+#: the least part of the backbone's tensors that a checkpoint must fill
+_LEAST_LOADED = 0.95
+
+
+def check_model_name(name: str | None) -> None:
+    """Refuse a name that cannot be a model, before any data is read.
+
+    Raises:
+        UsageError: as `find_model`.
+    """
+    if name is None or not name.startswith("random:"):
+        find_model(name)
+
+
+def find_model(name: str | None) -> str:
+    """What transformers can load for the name that a person gave: a folder, or a Hub id.
+
+    Raises:
+        UsageError: no name, or a folder that is not there or holds no model.
+    """
+    if not name:
+        raise UsageError("--model is missing: name a Hub id, a local folder, builtin:NAME or random:ARCH.")
+    if name.startswith("builtin:"):
+        from hftl.builtin import builtin_model
+
+        return str(builtin_model(name.partition(":")[2]))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"--model {name!r}: the folder holds no model (there is no config.json in it).")
+        return str(path)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()
+    if looks_local:
+        siblings = [str(path.parent / entry.name) for entry in path.parent.glob("*") if entry.is_dir()]
+        raise UsageError(f"--model {name!r}: there is no such folder.{did_you_mean(str(path), siblings)}")
+    return name
+
+
+@contextlib.contextmanager
+def explained_load(name: str, auto_class: type) -> Iterator[None]:
+    """Turn what the libraries raise for a model that they cannot load into one clear error."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        if (
+            "Unrecognized configuration class" in reason
+            or "does not appear to have a file named preprocessor" in reason
+        ):
+            kind = "image" if "Image" in auto_class.__name__ else "text"
+            raise UsageError(
+                f"--model {name!r} is not a model for {kind}s ({auto_class.__name__} does not take it): choose another "
+                f"model, or the recipe of its own task."
+            ) from error
+        if os.environ.get("HF_HUB_OFFLINE") == "1" or "offline" in reason.lower() or "connect" in reason.lower():
+            raise UsageError(
+                f"--model {name!r} is neither a local folder nor in the cache, and the Hub cannot be reached: check the "
+                "name and the connection, or use a folder, builtin:NAME or random:ARCH."
+            ) from error
+        raise UsageError(f"--model {name!r} cannot be loaded: {reason[:400]}") from error
+
+
+def load_model(
+    auto_class: Any, source: str, label_names: Sequence[str], arguments: TransferArguments
+) -> PreTrainedModel:
+    """The ordinary model of a checkpoint, in float32, with a fresh head for the labels.
+
+    Args:
+        auto_class: `AutoModelForImageClassification`, `AutoModelForSequenceClassification`, …
+        source: what `find_model` gave.
+        label_names: name of each class id; it goes into the configuration.
+        arguments: for the revision, `keep_head` and `trust_remote_code`.
+
+    Raises:
+        UsageError: the model cannot be loaded, is of another kind, or its weights do not fill the architecture.
+    """
+    name = str(arguments.model_name_or_path)
+    labels = dict(enumerate(label_names))
+    options = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
+    with explained_load(name, auto_class):
+        if arguments.keep_head:
+            _check_kept_labels(AutoConfig.from_pretrained(source, **options), label_names, name)
+        model, report = auto_class.from_pretrained(
+            source,
+            num_labels=len(labels),  # without it id2label would silently be dropped for timm models
+            id2label=labels,
+            label2id={label: index for index, label in labels.items()},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            dtype=torch.float32,  # the checkpoint's own type could be bf16, whose updates get lost
+            **options,
+        )
+    _check_loaded(model, report, name)
+    if not arguments.keep_head:
+        reset_head(model)
+    model.config.problem_type = "single_label_classification"
+    if model.config.model_type == "timm_wrapper":
+        model.config.label_names = list(label_names)  # else the names of the checkpoint are saved again
+    return model
+
+
+def _check_kept_labels(config: Any, label_names: Sequence[str], name: str) -> None:
+    kept = [str(label) for _, label in sorted(config.id2label.items())]
+    if kept != list(label_names):
+        raise UsageError(
+            f"--keep_head: the classes of {name!r} ({', '.join(kept[:8])}) are not those of the data "
+            f"({', '.join(label_names[:8])}). Leave it out for a fresh head."
+        )
+
+
+def _check_loaded(model: PreTrainedModel, report: dict[str, Any], name: str) -> None:
+    """Refuse a checkpoint whose weights are for another architecture: transformers only warns of it."""
+    head = backbones.structure(model).trained_head
+    missing = set(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]}
+    tensors = [key for key, _ in model.named_parameters() if not key.startswith(head)]
+    loaded = [key for key in tensors if key not in missing]
+    if len(loaded) < _LEAST_LOADED * len(tensors):
+        first = next(key for key in tensors if key in missing)
+        raise UsageError(
+            f"--model {name!r}: its weights fill {len(loaded)} of the {len(tensors)} tensors of the backbone (first "
+            f"missing: {first}). The files are for another architecture, or name their tensors differently."
+        )
+
+
+def reset_head(model: PreTrainedModel) -> None:
+    """Initialise the fresh output layers anew: with the same number of classes transformers keeps the trained ones."""
+    for prefix in backbones.structure(model).head:
+        for module in model.get_submodule(prefix).modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)  # as BERT and ViT initialise theirs
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model so that transformers, and timm for its own models, load it."""
+    model.save_pretrained(folder)
+    if model.config.model_type == "timm_wrapper":
+        path = folder / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        # timm fails on null here, and on a number of classes given twice.
+        config["model_args"] = {
+            key: value for key, value in (config.get("model_args") or {}).items() if key != "num_classes"
+        }
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def random_timm_folder(architecture: str, image_size: int | None) -> str:
+    """A timm architecture with random weights as an ordinary checkpoint folder (removed when the process ends).
+
+    Going through a folder makes it the same as a pretrained one: one path to load, and keys that timm reads.
+
+    Raises:
+        UsageError: timm has no such architecture.
+    """
+    import atexit
+
+    import timm
+    from timm.models import save_for_hf
+
+    if not timm.is_model(architecture):
+        raise UsageError(
+            f"--model random:{architecture}: no such architecture.{did_you_mean(architecture, timm.list_models())}"
+        )
+    sizes = {"img_size": image_size} if image_size and timm.get_pretrained_cfg(architecture).fixed_input_size else {}
+    model = timm.create_model(architecture, pretrained=False, **sizes)
+    folder = tempfile.mkdtemp(prefix="hftl-random-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    save_for_hf(model, folder, model_args=dict(sizes) or None)
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["model_args"] = sizes
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+#: what makes a transformers architecture small; each configuration takes those that it has
+_SMALL = {
+    "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512, "n_embd": 128,
+    "n_layer": 4, "n_head": 4, "dim": 128, "n_layers": 4, "n_heads": 4, "hidden_dim": 512, "embedding_size": 128,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def random_config(model_type: str, **settings: Any) -> Any:
+    """A small configuration of a transformers architecture.
+
+    Raises:
+        UsageError: transformers has no such architecture.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        raise UsageError(
+            f"--model random:{model_type}: no such architecture.{did_you_mean(model_type, CONFIG_MAPPING)}"
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    default = config_class()
+    small = {key: value for key, value in _SMALL.items() if isinstance(getattr(default, key, None), int)}
+    return config_class(**small, **settings)

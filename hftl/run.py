@@ -1,0 +1,233 @@
+"""A finished run: predict, evaluate, push."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from hftl import backbones, data
+from hftl.arguments import argument_tokens, flag_names, parse, read_yaml
+from hftl.errors import UsageError
+from hftl.folder import METRICS, RECIPE
+from hftl.metrics import softmax
+from hftl.tasks import find_task
+from hftl.tasks.classification import ClassificationTask
+
+#: what of a run folder goes to the Hub
+_PUSHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", RECIPE, "adapter/*")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one input.
+
+    Attributes:
+        id: path or position of the input.
+        label: name of the most probable class.
+        probability: of that class.
+        probabilities: of every class by name.
+    """
+
+    id: str
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+class Run:
+    """A finished training: its folder, and what can be done with it."""
+
+    def __init__(self, folder: Path, task: ClassificationTask, model: PreTrainedModel | None = None) -> None:
+        """Keep the folder and the task; the model is loaded when it is needed."""
+        self.folder, self.task = folder, task
+        self._model = model
+
+    @functools.cached_property
+    def metrics(self) -> dict[str, Any]:
+        """The content of metrics.json."""
+        return json.loads((self.folder / METRICS).read_text(encoding="utf-8"))
+
+    @functools.cached_property
+    def model(self) -> PreTrainedModel:
+        """The fine-tuned model in eval mode, on the GPU where there is one."""
+        model = self._model or self.task.auto_class.from_pretrained(self.folder, dtype=torch.float32)
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        model = model.to(device or "cpu").eval()
+        return model.to(memory_format=torch.channels_last) if backbones.is_convolutional(model) else model
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the classes by class id."""
+        return self.task.label_names
+
+    def summary(self) -> str:
+        """The result in a few lines, with what to do next."""
+        lines = []
+        for split in ("validation", "test"):
+            if split in self.metrics:
+                scores = self.metrics[split]
+                text = (
+                    f"accuracy {scores['accuracy']:.4f}, macro F1 {scores['f1_macro']:.4f}, loss {scores['loss']:.4f}"
+                )
+                lines.append(f"{split + ':':<12}{text}")
+        train = self.metrics["train"]
+        lines.append(
+            f"{'training:':<12}{train['seconds']:.0f} s, {train['samples_per_second']:.1f} rows/s, "
+            f"{train['peak_memory_mb']:,.0f} MB, {train['trainable_parameters']:,} of {train['total_parameters']:,} parameters"
+        )
+        lines.append(f"{'saved in:':<12}{self.folder} (try: hftl predict {self.folder} INPUT)")
+        return "\n".join(lines)
+
+    def logits(self, rows: Any, batch_size: int = 32) -> np.ndarray[Any, Any]:
+        """Logits of shape (rows, classes) for rows as the task reads them."""
+        return np.concatenate(list(self._batches(rows, batch_size)))
+
+    def _batches(self, rows: Any, batch_size: int) -> Iterator[np.ndarray[Any, Any]]:
+        loader: DataLoader[Any] = DataLoader(
+            self.task.dataset(rows, training=False), batch_size=batch_size, collate_fn=self.task.collate
+        )
+        device = next(self.model.parameters()).device
+        with torch.inference_mode():
+            for batch in loader:
+                inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+                yield self.model(**inputs).logits.float().cpu().numpy()
+
+    def predict(self, inputs: Any, batch_size: int = 32) -> list[Prediction]:
+        """Labels and probabilities of new inputs.
+
+        Args:
+            inputs: images as paths, folders, PIL images or arrays; texts as strings or pairs of them, or the
+                `pathlib.Path` of a file; one or a list.
+            batch_size: inputs run through the model at once.
+
+        Raises:
+            UsageError: an input cannot be read.
+        """
+        rows = self.task.read_inputs(inputs)
+        if not len(rows):
+            return []
+        probabilities = softmax(self.logits(rows, batch_size))
+        return [
+            Prediction(
+                id=row["id"],
+                label=self.label_names[int(values.argmax())],
+                probability=float(values.max()),
+                probabilities=dict(zip(self.label_names, map(float, values), strict=True)),
+            )
+            for row, values in zip((rows[index] for index in range(len(rows))), probabilities, strict=True)
+        ]
+
+    def evaluate(
+        self, dataset: str, split: str | None = None, batch_size: int = 32, **columns: Any
+    ) -> dict[str, float]:
+        """Scores on labelled data.
+
+        Args:
+            dataset: as `--dataset`.
+            split: its name; test, else validation, else the only one.
+            batch_size: rows run through the model at once.
+            columns: `label_column`, `text_column`, …, where they are not those of the training data.
+
+        Raises:
+            UsageError: the data cannot be read, or has labels that the model does not know.
+        """
+        settings = dataclasses.replace(
+            self.task.arguments,
+            **{
+                "dataset_name": dataset,
+                "dataset_config_name": None,
+                "max_eval_samples": None,
+                **self._guess(),
+                **columns,
+            },
+        )
+        rows, _ = data.load_labelled(settings, split, self.label_names, self.task.modality)
+        logits, labels = self.logits(rows, batch_size), np.asarray(rows["label"])
+        scores = self.task.score(logits, labels)
+        return scores | {"loss": scores["log_loss"]}
+
+    def _guess(self) -> dict[str, None]:
+        """Columns to guess anew: another table may name them otherwise."""
+        names = [item.name for item in dataclasses.fields(self.task.arguments)]
+        return {name: None for name in names if name.endswith("_column") or name.endswith("_split")}
+
+    def push(self, repository: str, private: bool | None = None, token: str | None = None) -> str:
+        """Push model, processor, card, recipe and scores to the Hub in one commit; the address of the repository.
+
+        Raises:
+            UsageError: the Hub refused, or could not be reached; the run stays as it is.
+        """
+        import httpx
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalTokenNotFoundError,
+            OfflineModeIsEnabled,
+        )
+
+        api = HfApi(token=token)
+        known = (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalTokenNotFoundError,
+            OfflineModeIsEnabled,
+            httpx.HTTPError,
+            OSError,
+        )
+        try:
+            address = api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=address.repo_id,
+                folder_path=self.folder,
+                allow_patterns=list(_PUSHED),
+                commit_message="Fine-tuned with hftl",
+            )
+        except known as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UsageError(
+                f"Pushing to {repository!r} failed: {reason} The run in {str(self.folder)!r} is whole; push it again with "
+                f"`hftl push {self.folder} {repository}` (a token: `hf auth login`)."
+            ) from error
+        return str(address)
+
+
+def load_run(folder: str | Path, task_class: type[ClassificationTask] | None = None) -> Run:
+    """A finished run from its folder.
+
+    Args:
+        folder: the `--output_dir` of the training.
+        task_class: the task of a recipe of one's own; by default the built-in one named in the run's recipe.
+
+    Raises:
+        UsageError: the folder holds no finished run.
+    """
+    path = Path(folder)
+    for name in (METRICS, RECIPE, "config.json"):
+        if not (path / name).is_file():
+            state = f"has no {name}" if path.is_dir() else "does not exist"
+            raise UsageError(f"{str(path)!r} is no finished run: the folder {state}.")
+    recipe = read_yaml(path / RECIPE)
+    task_class = task_class or find_task(str(recipe.get("task")))
+    arguments_class = task_class.arguments_class
+    known = flag_names(arguments_class)
+    tokens = [token for key, value in recipe.items() if key in known for token in argument_tokens(key, value)]
+    arguments = parse(arguments_class, [*tokens, f"--output_dir={path}"])
+    task = task_class(arguments)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    names = config.get("label_names") or [
+        name for _, name in sorted(config["id2label"].items(), key=lambda item: int(item[0]))
+    ]
+    task.label_names = [str(name) for name in names]
+    task.load_processor(path)
+    return Run(path, task)

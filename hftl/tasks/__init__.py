@@ -1,0 +1,39 @@
+"""Tasks: what is predicted from what."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hftl.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from hftl.tasks.classification import ClassificationTask
+
+#: task name → module and class, and the recipe that runs it; strings, so that a name costs no import
+TASKS = {
+    "image-classification": ("hftl.tasks.image_classification", "ImageClassification", "image_classification"),
+    "text-classification": ("hftl.tasks.text_classification", "TextClassification", "text_classification"),
+}
+
+
+def check_task(name: str) -> None:
+    """Refuse a name that is no task.
+
+    Raises:
+        UsageError: as said.
+    """
+    if name not in TASKS:
+        raise UsageError(f"Unknown task {name!r}.{did_you_mean(name, TASKS)} There are: {', '.join(TASKS)}.")
+
+
+def find_task(name: str) -> type[ClassificationTask]:
+    """The class of a task.
+
+    Raises:
+        UsageError: no such task.
+    """
+    import importlib
+
+    check_task(name)
+    module, class_name, _ = TASKS[name]
+    return getattr(importlib.import_module(module), class_name)

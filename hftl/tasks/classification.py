@@ -1,0 +1,136 @@
+"""What single-label classification tasks share: labels, loss, scores."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, set_seed
+
+from hftl import data, folder, methods, pretrained
+from hftl.arguments import TransferArguments
+from hftl.data import Splits
+from hftl.errors import UsageError, did_you_mean
+from hftl.losses import CrossEntropyLoss, balanced_class_weights
+from hftl.metrics import LOWER_IS_BETTER, METRIC_NAMES, ExtraMetrics, classification_metrics
+
+
+class ClassificationTask:
+    """A task with one label a row; subclasses say how inputs are read, prepared and put together.
+
+    A subclass sets the class attributes and writes `load_model`, `load_processor`, `save_processor`, `dataset`,
+    `collate` and `read_inputs`.
+    """
+
+    name: ClassVar[str]
+    modality: ClassVar[str]
+    auto_class: ClassVar[Any]
+    arguments_class: ClassVar[type[TransferArguments]]
+    #: rows a step and device when nothing is said
+    batch_size: ClassVar[int]
+
+    def __init__(self, arguments: TransferArguments) -> None:
+        """Keep the arguments; `label_names` come with the data or with a finished run."""
+        self.arguments = arguments
+        self.processor: Any = None
+        self.label_names: list[str] = []
+
+    @functools.cached_property
+    def _extra_metrics(self) -> ExtraMetrics:
+        return ExtraMetrics(self.arguments.metrics or [])
+
+    def load_splits(self) -> Splits:
+        """Check everything that needs no data, then read the data, check it, and print what was found.
+
+        Raises:
+            UsageError: the output folder, the method or the data cannot be used as they are.
+        """
+        if not self.arguments.dataset_name:
+            raise UsageError("--dataset is missing: name a folder, a table, a Hub id or builtin:NAME.")
+        folder.check_output_folder(self.arguments)
+        methods.check_method(self.arguments)
+        pretrained.check_model_name(self.arguments.model_name_or_path)
+        self._extra_metrics  # noqa: B018 - a metric that cannot be loaded is an error now, not after training
+        splits = data.load_splits(self.arguments, self.modality)
+        for line in splits.report:
+            folder.say(line)
+        return splits
+
+    def build_model(self, splits: Splits) -> PreTrainedModel:
+        """The model with a fresh head for the labels of `splits`; the processor is loaded with it.
+
+        Raises:
+            UsageError: the model cannot be used.
+        """
+        self.label_names = splits.label_names
+        set_seed(self.arguments.seed)  # before the head is drawn
+        return self.load_model(splits)
+
+    def loss(self, splits: Splits) -> CrossEntropyLoss:
+        """Cross entropy with the class weights and label smoothing that were asked for."""
+        weights = None
+        if self.arguments.class_weights == "balanced":
+            weights = balanced_class_weights(class_counts(splits))
+        return CrossEntropyLoss(weights, self.arguments.label_smoothing_factor)
+
+    def score(self, logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> dict[str, float]:
+        """Scores of a whole split; logits of shape (rows, classes), labels of shape (rows,)."""
+        scores = classification_metrics(logits, labels, self.label_names)
+        return scores | self._extra_metrics(logits.argmax(axis=1), labels)
+
+    def best_metric(self, splits: Splits) -> tuple[str, bool]:
+        """The score that chooses the best checkpoint, and whether more of it is better.
+
+        Accuracy, and macro F1 when the largest class is over three times the smallest: accuracy would hardly see it.
+
+        Raises:
+            UsageError: `--metric_for_best_model` is no score of this task.
+        """
+        wanted = self.arguments.metric_for_best_model
+        if wanted is None:
+            counts = class_counts(splits)
+            wanted = "f1_macro" if max(counts) > 3 * min(counts) else "accuracy"
+        wanted = wanted.removeprefix("eval_")
+        known = (*METRIC_NAMES, "loss", *self._extra_metrics.metrics)
+        if wanted not in known:
+            raise UsageError(
+                f"--metric_for_best_model {wanted!r} is not known.{did_you_mean(wanted, known)} There are: "
+                f"{', '.join(known)}; others through --metrics."
+            )
+        return wanted, wanted not in LOWER_IS_BETTER
+
+    # What a task defines
+
+    def load_model(self, splits: Splits) -> PreTrainedModel:
+        """The model, with the labels of `splits`; sets `self.processor`."""
+        raise NotImplementedError
+
+    def load_processor(self, source: str | Path) -> None:
+        """Set `self.processor` from a finished run."""
+        raise NotImplementedError
+
+    def save_processor(self, target: Path) -> None:
+        """Save what plain transformers needs beside the model."""
+        self.processor.save_pretrained(target)
+
+    def dataset(self, rows: Any, training: bool) -> Dataset[dict[str, Any]]:
+        """The examples of a split, ready for `collate`; augmented in training."""
+        raise NotImplementedError
+
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """A batch: what the model's forward takes, and `labels` of shape (rows,) where there are any."""
+        raise NotImplementedError
+
+    def read_inputs(self, inputs: Any) -> Any:
+        """What `Run.predict` got, as rows for `dataset`."""
+        raise NotImplementedError
+
+
+def class_counts(splits: Splits) -> list[int]:
+    """Training rows of each class."""
+    return np.bincount(splits.train["label"], minlength=len(splits.label_names)).tolist()

@@ -1,0 +1,185 @@
+"""Text classification, of single texts or pairs, with any model of `AutoModelForSequenceClassification`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from hftl import data, pretrained
+from hftl.arguments import TextArguments
+from hftl.data import Splits
+from hftl.errors import UsageError
+from hftl.folder import say
+from hftl.tasks.classification import ClassificationTask
+
+#: texts tokenised in one call; the tokenizers library works on them in parallel
+_CHUNK = 1_000
+
+
+class TextClassification(ClassificationTask):
+    """One label a text, or a pair of texts."""
+
+    name = "text-classification"
+    modality = "text"
+    auto_class = AutoModelForSequenceClassification
+    batch_size = 16  # the BERT paper's 16 to 32; the smaller one gives a small data set more steps
+    arguments_class = TextArguments
+    arguments: TextArguments
+
+    def load_model(self, splits: Splits) -> PreTrainedModel:
+        """The model and its tokenizer; a decoder without a padding token gets its end-of-text token as one."""
+        name = str(self.arguments.model_name_or_path)
+        if name.startswith("random:"):
+            return self._random_model(name.partition(":")[2], splits)
+        source = pretrained.find_model(self.arguments.model_name_or_path)
+        model = pretrained.load_model(self.auto_class, source, self.label_names, self.arguments)
+        self.load_processor(source)
+        if len(self.processor) > model.get_input_embeddings().num_embeddings:
+            raise UsageError(
+                f"--model {name!r}: its tokenizer has more tokens than the model: they do not belong together."
+            )
+        if self.processor.pad_token is None:
+            self.processor.pad_token = self.processor.eos_token
+        model.config.get_text_config().pad_token_id = self.processor.pad_token_id
+        model.config.pad_token_id = self.processor.pad_token_id
+        self._limit_length(model)
+        if self.arguments.pooling == "mean":
+            self._pool_by_mean(model)
+        return model
+
+    def _limit_length(self, model: PreTrainedModel) -> None:
+        """The tokenizer cuts where it is asked to, and no later than the model's positions and its own limit end."""
+        positions = getattr(model.config, "max_position_embeddings", None) or self.arguments.max_length
+        if model.config.model_type in ("roberta", "camembert", "xlm-roberta", "mpnet", "longformer"):
+            positions -= 2  # their position ids start behind the padding id
+        limit = min(self.arguments.max_length, positions, self.processor.model_max_length)
+        self.processor.model_max_length = limit
+
+    def _pool_by_mean(self, model: PreTrainedModel) -> None:
+        if hasattr(model.config, "classifier_pooling"):  # ModernBERT
+            model.config.classifier_pooling = "mean"
+            return
+        say(
+            f"pooling: {type(model).__name__} has no mean pooling without custom code, so that plain transformers could "
+            "not load it; the architecture's own pooling is kept"
+        )
+
+    def _random_model(self, architecture: str, splits: Splits) -> PreTrainedModel:
+        self.processor = train_tokenizer(splits.train["text"], self.arguments.max_length)
+        labels = dict(enumerate(self.label_names))
+        config = pretrained.random_config(
+            architecture,
+            vocab_size=len(self.processor),
+            pad_token_id=self.processor.pad_token_id,
+            id2label=labels,
+            label2id={name: index for index, name in labels.items()},
+        )
+        if type(config) not in self.auto_class._model_mapping:
+            raise UsageError(
+                f"--model random:{architecture} is not a model for texts: choose another, such as random:bert."
+            )
+        config.problem_type = "single_label_classification"
+        model = self.auto_class.from_config(config)
+        self._limit_length(model)
+        return model
+
+    def load_processor(self, source: str | Path) -> None:
+        """Set the tokenizer of a checkpoint."""
+        with pretrained.explained_load(str(source), self.auto_class):
+            self.processor = AutoTokenizer.from_pretrained(source)
+
+    def dataset(self, rows: Any, training: bool) -> Dataset[dict[str, Any]]:
+        """Texts, tokenised at once; how many were cut is said."""
+        encoded = TextDataset(rows, self.processor)
+        if encoded.cut:
+            kind = "training" if training else "evaluation"
+            say(
+                f"{encoded.cut:,} of {len(encoded):,} {kind} texts are longer than {self.processor.model_max_length} "
+                "tokens and were cut (--max_length)"
+            )
+        return encoded
+
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask`, … of shape (rows, tokens), `labels` of shape (rows,).
+
+        Padded to the longest text of the batch, and to a multiple of 8, which matrix units want.
+        """
+        return dict(DataCollatorWithPadding(self.processor, pad_to_multiple_of=8)(list(examples)))
+
+    def read_inputs(self, inputs: Any) -> Any:
+        """A text, a list of texts or of (text, text) pairs, or the path of a file of them (as `pathlib.Path`)."""
+        if isinstance(inputs, Path):
+            return data.load_inputs(str(inputs), self.modality, self.arguments.text_column)
+        if isinstance(inputs, str):
+            inputs = [inputs]
+        pairs = [value if isinstance(value, tuple | list) else (value,) for value in inputs]
+        names = ("text", "text_pair")
+        return [{"id": str(index), **dict(zip(names, pair, strict=False))} for index, pair in enumerate(pairs)]
+
+
+class TextDataset(Dataset[dict[str, Any]]):
+    """Rows with a text, perhaps a second one, and perhaps a label, as token ids without padding.
+
+    Attributes:
+        lengths: tokens of each row.
+        cut: rows that were longer than the tokenizer's `model_max_length`.
+    """
+
+    def __init__(self, rows: Any, tokenizer: Any) -> None:
+        """Tokenise all rows."""
+        self.examples: list[dict[str, Any]] = []
+        self.cut = 0
+        columns = [name for name in ("text", "text_pair") if len(rows) and name in rows[0]]
+        for start in range(0, len(rows), _CHUNK):
+            chunk = [rows[index] for index in range(start, min(start + _CHUNK, len(rows)))]
+            encoded = tokenizer(*([row[name] for row in chunk] for name in columns), truncation=True)
+            limit = tokenizer.model_max_length
+            self.cut += (
+                sum(bool(entry.overflowing) for entry in encoded.encodings)
+                if encoded.encodings
+                else sum(len(ids) == limit for ids in encoded["input_ids"])
+            )
+            for position, row in enumerate(chunk):
+                example = {name: values[position] for name, values in encoded.items()}
+                if "label" in row:
+                    example["labels"] = row["label"]
+                self.examples.append(example)
+        self.lengths = [len(example["input_ids"]) for example in self.examples]
+
+    def __len__(self) -> int:
+        """Number of texts."""
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Token ids and what else the tokenizer gives, and `labels` where the row has one."""
+        return self.examples[index]
+
+
+def train_tokenizer(texts: Iterable[str], max_length: int, vocabulary: int = 8_000) -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer learned from the training texts, for a model that is not pretrained either."""
+    from tokenizers import BertWordPieceTokenizer
+
+    learned = BertWordPieceTokenizer(lowercase=True)
+    learned.train_from_iterator(texts, vocab_size=vocabulary, show_progress=False)
+    names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+    tokens = {f"{name}_token": token for name, token in names.items()}
+    learned.post_processor = None
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=learned._tokenizer, model_max_length=max_length, **tokens)
+    from tokenizers.processors import TemplateProcessing
+
+    special = [("[CLS]", tokenizer.cls_token_id), ("[SEP]", tokenizer.sep_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special
+    )
+    return tokenizer

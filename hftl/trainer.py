@@ -1,0 +1,174 @@
+"""A Trainer for one stage: its parameters, its rates, its loss; frozen modules stay frozen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hftl import backbones, optim
+from hftl.errors import UsageError
+from hftl.methods import Stage
+
+
+class TransferTrainer(Trainer):
+    """`transformers.Trainer` for one stage of a plan.
+
+    Args:
+        stage: what trains, and at which rates.
+        loss: `(outputs, labels, num_items_in_batch=None) -> scalar`.
+        others: as `transformers.Trainer`.
+    """
+
+    def __init__(self, *, stage: Stage, loss: Any, model: nn.Module, args: TrainingArguments, **others: Any) -> None:
+        """Set which parameters train, and find the modules that do not."""
+        self.stage = stage
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in stage.trainable)
+        self.frozen_modules = frozen_modules(model, stage)
+        self.seeded_step = -1
+        super().__init__(model=model, args=args, compute_loss_func=loss, **others)
+        self.model_accepts_loss_kwargs = False  # the loss is ours: forward has no use for the number of rows
+        if self.train_dataset is not None:
+            self.add_callback(_EpochOfData(self))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer over the stage's parameter groups."""
+        if self.optimizer is None:
+            groups = optim.parameter_groups(self.model, self.stage, self.args.weight_decay)
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(groups, **settings)
+        return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One step whose randomness is a function of (seed, step, process), so that a resumed run repeats it.
+
+        Raises:
+            UsageError: the loss is not finite.
+        """
+        if self.seeded_step != self.state.global_step:
+            self.seeded_step = self.state.global_step
+            torch.manual_seed(self.args.seed + 1_000_003 * self.state.global_step + self.args.process_index)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise UsageError(
+                f"The loss is {float(loss)} at step {self.state.global_step + 1} of stage {self.stage.name!r}: try a lower "
+                "--learning_rate (a third of it), a longer --warmup_steps, or no half precision. The last checkpoint is kept."
+            )
+        return loss
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *others: Any, **settings: Any) -> Any:
+        """Trainer calls `model.train()` before every step, which would wake frozen BatchNorm and dropout: undo it."""
+        if model.training:
+            for module in self.frozen_modules:
+                module.training = False
+        return super().compute_loss(model, inputs, *others, **settings)
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
+        data = train_dataset if train_dataset is not None else self.train_dataset
+        rows = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        return EpochSampler(len(data), self.args.seed, lengths=getattr(data, "lengths", None), batch_size=rows)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Nothing: order, augmentation and dropout are functions of seed, epoch and step."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing, see `_save_rng_state`."""
+
+
+class _EpochOfData(TrainerCallback):
+    """Tells the data which epoch it is in; Trainer tells the sampler only through some of Accelerate's wrappers."""
+
+    def __init__(self, trainer: TransferTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        epoch = math.floor((state.epoch or 0.0) + 1e-6)
+        if hasattr(self.trainer.train_dataset, "set_epoch"):
+            self.trainer.train_dataset.set_epoch(epoch)
+        sampler = _inner_sampler(kwargs["train_dataloader"])
+        sampler.set_epoch(epoch)
+
+
+def _inner_sampler(dataloader: Any) -> EpochSampler:
+    """Our sampler below Accelerate's batch samplers."""
+    sampler = dataloader.batch_sampler
+    while not isinstance(sampler, EpochSampler):
+        sampler = getattr(sampler, "batch_sampler", None) or sampler.sampler
+    return sampler
+
+
+class EpochSampler(Sampler[int]):
+    """An order of rows that depends on seed and epoch alone, whatever the processes, workers or interruptions.
+
+    With lengths, rows of like length come together: shuffled, cut into pieces of 50 batches, each piece sorted by
+    length, its batches shuffled (as `group_by_length` of transformers, but with the batches in random order, so that
+    the lengths do not fall within each piece).
+    """
+
+    def __init__(self, rows: int, seed: int, lengths: list[int] | None = None, batch_size: int = 1) -> None:
+        """Start in epoch 0.
+
+        Args:
+            rows: number of rows.
+            seed: of the order.
+            lengths: one length a row, or None.
+            batch_size: rows of one optimizer step over all processes.
+        """
+        self.rows, self.seed, self.batch_size, self.epoch = rows, seed, batch_size, 0
+        self.lengths = None if lengths is None else np.asarray(lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        """Row numbers, each once."""
+        random = np.random.default_rng((self.seed, self.epoch))
+        order = random.permutation(self.rows)
+        if self.lengths is None:
+            return iter(order.tolist())
+        batches = []
+        for start in range(0, self.rows, 50 * self.batch_size):
+            piece = order[start : start + 50 * self.batch_size]
+            piece = piece[np.argsort(-self.lengths[piece], kind="stable")]
+            batches += [piece[first : first + self.batch_size] for first in range(0, len(piece), self.batch_size)]
+        # The last batch may be smaller and must stay last, or the batches behind it would be cut elsewhere.
+        last = [batches.pop()] if len(batches[-1]) < self.batch_size else []
+        return iter(np.concatenate([batches[index] for index in random.permutation(len(batches))] + last).tolist())
+
+
+def frozen_modules(model: nn.Module, stage: Stage) -> list[nn.Module]:
+    """Modules that must stay in eval mode: those in which nothing trains, and BatchNorm whose statistics are kept.
+
+    A module without parameters (dropout, stochastic depth, pooling) goes with the block of the parameter that follows
+    it in depth order, so that the dropout between frozen blocks is off and the one before a trained head is on.
+    """
+    blocks = backbones.parameter_blocks(model)
+    trained_blocks = {blocks[name] for name in stage.trainable}
+    following: dict[str, int] = {}
+    block = max(blocks.values())
+    for prefix, module in reversed(list(model.named_modules())):
+        own = [f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters(recurse=False)]
+        block = next((blocks[name] for name in own if name in blocks), block)
+        following[prefix] = block
+    frozen = []
+    for prefix, module in model.named_modules():
+        # Shared parameters have one name only; a module that holds them under another one is judged by its block.
+        names = [f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()]
+        known = [name for name in names if name in blocks]
+        trains = any(name in stage.trainable for name in known) if known else following[prefix] in trained_blocks
+        keeps_statistics = stage.batch_norm == "frozen" and isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if keeps_statistics or not trains:
+            frozen.append(module)
+    return frozen
