@@ -126,7 +126,8 @@ class TransferArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Choose the device before TrainingArguments asks for it, and check what Trainer would only trip over."""
         _check_device(self)
-        metric, folder = self.metric_for_best_model, self.output_dir
+        metric: str | None = self.metric_for_best_model  # type: ignore[has-type]  # a field of TrainingArguments
+        folder = self.output_dir
         super().__post_init__()
         self.metric_for_best_model, self.output_dir = metric, folder  # Trainer's choices would be loss, trainer_output
         if metric is None:
@@ -353,8 +354,9 @@ def _check_ranges(arguments: TransferArguments) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.world_size != world_size:
         raise UsageError(
-            f"{world_size} processes were started, but they do not see each other (this one sees {arguments.world_size}): "
-            "launch with `accelerate launch --config_file accelerate_configs/cpu_2_processes.yaml` or another file there."
+            f"{world_size} processes were started, but they do not see each other (this one sees {arguments.world_size}"
+            "): launch with `accelerate launch --config_file accelerate_configs/cpu_2_processes.yaml`, or another of "
+            "those files."
         )
 
 

@@ -503,5 +503,7 @@ def _can_be_adapted(model: nn.Module, name: str, module: nn.Module) -> bool:
     # nn.MultiheadAttention, and timm's attention with its query and value biases beside a fused qkv without one (BEiT,
     # Swin v2), hand the weights to a function and never call the layer: an adapter there would do nothing.
     parent = model.get_submodule(name.rpartition(".")[0])
-    bias_beside = module.bias is None and "q_bias" in dict(parent.named_parameters(recurse=False))
+    bias_beside = "q_bias" in dict(parent.named_parameters(recurse=False)) and "bias" not in dict(
+        module.named_parameters()
+    )
     return not bias_beside and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)

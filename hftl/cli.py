@@ -91,8 +91,8 @@ def find_recipe(name: str) -> Path:
     names = {path.stem: path for path in recipes_folder().glob("*.py")}
     if name not in names:
         raise UsageError(
-            f"Unknown task or recipe {name!r}.{did_you_mean(name, [*TASKS, *names])} There are: {', '.join([*TASKS, *names])}, "
-            "and the path of a file."
+            f"Unknown task or recipe {name!r}.{did_you_mean(name, [*TASKS, *names])} There are: "
+            f"{', '.join([*TASKS, *names])}, and the path of a file."
         )
     return names[name]
 

@@ -883,7 +883,7 @@ def _skipped_note(rows: dict[str, _Rows]) -> list[str]:
     skipped = +sum((part.skipped for part in rows.values()), Counter())
     if not skipped:
         return []
-    counts = [f"{count} × {what}" for what, count in skipped.most_common(6)]  # noqa: RUF001
+    counts = [f"{count} × {what}" for what, count in skipped.most_common(6)]
     more = len(skipped) - len(counts)
     return [f"skipped: {', '.join(counts)}{f' and {more} more kinds' if more else ''}"]
 

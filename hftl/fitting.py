@@ -95,7 +95,8 @@ def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tr
         arguments.per_device_train_batch_size = task.batch_size
     if arguments.dataloader_num_workers < 0:
         arguments.dataloader_num_workers = _workers(task, arguments)
-    arguments.metric_for_best_model, arguments.greater_is_better = task.best_metric(splits)
+    arguments.metric_for_best_model, better = task.best_metric(splits)
+    arguments.greater_is_better = better  # type: ignore[assignment]
     rows = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     steps = math.ceil(len(splits.train) / rows)
     stages = [
@@ -260,7 +261,7 @@ def _keep_result(trainer: TransferTrainer, record: dict[str, Any], final: Path) 
 
 def _evaluate(trainer: TransferTrainer, data: dict[str, Any]) -> dict[str, tuple[Any, Any, dict[str, float]]]:
     """Logits, labels and scores of validation and test; gathered from all processes."""
-    results = {}
+    results: dict[str, tuple[Any, Any, dict[str, float]]] = {}
     for name in ("validation", "test"):
         if name in data:
             output = trainer.predict(data[name], metric_key_prefix=name)
@@ -339,8 +340,8 @@ def _save_checked(task: ClassificationTask, model: Any, batch: dict[str, torch.T
     limit = _TOLERANCE[kind] * max(1.0, float(expected.abs().max()))
     if not difference <= limit:
         raise RuntimeError(
-            f"The saved model gives other logits than the trained one (difference {difference:.3g}, allowed {limit:.3g}). "
-            f"Nothing was published; the training checkpoints are in {target.parent / CHECKPOINTS}."
+            f"The saved model gives other logits than the trained one (difference {difference:.3g}, allowed "
+            f"{limit:.3g}). Nothing was published; the training checkpoints are in {target.parent / CHECKPOINTS}."
         )
 
 
@@ -357,7 +358,7 @@ def _inner_model(model: Any) -> Any:
 
 def _write_predictions(path: Path, label_names: list[str], splits: Splits, split: str, result: tuple[Any, ...]) -> None:
     logits, labels, _ = result
-    rows = splits.test if split == "test" else splits.validation
+    rows: Any = splits.test if split == "test" else splits.validation
     probabilities = softmax(np.asarray(logits))
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)

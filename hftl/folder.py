@@ -62,17 +62,16 @@ def check_output_folder(arguments: TransferArguments) -> None:
             state = "holds a finished run" if (folder / METRICS).is_file() else "holds no interrupted run"
             raise UsageError(f"Nothing to resume: {str(folder)!r} {state}. Leave out --resume to start one.")
         _check_same_settings(folder / CHECKPOINTS / RECIPE, arguments)
-    elif not arguments.overwrite and folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(folder.iterdir()):
         if not interrupted and not (folder / RECIPE).is_file():
             raise UsageError(f"--output_dir {str(folder)!r} is not empty and holds no run: name another folder.")
+        if arguments.overwrite:
+            return
         advice = "--resume goes on with it, " if interrupted else ""
         kind = "an interrupted run" if interrupted else "a run"
         raise UsageError(
             f"--output_dir {str(folder)!r} holds {kind}: {advice}--overwrite replaces it, or name another folder."
         )
-    elif arguments.overwrite and folder.exists() and any(folder.iterdir()):
-        if not interrupted and not (folder / RECIPE).is_file():
-            raise UsageError(f"--overwrite replaces runs only, and {str(folder)!r} holds none: name another folder.")
 
 
 def _check_same_settings(path: Path, arguments: TransferArguments) -> None:
@@ -85,7 +84,8 @@ def _check_same_settings(path: Path, arguments: TransferArguments) -> None:
     ]
     if changed:
         raise UsageError(
-            f"--resume needs the settings of the interrupted run: {'; '.join(changed)}. Use those, or start anew with --overwrite."
+            f"--resume needs the settings of the interrupted run: {'; '.join(changed)}. Use those, or start anew with "
+            "--overwrite."
         )
 
 
@@ -168,8 +168,13 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-_DISK_ERRORS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file may not grow so large",
-                errno.EROFS: "the disk is read-only", errno.EACCES: "writing there is not allowed"}  # fmt: skip
+_DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "a file may not grow so large",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "writing there is not allowed",
+}
 
 
 @contextlib.contextmanager

@@ -11,10 +11,10 @@ from torch import nn
 class CrossEntropyLoss:
     """Cross entropy over class ids, with class weights and label smoothing.
 
-    Trainer passes `num_items_in_batch`, the number of rows over all accumulated parts and processes. Dividing the sum by
-    it gives the same loss and gradient for 16×1 and 4×4 rows and for two processes; the loss inside the models does not
-    (https://github.com/huggingface/transformers/issues/47688). Weights are scaled so that an average training row
-    weighs 1, and are no longer divided by: the usual weighted mean would depend on how a batch is cut.
+    Trainer passes `num_items_in_batch`, the number of rows over all accumulated parts and processes. Dividing the sum
+    by it gives the same loss and gradient for 1 part of 16 rows, 4 parts of 4 and 2 processes; the loss inside the
+    models does not (https://github.com/huggingface/transformers/issues/47688). Class weights have mean 1 over the
+    training rows, and the sum is not divided by them: the usual weighted mean depends on how a batch is cut.
 
     Args:
         class_weights: one weight a class, shape (classes,); None weighs all alike.

@@ -74,9 +74,11 @@ class Rates:
 def default_rates(model: nn.Module, pretrained: bool = True) -> Rates:
     """Learning rates for AdamW by family and width.
 
-    - Convolutional: 1e-4 and 3e-3, the best of a grid on cats against dogs with EfficientNet-Lite0 (0.979; 3e-4 gave 0.971).
+    - Convolutional: 1e-4 and 3e-3, the best of a grid on cats against dogs with EfficientNet-Lite0 (0.979; 3e-4 gave
+      0.971).
     - Transformers: 1e-4 at width 384 (MiniLM on movie reviews: 0.878, Trainer's 5e-5 gave 0.831), less for wider models
-      in inverse proportion, which meets the 5e-5 of the BERT paper at 768; a fresh head takes ten times that of width 384.
+      in inverse proportion, which meets the 5e-5 of the BERT paper at 768; a fresh head takes ten times that of width
+      384.
     - Adapters start at zero and take ten times the rate of full fine-tuning (Hu et al. 2022).
     - A model that is not pretrained has no features to spare: 1e-3 everywhere.
     """
@@ -84,7 +86,7 @@ def default_rates(model: nn.Module, pretrained: bool = True) -> Rates:
         return Rates(1e-3, 1e-3, 1e-3)
     if backbones.is_convolutional(model):
         return Rates(1e-4, 3e-3, 1e-3)
-    config = model.config.get_text_config() if hasattr(model, "config") else None
+    config: Any = getattr(model, "config", None)
     width = getattr(config, "hidden_size", None) or getattr(config, "num_features", None) or 768
     return Rates(1e-4 * min(1.0, 384 / width), 1e-3, 1e-3 * min(1.0, 384 / width))
 

@@ -96,7 +96,9 @@ class ExtraMetrics:
         scores = {}
         for metric in self.metrics.values():
             result = metric.compute(predictions=predictions.tolist(), references=labels.tolist())
-            scores.update({name: float(value) for name, value in result.items() if np.isscalar(value)})
+            scores.update(
+                {name: float(value) for name, value in result.items() if isinstance(value, int | float | np.number)}
+            )
         return scores
 
 

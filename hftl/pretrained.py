@@ -77,8 +77,8 @@ def explained_load(name: str, auto_class: type) -> Iterator[None]:
             ) from error
         if os.environ.get("HF_HUB_OFFLINE") == "1" or "offline" in reason.lower() or "connect" in reason.lower():
             raise UsageError(
-                f"--model {name!r} is neither a local folder nor in the cache, and the Hub cannot be reached: check the "
-                "name and the connection, or use a folder, builtin:NAME or random:ARCH."
+                f"--model {name!r} is neither a local folder nor in the cache, and the Hub cannot be reached: check "
+                "the name and the connection, or use a folder, builtin:NAME or random:ARCH."
             ) from error
         raise UsageError(f"--model {name!r} cannot be loaded: {reason[:400]}") from error
 

@@ -83,7 +83,8 @@ class Run:
         train = self.metrics["train"]
         lines.append(
             f"{'training:':<12}{train['seconds']:.0f} s, {train['samples_per_second']:.1f} rows/s, "
-            f"{train['peak_memory_mb']:,.0f} MB, {train['trainable_parameters']:,} of {train['total_parameters']:,} parameters"
+            f"{train['peak_memory_mb']:,.0f} MB, {train['trainable_parameters']:,} of {train['total_parameters']:,} "
+            "parameters"
         )
         lines.append(f"{'saved in:':<12}{self.folder} (try: hftl predict {self.folder} INPUT)")
         return "\n".join(lines)
@@ -196,8 +197,8 @@ class Run:
         except known as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UsageError(
-                f"Pushing to {repository!r} failed: {reason} The run in {str(self.folder)!r} is whole; push it again with "
-                f"`hftl push {self.folder} {repository}` (a token: `hf auth login`)."
+                f"Pushing to {repository!r} failed: {reason} The run in {str(self.folder)!r} is whole; push it again "
+                f"with `hftl push {self.folder} {repository}` (a token: `hf auth login`)."
             ) from error
         return str(address)
 

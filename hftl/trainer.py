@@ -40,8 +40,9 @@ class TransferTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer over the stage's parameter groups."""
-        if self.optimizer is None:
+        if self.optimizer is None:  # type: ignore[has-type]  # set by Trainer
             groups = optim.parameter_groups(self.model, self.stage, self.args.weight_decay)
+            assert self.model is not None
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
@@ -58,8 +59,9 @@ class TransferTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise UsageError(
-                f"The loss is {float(loss)} at step {self.state.global_step + 1} of stage {self.stage.name!r}: try a lower "
-                "--learning_rate (a third of it), a longer --warmup_steps, or no half precision. The last checkpoint is kept."
+                f"The loss is {float(loss)} at step {self.state.global_step + 1} of stage {self.stage.name!r}: try a "
+                "lower --learning_rate (a third of it), a longer --warmup_steps, or no half precision. The last "
+                "checkpoint is kept."
             )
         return loss
 
@@ -71,7 +73,7 @@ class TransferTrainer(Trainer):
         return super().compute_loss(model, inputs, *others, **settings)
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
-        data = train_dataset if train_dataset is not None else self.train_dataset
+        data: Any = train_dataset if train_dataset is not None else self.train_dataset
         rows = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         return EpochSampler(len(data), self.args.seed, lengths=getattr(data, "lengths", None), batch_size=rows)
 

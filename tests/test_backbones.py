@@ -1,6 +1,5 @@
 """hftl.backbones on every architecture of the table: what it finds is written here by hand."""
 
-
 from __future__ import annotations
 
 import re

@@ -1,4 +1,3 @@
-
 """The built-in data and models: their content, and what is said when they cannot be had."""
 
 from __future__ import annotations

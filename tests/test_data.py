@@ -1,4 +1,3 @@
-
 """From folders, tables and built-ins to splits with one label map, and what is said about bad input."""
 
 from __future__ import annotations
@@ -118,7 +117,7 @@ def test_stray_files_are_skipped_and_counted(tmp_path):
     splits = splits_of(tmp_path, "image")
     assert splits.label_names == ["cat", "dog"]
     assert len(splits.train) + len(splits.validation) == 8
-    assert report_line(splits, "skipped:") == "skipped: 6 × hidden or system file, 2 × .txt file"  # noqa: RUF001
+    assert report_line(splits, "skipped:") == "skipped: 6 × hidden or system file, 2 × .txt file"
 
 
 def test_bad_images(tmp_path):

@@ -169,7 +169,7 @@ def _pixel_settings(processor: Any) -> tuple[tuple[int, int], Any, Any, Interpol
     size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
     settings = dict(size)
     edge = settings.get("shortest_edge")
-    height, width = (settings.get("height") or edge), (settings.get("width") or edge)
+    height, width = settings.get("height") or edge or 224, settings.get("width") or edge or 224
     names = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
     interpolation = InterpolationMode(names[int(processor.resample)])
     plain = not getattr(processor, "do_normalize", True)

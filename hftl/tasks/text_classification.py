@@ -71,8 +71,8 @@ class TextClassification(ClassificationTask):
             model.config.classifier_pooling = "mean"
             return
         say(
-            f"pooling: {type(model).__name__} has no mean pooling without custom code, so that plain transformers could "
-            "not load it; the architecture's own pooling is kept"
+            f"pooling: {type(model).__name__} has no mean pooling without custom code, so that plain transformers "
+            "could not load it; the architecture's own pooling is kept"
         )
 
     def _random_model(self, architecture: str, splits: Splits) -> PreTrainedModel:
