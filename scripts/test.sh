@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Sets up .venv if need be, then checks everything: lint, types, tests. Arguments go to pytest:
+#   bash scripts/test.sh                   everything, the slow tests included
+#   bash scripts/test.sh -m "not slow"     the quick ones
+#   bash scripts/test.sh -k lora -x
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+bash "$root/scripts/setup.sh"
+cd "$root"
+py=$root/.venv/bin/python
+
+echo "test: ruff check"
+"$py" -m ruff check .
+echo "test: ruff format"
+"$py" -m ruff format --check .
+echo "test: mypy"
+"$py" -m mypy
+echo "test: pytest"
+"$py" -m pytest "$@"

@@ -1,0 +1,41 @@
+"""Small made-up data for tests: pictures of coloured squares, sentences of made-up words."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
+
+
+def write_images(folder: Path, splits: dict[str, int], size: int = 40) -> Path:
+    """Class folders of noisy coloured squares: `splits` gives images a class for each split folder."""
+    random = np.random.default_rng(0)
+    for split, count in splits.items():
+        for name, colour in COLOURS.items():
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for index in range(count):
+                pixels = random.normal(colour, 40, (size, size, 3)).clip(0, 255).astype("uint8")
+                Image.fromarray(pixels).save(place / f"{index}.png")
+    return folder
+
+
+def write_texts(folder: Path, splits: dict[str, int]) -> Path:
+    """CSV files of sentences whose class shows in one of their words: `splits` gives rows for each file."""
+    random = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["the", "film", "was", "a", "long", "day", "with", "some", "people", "in", "it"]
+    for split, count in splits.items():
+        with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            for index in range(count):
+                label = ("bad", "good")[index % 2]
+                chosen = random.choice(words, size=int(random.integers(3, 15))).tolist()
+                chosen.insert(int(random.integers(0, len(chosen))), label)
+                writer.writerow([f"{' '.join(chosen)} {split}{index}", label])
+    return folder

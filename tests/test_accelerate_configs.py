@@ -1,0 +1,202 @@
+"""Every file of accelerate_configs/ is read by Accelerate's own loader and launcher; those for the CPU really run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+CONFIGS = Path(__file__).resolve().parent.parent / "accelerate_configs"
+LOCAL = {  # file: how the processes are distributed, how many
+    "single_gpu": (DistributedType.NO, 1),
+    "multi_gpu": (DistributedType.MULTI_GPU, 2),
+    "fsdp2": (DistributedType.FSDP, 2),
+    "deepspeed_zero2": (DistributedType.DEEPSPEED, 2),
+    "deepspeed_zero3": (DistributedType.DEEPSPEED, 2),
+    "cpu": (DistributedType.NO, 1),
+    "cpu_2_processes": (DistributedType.MULTI_GPU, 2),
+}
+EXPECTED = {**LOCAL, "multi_node": (DistributedType.MULTI_GPU, 16)}
+
+SCRIPT = """
+import torch
+from accelerate import PartialState
+
+state = PartialState(cpu=True)
+total = torch.tensor(state.process_index + 1)
+if state.num_processes > 1:
+    torch.distributed.all_reduce(total)
+print(f"rank={state.process_index} world={state.num_processes} total={total.item()}\\n", end="", flush=True)
+if state.num_processes > 1:
+    state.wait_for_everyone()
+    state.destroy_process_group()
+"""
+
+
+def config_file(name: str) -> str:
+    return str(CONFIGS / f"{name}.yaml")
+
+
+def launch_arguments(name: str, *flags: str) -> argparse.Namespace:
+    """What `accelerate launch` makes of the file, up to starting processes."""
+    args = launch_command_parser().parse_args(["--config_file", config_file(name), *flags, "script.py"])
+    return _validate_launch_command(args)[0]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what a launcher around the tests, or a user, may have set for Accelerate."""
+    dropped = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_")
+    names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"}
+    return {k: v for k, v in os.environ.items() if not k.startswith(dropped) and k not in names}
+
+
+def launch(name: str, script: Path) -> list[str]:
+    """The lines that the ranks printed, sorted; every process is gone when this returns."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config_file(name), str(script)]
+    process = subprocess.Popen(
+        command,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # the ranks too
+            process.wait(timeout=30)
+    assert process.returncode == 0, err
+    return sorted(line for line in out.splitlines() if line.startswith("rank="))
+
+
+def test_every_file_is_known():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_accelerate_loads_it(name):
+    config = load_config_from_file(config_file(name))  # raises on a key that Accelerate does not know
+    assert isinstance(config, ClusterConfig)
+    assert (config.distributed_type, config.num_processes) == EXPECTED[name]
+    assert config.use_cpu == name.startswith("cpu")
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_nested_keys_are_flags_of_the_launcher(name):
+    """Accelerate checks the names at the top of a file, and takes any name in `fsdp_config` or `deepspeed_config`."""
+    known = {action.dest for action in launch_command_parser()._actions}
+    raw = yaml.safe_load(Path(config_file(name)).read_text(encoding="utf-8"))
+    nested = {key for value in raw.values() if isinstance(value, dict) for key in value}
+    assert nested <= known
+
+
+def test_unknown_key_is_an_error(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(Path(config_file("cpu")).read_text(encoding="utf-8") + "num_procesess: 2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="num_procesess"):
+        load_config_from_file(str(path))
+
+
+@pytest.mark.parametrize("name", ["single_gpu", "cpu"])
+def test_simple_launcher(name):
+    args = launch_arguments(name)
+    assert (args.multi_gpu, args.use_fsdp, args.use_deepspeed) == (False, False, False)
+    _, env = prepare_simple_launcher_cmd_env(args)
+    assert env["ACCELERATE_USE_CPU"] == str(name == "cpu")
+    assert env["ACCELERATE_MIXED_PRECISION"] == ("no" if name == "cpu" else "bf16")
+
+
+def test_multi_gpu_launcher():
+    args = launch_arguments("multi_gpu", "--num_processes", "4")
+    env = prepare_multi_gpu_env(args)
+    assert args.multi_gpu
+    assert args.nproc_per_node == "4"
+    assert int(args.master_port) > 0  # a free port was chosen
+    assert env["ACCELERATE_MIXED_PRECISION"] == "bf16"
+
+
+def test_fsdp2_launcher():
+    args = launch_arguments("fsdp2", "--fsdp_transformer_layer_cls_to_wrap", "Block")
+    env = prepare_multi_gpu_env(args)
+    assert args.use_fsdp
+    assert not args.multi_gpu
+    assert env["FSDP_VERSION"] == "2"
+    assert env["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
+    assert env["FSDP_TRANSFORMER_CLS_TO_WRAP"] == "Block"
+    assert env["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"
+    assert env["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+
+
+def test_fsdp2_plugin_takes_it(monkeypatch):
+    """Accelerate builds its FSDP plugin from the launcher's variables without a warning about FSDP1 options."""
+    from accelerate import FullyShardedDataParallelPlugin
+
+    args = launch_arguments("fsdp2")
+    for key, value in prepare_multi_gpu_env(args).items():
+        if key.startswith("FSDP_"):
+            monkeypatch.setenv(key, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.reshard_after_forward is True
+
+
+@pytest.mark.parametrize(("name", "stage"), [("deepspeed_zero2", "2"), ("deepspeed_zero3", "3")])
+def test_deepspeed_launcher(name, stage):
+    args = launch_arguments(name)
+    args.deepspeed_fields_from_accelerate_config = ""
+    _, env = prepare_deepspeed_cmd_env(args)
+    assert args.use_deepspeed
+    assert args.nproc_per_node == "2"
+    assert env["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == stage
+    assert env["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "false"
+    # Trainer fills these in from the training arguments, and refuses a value here that differs from them.
+    assert not {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_GRADIENT_CLIPPING"} & set(env)
+    if stage == "3":
+        assert env["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true"
+
+
+def test_multi_node_launcher():
+    port = str(free_port())
+    args = launch_arguments("multi_node", "--main_process_ip", "127.0.0.1", "--main_process_port", port)
+    prepare_multi_gpu_env(args)
+    assert (args.nnodes, args.nproc_per_node, args.node_rank) == ("2", "8", 0)
+    assert args.rdzv_endpoint == f"127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_header_shows_a_command_that_uses_the_file(name):
+    text = Path(config_file(name)).read_text(encoding="utf-8")
+    assert f"accelerate launch --config_file accelerate_configs/{name}.yaml" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("cpu", ["rank=0 world=1 total=1"]),
+        ("cpu_2_processes", ["rank=0 world=2 total=3", "rank=1 world=2 total=3"]),
+    ],
+)
+def test_cpu_really_runs(tmp_path, name, lines):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    assert launch(name, script) == lines

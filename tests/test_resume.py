@@ -1,0 +1,140 @@
+"""Killed at any moment, then `--resume`: the same weights, bit for bit, as a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small_data
+import tiny_models
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A method that is lp_ft (or full), and that ends its own process at a chosen moment: `stage:step:signal`, the step
+# counted over calls of the loss in training, or `writing:N`, in the middle of the N-th checkpoint.
+METHOD = '''
+import dataclasses, os, signal
+import torch, transformers
+from hftl.losses import CrossEntropyLoss
+from hftl.methods import METHODS
+
+WHEN = os.environ.get("STOP_AT", "")
+written = 0
+write = transformers.Trainer._save_optimizer_and_scheduler
+
+def torn(self, folder):
+    global written
+    written += 1
+    if WHEN == f"writing:{written}":
+        open(os.path.join(folder, "optimizer.pt"), "wb").write(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, folder)
+
+transformers.Trainer._save_optimizer_and_scheduler = torn
+
+class Stopping(CrossEntropyLoss):
+    def __init__(self, stage):
+        super().__init__()
+        self.stage, self.calls = stage, 0
+
+    def __call__(self, outputs, labels, num_items_in_batch=None):
+        if torch.is_grad_enabled():
+            self.calls += 1
+            if WHEN.rpartition(":")[0] == f"{self.stage}:{self.calls}":
+                os.kill(os.getpid(), int(WHEN.rpartition(":")[2]))
+        return super().__call__(outputs, labels, num_items_in_batch)
+
+def stopping(model, arguments):
+    plan = METHODS[os.environ.get("INNER_METHOD", "lp_ft")](model, arguments)
+    stages = [
+        dataclasses.replace(stage, epochs=2.0, least_steps=0, loss=Stopping(index)) for index, stage in enumerate(plan.stages)
+    ]
+    return dataclasses.replace(plan, stages=tuple(stages))
+'''
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    (folder / "stopping.py").write_text(METHOD, encoding="utf-8")
+    small_data.write_images(folder / "images", {"train": 8, "val": 4})
+    small_data.write_texts(folder / "texts", {"train": 24, "dev": 8})
+    tiny_models.write_timm_folder(folder / "convnet", "tf_efficientnet_lite0", drop_path_rate=0.2)
+    tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
+    return folder
+
+
+def run(place: Path, name: str, task: str, stop_at: str = "", inner: str = "lp_ft", *flags: str) -> subprocess.CompletedProcess:
+    data, model = ("images", "convnet") if task == "image-classification" else ("texts", "bert")
+    command = [sys.executable, "-m", "hftl", "train", task, "--model", str(place / model), "--dataset", str(place / data)]
+    command += ["--method", f"{place / 'stopping.py'}:stopping", "--output_dir", str(place / name), *flags]
+    command += ["--per_device_train_batch_size=8", "--logging_steps=1", "--save_total_limit=2"]
+    environment = {**os.environ, "STOP_AT": stop_at, "INNER_METHOD": inner, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def assert_equal_weights(first: Path, second: Path) -> None:
+    a, b = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    assert a.keys() == b.keys()
+    assert [name for name in a if not a[name].equal(b[name])] == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path) -> dict[str, Path]:
+    names = {"image-classification": "image", "text-classification": "text"}
+    for task, name in names.items():
+        result = run(place, name, task)
+        assert result.returncode == 0, result.stderr
+    return {task: place / name for task, name in names.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "stop_at"),
+    [
+        ("image-classification", "0:2:9"),  # in the first epoch: there is no checkpoint yet
+        ("image-classification", "1:5:9"),  # in the second epoch of the second stage
+        ("image-classification", "writing:3"),  # while the first checkpoint of the second stage is written
+        ("text-classification", "1:4:9"),  # dropout, and rows grouped by length
+    ],
+)
+def test_killed_and_resumed(place: Path, undisturbed: dict[str, Path], task: str, stop_at: str) -> None:
+    name = f"killed-{task}-{stop_at}".replace(":", "-")
+    killed = run(place, name, task, stop_at)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (place / name / "metrics.json").exists()
+    assert not (place / name / "model.safetensors").exists()
+    resumed = run(place, name, task, "", "lp_ft", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_equal_weights(undisturbed[task], place / name)
+    assert not (place / name / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_write_a_checkpoint(place: Path, undisturbed: dict[str, Path], number: int, code: int) -> None:
+    name = f"stopped-{number}"
+    stopped = run(place, name, "text-classification", f"1:2:{int(number)}")
+    assert stopped.returncode == code
+    assert "Traceback" not in stopped.stderr
+    assert "--resume" in stopped.stderr.strip().splitlines()[-1]
+    assert list((place / name / "checkpoints").glob("2-*/checkpoint-2/model.safetensors"))  # in the middle of an epoch
+    resumed = run(place, name, "text-classification", "", "lp_ft", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_equal_weights(undisturbed["text-classification"], place / name)
+
+
+@pytest.mark.slow
+def test_lora_killed_and_resumed(place: Path) -> None:
+    whole = run(place, "lora-whole", "text-classification", "", "lora")
+    assert whole.returncode == 0, whole.stderr
+    killed = run(place, "lora-killed", "text-classification", "0:5:9", "lora")
+    assert killed.returncode == -signal.SIGKILL
+    resumed = run(place, "lora-killed", "text-classification", "", "lora", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_equal_weights(place / "lora-whole", place / "lora-killed")
