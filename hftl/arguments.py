@@ -165,9 +165,9 @@ class TextArguments(TransferArguments):
     # 256 tokens hold most reviews, and attention costs the square of it; how many rows were cut is reported.
     max_length: int = _argument(256, "Tokens a row at most; what is longer is cut and counted.")
     pooling: str = _argument(
-        "default",
-        "mean: average the token features, where the architecture has that without code of its own.",
-        choices=("default", "mean"),
+        "auto",
+        "mean: of the token features; architecture: leave it as it is; auto: what the checkpoint was trained with.",
+        choices=("auto", "mean", "architecture"),
     )
 
 
@@ -318,6 +318,8 @@ def _check_device(arguments: TransferArguments) -> None:
     """Use the CPU where nothing else is, and refuse what the hardware cannot do."""
     import torch
 
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= set(os.environ):
+        raise _separate_processes()
     if not torch.accelerator.is_available():
         if arguments.fp16:
             raise UsageError("--fp16 needs a GPU and none was found: leave it out, or try --bf16.")
@@ -351,13 +353,15 @@ def _check_ranges(arguments: TransferArguments) -> None:
         raise UsageError("--resume and --overwrite exclude each other.")
     if arguments.load_best_model_at_end and arguments.eval_strategy == "no":
         raise UsageError("--eval_strategy no leaves no best checkpoint: add --load_best_model_at_end false.")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if arguments.world_size != world_size:
-        raise UsageError(
-            f"{world_size} processes were started, but they do not see each other (this one sees {arguments.world_size}"
-            "): launch with `accelerate launch --config_file accelerate_configs/cpu_2_processes.yaml`, or another of "
-            "those files."
-        )
+    if arguments.world_size != int(os.environ.get("WORLD_SIZE", "1")):
+        raise _separate_processes()
+
+
+def _separate_processes() -> UsageError:
+    return UsageError(
+        f"{os.environ['WORLD_SIZE']} processes were started, but they do not see each other, and would train "
+        "alone, over one folder: launch with `accelerate launch --config_file accelerate_configs/FILE.yaml`."
+    )
 
 
 #: what a repeated run must not take over: where it goes, how it is started, and secrets.

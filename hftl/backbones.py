@@ -141,10 +141,13 @@ def lora_targets(model: nn.Module) -> list[str]:
     parts = structure(model)
     adapted = parts.blocks[1:] or parts.blocks
     inside = {prefix for block in adapted for prefix in block}
+    outside = _pooling_layer(model, _backbone(model))
     targets = [
         name
         for name, module in model.named_modules()
-        if _can_be_adapted(model, name, module) and any(path in inside for path in _paths(name))
+        if _can_be_adapted(model, name, module)
+        and any(path in inside for path in _paths(name))
+        and not _is_below_any(name, outside)
     ]
     if not targets:
         raise UsageError(
@@ -295,13 +298,23 @@ def _pooler(model: nn.Module, backbone: nn.Module) -> tuple[str, ...]:
     )
 
 
+def _pooling_layer(model: nn.Module, backbone: nn.Module) -> tuple[str, ...]:
+    """The name of the layer that `hftl.pooling` put behind the others, where there is one."""
+    if not getattr(getattr(model, "config", None), "mean_pooling_layer", False):
+        return ()
+    return (_layers(model, backbone)[-1],)
+
+
 def _group(model: nn.Module, backbone: nn.Module, weights: dict[str, nn.Parameter]) -> list[list[str]]:
     """The names of `weights`, all parameters but the head's, in blocks in depth order, no block empty."""
     if _is_timm(backbone):
         return _timm_blocks(_name_of(model, backbone), backbone, weights)
     layers = _layers(model, backbone)
     if layers:
-        return [block for block in _blocks_around(model, backbone, layers, weights) if block]
+        blocks = [block for block in _blocks_around(model, backbone, layers, weights) if block]
+        if _pooling_layer(model, backbone):  # it only hands on what the last real block gives
+            blocks[-2:] = [[*blocks[-2], *blocks[-1]]]
+        return blocks
     return _merge_weightless(_children_as_blocks(model, backbone, weights), weights)
 
 

@@ -93,8 +93,6 @@ def default_rates(model: nn.Module, pretrained: bool = True) -> Rates:
 
 #: about three epochs of a thousand rows
 LEAST_STEPS = 80
-#: A linear head on fixed features takes larger steps than one whose features move below it.
-FROZEN_HEAD_FACTOR = 3.0
 
 
 def _resolved_rates(model: nn.Module, arguments: TransferArguments) -> Rates:
@@ -140,8 +138,7 @@ def full(model: nn.Module, arguments: TransferArguments) -> Plan:
 
 def frozen(model: nn.Module, arguments: TransferArguments) -> Plan:
     """The head alone trains, on fixed features (linear probing). Five epochs: the problem is small and convex."""
-    default = default_rates(model).head * FROZEN_HEAD_FACTOR
-    rate = arguments.head_learning_rate or arguments.learning_rate or default
+    rate = arguments.head_learning_rate or arguments.learning_rate or default_rates(model).head
     stage = _stage(arguments, "head", backbones.head_parameters(model), rate, rate)
     stage = replace(stage, epochs=arguments.num_train_epochs or 5.0, batch_norm="frozen", layer_decay=1.0)
     return Plan(model, (stage,), {"head_learning_rate": rate})
@@ -164,13 +161,11 @@ def partial(model: nn.Module, arguments: TransferArguments) -> Plan:
 def lp_ft(model: nn.Module, arguments: TransferArguments) -> Plan:
     """First the head, then everything at half the rate (Kumar et al. 2022: a fitted head distorts features less)."""
     rates = _resolved_rates(model, arguments)
-    head_rate = arguments.head_learning_rate or rates.head * FROZEN_HEAD_FACTOR
-    first = _stage(arguments, "head", backbones.head_parameters(model), head_rate, head_rate)
+    first = _stage(arguments, "head", backbones.head_parameters(model), rates.head, rates.head)
     first = replace(first, epochs=arguments.head_epochs or 2.0, batch_norm="frozen", layer_decay=1.0)
     first = replace(first, least_steps=0 if arguments.head_epochs else LEAST_STEPS // 2)
-    second_rate = head_rate / FROZEN_HEAD_FACTOR / 2
-    second = _stage(arguments, "all", _all_parameters(model), rates.backbone / 2, second_rate)
-    settings = {"learning_rate": rates.backbone, "head_learning_rate": head_rate, "head_epochs": first.epochs}
+    second = _stage(arguments, "all", _all_parameters(model), rates.backbone / 2, rates.head / 2)
+    settings = {"learning_rate": rates.backbone, "head_learning_rate": rates.head, "head_epochs": first.epochs}
     return Plan(model, (first, second), settings)
 
 

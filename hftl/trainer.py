@@ -22,7 +22,7 @@ class TransferTrainer(Trainer):
 
     Args:
         stage: what trains, and at which rates.
-        loss: `(outputs, labels, num_items_in_batch=None) -> scalar`.
+        loss: `(outputs, labels, num_items_in_batch=None) -> scalar`; it reads `outputs["logits"]`.
         others: as `transformers.Trainer`.
     """
 
@@ -71,6 +71,15 @@ class TransferTrainer(Trainer):
             for module in self.frozen_modules:
                 module.training = False
         return super().compute_loss(model, inputs, *others, **settings)
+
+    def evaluation_loop(self, *others: Any, **settings: Any) -> Any:
+        """Trainer's, with the loss of the whole split: its own mean over processes counts the rows that pad a batch."""
+        output = super().evaluation_loop(*others, **settings)
+        logits, labels = output.predictions, output.label_ids
+        if isinstance(logits, np.ndarray) and isinstance(labels, np.ndarray):
+            loss = self.compute_loss_func({"logits": torch.from_numpy(logits)}, torch.from_numpy(labels))
+            output.metrics[f"{settings.get('metric_key_prefix', 'eval')}_loss"] = float(loss)
+        return output
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         data: Any = train_dataset if train_dataset is not None else self.train_dataset

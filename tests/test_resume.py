@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A method that is lp_ft (or full), and that ends its own process at a chosen moment: `stage:step:signal`, the step
 # counted over calls of the loss in training, or `writing:N`, in the middle of the N-th checkpoint.
-METHOD = '''
+METHOD = """
 import dataclasses, os, signal
 import torch, transformers
 from hftl.losses import CrossEntropyLoss
@@ -51,11 +51,10 @@ class Stopping(CrossEntropyLoss):
 
 def stopping(model, arguments):
     plan = METHODS[os.environ.get("INNER_METHOD", "lp_ft")](model, arguments)
-    stages = [
-        dataclasses.replace(stage, epochs=2.0, least_steps=0, loss=Stopping(index)) for index, stage in enumerate(plan.stages)
-    ]
+    short = {"epochs": 2.0, "least_steps": 0}
+    stages = [dataclasses.replace(stage, **short, loss=Stopping(index)) for index, stage in enumerate(plan.stages)]
     return dataclasses.replace(plan, stages=tuple(stages))
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +68,30 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(place: Path, name: str, task: str, stop_at: str = "", inner: str = "lp_ft", *flags: str) -> subprocess.CompletedProcess:
+def run(
+    place: Path, name: str, task: str, stop_at: str = "", inner: str = "lp_ft", *flags: str
+) -> subprocess.CompletedProcess:
     data, model = ("images", "convnet") if task == "image-classification" else ("texts", "bert")
-    command = [sys.executable, "-m", "hftl", "train", task, "--model", str(place / model), "--dataset", str(place / data)]
+    command = [
+        sys.executable,
+        "-m",
+        "hftl",
+        "train",
+        task,
+        "--model",
+        str(place / model),
+        "--dataset",
+        str(place / data),
+    ]
     command += ["--method", f"{place / 'stopping.py'}:stopping", "--output_dir", str(place / name), *flags]
     command += ["--per_device_train_batch_size=8", "--logging_steps=1", "--save_total_limit=2"]
-    environment = {**os.environ, "STOP_AT": stop_at, "INNER_METHOD": inner, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "STOP_AT": stop_at,
+        "INNER_METHOD": inner,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hftl import data, pretrained
+from hftl import data, pooling, pretrained
 from hftl.arguments import TextArguments
 from hftl.data import Splits
 from hftl.errors import UsageError
@@ -54,8 +54,11 @@ class TextClassification(ClassificationTask):
         model.config.get_text_config().pad_token_id = self.processor.pad_token_id
         model.config.pad_token_id = self.processor.pad_token_id
         self._limit_length(model)
-        if self.arguments.pooling == "mean":
-            self._pool_by_mean(model)
+        wants_mean = self.arguments.pooling == "mean"
+        if wants_mean or (
+            self.arguments.pooling == "auto" and pooling.declares_mean(source, self.arguments.model_revision)
+        ):
+            return self._pooled_by_mean(model)
         return model
 
     def _limit_length(self, model: PreTrainedModel) -> None:
@@ -66,14 +69,16 @@ class TextClassification(ClassificationTask):
         limit = min(self.arguments.max_length, positions, self.processor.model_max_length)
         self.processor.model_max_length = limit
 
-    def _pool_by_mean(self, model: PreTrainedModel) -> None:
-        if hasattr(model.config, "classifier_pooling"):  # ModernBERT
-            model.config.classifier_pooling = "mean"
-            return
+    def _pooled_by_mean(self, model: PreTrainedModel) -> PreTrainedModel:
+        pooled = pooling.pool_by_mean(model)
+        if pooled is not None:
+            say("pooling: the mean of the tokens")
+            return pooled
         say(
             f"pooling: {type(model).__name__} has no mean pooling without custom code, so that plain transformers "
             "could not load it; the architecture's own pooling is kept"
         )
+        return model
 
     def _random_model(self, architecture: str, splits: Splits) -> PreTrainedModel:
         self.processor = train_tokenizer(splits.train["text"], self.arguments.max_length)

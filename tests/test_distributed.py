@@ -1,0 +1,138 @@
+"""Two processes through the real `accelerate launch`: the same training as one process with the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small_data
+import tiny_models
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "accelerate_configs" / "cpu_2_processes.yaml"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    small_data.write_images(folder / "images", {"train": 8, "val": 3, "test": 5})
+    tiny_models.write_timm_folder(folder / "convnet", "tf_efficientnet_lite0")
+    small_data.write_texts(folder / "texts", {"train": 32, "dev": 11, "test": 13})
+    tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
+    config = json.loads((folder / "bert" / "config.json").read_text())
+    config.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    (folder / "bert" / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def launch(place: Path, processes: int, recipe: str, *flags: str, environment: dict[str, str] | None = None) -> str:
+    """The output of one recipe; every process it started is gone when this returns."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
+    command += [str(ROOT / "recipes" / recipe), *flags]
+    process = subprocess.Popen(
+        command,
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+    return output
+
+
+def losses(run: Path) -> list[float]:
+    """The training losses of a run, one a step."""
+    lines = [json.loads(line) for line in (run / "logs" / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+COMMON = ("--logging_steps=1", "--num_train_epochs=2", "--max_grad_norm=0.5")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["image", "text"])
+def test_two_processes_train_as_one(place: Path, task: str) -> None:
+    data, model, recipe = {
+        "image": ("images", "convnet", "image_classification.py"),
+        "text": ("texts", "bert", "text_classification.py"),
+    }[task]
+    flags = [f"--dataset={place / data}", f"--model={place / model}", *COMMON]
+    flags += ["--augmentation=none"] if task == "image" else []
+    launch(place, 1, recipe, *flags, f"--output_dir={task}-1", "--per_device_train_batch_size=8")
+    output = launch(place, 2, recipe, *flags, f"--output_dir={task}-2", "--per_device_train_batch_size=4")
+    one, two = place / f"{task}-1", place / f"{task}-2"
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    weights, same = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    for name, weight in weights.items():
+        assert same[name].float().sub(weight.float()).abs().max() < 1e-4, name
+    first, second = (json.loads((run / "metrics.json").read_text()) for run in (one, two))
+    for split in ("validation", "test"):
+        assert second[split]["accuracy"] == first[split]["accuracy"]  # every row counted once
+        assert second[split]["loss"] == pytest.approx(first[split]["loss"], rel=1e-4)
+    rows = (two / "predictions.csv").read_text().splitlines()
+    assert len(rows) == len((one / "predictions.csv").read_text().splitlines())
+    assert output.count("saved in:") == 1  # one set of messages
+    assert output.count("stage: all") == 1
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_see_each_other_are_an_error(place: Path) -> None:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+    }  # as MPI or Slurm may leave it
+    command = [sys.executable, str(ROOT / "recipes" / "text_classification.py"), f"--model={place / 'bert'}"]
+    command += [f"--dataset={place / 'texts'}", "--output_dir=alone"]
+    result = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert "do not see each other" in result.stderr
+    assert not (place / "alone").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_stop_and_go_on(place: Path) -> None:
+    method = place / "stopping.py"
+    method.write_text(
+        "import dataclasses, os, signal\n"
+        "from hftl.losses import CrossEntropyLoss\n"
+        "from hftl.methods import METHODS\n"
+        "import torch\n"
+        "class Stopping(CrossEntropyLoss):\n"
+        "    calls = 0\n"
+        "    def __call__(self, *values, **others):\n"
+        "        self.calls += torch.is_grad_enabled()\n"
+        "        if self.calls == 3 and os.environ.get('RANK') == os.environ.get('STOPPING_RANK'):\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        return super().__call__(*values, **others)\n"
+        "def stopping(model, arguments):\n"
+        "    plan = METHODS['full'](model, arguments)\n"
+        "    return dataclasses.replace(plan, stages=(dataclasses.replace(plan.stages[0], loss=Stopping()),))\n"
+    )
+    flags = [f"--dataset={place / 'texts'}", f"--model={place / 'bert'}", *COMMON, f"--method={method}:stopping"]
+    flags += ["--per_device_train_batch_size=4", "--output_dir=stopped-2"]
+    with pytest.raises(AssertionError, match="SIGTERM"):  # the launcher's exit code is its own
+        launch(place, 2, "text_classification.py", *flags, environment={"STOPPING_RANK": "1"})
+    assert list(place.glob("stopped-2/checkpoints/1-all/checkpoint-3/trainer_state.json"))
+    launch(place, 2, "text_classification.py", *flags, "--resume")
+    whole = [flag.replace("stopped-2", "whole-2") for flag in flags]
+    launch(place, 2, "text_classification.py", *whole)
+    resumed = load_file(place / "stopped-2" / "model.safetensors")
+    undisturbed = load_file(place / "whole-2" / "model.safetensors")
+    assert [name for name in undisturbed if not undisturbed[name].equal(resumed[name])] == []
