@@ -1,0 +1,99 @@
+"""The recipes and configurations that people start from: each runs, and so does every command shown."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+import hftl
+from hftl import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+#: the built-in data and weights, but little of them and small
+SMALL = ["--max_train_samples=24", "--max_eval_samples=20", "--num_train_epochs=1", "--dataloader_num_workers=0"]
+SMALL += ["--per_device_train_batch_size=8", "--report_to=none"]
+
+
+def small_flags(task: str) -> list[str]:
+    return [*SMALL, "--image_size=64"] if task.startswith("image") else SMALL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configuration_runs(path: Path, tmp_path: Path) -> None:
+    settings = yaml.safe_load(path.read_text())
+    flags = [*small_flags(settings["task"]), f"--output_dir={tmp_path / 'run'}"]
+    flags += ["--head_epochs=1"] if settings["method"] == "lp_ft" else []
+    cli._run(["train", "--config", str(path), *flags])
+    run = hftl.load_run(tmp_path / "run")
+    assert 0 <= run.metrics["test"]["accuracy"] <= 1
+    assert run.task.name == settings["task"]
+    assert run.task.arguments.method == settings["method"]
+
+
+def test_there_is_a_configuration_for_every_task_and_method() -> None:
+    from hftl.methods import METHODS
+    from hftl.tasks import TASKS
+
+    wanted = {f"{recipe}_{method}" for _, _, recipe in TASKS.values() for method in METHODS}
+    assert wanted == {path.stem for path in CONFIGS}
+
+
+def commands(text: str) -> list[list[str]]:
+    """The shell commands in a text that train something, continuation lines joined."""
+    joined = re.sub(r"\\\n\s*", "", text)
+    lines = re.findall(r"^[ |`]*.*?((?:accelerate launch|python|hftl train) [^`|\n]+)", joined, flags=re.MULTILINE)
+    found = [shlex.split(line, comments=True) for line in lines]
+    return [words for words in found if any("recipes/" in word or word == "train" for word in words)]
+
+
+def recipe_and_flags(words: list[str]) -> tuple[Path, list[str]]:
+    """The recipe that a command runs, and the recipe's flags."""
+    if words[:2] == ["hftl", "train"]:
+        return cli.find_recipe(words[2]), words[3:]
+    position = next(index for index, word in enumerate(words) if word.endswith(".py"))
+    return ROOT / words[position], words[position + 1 :]
+
+
+SHOWN = [
+    words
+    for text in [
+        *(ast.get_docstring(ast.parse(path.read_text())) or "" for path in RECIPES),
+        (ROOT / "README.md").read_text(),
+    ]
+    for words in commands(text)
+    if "…" not in words and "NEW" not in words and "my_recipe.py" not in words
+]
+
+
+def test_commands_are_found() -> None:
+    assert len(SHOWN) >= 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", SHOWN, ids=" ".join)
+def test_shown_command_works(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    path, flags = recipe_and_flags(words)
+    assert path.is_file()
+    text = path.read_text()
+    if "builtin:" not in " ".join(flags) and "--config" not in flags:
+        # A model of the Hub, or data of the reader's: what can be checked here is that the flags are right.
+        hftl.parse(hftl.ImageArguments if "ImageArguments" in text else hftl.TextArguments, flags)
+        return
+    small = small_flags("image" if "ImageArguments" in text else "text")
+    run = cli.run_recipe(path, [*flags, *small, f"--output_dir={tmp_path / 'run'}"])
+    assert (run.folder / "metrics.json").is_file()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_short(path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    assert len(lines) <= 60

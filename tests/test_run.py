@@ -1,0 +1,195 @@
+"""A finished run: what is in its folder, what plain libraries make of it, and what can be done with it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_data
+import tiny_models
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, pipeline
+
+import hftl
+from hftl import cli
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    small_data.write_images(folder / "images", {"train": 6, "val": 3, "test": 3})
+    small_data.write_texts(folder / "texts", {"train": 24, "dev": 8, "test": 8})
+    tiny_models.write_timm_folder(folder / "convnet", "tf_efficientnet_lite0")
+    tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image_run(place: Path) -> hftl.Run:
+    return hftl.finetune(
+        "image-classification",
+        model=place / "convnet",
+        dataset=place / "images",
+        method="full",
+        horizontal_flip=False,
+        num_train_epochs=1,
+        output_dir=place / "image",
+    )
+
+
+@pytest.fixture(scope="module")
+def lora_run(place: Path) -> hftl.Run:
+    return hftl.finetune(
+        task="text-classification",
+        model=place / "bert",
+        dataset=place / "texts",
+        method="lora",
+        lora_r=4,
+        num_train_epochs=2,
+        learning_rate=1e-2,
+        output_dir=place / "lora",
+    )
+
+
+def pictures(place: Path) -> list[Path]:
+    return sorted((place / "images" / "test").glob("*/*.png"))
+
+
+def test_folder_is_whole(place: Path, image_run: hftl.Run) -> None:
+    names = {path.name for path in image_run.folder.iterdir()}
+    assert names == {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+        "recipe.yaml",
+        "metrics.json",
+        "predictions.csv",
+        "logs",
+    }
+    metrics = json.loads((image_run.folder / "metrics.json").read_text())
+    wanted = {"seconds", "samples_per_second", "peak_memory_mb", "trainable_parameters", "total_parameters"}
+    assert wanted <= metrics["train"].keys()
+    assert {"accuracy", "f1_macro", "loss"} <= metrics["validation"].keys() & metrics["test"].keys()
+    with (image_run.folder / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 9
+    assert rows[0].keys() == {"id", "label", "prediction", *(f"probability_{name}" for name in small_data.COLOURS)}
+    accuracy = np.mean([row["label"] == row["prediction"] for row in rows])
+    assert accuracy == pytest.approx(metrics["test"]["accuracy"])
+    assert list((image_run.folder / "logs").glob("events.out.tfevents*"))
+
+
+def test_plain_transformers_and_timm_agree(place: Path, image_run: hftl.Run) -> None:
+    import timm
+    from timm.data import create_transform, resolve_data_config
+
+    classify = pipeline("image-classification", str(image_run.folder))
+    network = timm.create_model(f"local-dir:{image_run.folder}", pretrained=True).eval()
+    transform = create_transform(**resolve_data_config({}, model=network))
+    mine = image_run.predict([str(path) for path in pictures(place)])
+    for path, prediction in zip(pictures(place), mine, strict=True):
+        theirs = {entry["label"]: entry["score"] for entry in classify(str(path))}
+        assert prediction.probabilities == pytest.approx(theirs, abs=1e-4)
+        with torch.inference_mode():
+            timms = network(transform(Image.open(path).convert("RGB"))[None]).softmax(-1)[0]
+        assert list(prediction.probabilities.values()) == pytest.approx(timms.tolist(), abs=1e-4)
+
+
+def test_adapter_and_merged_model_agree(place: Path, lora_run: hftl.Run) -> None:
+    from peft import PeftModel
+
+    torch.manual_seed(1)
+    base = AutoModelForSequenceClassification.from_pretrained(place / "bert", num_labels=2)
+    adapted = PeftModel.from_pretrained(base, lora_run.folder / "adapter").eval()
+    texts = ["the film was good", "a long bad day with some people"]
+    encoded = lora_run.task.processor(texts, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        expected = adapted(**encoded).logits.softmax(-1)
+    assert json.loads((lora_run.folder / "adapter" / "config.json").read_text())["id2label"] == {
+        "0": "bad",
+        "1": "good",
+    }
+    mine = lora_run.predict(texts)
+    assert [list(entry.probabilities.values()) for entry in mine] == [
+        pytest.approx(row, abs=1e-4) for row in expected.tolist()
+    ]
+    theirs = pipeline("text-classification", str(lora_run.folder), top_k=None)(texts)
+    for prediction, entries in zip(mine, theirs, strict=True):
+        assert prediction.probabilities == pytest.approx(
+            {entry["label"]: entry["score"] for entry in entries}, abs=1e-4
+        )
+
+
+def test_predict_takes_paths_folders_pictures_and_arrays(place: Path, image_run: hftl.Run) -> None:
+    paths = pictures(place)
+    from_paths = image_run.predict(paths)
+    from_folder = image_run.predict(place / "images" / "test")
+    from_pictures = image_run.predict([Image.open(path) for path in paths], batch_size=2)
+    from_arrays = image_run.predict([np.asarray(Image.open(path)) for path in paths])
+    expected = [entry.probability for entry in from_paths]
+    for other in (from_folder, from_pictures, from_arrays):
+        assert [entry.probability for entry in other] == pytest.approx(expected, abs=1e-5)
+    assert image_run.predict([]) == []
+
+
+def test_evaluate_gives_the_metrics_of_training(place: Path, image_run: hftl.Run, lora_run: hftl.Run) -> None:
+    for run, data in ((hftl.load_run(image_run.folder), "images"), (hftl.load_run(lora_run.folder), "texts")):
+        for split, name in (("test", "test"), ("validation", "val" if data == "images" else "dev")):
+            scores = run.evaluate(str(place / data), split=name)
+            assert scores["accuracy"] == pytest.approx(run.metrics[split]["accuracy"])
+            assert scores["loss"] == pytest.approx(run.metrics[split]["loss"], rel=1e-4)
+
+
+def test_predict_command_writes_a_table(place: Path, lora_run: hftl.Run, capsys: pytest.CaptureFixture[str]) -> None:
+    output = place / "out.csv"
+    cli._run(["predict", str(lora_run.folder), str(place / "texts" / "test.csv"), "--output", str(output)])
+    with output.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    assert {row["prediction"] for row in rows} <= {"bad", "good"}
+    capsys.readouterr()
+    cli._run(["predict", str(lora_run.folder), "the film was good"])
+    assert capsys.readouterr().out.splitlines()[0] == "id,prediction,probability_bad,probability_good"
+    cli._run(["evaluate", str(lora_run.folder), "--dataset", str(place / "texts")])
+    assert f"{lora_run.metrics['test']['accuracy']:.4f}" in capsys.readouterr().out
+
+
+def test_recipe_file_repeats_the_run(place: Path, lora_run: hftl.Run) -> None:
+    cli._run(["train", "--config", str(lora_run.folder / "recipe.yaml"), "--output_dir", str(place / "again")])
+    first, second = (load_file(place / name / "model.safetensors") for name in ("lora", "again"))
+    assert [name for name in first if not first[name].equal(second[name])] == []
+    assert (place / "again" / "recipe.yaml").read_text() == (lora_run.folder / "recipe.yaml").read_text()
+
+
+def test_card_has_what_the_hub_reads(image_run: hftl.Run) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(image_run.folder / "README.md")
+    assert card.data.pipeline_tag == "image-classification"
+    assert card.data.eval_results[0].metric_value == pytest.approx(image_run.metrics["test"]["accuracy"], abs=1e-4)
+    assert str(image_run.folder.parent) not in card.content
+
+
+def test_ls_cp_version_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli._run(["ls"])
+    assert "image_classification" in capsys.readouterr().out
+    cli._run(["cp", "image_classification", str(tmp_path / "my.py")])
+    assert "def main" in (tmp_path / "my.py").read_text()
+    cli._run(["cp", "configs/text_classification_lora.yaml", str(tmp_path)])
+    assert (tmp_path / "text_classification_lora.yaml").is_file()
+    capsys.readouterr()
+    cli._run(["--version"])
+    assert capsys.readouterr().out == f"hftl {hftl.__version__}\n"
+
+
+def test_help_imports_no_torch() -> None:
+    check = "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    code = f"import sys\nfrom hftl.cli import _run\n_run(['--help'])\n{check}"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=30)
