@@ -54,8 +54,11 @@ def check_output_folder(arguments: TransferArguments) -> None:
     if arguments.output_dir is None:
         arguments.output_dir = default_output_dir(arguments)
     folder = Path(arguments.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output_dir {str(folder)!r} is a file: name a folder.")
+    existing = _existing(folder)
+    if not existing.is_dir():
+        raise UsageError(f"--output_dir {str(folder)!r}: {str(existing)!r} is a file: name another folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"--output_dir {str(folder)!r}: writing into {str(existing)!r} is not allowed.")
     interrupted = (folder / CHECKPOINTS / RECIPE).is_file()
     if arguments.resume:
         if not interrupted:
@@ -74,11 +77,16 @@ def check_output_folder(arguments: TransferArguments) -> None:
         )
 
 
+def _existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
 def _check_same_settings(path: Path, arguments: TransferArguments) -> None:
     before = read_yaml(path)
     now = json.loads(json.dumps(to_recipe(arguments)))
     changed = [
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        f"{name} was {_shown(before.get(name))}, is {_shown(now.get(name))}"
         for name in sorted((set(before) | set(now)) - _FREE_ON_RESUME)
         if before.get(name) != now.get(name)
     ]
@@ -87,6 +95,10 @@ def _check_same_settings(path: Path, arguments: TransferArguments) -> None:
             f"--resume needs the settings of the interrupted run: {'; '.join(changed)}. Use those, or start anew with "
             "--overwrite."
         )
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else repr(value)
 
 
 def start_folder(arguments: TransferArguments, requested: dict[str, Any]) -> Path:
@@ -159,8 +171,7 @@ def check_space(folder: Path, needed: int) -> None:
     Raises:
         UsageError: less than `needed` bytes are free on the disk of `folder`.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(_existing(folder)).free
     if free < needed:
         raise UsageError(
             f"No space for the run in {str(folder)!r}: its checkpoints and model need about {needed / 1e6:,.0f} MB and "
