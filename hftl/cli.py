@@ -193,7 +193,7 @@ def _write_predictions(predictions: list[Any], label_names: list[str], output: s
     import csv
     import io
 
-    from hftl.folder import write_text
+    from hftl.folder import explained_disk_errors, write_text
 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -203,7 +203,8 @@ def _write_predictions(predictions: list[Any], label_names: list[str], output: s
     if output is None:
         print(text.getvalue(), end="")
         return
-    write_text(Path(output), text.getvalue())
+    with explained_disk_errors(Path(output).parent):
+        write_text(Path(output), text.getvalue())
     print(f"{len(predictions):,} predictions written to {output}")
 
 

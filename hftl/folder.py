@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,21 +113,33 @@ def start_folder(arguments: TransferArguments, requested: dict[str, Any]) -> Pat
     if arguments.overwrite and folder.exists():
         shutil.rmtree(folder)
     shutil.rmtree(folder / PARTIAL, ignore_errors=True)
-    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    (folder / LOGS).mkdir(exist_ok=True)
-    write_text(folder / CHECKPOINTS / RECIPE, yaml.safe_dump(requested, sort_keys=False, allow_unicode=True))
+    try:
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        (folder / LOGS).mkdir(exist_ok=True)
+        write_text(folder / CHECKPOINTS / RECIPE, yaml.safe_dump(requested, sort_keys=False, allow_unicode=True))
+    except OSError:
+        discard_start(folder)
+        raise
     return folder
+
+
+def discard_start(folder: Path) -> None:
+    """Remove what a run that failed has begun, unless there is a checkpoint or an earlier stage to go on from."""
+    if is_main_process() and not any((folder / CHECKPOINTS).glob("*/*")):
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        shutil.rmtree(folder / LOGS, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty, or not there
+            folder.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file beside its place and rename it, so that it is there whole or not at all."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with explained_disk_errors(path.parent):
-        try:
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -188,9 +201,16 @@ _DISK_ERRORS = {
 }
 
 
+#: torch's zip writer only says that it wrote less than it wanted, or stands elsewhere
+_TORCH_ERRORS = ("PytorchStreamWriter failed writing", "unexpected pos")
+
+
 @contextlib.contextmanager
 def explained_disk_errors(folder: Path) -> Iterator[None]:
     """Turn a failed write, whichever library met it, into one clear error."""
+    hook = threading.excepthook
+    # The writer thread of TensorBoard would print a traceback, and its error comes up again in the main thread.
+    threading.excepthook = lambda failed: None if _disk_error(failed.exc_value) else hook(failed)
     try:
         yield
     except UsageError:
@@ -199,17 +219,19 @@ def explained_disk_errors(folder: Path) -> Iterator[None]:
         reason = _disk_error(error)
         if reason is None:
             raise
+        resume = " with --resume added" if (folder / CHECKPOINTS / RECIPE).is_file() else ""
         raise UsageError(
-            f"Cannot write to {str(folder)!r}: {reason}. Make room, then repeat the command with --resume added."
+            f"Cannot write to {str(folder)!r}: {reason}. Make room, then repeat the command{resume}."
         ) from error
+    finally:
+        threading.excepthook = hook
 
 
-def _disk_error(error: BaseException) -> str | None:
+def _disk_error(error: BaseException | None) -> str | None:
     """What a disk error means; safetensors and torch report it in the text of an error of their own."""
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return _DISK_ERRORS[error.errno]
     for number, reason in _DISK_ERRORS.items():
         if os.strerror(number) in str(error):
             return reason
-    # torch's zip writer only says that it wrote less than it wanted.
-    return "the disk is full" if "PytorchStreamWriter failed writing" in str(error) else None
+    return "the disk is full" if any(text in str(error) for text in _TORCH_ERRORS) else None

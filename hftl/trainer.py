@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hftl import backbones, optim
+from hftl import backbones, folder, optim
 from hftl.errors import UsageError
 from hftl.methods import Stage
 
@@ -58,11 +59,8 @@ class TransferTrainer(Trainer):
             torch.manual_seed(self.args.seed + 1_000_003 * self.state.global_step + self.args.process_index)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            raise UsageError(
-                f"The loss is {float(loss)} at step {self.state.global_step + 1} of stage {self.stage.name!r}: try a "
-                "lower --learning_rate (a third of it), a longer --warmup_steps, or no half precision. The last "
-                "checkpoint is kept."
-            )
+            what = f"The loss is {float(loss)} at step {self.state.global_step + 1} of stage {self.stage.name!r}"
+            raise diverged(what, self.args.output_dir)
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: Any, *others: Any, **settings: Any) -> Any:
@@ -91,6 +89,15 @@ class TransferTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing, see `_save_rng_state`."""
+
+
+def diverged(what: str, place: str | None) -> UsageError:
+    """The error for a training that left the finite numbers, with what can be done; `place` holds the checkpoints."""
+    kept = folder.last_checkpoint(Path(str(place)))
+    note = f" The last good checkpoint is kept: {kept}." if kept else ""
+    return UsageError(
+        f"{what}: try a lower --learning_rate (a third of it), a longer --warmup_steps, or no half precision.{note}"
+    )
 
 
 class _EpochOfData(TrainerCallback):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
-import json
 import os
 import resource
 import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections import namedtuple
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -477,6 +477,12 @@ def arguments_of(command: str, world: SimpleNamespace) -> list[str]:
     return shlex.split(command.format(**world.names))
 
 
+def exit_code(argv: list[str]) -> object:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    return caught.value.code
+
+
 def check_message(text: str, words: tuple[str, ...]) -> None:
     lines = text.splitlines()
     assert len(lines) == 1, text
@@ -488,13 +494,12 @@ def check_message(text: str, words: tuple[str, ...]) -> None:
 
 @pytest.fixture(scope="module")
 def interrupted(world):
-    """A run that a loss of NaN stopped in its second epoch: its error and the files that it had at that time."""
+    """The error of a run that a loss of NaN stopped in its second epoch; its folder is `interrupted` of the world."""
     argv = [*shlex.split(world.names["stopped"]), "--output_dir", str(world.names["interrupted"])]
     stderr = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
-        patch.setattr(sys, "stderr", stderr)
-        cli.main(argv)
-    return SimpleNamespace(code=caught.value.code, message=stderr.getvalue())
+    with contextlib.redirect_stderr(stderr):
+        assert exit_code(argv) == 2
+    return stderr.getvalue()
 
 
 @pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.name)
@@ -505,12 +510,11 @@ def test_one_line_and_nothing_left(bad, world, interrupted, tmp_path, monkeypatc
     argv = arguments_of(bad.command, world)
     before = everything_in(tmp_path, world.folder)
     capsys.readouterr()
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+    with monkeypatch.context() as patch:
         if bad.patch is not None:
             bad.patch(patch)
-        cli.main(argv)
+        assert exit_code(argv) == 2
     output = capsys.readouterr()
-    assert caught.value.code == 2
     check_message(output.err, bad.words)
     assert "Traceback" not in output.out
     assert everything_in(tmp_path, world.folder) == before
@@ -519,3 +523,96 @@ def test_one_line_and_nothing_left(bad, world, interrupted, tmp_path, monkeypatc
 def test_names_are_unique():
     names = [bad.name for bad in TABLE]
     assert sorted(set(names)) == sorted(names)
+
+
+# ---- training that goes wrong ---------------------------------------------------------------------------------------
+
+
+def test_loss_of_nan_keeps_the_last_good_checkpoint(world, interrupted):
+    folder = world.names["interrupted"]
+    checkpoint = folder / "checkpoints" / "1-all" / "checkpoint-4"
+    check_message(interrupted, ("loss is nan at step 7 of stage 'all'", "lower --learning_rate", str(checkpoint)))
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["checkpoint-4"]
+    weights = load_file(checkpoint / "model.safetensors")
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    assert not (folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [(2, ("loss is nan at step", "--learning_rate")), (100, ("outputs are no finite numbers", "--learning_rate"))],
+)
+def test_divergence_in_the_first_epoch_leaves_nothing(batch, words, world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    far = f"--learning_rate 1e30 --warmup_steps 0 --num_train_epochs 1 --per_device_train_batch_size {batch}"
+    assert exit_code(arguments_of(f"{TEXT} {far}", world)) == 2
+    check_message(capsys.readouterr().err, words)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- the real program -----------------------------------------------------------------------------------------------
+
+
+def program(command: str, world: SimpleNamespace, folder: Path, most: int | None = None, **environment: str):
+    """`python -m hftl` in a folder of its own; no file may grow beyond `most` bytes."""
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    limit = None if most is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    argv = [sys.executable, "-m", "hftl", *arguments_of(command, world)]
+    return subprocess.run(argv, cwd=folder, env=settings, preexec_fn=limit, capture_output=True, text=True, timeout=120)
+
+
+REAL = [
+    Bad("unknown command", "trian", ("Unknown command 'trian'", "Did you mean 'train'")),
+    Bad("unknown flag", f"{TEXT} --learning_rat 1e-4", ("Unknown flag --learning_rat", "'learning_rate'")),
+    Bad("offline with a Hub id", with_model("google/bert"), ("'google/bert'", "the Hub cannot be reached")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bad", REAL, ids=lambda bad: bad.name)
+def test_the_program_itself(bad, world, tmp_path):
+    done = program(bad.command, world, tmp_path, HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
+    check_message(done.stderr, bad.words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model", "dataset"])
+def test_a_hub_that_refuses_is_asked_once(name, world, tmp_path):
+    command = with_model("google/bert") if name == "model" else on_text("user/data")
+    done = program(command, world, tmp_path, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 2
+    check_message(
+        done.stderr, ("'google/bert'", "the Hub cannot be reached") if name == "model" else ("'user/data'", "Hub")
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [2_000, 30_000, 60_000], ids=["log", "model", "optimizer"])
+def test_a_disk_that_fills_up_while_writing(most, world, tmp_path, monkeypatch, capsys):
+    """TensorBoard's log, a checkpoint's model (43 kB) and its optimizer (90 kB) are each written by another library."""
+    command = f"{TEXT} --num_train_epochs 2"
+    done = program(command, world, tmp_path, most)
+    assert done.returncode == 2
+    check_message(done.stderr, ("Cannot write to 'out'", "Make room", "--resume"))
+    monkeypatch.chdir(tmp_path)
+    cli.main(arguments_of(f"{command} --resume", world))
+    assert (tmp_path / "out" / "metrics.json").is_file()
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_disk_that_is_full_from_the_start(world, tmp_path, monkeypatch, capsys):
+    def full(self, *arguments, **settings):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        assert exit_code(arguments_of(TEXT, world)) == 2
+        check_message(capsys.readouterr().err, ("Cannot write to 'out'", "the disk is full", "repeat the command."))
+        assert list(tmp_path.iterdir()) == []
+        assert exit_code(arguments_of("predict {run} fine --output o.csv", world)) == 2
+        check_message(capsys.readouterr().err, ("Cannot write to '.'", "the disk is full", "repeat the command."))
+    assert list(tmp_path.iterdir()) == []
