@@ -221,7 +221,7 @@ def parse(
             raise UsageError(f"Unexpected argument {rest[0]!r}: a value belongs behind a flag such as --dataset.")
         keys = {item.name for item in dataclasses.fields(arguments_class) if item.init}
         arguments = arguments_class(**{key: value for key, value in vars(namespace).items() if key in keys})
-    except (ValueError, argparse.ArgumentError) as error:  # TrainingArguments' own checks
+    except (ValueError, ImportError, argparse.ArgumentError) as error:  # TrainingArguments' own checks
         raise UsageError(_with_flag(" ".join(str(error).split()), vars(namespace), given)) from error
     object.__setattr__(arguments, "given", frozenset(given))
     expected = arguments_class.__dataclass_fields__["task"].default
@@ -359,6 +359,10 @@ def _check_ranges(arguments: TransferArguments) -> None:
         value = getattr(arguments, name, None)
         if value is not None and not value > 0:
             raise UsageError(f"--{name} must be above 0, not {value}.")
+    if not 0 <= arguments.seed < 2**32:
+        raise UsageError(f"--seed must lie between 0 and {2**32 - 1}, not {arguments.seed}.")
+    if arguments.lora_dropout is not None and not 0 <= arguments.lora_dropout < 1:
+        raise UsageError(f"--lora_dropout must lie between 0 and 1, not {arguments.lora_dropout}.")
     if not 0 < arguments.validation_fraction < 1:
         raise UsageError(f"--validation_fraction must lie between 0 and 1, not {arguments.validation_fraction}.")
     if arguments.layer_decay is not None and not 0 < arguments.layer_decay <= 1:
@@ -367,6 +371,10 @@ def _check_ranges(arguments: TransferArguments) -> None:
         raise UsageError(f"--label_smoothing_factor must lie between 0 and 1, not {arguments.label_smoothing_factor}.")
     if arguments.push_to_hub and arguments.hub_strategy != "end":
         raise UsageError("--hub_strategy must be end: the finished run is pushed in one commit.")
+    if arguments.resume_from_checkpoint:
+        raise UsageError("--resume_from_checkpoint is not used: --resume finds the checkpoint in --output_dir.")
+    if arguments.early_stopping_patience and arguments.eval_strategy == "no":
+        raise UsageError("--early_stopping_patience needs evaluations: --eval_strategy epoch, or steps.")
     if arguments.resume and arguments.overwrite:
         raise UsageError("--resume and --overwrite exclude each other.")
     _check_trackers(arguments)

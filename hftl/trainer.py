@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,8 @@ class TransferTrainer(Trainer):
             parameter.requires_grad_(name in stage.trainable)
         self.frozen_modules = frozen_modules(model, stage)
         self.seeded_step = -1
-        super().__init__(model=model, args=args, compute_loss_func=loss, **others)
+        with _explained_settings():
+            super().__init__(model=model, args=args, compute_loss_func=loss, **others)
         self.model_accepts_loss_kwargs = False  # the loss is ours: forward has no use for the number of rows
         if self.train_dataset is not None:
             self.add_callback(_EpochOfData(self))
@@ -44,8 +46,9 @@ class TransferTrainer(Trainer):
         if self.optimizer is None:  # type: ignore[has-type]  # set by Trainer
             groups = optim.parameter_groups(self.model, self.stage, self.args.weight_decay)
             assert self.model is not None
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = optimizer_class(groups, **settings)
+            with _explained_settings():
+                optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+                self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -89,6 +92,15 @@ class TransferTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing, see `_save_rng_state`."""
+
+
+@contextlib.contextmanager
+def _explained_settings() -> Iterator[None]:
+    """Turn what Trainer and the optimizers raise for settings that they do not take into one clear error."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"These settings cannot be used: {' '.join(str(error).split())}") from error
 
 
 def diverged(what: str, place: str | None) -> UsageError:
