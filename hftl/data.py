@@ -617,6 +617,9 @@ def _resolve_columns(
         if name not in names:
             near = did_you_mean(name, names)
             raise UsageError(f"--{role}_column {name!r}: {rows.origin} has no such column.{near} {_listed(names)}")
+    twice = [name for name, count in Counter(columns.values()).items() if count > 1]
+    if twice:
+        raise UsageError(f"the column {twice[0]!r} is named twice: {', '.join(f'--{role}_column' for role in columns)}")
     given = set(columns)
 
     def free() -> list[str]:

@@ -323,6 +323,8 @@ def load_file(path: Path, what: str) -> Any:
 
 
 def _load_module(name: str, flag: str) -> Any:
+    if not name or name.startswith("."):
+        raise UsageError(f"{flag}: name the function as package.module:function or file.py:function.")
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -185,6 +185,7 @@ FLAGS = [
     ),
     Bad("checkpoint of Trainer's", f"{TEXT} --resume_from_checkpoint old", ("--resume_from_checkpoint", "--resume")),
     Bad("resume and overwrite", f"{TEXT} --resume --overwrite", ("--resume", "--overwrite")),
+    Bad("image below a patch", f"{IMAGE} --image_size 7", ("--image_size 7", "one patch", "8 pixels")),
     Bad("no data", "train text-classification --model {bert}", ("--dataset is missing",)),
     Bad("no model", "train text-classification --dataset {table}", ("--model is missing", "builtin:NAME")),
 ]
@@ -215,6 +216,7 @@ METHODS = [
         ("broken.py", "line 1"),
         {"broken.py": "def my_method(\n"},
     ),
+    Bad("method of no module", f"{TEXT} --method :f", ("--method", "file.py:function")),
     Bad("no method module", f"{TEXT} --method no_such.module:f", ("no module 'no_such.module'",)),
     Bad("method module without the function", f"{TEXT} --method json:dumpz", ("'dumpz'", "Did you mean 'dump")),
     Bad("method without a plan", f"{TEXT} --method my.py:my_method", ("return a Plan, not int",), {"my.py": METHOD}),
@@ -277,6 +279,11 @@ DATA = [
         on_text("t.csv --label_column sentment"),
         ("--label_column 'sentment'", "t.csv", "Did you mean 'sentiment'"),
         {"t.csv": table(header="text,sentiment")},
+    ),
+    Bad(
+        "one column for two roles",
+        f"{TEXT} --text_column label --label_column label",
+        ("'label' is named twice", "--text_column", "--label_column"),
     ),
     Bad("no column to guess", on_text("t.csv"), ("t.csv", "--text_column NAME"), {"t.csv": "k,l,m\n1,2,3\n"}),
     Bad(
