@@ -89,6 +89,10 @@ def offline(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
+def started_apart(patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("WORLD_SIZE", "2")
+
+
 def half_precision_launched(patch: pytest.MonkeyPatch) -> None:
     no_gpu(patch)
     patch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
@@ -364,6 +368,7 @@ FOLDERS = [
     Bad("tf32 without a GPU", f"{TEXT} --tf32 true", ("--tf32 needs an NVIDIA GPU",), patch=no_gpu),
     Bad("bf16 on an old GPU", f"{TEXT} --bf16", ("--bf16 is not supported", "--fp16"), patch=old_gpu),
     Bad("fp16 of the launcher", TEXT, ("fp16", "needs a GPU"), patch=half_precision_launched),
+    Bad("processes started apart", TEXT, ("2 processes", "accelerate launch"), patch=started_apart),
     Bad("unknown metric", f"{TEXT} --metrics ./no_metric", ("Metric './no_metric'", "accuracy", "evaluate.load")),
     Bad(
         "unknown best metric",
@@ -420,7 +425,7 @@ class Loss:
     calls = 0
 
     def __call__(self, outputs, labels, num_items_in_batch=None):
-        self.calls += torch.is_grad_enabled()
+        self.calls += outputs["logits"].requires_grad
         loss = torch.nn.functional.cross_entropy(outputs["logits"], labels)
         return loss * float("nan") if self.calls > 6 else loss
 
