@@ -128,6 +128,8 @@ class TransferArguments(TrainingArguments):
         _check_device(self)
         metric: str | None = self.metric_for_best_model  # type: ignore[has-type]  # a field of TrainingArguments
         folder = self.output_dir
+        if self.load_best_model_at_end and self.eval_strategy == "no":
+            raise UsageError("--eval_strategy no leaves no best checkpoint: add --load_best_model_at_end false.")
         super().__post_init__()
         self.metric_for_best_model, self.output_dir = metric, folder  # Trainer's choices would be loss, trainer_output
         if metric is None:
@@ -208,7 +210,7 @@ def parse(
     path, tokens = _take_config(tokens)
     names = flag_names(arguments_class)
     if path is not None:
-        tokens = _config_tokens(Path(path), names) + tokens
+        tokens = _config_tokens(Path(path), names, _list_fields(arguments_class)) + tokens
     given = _check_names(tokens, names)
     parser = _Parser(arguments_class, description=description, allow_abbrev=False)
     for action in parser._actions:  # a second spelling with hyphens doubles the length of --help
@@ -219,13 +221,20 @@ def parse(
             raise UsageError(f"Unexpected argument {rest[0]!r}: a value belongs behind a flag such as --dataset.")
         keys = {item.name for item in dataclasses.fields(arguments_class) if item.init}
         arguments = arguments_class(**{key: value for key, value in vars(namespace).items() if key in keys})
-    except (ValueError, argparse.ArgumentError) as error:  # TrainingArguments' own checks
-        raise UsageError(" ".join(str(error).split())) from error
+    except (ValueError, ImportError, argparse.ArgumentError) as error:  # TrainingArguments' own checks
+        raise UsageError(_with_flag(" ".join(str(error).split()), vars(namespace), given)) from error
     object.__setattr__(arguments, "given", frozenset(given))
     expected = arguments_class.__dataclass_fields__["task"].default
     if arguments.task != expected and expected:
         raise UsageError(f"These settings are for the task {arguments.task!r}, but this recipe is for {expected!r}.")
     return arguments
+
+
+def _with_flag(message: str, values: dict[str, Any], given: set[str]) -> str:
+    """The enumerations of transformers complain of a value without the flag that it came from."""
+    value, found, _ = message.partition(" is not a valid ")
+    flags = [name for name in sorted(given) if str(values.get(name)) == value]
+    return f"--{flags[0]}: {message}" if found and flags else message
 
 
 def quiet_libraries() -> None:
@@ -277,12 +286,19 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _config_tokens(path: Path, names: dict[str, str]) -> list[str]:
+def _list_fields(arguments_class: type) -> set[str]:
+    """The fields that take several values."""
+    return {item.name for item in dataclasses.fields(arguments_class) if "list" in str(item.type)}
+
+
+def _config_tokens(path: Path, names: dict[str, str], lists: set[str]) -> list[str]:
     """A YAML mapping as command-line tokens, so that types and choices are checked alike in both."""
     tokens = []
     for key, value in read_yaml(path).items():
         if str(key) not in names:
             raise UsageError(f"Unknown key {key!r} in {str(path)!r}.{did_you_mean(str(key), names)}")
+        if isinstance(value, list) and names[key] not in lists:
+            raise UsageError(f"Key {key!r} in {str(path)!r} takes one value, not a list.")
         tokens += argument_tokens(names[key], value)
     return tokens
 
@@ -321,6 +337,8 @@ def _check_device(arguments: TransferArguments) -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1" and not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= set(os.environ):
         raise _separate_processes()
     if not torch.accelerator.is_available():
+        if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16" and not arguments.bf16:
+            raise UsageError("The launcher asks for fp16, which needs a GPU, and none was found: use bf16, or no.")
         if arguments.fp16:
             raise UsageError("--fp16 needs a GPU and none was found: leave it out, or try --bf16.")
         if arguments.tf32:
@@ -341,6 +359,10 @@ def _check_ranges(arguments: TransferArguments) -> None:
         value = getattr(arguments, name, None)
         if value is not None and not value > 0:
             raise UsageError(f"--{name} must be above 0, not {value}.")
+    if not 0 <= arguments.seed < 2**32:
+        raise UsageError(f"--seed must lie between 0 and {2**32 - 1}, not {arguments.seed}.")
+    if arguments.lora_dropout is not None and not 0 <= arguments.lora_dropout < 1:
+        raise UsageError(f"--lora_dropout must lie between 0 and 1, not {arguments.lora_dropout}.")
     if not 0 < arguments.validation_fraction < 1:
         raise UsageError(f"--validation_fraction must lie between 0 and 1, not {arguments.validation_fraction}.")
     if arguments.layer_decay is not None and not 0 < arguments.layer_decay <= 1:
@@ -349,10 +371,13 @@ def _check_ranges(arguments: TransferArguments) -> None:
         raise UsageError(f"--label_smoothing_factor must lie between 0 and 1, not {arguments.label_smoothing_factor}.")
     if arguments.push_to_hub and arguments.hub_strategy != "end":
         raise UsageError("--hub_strategy must be end: the finished run is pushed in one commit.")
+    if arguments.resume_from_checkpoint:
+        raise UsageError("--resume_from_checkpoint is not used: --resume finds the checkpoint in --output_dir.")
+    if arguments.early_stopping_patience and arguments.eval_strategy == "no":
+        raise UsageError("--early_stopping_patience needs evaluations: --eval_strategy epoch, or steps.")
     if arguments.resume and arguments.overwrite:
         raise UsageError("--resume and --overwrite exclude each other.")
-    if arguments.load_best_model_at_end and arguments.eval_strategy == "no":
-        raise UsageError("--eval_strategy no leaves no best checkpoint: add --load_best_model_at_end false.")
+    _check_trackers(arguments)
     if arguments.world_size != int(os.environ.get("WORLD_SIZE", "1")):
         raise _separate_processes()
 
@@ -362,6 +387,20 @@ def _separate_processes() -> UsageError:
         f"{os.environ['WORLD_SIZE']} processes were started, but they do not see each other, and would train "
         "alone, over one folder: launch with `accelerate launch --config_file accelerate_configs/FILE.yaml`."
     )
+
+
+def _check_trackers(arguments: TransferArguments) -> None:
+    """Refuse a tracker that Trainer would only miss when it starts."""
+    from transformers import integrations
+
+    known = integrations.integration_utils.INTEGRATION_TO_CALLBACK
+    for name in arguments.report_to or []:
+        if name not in known:
+            raise UsageError(
+                f"--report_to {name!r} is not known.{did_you_mean(name, known)} There are: {', '.join(known)}."
+            )
+        if name not in integrations.get_available_reporting_integrations() and name not in ("flyte", "kubeflow"):
+            raise UsageError(f"--report_to {name}: its package is not installed. Install it, or leave it out.")
 
 
 #: what a repeated run must not take over: where it goes, how it is started, and secrets.

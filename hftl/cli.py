@@ -30,6 +30,13 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message[0].upper()}{message[1:]}. See hftl --help.")
 
 
+def _positive(text: str) -> int:
+    """A number above 0, for argparse."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
+    return int(text)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the `hftl` command."""
     launch(_run, list(sys.argv[1:] if argv is None else argv))
@@ -161,8 +168,9 @@ def _predict(argv: list[str]) -> None:
     parser.add_argument("run", help="folder of a finished run")
     parser.add_argument("input", help="image, folder, table or text file; or a text")
     parser.add_argument("--output", help="CSV file to write (default: print)")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch_size", type=_positive, default=32)
     options = parser.parse_args(argv)
+    _check_output(options.output)
     from hftl.run import load_run
 
     run = load_run(options.run)
@@ -172,12 +180,20 @@ def _predict(argv: list[str]) -> None:
     _write_predictions(predictions, run.label_names, options.output)
 
 
+def _check_output(output: str | None) -> None:
+    """Refuse a place that cannot be written before anything is computed."""
+    if output is not None and not Path(output).parent.is_dir():
+        raise UsageError(f"--output {output!r}: there is no folder {str(Path(output).parent)!r}.")
+    if output is not None and Path(output).is_dir():
+        raise UsageError(f"--output {output!r} is a folder: name a file in it.")
+
+
 def _write_predictions(predictions: list[Any], label_names: list[str], output: str | None) -> None:
     """As CSV, with the columns of a run's predictions.csv but the label; to a file whole or not at all."""
     import csv
     import io
 
-    from hftl.folder import write_text
+    from hftl.folder import explained_disk_errors, write_text
 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -187,9 +203,8 @@ def _write_predictions(predictions: list[Any], label_names: list[str], output: s
     if output is None:
         print(text.getvalue(), end="")
         return
-    if not Path(output).parent.is_dir():
-        raise UsageError(f"--output {output!r}: there is no folder {str(Path(output).parent)!r}.")
-    write_text(Path(output), text.getvalue())
+    with explained_disk_errors(Path(output).parent):
+        write_text(Path(output), text.getvalue())
     print(f"{len(predictions):,} predictions written to {output}")
 
 
@@ -198,7 +213,7 @@ def _evaluate(argv: list[str]) -> None:
     parser.add_argument("run", help="folder of a finished run")
     parser.add_argument("--dataset", "--dataset_name", required=True, help="as for hftl train")
     parser.add_argument("--split", help="its name (default: test, else validation, else the only one)")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch_size", type=_positive, default=32)
     for name in ("label_column", "text_column", "text_pair_column", "image_column"):
         parser.add_argument(f"--{name}", help="where it is not guessed right")
     options = parser.parse_args(argv)

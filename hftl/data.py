@@ -29,6 +29,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from hftl.builtin import builtin_dataset
 from hftl.errors import UsageError, did_you_mean
+from hftl.hub import check_hub
 
 SPLIT_ROLES = {
     "train": "train",
@@ -236,12 +237,13 @@ def _dataset_source(name: str, splits: dict[str, datasets.Dataset]) -> _Source:
 
 
 def _load_from_hub(name: str, config: str | None) -> dict[str, datasets.Dataset]:
+    check_hub()
     try:
         loaded = datasets.load_dataset(name, config)
     except (OSError, ValueError, RuntimeError) as error:
         # Not found, not reached, offline, a config that has to be named, a data set that is a script.
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        offline = " (HF_HUB_OFFLINE is set)" if datasets.config.HF_HUB_OFFLINE else ""
+        offline = " (offline)" if datasets.config.HF_HUB_OFFLINE else ""
         near = did_you_mean(Path(name).name, _neighbours(Path(name)))
         raise UsageError(
             f"--dataset {name!r}: no local file or folder, and it could not be loaded from the Hub{offline}: "
@@ -615,6 +617,9 @@ def _resolve_columns(
         if name not in names:
             near = did_you_mean(name, names)
             raise UsageError(f"--{role}_column {name!r}: {rows.origin} has no such column.{near} {_listed(names)}")
+    twice = [name for name, count in Counter(columns.values()).items() if count > 1]
+    if twice:
+        raise UsageError(f"the column {twice[0]!r} is named twice: {', '.join(f'--{role}_column' for role in columns)}")
     given = set(columns)
 
     def free() -> list[str]:

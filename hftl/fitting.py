@@ -23,13 +23,14 @@ from hftl import backbones, folder
 from hftl.arguments import TransferArguments, stage_arguments, to_recipe
 from hftl.callbacks import LogFile, ReadableProgress, StopSignals
 from hftl.data import Splits
+from hftl.errors import UsageError
 from hftl.folder import CHECKPOINTS, LOGS, METRICS, PARTIAL, RECIPE, say
 from hftl.methods import Plan, Stage
 from hftl.metrics import softmax
 from hftl.pretrained import save_model
 from hftl.run import Run
 from hftl.tasks.classification import ClassificationTask
-from hftl.trainer import TransferTrainer
+from hftl.trainer import TransferTrainer, diverged
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,8 +74,12 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
     signals = StopSignals()
     try:
         with folder.explained_disk_errors(path):
-            trainer, records = _run_stages(task, stages, plan, splits, data, arguments, signals)
-            results = _evaluate(trainer, data)
+            try:
+                trainer, records = _run_stages(task, stages, plan, splits, data, arguments, signals)
+                results = _evaluate(trainer, data)
+            except UsageError:
+                folder.discard_start(path)
+                raise
             if folder.is_main_process():
                 _write_run(task, plan, splits, arguments, data, records, results)
             _wait_for_all()
@@ -205,7 +210,7 @@ def _stage_trainer(
         train_dataset=data["train"],
         eval_dataset=data["validation"],
         data_collator=task.collate,
-        compute_metrics=lambda result: task.score(result.predictions, result.label_ids),
+        compute_metrics=lambda result: _finite_scores(task, stage, place, result),
         preprocess_logits_for_metrics=_first,
         callbacks=callbacks,
     )
@@ -213,6 +218,13 @@ def _stage_trainer(
     for callback in [entry for entry in trainer.callback_handler.callbacks if type(entry) is ProgressCallback]:
         trainer.remove_callback(callback)
     return trainer
+
+
+def _finite_scores(task: ClassificationTask, stage: Stage, place: Path, result: Any) -> dict[str, float]:
+    """Scores of an evaluation; before its checkpoint is written, a model that gives no numbers stops the run."""
+    if not np.isfinite(result.predictions).all():
+        raise diverged(f"The model's outputs are no finite numbers after training in stage {stage.name!r}", str(place))
+    return task.score(result.predictions, result.label_ids)
 
 
 def _first(logits: Any, labels: Any) -> torch.Tensor:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,11 @@ def check_output_folder(arguments: TransferArguments) -> None:
     if arguments.output_dir is None:
         arguments.output_dir = default_output_dir(arguments)
     folder = Path(arguments.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output_dir {str(folder)!r} is a file: name a folder.")
+    existing = _existing(folder)
+    if not existing.is_dir():
+        raise UsageError(f"--output_dir {str(folder)!r}: {str(existing)!r} is a file: name another folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"--output_dir {str(folder)!r}: writing into {str(existing)!r} is not allowed.")
     interrupted = (folder / CHECKPOINTS / RECIPE).is_file()
     if arguments.resume:
         if not interrupted:
@@ -74,11 +78,16 @@ def check_output_folder(arguments: TransferArguments) -> None:
         )
 
 
+def _existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
 def _check_same_settings(path: Path, arguments: TransferArguments) -> None:
     before = read_yaml(path)
     now = json.loads(json.dumps(to_recipe(arguments)))
     changed = [
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        f"{name} was {_shown(before.get(name))}, is {_shown(now.get(name))}"
         for name in sorted((set(before) | set(now)) - _FREE_ON_RESUME)
         if before.get(name) != now.get(name)
     ]
@@ -87,6 +96,10 @@ def _check_same_settings(path: Path, arguments: TransferArguments) -> None:
             f"--resume needs the settings of the interrupted run: {'; '.join(changed)}. Use those, or start anew with "
             "--overwrite."
         )
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else repr(value)
 
 
 def start_folder(arguments: TransferArguments, requested: dict[str, Any]) -> Path:
@@ -100,21 +113,33 @@ def start_folder(arguments: TransferArguments, requested: dict[str, Any]) -> Pat
     if arguments.overwrite and folder.exists():
         shutil.rmtree(folder)
     shutil.rmtree(folder / PARTIAL, ignore_errors=True)
-    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    (folder / LOGS).mkdir(exist_ok=True)
-    write_text(folder / CHECKPOINTS / RECIPE, yaml.safe_dump(requested, sort_keys=False, allow_unicode=True))
+    try:
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        (folder / LOGS).mkdir(exist_ok=True)
+        write_text(folder / CHECKPOINTS / RECIPE, yaml.safe_dump(requested, sort_keys=False, allow_unicode=True))
+    except OSError:
+        discard_start(folder)
+        raise
     return folder
+
+
+def discard_start(folder: Path) -> None:
+    """Remove what a run that failed has begun, unless there is a checkpoint or an earlier stage to go on from."""
+    if is_main_process() and not any((folder / CHECKPOINTS).glob("*/*")):
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        shutil.rmtree(folder / LOGS, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty, or not there
+            folder.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file beside its place and rename it, so that it is there whole or not at all."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with explained_disk_errors(path.parent):
-        try:
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -159,8 +184,7 @@ def check_space(folder: Path, needed: int) -> None:
     Raises:
         UsageError: less than `needed` bytes are free on the disk of `folder`.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(_existing(folder)).free
     if free < needed:
         raise UsageError(
             f"No space for the run in {str(folder)!r}: its checkpoints and model need about {needed / 1e6:,.0f} MB and "
@@ -177,9 +201,16 @@ _DISK_ERRORS = {
 }
 
 
+#: torch's zip writer only says that it wrote less than it wanted, or stands elsewhere
+_TORCH_ERRORS = ("PytorchStreamWriter failed writing", "unexpected pos")
+
+
 @contextlib.contextmanager
 def explained_disk_errors(folder: Path) -> Iterator[None]:
     """Turn a failed write, whichever library met it, into one clear error."""
+    hook = threading.excepthook
+    # The writer thread of TensorBoard would print a traceback, and its error comes up again in the main thread.
+    threading.excepthook = lambda failed: None if _disk_error(failed.exc_value) else hook(failed)
     try:
         yield
     except UsageError:
@@ -188,17 +219,19 @@ def explained_disk_errors(folder: Path) -> Iterator[None]:
         reason = _disk_error(error)
         if reason is None:
             raise
+        resume = " with --resume added" if (folder / CHECKPOINTS / RECIPE).is_file() else ""
         raise UsageError(
-            f"Cannot write to {str(folder)!r}: {reason}. Make room, then repeat the command with --resume added."
+            f"Cannot write to {str(folder)!r}: {reason}. Make room, then repeat the command{resume}."
         ) from error
+    finally:
+        threading.excepthook = hook
 
 
-def _disk_error(error: BaseException) -> str | None:
+def _disk_error(error: BaseException | None) -> str | None:
     """What a disk error means; safetensors and torch report it in the text of an error of their own."""
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return _DISK_ERRORS[error.errno]
     for number, reason in _DISK_ERRORS.items():
         if os.strerror(number) in str(error):
             return reason
-    # torch's zip writer only says that it wrote less than it wanted.
-    return "the disk is full" if "PytorchStreamWriter failed writing" in str(error) else None
+    return "the disk is full" if any(text in str(error) for text in _TORCH_ERRORS) else None

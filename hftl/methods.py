@@ -304,7 +304,7 @@ def load_file(path: Path, what: str) -> Any:
     """The module in a Python file.
 
     Raises:
-        UsageError: there is no such file.
+        UsageError: there is no such file, or it is not Python.
     """
     if not path.is_file():
         siblings = [str(sibling) for sibling in path.parent.glob("*.py")] if path.parent.is_dir() else []
@@ -315,11 +315,16 @@ def load_file(path: Path, what: str) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(name, module)  # so that workers can unpickle what the file defines
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UsageError(f"{what}: {error.filename}, line {error.lineno}: {error.msg}.") from error
     return module
 
 
 def _load_module(name: str, flag: str) -> Any:
+    if not name or name.startswith("."):
+        raise UsageError(f"{flag}: name the function as package.module:function or file.py:function.")
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

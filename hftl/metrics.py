@@ -89,7 +89,8 @@ class ExtraMetrics:
         Raises:
             UsageError: a metric cannot be found.
         """
-        self.metrics = {re.split(r"[\\/]", name.rstrip("\\/"))[-1]: _load_metric(name) for name in names}
+        others = [name for name in names if name not in METRIC_NAMES]  # hftl's own are computed anyway
+        self.metrics = {re.split(r"[\\/]", name.rstrip("\\/"))[-1]: _load_metric(name) for name in others}
 
     def __call__(self, predictions: npt.NDArray[Any], labels: npt.NDArray[Any]) -> dict[str, float]:
         """The scores of predicted class ids against labels, both of shape (rows,)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,13 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from hftl import backbones
 from hftl.arguments import TransferArguments
 from hftl.errors import UsageError, did_you_mean
+from hftl.hub import check_hub
 
+#: what the libraries raise for files that are not there, torn, or of another kind
+_LOAD_ERRORS = (
+    OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError, pickle.UnpicklingError,
+)  # fmt: skip
 #: the least part of the backbone's tensors that a checkpoint must fill
 _LEAST_LOADED = 0.95
 
@@ -54,6 +61,7 @@ def find_model(name: str | None) -> str:
     if looks_local:
         siblings = [str(path.parent / entry.name) for entry in path.parent.glob("*") if entry.is_dir()]
         raise UsageError(f"--model {name!r}: there is no such folder.{did_you_mean(str(path), siblings)}")
+    check_hub()
     return name
 
 
@@ -64,7 +72,7 @@ def explained_load(name: str, auto_class: type) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+    except _LOAD_ERRORS as error:
         reason = " ".join(str(error).split())
         if (
             "Unrecognized configuration class" in reason
@@ -75,10 +83,11 @@ def explained_load(name: str, auto_class: type) -> Iterator[None]:
                 f"--model {name!r} is not a model for {kind}s ({auto_class.__name__} does not take it): choose another "
                 f"model, or the recipe of its own task."
             ) from error
-        if os.environ.get("HF_HUB_OFFLINE") == "1" or "offline" in reason.lower() or "connect" in reason.lower():
+        if not Path(name).expanduser().is_dir() and (constants.HF_HUB_OFFLINE or "connect" in reason.lower()):
             raise UsageError(
                 f"--model {name!r} is neither a local folder nor in the cache, and the Hub cannot be reached: check "
                 "the name and the connection, or use a folder, builtin:NAME or random:ARCH."
+                f"{did_you_mean(name, map(str, Path(name).parent.glob('*')))}"
             ) from error
         raise UsageError(f"--model {name!r} cannot be loaded: {reason[:400]}") from error
 

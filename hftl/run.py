@@ -168,11 +168,11 @@ class Run:
         Raises:
             UsageError: the Hub refused, or could not be reached; the run stays as it is.
         """
-        import httpx
         from huggingface_hub import HfApi
         from huggingface_hub.errors import (
             HfHubHTTPError,
             HFValidationError,
+            HTTPError,  # of the HTTP library, which is not the same in all releases
             LocalTokenNotFoundError,
             OfflineModeIsEnabled,
         )
@@ -183,7 +183,7 @@ class Run:
             HFValidationError,
             LocalTokenNotFoundError,
             OfflineModeIsEnabled,
-            httpx.HTTPError,
+            HTTPError,
             OSError,
         )
         try:

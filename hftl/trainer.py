@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hftl import backbones, optim
+from hftl import backbones, folder, optim
 from hftl.errors import UsageError
 from hftl.methods import Stage
 
@@ -33,7 +35,8 @@ class TransferTrainer(Trainer):
             parameter.requires_grad_(name in stage.trainable)
         self.frozen_modules = frozen_modules(model, stage)
         self.seeded_step = -1
-        super().__init__(model=model, args=args, compute_loss_func=loss, **others)
+        with _explained_settings():
+            super().__init__(model=model, args=args, compute_loss_func=loss, **others)
         self.model_accepts_loss_kwargs = False  # the loss is ours: forward has no use for the number of rows
         if self.train_dataset is not None:
             self.add_callback(_EpochOfData(self))
@@ -43,8 +46,9 @@ class TransferTrainer(Trainer):
         if self.optimizer is None:  # type: ignore[has-type]  # set by Trainer
             groups = optim.parameter_groups(self.model, self.stage, self.args.weight_decay)
             assert self.model is not None
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = optimizer_class(groups, **settings)
+            with _explained_settings():
+                optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+                self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -58,11 +62,8 @@ class TransferTrainer(Trainer):
             torch.manual_seed(self.args.seed + 1_000_003 * self.state.global_step + self.args.process_index)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            raise UsageError(
-                f"The loss is {float(loss)} at step {self.state.global_step + 1} of stage {self.stage.name!r}: try a "
-                "lower --learning_rate (a third of it), a longer --warmup_steps, or no half precision. The last "
-                "checkpoint is kept."
-            )
+            what = f"The loss is {float(loss)} at step {self.state.global_step + 1} of stage {self.stage.name!r}"
+            raise diverged(what, self.args.output_dir)
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: Any, *others: Any, **settings: Any) -> Any:
@@ -91,6 +92,24 @@ class TransferTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing, see `_save_rng_state`."""
+
+
+@contextlib.contextmanager
+def _explained_settings() -> Iterator[None]:
+    """Turn what Trainer and the optimizers raise for settings that they do not take into one clear error."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"These settings cannot be used: {' '.join(str(error).split())}") from error
+
+
+def diverged(what: str, place: str | None) -> UsageError:
+    """The error for a training that left the finite numbers, with what can be done; `place` holds the checkpoints."""
+    kept = folder.last_checkpoint(Path(str(place)))
+    note = f" The last good checkpoint is kept: {kept}." if kept else ""
+    return UsageError(
+        f"{what}: try a lower --learning_rate (a third of it), a longer --warmup_steps, or no half precision.{note}"
+    )
 
 
 class _EpochOfData(TrainerCallback):

@@ -181,6 +181,9 @@ def _pixel_settings(processor: Any) -> tuple[tuple[int, int], Any, Any, Interpol
 def _resize(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
     """The same weights for another image size; position embeddings are interpolated (Dosovitskiy et al. 2021, 3.2)."""
     config = model.config
+    patch = getattr(config, "patch_size", 1)
+    if isinstance(patch, int) and image_size < patch:
+        raise UsageError(f"--image_size {image_size} is less than one patch of the model ({patch} pixels).")
     if config.model_type == "timm_wrapper":
         if hasattr(model.timm_model, "set_input_size"):
             model.timm_model.set_input_size(img_size=(image_size, image_size))

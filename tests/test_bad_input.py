@@ -1,0 +1,641 @@
+"""Bad input ends with exit code 2, one clear error line, no traceback, and nothing left behind: one table."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_models import write_timm_folder, write_tiny_image_model, write_tiny_text_model
+
+from hftl import cli
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A command that must fail.
+
+    `command` is split as a shell does; `{bert}` and the like are files of the `world` fixture. `files` are written
+    into the working folder first. `patch` changes what the machine seems to be.
+    """
+
+    name: str
+    command: str
+    words: tuple[str, ...]
+    files: Mapping[str, str | bytes] = field(default_factory=dict)
+    patch: Callable[[pytest.MonkeyPatch], None] | None = None
+
+
+FOLDER = b"folder"  # in place of a file's content
+
+
+def png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (number * 40 % 256, number, 0)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def table(*rows: str, header: str = "text,label") -> str:
+    """Ten good rows, and then these."""
+    good = [f"a plain film {row},{'good' if row % 2 else 'bad'}" for row in range(10)]
+    return "\n".join([header, *good, *rows]) + "\n"
+
+
+def classes(folder: str, **counts: int) -> dict[str, bytes]:
+    return {f"{folder}/{name}/{row}.png": png(row) for name, count in counts.items() for row in range(count)}
+
+
+# ---- what the machine seems to be -----------------------------------------------------------------------------------
+
+
+def no_gpu(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch.accelerator, "is_available", lambda: False)
+
+
+def old_gpu(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch.accelerator, "is_available", lambda: True)
+    patch.setattr(torch.cuda, "is_available", lambda: True)
+    patch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+
+
+def full_disk(patch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    patch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 5000, 5000))
+
+
+def offline(patch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def started_apart(patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("WORLD_SIZE", "2")
+
+
+def half_precision_launched(patch: pytest.MonkeyPatch) -> None:
+    no_gpu(patch)
+    patch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+TEXT = "train text-classification --model {bert} --dataset {table} --output_dir out"
+IMAGE = "train image-classification --model {vit} --dataset {images} --output_dir out"
+
+
+def on_text(dataset: str) -> str:
+    return f"train text-classification --model {{bert}} --dataset {dataset} --output_dir out"
+
+
+def on_images(dataset: str) -> str:
+    return f"train image-classification --model {{vit}} --dataset {dataset} --output_dir out"
+
+
+def with_model(model: str, task: str = "text", data: str = "table") -> str:
+    return f"train {task}-classification --model {model} --dataset {{{data}}} --output_dir out"
+
+
+METHOD = "import hftl\n\n\ndef my_method(model, arguments):\n    return 7\n"
+
+FLAGS = [
+    Bad("unknown command", "trian", ("Unknown command 'trian'", "Did you mean 'train'", "hftl --help")),
+    Bad("unknown task", "train image-clasification", ("'image-clasification'", "Did you mean 'image-classification'")),
+    Bad("no task", "train --dataset {table}", ("Name the task", "image-classification", "text-classification")),
+    Bad("unknown flag", f"{TEXT} --learning_rat 1e-4", ("Unknown flag --learning_rat", "'learning_rate'")),
+    Bad("flag of another task", f"{TEXT} --image_size 64", ("Unknown flag --image_size",)),
+    Bad("flag without its value", f"{TEXT} --seed", ("--seed", "expected one argument")),
+    Bad("value without a flag", f"{TEXT} rubbish", ("Unexpected argument 'rubbish'",)),
+    Bad("unknown choice", f"{IMAGE} --augmentation mild", ("--augmentation", "'mild'", "light", "strong")),
+    Bad("unknown choice of transformers", f"{TEXT} --lr_scheduler_type cosin", ("cosin", "--lr_scheduler_type")),
+    Bad("unknown choice of when", f"{TEXT} --eval_strategy sometimes", ("sometimes", "--eval_strategy", "epoch")),
+    Bad("unknown optimizer", f"{TEXT} --optim adamm", ("adamm", "--optim")),
+    Bad("unknown tracker", f"{TEXT} --report_to tensorbord", ("tensorbord", "--report_to")),
+    Bad("no config file", f"{TEXT} --config no.yaml", ("'no.yaml' does not exist",)),
+    Bad("config without its path", f"{TEXT} --config", ("--config needs the path",)),
+    Bad("config that is no YAML", f"{TEXT} --config c.yaml", ("'c.yaml' cannot be read",), {"c.yaml": "a: [1\n"}),
+    Bad("config that is a list", f"{TEXT} --config c.yaml", ("'c.yaml' must hold",), {"c.yaml": "- a\n"}),
+    Bad(
+        "unknown key",
+        f"{TEXT} --config c.yaml",
+        ("Unknown key 'learning_rte' in 'c.yaml'", "Did you mean 'learning_rate'"),
+        {"c.yaml": "learning_rte: 1e-4\n"},
+    ),
+    Bad(
+        "word for a number in YAML",
+        f"{TEXT} --config c.yaml",
+        ("--learning_rate", "float", "'fast'"),
+        {"c.yaml": "learning_rate: fast\n"},
+    ),
+    Bad(
+        "string for a number in YAML",
+        f"{TEXT} --config c.yaml",
+        ("--num_train_epochs", "float", "'three'"),
+        {"c.yaml": 'num_train_epochs: "three"\n'},
+    ),
+    Bad(
+        "number for yes or no in YAML",
+        f"{IMAGE} --config c.yaml",
+        ("--horizontal_flip", "7"),
+        {"c.yaml": "horizontal_flip: 7\n"},
+    ),
+    Bad(
+        "list for a number in YAML",
+        f"{TEXT} --config c.yaml",
+        ("'seed' in 'c.yaml'", "not a list"),
+        {"c.yaml": "seed: [1, 2]\n"},
+    ),
+    Bad(
+        "settings of another task",
+        f"{TEXT} --config c.yaml",
+        ("'image-classification'", "'text-classification'"),
+        {"c.yaml": "task: image-classification\n"},
+    ),
+    Bad("batch of none", f"{TEXT} --per_device_train_batch_size 0", ("--per_device_train_batch_size", "above 0")),
+    Bad("epochs below none", f"{TEXT} --num_train_epochs -1", ("--num_train_epochs", "above 0")),
+    Bad("rate that is no number", f"{TEXT} --learning_rate nan", ("--learning_rate", "above 0", "nan")),
+    Bad("seed below none", f"{TEXT} --seed -5", ("--seed", "between 0", "-5")),
+    Bad("dropout of two", f"{TEXT} --method lora --lora_dropout 2", ("--lora_dropout", "between 0 and 1")),
+    Bad("beta of two", f"{TEXT} --adam_beta1 2", ("settings cannot be used", "beta", "2.0")),
+    Bad("optimizer that is not installed", f"{TEXT} --optim lomo", ("settings cannot be used", "lomo")),
+    Bad("sharding of one process", f"{TEXT} --fsdp full_shard", ("settings cannot be used", "fsdp", "distributed")),
+    Bad("no log interval", f"{TEXT} --logging_steps 0", ("--logging_steps",)),
+    Bad("fraction of two", f"{TEXT} --validation_fraction 2", ("--validation_fraction", "between 0 and 1", "2")),
+    Bad("no best without evaluation", f"{TEXT} --eval_strategy no", ("--load_best_model_at_end false",)),
+    Bad(
+        "stopping without evaluation",
+        f"{TEXT} --early_stopping_patience 2 --eval_strategy no --load_best_model_at_end false",
+        ("--early_stopping_patience", "--eval_strategy epoch"),
+    ),
+    Bad("checkpoint of Trainer's", f"{TEXT} --resume_from_checkpoint old", ("--resume_from_checkpoint", "--resume")),
+    Bad("resume and overwrite", f"{TEXT} --resume --overwrite", ("--resume", "--overwrite")),
+    Bad("image below a patch", f"{IMAGE} --image_size 7", ("--image_size 7", "one patch", "8 pixels")),
+    Bad("no data", "train text-classification --model {bert}", ("--dataset is missing",)),
+    Bad("no model", "train text-classification --dataset {table}", ("--model is missing", "builtin:NAME")),
+]
+
+METHODS = [
+    Bad("unknown method", f"{TEXT} --method frozzen", ("Unknown method 'frozzen'", "Did you mean 'frozen'")),
+    Bad(
+        "flag that the method does not use",
+        f"{TEXT} --method full --lora_r 4",
+        ("--method full does not use --lora_r", "used by: lora"),
+    ),
+    Bad(
+        "key that the method does not use",
+        f"{TEXT} --config c.yaml",
+        ("--method frozen does not use --unfreeze_blocks", "used by: partial"),
+        {"c.yaml": "method: frozen\nunfreeze_blocks: 1\n"},
+    ),
+    Bad("no method file", f"{TEXT} --method my.py:my_method", ("--method", "no file 'my.py'")),
+    Bad(
+        "method file without the function",
+        f"{TEXT} --method my.py:my_metod",
+        ("my.py has no function 'my_metod'", "Did you mean 'my_method'"),
+        {"my.py": METHOD},
+    ),
+    Bad(
+        "method file with an error of syntax",
+        f"{TEXT} --method broken.py:my_method",
+        ("broken.py", "line 1"),
+        {"broken.py": "def my_method(\n"},
+    ),
+    Bad("method of no module", f"{TEXT} --method :f", ("--method", "file.py:function")),
+    Bad("no method module", f"{TEXT} --method no_such.module:f", ("no module 'no_such.module'",)),
+    Bad("method module without the function", f"{TEXT} --method json:dumpz", ("'dumpz'", "Did you mean 'dump")),
+    Bad("method without a plan", f"{TEXT} --method my.py:my_method", ("return a Plan, not int",), {"my.py": METHOD}),
+    Bad("too many blocks", f"{TEXT} --method partial --unfreeze_blocks 9", ("--unfreeze_blocks", "between 1", "9")),
+    Bad("no blocks", f"{TEXT} --method partial --unfreeze_blocks 0", ("--unfreeze_blocks", "between 1")),
+    Bad(
+        "unknown adapter target",
+        f"{TEXT} --method lora --lora_target_modules qery",
+        ("--lora_target_modules", "'qery'", "Did you mean 'query'"),
+    ),
+    Bad("no recipe file", "train my.py", ("Recipe", "no file 'my.py'"), {"your.py": "main = print\n"}),
+    Bad("recipe without main", "train nomain.py", ("'nomain.py' has no function main",), {"nomain.py": "a = 1\n"}),
+]
+
+MODELS = [
+    Bad(
+        "no model folder",
+        with_model("./brt"),
+        ("--model './brt'", "no such folder", "Did you mean 'bert'"),
+        {"bert/config.json": "{}"},
+    ),
+    Bad("folder with no model", with_model("nothing"), ("'nothing'", "config.json"), {"nothing/a.txt": "a"}),
+    Bad("config that is no JSON", with_model("broken"), ("'broken'", "config"), {"broken/config.json": "{"}),
+    Bad("config of no model", with_model("other"), ("'other'", "model_type"), {"other/config.json": "{}"}),
+    Bad("model without weights", with_model("{weightless}"), ("weightless", "cannot be loaded", "model.safetensors")),
+    Bad("torn weights", with_model("{torn}"), ("torn", "cannot be loaded")),
+    Bad("weights that do not match", with_model("{renamed}"), ("renamed", "tensors of the backbone", "first missing")),
+    Bad(
+        "timm weights that do not match",
+        with_model("{renamed_timm}", "image", "images"),
+        ("renamed_timm", "tensors of the backbone"),
+    ),
+    Bad("image model, text task", with_model("{vit}"), ("vit", "not a model for texts")),
+    Bad("timm model, text task", with_model("{timm}"), ("timm", "not a model for texts")),
+    Bad("text model, image task", with_model("{bert}", "image", "images"), ("bert", "not a model for images")),
+    Bad("unknown builtin model", with_model("builtin:minlm"), ("no built-in model 'minlm'", "'minilm'")),
+    Bad("unknown architecture", with_model("random:bret"), ("random:bret", "Did you mean 'bert'")),
+    Bad("image architecture", with_model("random:vit"), ("random:vit", "not a model for texts")),
+    Bad("offline with a Hub id", with_model("google/bert"), ("'google/bert'", "the Hub", "connection"), patch=offline),
+    Bad("offline with a folder's name", with_model("brt"), ("'brt'", "Did you mean 'bert'"), {"bert": FOLDER}, offline),
+    Bad("offline data", on_text("user/data"), ("'user/data'", "(offline)"), patch=offline),
+    Bad("kept head, other classes", with_model("{run}", "text", "colours") + " --keep_head", ("--keep_head", "blue")),
+]
+
+DATA = [
+    Bad("no data folder", on_text("./tabel.csv"), ("'./tabel.csv'", "Did you mean 'table.csv'"), {"table.csv": "a"}),
+    Bad("unknown builtin data", on_images("builtin:digit"), ("no built-in data set 'digit'", "'digits'")),
+    Bad("empty folder", on_images("data"), ("data is empty", "class folders"), {"data": FOLDER}),
+    Bad("empty folder for texts", on_text("data"), ("data is empty", "tables"), {"data": FOLDER}),
+    Bad(
+        "empty class folders", on_images("data"), ("no images in class folders",), {"data/a": FOLDER, "data/b": FOLDER}
+    ),
+    Bad("folder with a file of no use", on_text("data"), ("data holds no table",), {"data/a.bin": "a"}),
+    Bad("one class only", on_images("one"), ("one has", "one class only, 'cat'"), classes("one", cat=4)),
+    Bad("images without classes", on_images("flat"), ("no class folders",), {"flat/0.png": png(0)}),
+    Bad("texts for images", on_images("{table}"), ("holds texts, not images", "text-classification")),
+    Bad("images for texts", on_text("{images}"), ("holds images, not texts", "image-classification")),
+    Bad(
+        "missing column",
+        on_text("t.csv --label_column sentment"),
+        ("--label_column 'sentment'", "t.csv", "Did you mean 'sentiment'"),
+        {"t.csv": table(header="text,sentiment")},
+    ),
+    Bad(
+        "one column for two roles",
+        f"{TEXT} --text_column label --label_column label",
+        ("'label' is named twice", "--text_column", "--label_column"),
+    ),
+    Bad("no column to guess", on_text("t.csv"), ("t.csv", "--text_column NAME"), {"t.csv": "k,l,m\n1,2,3\n"}),
+    Bad(
+        "missing column in validation",
+        on_text("data"),
+        ("validation.csv has no column 'label'",),
+        {"data/train.csv": table(), "data/validation.csv": table(header="text,labl")},
+    ),
+    Bad(
+        "missing image file",
+        on_images("pets/train.csv"),
+        ("1 of 3 images", "no such file", "gone.png", "--skip_bad_files"),
+        {"pets/train.csv": "image,label\na.png,x\nb.png,y\ngone.png,x\n", "pets/a.png": png(1), "pets/b.png": png(2)},
+    ),
+    Bad(
+        "image that is not one",
+        on_images("data"),
+        ("1 of 9 images", "cat/fake.png", "not an image", "--skip_bad_files"),
+        classes("data", cat=4, dog=4) | {"data/cat/fake.png": "no pixels here"},
+    ),
+    Bad(
+        "torn image",
+        on_images("data"),
+        ("1 of 9 images", "cat/torn.png"),
+        classes("data", cat=4, dog=4) | {"data/cat/torn.png": png(1)[:45]},
+    ),
+    Bad(
+        "unseen label in validation",
+        on_text("data"),
+        ("validation.csv", "'badd' does not occur in train", "row", "10", "Did you mean 'bad'"),
+        {"data/train.csv": table(), "data/validation.csv": table("a show,badd")},
+    ),
+    Bad(
+        "unseen class folder in test",
+        on_images("data"),
+        ("'cow' does not occur in train", "test/cow/0.png"),
+        classes("data/train", cat=3, dog=3) | classes("data/test", cat=1, cow=1),
+    ),
+    Bad("missing label", on_text("t.csv"), ("t.csv: 1 of 11 rows", "no label", "10"), {"t.csv": table("a show,")}),
+    Bad(
+        "label that is not a number",
+        on_text("t.jsonl"),
+        ("t.jsonl: 1 of 3 rows", "no label", "2"),
+        {"t.jsonl": '{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n{"text": "c", "label": NaN}\n'},
+    ),
+    Bad("quantities for labels", on_text("t.csv"), ("a quantity",), {"t.csv": "text,label\na,0.5\nb,1.7\n"}),
+    Bad(
+        "wrong encoding", on_text("t.csv"), ("t.csv is not UTF-8", "iconv"), {"t.csv": table("é,bad").encode("latin1")}
+    ),
+    Bad("empty CSV", on_text("t.csv"), ("t.csv is empty",), {"t.csv": ""}),
+    Bad("header alone", on_text("t.csv"), ("t.csv has no rows",), {"t.csv": "text,label\n"}),
+    Bad("row too long", on_text("t.csv"), ("line 12 has 3 fields", "quotes"), {"t.csv": table("a, b,bad")}),
+    Bad("no JSON", on_text("t.jsonl"), ("t.jsonl: line 1 is not valid JSON",), {"t.jsonl": "text\n"}),
+    Bad("no Parquet", on_text("t.parquet"), ("t.parquet cannot be read as Parquet",), {"t.parquet": "text\n"}),
+    Bad("rows of one class each", on_text("t.csv"), ("no class has two rows",), {"t.csv": "text,label\na,x\nb,y\n"}),
+    Bad("unknown split", f"{TEXT} --test_split tst", ("--test_split 'tst'", "no such split", "train")),
+]
+
+FOLDERS = [
+    Bad(
+        "folder of another run",
+        "train text-classification --model {bert} --dataset {table} --output_dir {run}",
+        ("holds a run", "--overwrite", "another folder"),
+    ),
+    Bad("folder of other things", TEXT, ("'out' is not empty and holds no run",), {"out/photo.txt": "a"}),
+    Bad("folder that is a file", TEXT, ("'out' is a file",), {"out": "a"}),
+    Bad("folder below a file", f"{TEXT}/deeper", ("out",), {"out": "a"}),
+    Bad("folder of an interrupted run", "{stopped} --output_dir {interrupted}", ("--resume goes on", "--overwrite")),
+    Bad("nothing to resume", f"{TEXT} --resume", ("Nothing to resume", "Leave out --resume")),
+    Bad("finished, not to resume", f"{TEXT[:-3]}{{run}} --resume", ("Nothing to resume", "holds a finished run")),
+    Bad(
+        "resumed with other settings",
+        "{stopped} --output_dir {interrupted} --resume --learning_rate 0.5 --seed 7",
+        ("learning_rate was", "is 0.5", "seed was not given, is 7", "--overwrite"),
+    ),
+    Bad("no space", TEXT, ("No space for the run in 'out'", "are free", "--output_dir"), patch=full_disk),
+    Bad("fp16 without a GPU", f"{TEXT} --fp16", ("--fp16 needs a GPU",), patch=no_gpu),
+    Bad("tf32 without a GPU", f"{TEXT} --tf32 true", ("--tf32 needs an NVIDIA GPU",), patch=no_gpu),
+    Bad("bf16 on an old GPU", f"{TEXT} --bf16", ("--bf16 is not supported", "--fp16"), patch=old_gpu),
+    Bad("fp16 of the launcher", TEXT, ("fp16", "needs a GPU"), patch=half_precision_launched),
+    Bad("processes started apart", TEXT, ("2 processes", "accelerate launch"), patch=started_apart),
+    Bad("unknown metric", f"{TEXT} --metrics ./no_metric", ("Metric './no_metric'", "accuracy", "evaluate.load")),
+    Bad(
+        "unknown best metric",
+        f"{TEXT} --metric_for_best_model f1_makro",
+        ("--metric_for_best_model 'f1_makro'", "Did you mean 'f1_macro'"),
+    ),
+]
+
+RUNS = [
+    Bad("predict with no run", "predict nowhere a.png", ("'nowhere' is no finished run", "does not exist")),
+    Bad("predict with another folder", "predict {bert} a.csv", ("bert", "no finished run", "metrics.json")),
+    Bad("evaluate with no run", "evaluate nowhere --dataset {table}", ("'nowhere' is no finished run",)),
+    Bad("push of no run", "push nowhere me/model", ("'nowhere' is no finished run",)),
+    Bad("push with the Hub out of reach", "push {run} me/model", ("'me/model'", "hftl push"), patch=offline),
+    Bad("predict without an input", "predict {run}", ("input", "hftl --help")),
+    Bad("unknown flag of predict", "predict {run} a --outptu b", ("--outptu",)),
+    Bad(
+        "predict on a missing table",
+        "predict {run} gone.csv",
+        ("'gone.csv'", "Did you mean 'gene.csv'"),
+        {"gene.csv": ""},
+    ),
+    Bad("predict on a missing image", "predict {image_run} gone.png", ("no such file", "'gone.png'")),
+    Bad("predict on no image", "predict {image_run} fake.png", ("fake.png", "not an image"), {"fake.png": "a"}),
+    Bad("predict on a folder of nothing", "predict {image_run} data", ("data holds no images",), {"data/a.txt": "a"}),
+    Bad("no folder for the output", "predict {run} fine --output no/out.csv", ("--output", "there is no folder 'no'")),
+    Bad("output that is a folder", "predict {run} fine --output data", ("--output", "'data'"), {"data/a.txt": "a"}),
+    Bad("batch of none in predict", "predict {run} fine --batch_size 0", ("--batch_size", "above 0")),
+    Bad(
+        "evaluate with unseen labels",
+        "evaluate {run} --dataset t.csv",
+        ("t.csv", "'odd' does not occur in train", "10"),
+        {"t.csv": table("a show,odd")},
+    ),
+    Bad("evaluate on no such split", "evaluate {run} --dataset {table} --split tst", ("--split 'tst'", "train")),
+    Bad("column of another task", "evaluate {run} --dataset {table} --image_column a", ("--image_column", "text")),
+    Bad("copy onto a file", "cp image_classification my.py", ("'my.py' exists already",), {"my.py": ""}),
+    Bad("copy of nothing", "cp image_clasification my.py", ("'image_clasification'", "'image_classification'")),
+    Bad("copy of no config", "cp configs/no.yaml my.yaml", ("'configs/no.yaml'", "hftl ls")),
+    Bad("copy into no folder", "cp image_classification no/my.py", ("there is no folder 'no'",)),
+]
+
+TABLE = [*FLAGS, *METHODS, *MODELS, *DATA, *FOLDERS, *RUNS]
+
+
+# ---- what the commands name -----------------------------------------------------------------------------------------
+
+# A loss that is not a number from the seventh step on: with four steps an epoch, one checkpoint is there by then.
+STOPS = """import torch
+import hftl
+
+
+class Loss:
+    calls = 0
+
+    def __call__(self, outputs, labels, num_items_in_batch=None):
+        self.calls += outputs["logits"].requires_grad
+        loss = torch.nn.functional.cross_entropy(outputs["logits"], labels)
+        return loss * float("nan") if self.calls > 6 else loss
+
+
+def stops(model, arguments):
+    names = frozenset(name for name, _ in model.named_parameters())
+    return hftl.Plan(model, (hftl.Stage("all", names, 1e-3, 1e-3, 3, loss=Loss()),))
+"""
+
+
+def copied(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target
+
+
+def rename_tensors(folder: Path) -> Path:
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {f"other.{name}": value for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Tiny models, data and runs that no command may change."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "table.csv").write_text("\n".join([*table().split("\n")[:-1], *table().split("\n")[1:]]))
+    (folder / "colours.csv").write_text("text,label\n" + "a sky,blue\na rose,red\n" * 4)
+    (folder / "stops.py").write_text(STOPS)
+    for path, content in classes("images", cat=4, dog=4).items():
+        write(folder / path, content)
+    names = {name: folder / f"{name}.csv" for name in ("table", "colours")} | {"images": folder / "images"}
+    names["bert"] = write_tiny_text_model(folder / "bert")
+    names["vit"] = write_tiny_image_model(folder / "vit")
+    names["timm"] = write_timm_folder(folder / "timm", "resnet18", channels=[8, 8, 8, 8], stem_width=8)
+    names["renamed"] = rename_tensors(copied(names["bert"], folder / "renamed"))
+    names["renamed_timm"] = rename_tensors(copied(names["timm"], folder / "renamed_timm"))
+    names["weightless"] = copied(names["bert"], folder / "weightless")
+    (names["weightless"] / "model.safetensors").unlink()
+    names["torn"] = copied(names["bert"], folder / "torn")
+    content = (names["torn"] / "model.safetensors").read_bytes()
+    (names["torn"] / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+    quick = "--num_train_epochs 1 --report_to none"
+    train = f"train text-classification --model {names['bert']} --dataset {names['table']}"
+    names["run"], names["image_run"] = folder / "run", folder / "image_run"
+    cli.main(shlex.split(f"{train} --output_dir {names['run']} {quick}"))
+    images = f"train image-classification --model {names['vit']} --dataset {names['images']} --method frozen"
+    cli.main(shlex.split(f"{images} --output_dir {names['image_run']} {quick} --dataloader_num_workers 0"))
+
+    names["interrupted"] = folder / "interrupted"
+    stopped = f"{train} --method {folder / 'stops.py'}:stops --per_device_train_batch_size 5 --report_to none"
+    return SimpleNamespace(folder=folder, names=names | {"stopped": stopped})
+
+
+def write(path: Path, content: str | bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if content is FOLDER:
+        path.mkdir()
+        return
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def everything_in(*folders: Path) -> dict[str, tuple[int, int]]:
+    """Every path with its size and time of change; what Python compiles is no trace of the command."""
+    paths = [path for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts]
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+
+def arguments_of(command: str, world: SimpleNamespace) -> list[str]:
+    return shlex.split(command.format(**world.names))
+
+
+def exit_code(argv: list[str]) -> object:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    return caught.value.code
+
+
+def check_message(text: str, words: tuple[str, ...]) -> None:
+    lines = text.splitlines()
+    assert len(lines) == 1, text
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in text
+    assert [word for word in words if word not in text] == [], text
+    assert len(text) < 900, text
+
+
+@pytest.fixture(scope="module")
+def interrupted(world):
+    """The error of a run that a loss of NaN stopped in its second epoch; its folder is `interrupted` of the world."""
+    argv = [*shlex.split(world.names["stopped"]), "--output_dir", str(world.names["interrupted"])]
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
+        assert exit_code(argv) == 2
+    return stderr.getvalue()
+
+
+@pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.name)
+def test_one_line_and_nothing_left(bad, world, interrupted, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for path, content in bad.files.items():
+        write(tmp_path / path, content)
+    argv = arguments_of(bad.command, world)
+    before = everything_in(tmp_path, world.folder)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        if bad.patch is not None:
+            bad.patch(patch)
+        assert exit_code(argv) == 2
+    output = capsys.readouterr()
+    check_message(output.err, bad.words)
+    assert "Traceback" not in output.out
+    assert everything_in(tmp_path, world.folder) == before
+
+
+def test_names_are_unique():
+    names = [bad.name for bad in TABLE]
+    assert sorted(set(names)) == sorted(names)
+
+
+# ---- training that goes wrong ---------------------------------------------------------------------------------------
+
+
+def test_loss_of_nan_keeps_the_last_good_checkpoint(world, interrupted):
+    folder = world.names["interrupted"]
+    checkpoint = folder / "checkpoints" / "1-all" / "checkpoint-4"
+    check_message(interrupted, ("loss is nan at step 7 of stage 'all'", "lower --learning_rate", str(checkpoint)))
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["checkpoint-4"]
+    weights = load_file(checkpoint / "model.safetensors")
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    assert not (folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [(2, ("loss is nan at step", "--learning_rate")), (100, ("outputs are no finite numbers", "--learning_rate"))],
+)
+def test_divergence_in_the_first_epoch_leaves_nothing(batch, words, world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    far = f"--learning_rate 1e30 --warmup_steps 0 --num_train_epochs 1 --per_device_train_batch_size {batch}"
+    assert exit_code(arguments_of(f"{TEXT} {far}", world)) == 2
+    check_message(capsys.readouterr().err, words)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- the real program -----------------------------------------------------------------------------------------------
+
+
+def program(command: str, world: SimpleNamespace, folder: Path, most: int | None = None, **environment: str):
+    """`python -m hftl` in a folder of its own; no file may grow beyond `most` bytes."""
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    limit = None if most is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    argv = [sys.executable, "-m", "hftl", *arguments_of(command, world)]
+    return subprocess.run(argv, cwd=folder, env=settings, preexec_fn=limit, capture_output=True, text=True, timeout=120)
+
+
+REAL = [
+    Bad("unknown command", "trian", ("Unknown command 'trian'", "Did you mean 'train'")),
+    Bad("unknown flag", f"{TEXT} --learning_rat 1e-4", ("Unknown flag --learning_rat", "'learning_rate'")),
+    Bad("offline with a Hub id", with_model("google/bert"), ("'google/bert'", "the Hub cannot be reached")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bad", REAL, ids=lambda bad: bad.name)
+def test_the_program_itself(bad, world, tmp_path):
+    done = program(bad.command, world, tmp_path, HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
+    check_message(done.stderr, bad.words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model", "dataset"])
+def test_a_hub_that_refuses_is_asked_once(name, world, tmp_path):
+    command = with_model("google/bert") if name == "model" else on_text("user/data")
+    done = program(command, world, tmp_path, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 2
+    check_message(
+        done.stderr, ("'google/bert'", "the Hub cannot be reached") if name == "model" else ("'user/data'", "Hub")
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [2_000, 30_000, 60_000], ids=["log", "model", "optimizer"])
+def test_a_disk_that_fills_up_while_writing(most, world, tmp_path, monkeypatch, capsys):
+    """TensorBoard's log, a checkpoint's model (43 kB) and its optimizer (90 kB) are each written by another library."""
+    command = f"{TEXT} --num_train_epochs 2"
+    done = program(command, world, tmp_path, most)
+    assert done.returncode == 2
+    check_message(done.stderr, ("Cannot write to 'out'", "Make room", "--resume"))
+    monkeypatch.chdir(tmp_path)
+    cli.main(arguments_of(f"{command} --resume", world))
+    assert (tmp_path / "out" / "metrics.json").is_file()
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_disk_that_is_full_from_the_start(world, tmp_path, monkeypatch, capsys):
+    def full(self, *arguments, **settings):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        assert exit_code(arguments_of(TEXT, world)) == 2
+        check_message(capsys.readouterr().err, ("Cannot write to 'out'", "the disk is full", "repeat the command."))
+        assert list(tmp_path.iterdir()) == []
+        assert exit_code(arguments_of("predict {run} fine --output o.csv", world)) == 2
+        check_message(capsys.readouterr().err, ("Cannot write to '.'", "the disk is full", "repeat the command."))
+    assert list(tmp_path.iterdir()) == []
