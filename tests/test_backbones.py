@@ -31,13 +31,14 @@ from hftl.errors import UsageError
 
 
 class Expected(NamedTuple):
-    """What a tiny model has: its head, the number of its blocks, and prefixes of its first and its last block."""
+    """What a tiny model has: its head, the number of its blocks, prefixes of its first and its last block, a pooler."""
 
     head: tuple[str, ...]
     blocks: int
     first: tuple[str, ...]
     last: tuple[str, ...]
     convolutional: bool
+    pooler: tuple[str, ...] = ()
 
 
 # The number of blocks: the stem or the embeddings, and one a layer (residual block, transformer layer) of the builder.
@@ -125,7 +126,9 @@ EXPECTED = {
         False,
     ),
     "resnet": Expected(("classifier",), 6, ("resnet.embedder",), ("resnet.encoder.stages.3",), True),
-    "bert": Expected(("classifier",), 4, ("bert.embeddings",), ("bert.encoder.layer.2", "bert.pooler"), False),
+    "bert": Expected(
+        ("classifier",), 4, ("bert.embeddings",), ("bert.encoder.layer.2",), False, pooler=("bert.pooler",)
+    ),
     "roberta": Expected(("classifier",), 4, ("roberta.embeddings",), ("roberta.encoder.layer.2",), False),
     "distilbert": Expected(
         ("pre_classifier", "classifier"), 4, ("distilbert.embeddings",), ("distilbert.transformer.layer.2",), False
@@ -147,8 +150,9 @@ EXPECTED = {
         ("classifier",),
         2,
         ("albert.embeddings", "albert.encoder.embedding_hidden_mapping_in"),
-        ("albert.encoder.albert_layer_groups", "albert.pooler"),
+        ("albert.encoder.albert_layer_groups",),
         False,
+        pooler=("albert.pooler",),
     ),
     "gpt2": Expected(
         ("score",), 4, ("transformer.wte", "transformer.wpe"), ("transformer.h.2", "transformer.ln_f"), False
@@ -200,6 +204,8 @@ def test_builder_gives_a_model_with_three_labels(name: str) -> None:
 def test_head_and_blocks(name: str) -> None:
     parts, expected = backbones.structure(shared_model(name)), EXPECTED[name]
     assert parts.head == expected.head
+    assert parts.pooler == expected.pooler
+    assert parts.trained_head == expected.pooler + expected.head
     assert len(parts.blocks) == expected.blocks
     assert parts.blocks[0] == expected.first
     assert parts.blocks[-1] == expected.last
@@ -212,7 +218,7 @@ def test_every_parameter_belongs_to_exactly_one_part(name: str) -> None:
     assert list(blocks) == [name for name, _ in model.named_parameters()]
     assert set(blocks.values()) == set(range(len(parts.blocks) + 1))
     for parameter, index in blocks.items():
-        found = [place for place, prefixes in enumerate([*parts.blocks, parts.head]) if below(parameter, prefixes)]
+        found = [place for place, prefixes in enumerate([*parts.blocks, parts.trained_head]) if below(parameter, prefixes)]
         assert found == [index], parameter
 
 
@@ -220,7 +226,8 @@ def test_every_parameter_belongs_to_exactly_one_part(name: str) -> None:
 def test_head_is_the_output_layer(name: str) -> None:
     model = shared_model(name)
     names = backbones.head_parameters(model)
-    assert names == [parameter for parameter, _ in model.named_parameters() if below(parameter, EXPECTED[name].head)]
+    head = EXPECTED[name].pooler + EXPECTED[name].head
+    assert names == [parameter for parameter, _ in model.named_parameters() if below(parameter, head)]
     outputs = [parameter for parameter in names if model.get_parameter(parameter).shape[0] == 3]
     assert outputs
     if name.startswith("timm_"):
@@ -282,7 +289,7 @@ def test_is_convolutional(name: str) -> None:
 def test_lora_targets(name: str) -> None:
     model = TINY[name]()
     parts, targets = backbones.structure(model), backbones.lora_targets(model)
-    head, stem, body = parts.head, parts.blocks[0], [prefix for block in parts.blocks[1:] for prefix in block]
+    head, stem, body = parts.trained_head, parts.blocks[0], [prefix for block in parts.blocks[1:] for prefix in block]
     assert all(below(target, body) and not below(target, head + stem) for target in targets)
     modules = {target: model.get_submodule(target) for target in targets}
     assert all(module.groups == 1 for module in modules.values() if isinstance(module, nn.Conv2d))
