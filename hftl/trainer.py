@@ -181,23 +181,32 @@ class EpochSampler(Sampler[int]):
 def frozen_modules(model: nn.Module, stage: Stage) -> list[nn.Module]:
     """Modules that must stay in eval mode: those in which nothing trains, and BatchNorm whose statistics are kept.
 
-    A module without parameters (dropout, stochastic depth, pooling) goes with the block of the parameter that follows
-    it in depth order, so that the dropout between frozen blocks is off and the one before a trained head is on.
+    A module without parameters (dropout, stochastic depth, pooling) goes with the block that it is inside. Outside all
+    blocks it goes with the parameter that follows it in depth order: the dropout before a trained head is on.
     """
     blocks = backbones.parameter_blocks(model)
     trained_blocks = {blocks[name] for name in stage.trainable}
-    following: dict[str, int] = {}
+    block_of: dict[str, int] = {}
     block = max(blocks.values())
     for prefix, module in reversed(list(model.named_modules())):
         own = [f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters(recurse=False)]
         block = next((blocks[name] for name in own if name in blocks), block)
-        following[prefix] = block
+        block_of[prefix] = block
+    below: dict[str, set[int]] = {}
+    for name, block in blocks.items():
+        while name := name.rpartition(".")[0]:
+            below.setdefault(name, set()).add(block)
     frozen = []
     for prefix, module in model.named_modules():
         # Shared parameters have one name only; a module that holds them under another one is judged by its block.
         names = [f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()]
         known = [name for name in names if name in blocks]
-        trains = any(name in stage.trainable for name in known) if known else following[prefix] in trained_blocks
+        around = prefix
+        while around and around not in below:
+            around = around.rpartition(".")[0]
+        inside = below.get(around, set())
+        block = next(iter(inside)) if len(inside) == 1 else block_of[prefix]
+        trains = any(name in stage.trainable for name in known) if known else block in trained_blocks
         keeps_statistics = stage.batch_norm == "frozen" and isinstance(module, nn.modules.batchnorm._BatchNorm)
         if keeps_statistics or not trains:
             frozen.append(module)
