@@ -218,7 +218,9 @@ def test_every_parameter_belongs_to_exactly_one_part(name: str) -> None:
     assert list(blocks) == [name for name, _ in model.named_parameters()]
     assert set(blocks.values()) == set(range(len(parts.blocks) + 1))
     for parameter, index in blocks.items():
-        found = [place for place, prefixes in enumerate([*parts.blocks, parts.trained_head]) if below(parameter, prefixes)]
+        found = [
+            place for place, prefixes in enumerate([*parts.blocks, parts.trained_head]) if below(parameter, prefixes)
+        ]
         assert found == [index], parameter
 
 
