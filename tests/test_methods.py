@@ -269,7 +269,7 @@ def test_lora_settings() -> None:
 
 
 def test_lora_targets_that_are_not_there() -> None:
-    with pytest.raises(UsageError, match="no layer outside the head is named 'qurey'.*query"):
+    with pytest.raises(UsageError, match=r"no layer outside the head is named 'qurey'.*query"):
         plan_of("lora", fresh("bert"), "--lora_target_modules", "qurey")
 
 
@@ -304,5 +304,5 @@ def test_the_plan_of_a_function_in_a_file(tmp_path: Path) -> None:
     assert moved <= stage.trainable
     with pytest.raises(UsageError, match="must return a Plan"):
         build_plan(model, tiny_arguments(model, f"--method={tmp_path / 'mine.py'}:nothing"))
-    with pytest.raises(UsageError, match="has no function 'biasses'.*biases"):
+    with pytest.raises(UsageError, match=r"has no function 'biasses'.*biases"):
         build_plan(model, tiny_arguments(model, f"--method={tmp_path / 'mine.py'}:biasses"))
