@@ -91,6 +91,8 @@ class ExtraMetrics:
         """
         others = [name for name in names if name not in METRIC_NAMES]  # hftl's own are computed anyway
         self.metrics = {re.split(r"[\\/]", name.rstrip("\\/"))[-1]: _load_metric(name) for name in others}
+        # A score may be called otherwise than its metric: a trial tells, and that the metric takes class ids at all.
+        self.names = tuple(self(np.array([0, 1]), np.array([0, 1])))
 
     def __call__(self, predictions: npt.NDArray[Any], labels: npt.NDArray[Any]) -> dict[str, float]:
         """The scores of predicted class ids against labels, both of shape (rows,)."""

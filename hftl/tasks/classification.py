@@ -96,7 +96,7 @@ class ClassificationTask:
             counts = class_counts(splits)
             wanted = "f1_macro" if max(counts) > 3 * min(counts) else "accuracy"
         wanted = wanted.removeprefix("eval_")
-        known = (*METRIC_NAMES, "loss", *self._extra_metrics.metrics)
+        known = (*METRIC_NAMES, "loss", *self._extra_metrics.names)
         if wanted not in known:
             raise UsageError(
                 f"--metric_for_best_model {wanted!r} is not known.{did_you_mean(wanted, known)} There are: "

@@ -1,0 +1,187 @@
+"""Scores against calculations by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import TINY
+from tiny_training import tiny_arguments
+
+from hftl.data import Splits
+from hftl.errors import UsageError
+from hftl.metrics import METRIC_NAMES, ExtraMetrics, classification_metrics, expected_calibration_error, softmax
+from hftl.tasks.text_classification import TextClassification
+
+NAMES = ["ant", "bee", "cat"]
+LABELS = np.array([0, 0, 0, 1, 1, 2])
+PREDICTED = np.array([0, 0, 1, 1, 2, 2])
+
+
+def logits_for(predicted: np.ndarray, classes: int = 3, sure: float = 3.0) -> np.ndarray:
+    return np.eye(classes)[predicted] * sure
+
+
+def test_scores_by_hand() -> None:
+    scores = classification_metrics(logits_for(PREDICTED), LABELS, NAMES)
+    # ant: 2 of 2 found right, 2 of 3 rows found; bee: 1 of 2, 1 of 2; cat: 1 of 2, 1 of 1
+    precision, recall = {"ant": 1.0, "bee": 0.5, "cat": 0.5}, {"ant": 2 / 3, "bee": 0.5, "cat": 1.0}
+    f1 = {name: 2 * precision[name] * recall[name] / (precision[name] + recall[name]) for name in NAMES}
+    for name in NAMES:
+        assert scores[f"precision/{name}"] == pytest.approx(precision[name])
+        assert scores[f"recall/{name}"] == pytest.approx(recall[name])
+        assert scores[f"f1/{name}"] == pytest.approx(f1[name])
+    assert scores["accuracy"] == pytest.approx(4 / 6)
+    assert scores["precision_macro"] == pytest.approx(2 / 3)
+    assert scores["recall_macro"] == pytest.approx((2 / 3 + 0.5 + 1) / 3)
+    assert scores["f1_macro"] == pytest.approx(sum(f1.values()) / 3)
+    assert scores["f1_weighted"] == pytest.approx((3 * f1["ant"] + 2 * f1["bee"] + f1["cat"]) / 6)
+    right, wrong = math.exp(3) / (math.exp(3) + 2), 1 / (math.exp(3) + 2)
+    assert scores["log_loss"] == pytest.approx(-(4 * math.log(right) + 2 * math.log(wrong)) / 6)
+    assert scores["expected_calibration_error"] == pytest.approx(abs(right - 4 / 6))
+    # Gorodkin 2004: rows × right less Σ predicted × true, over the root of two such differences of squares
+    expected = (6 * 4 - (2 * 3 + 2 * 2 + 2 * 1)) / math.sqrt((36 - 12) * (36 - 14))
+    assert scores["matthews_correlation"] == pytest.approx(expected)
+    assert set(METRIC_NAMES) <= set(scores)
+
+
+def test_roc_auc_of_two_classes_counts_pairs() -> None:
+    labels, scores = np.array([0, 0, 1, 1, 1]), np.array([0.1, 0.6, 0.4, 0.7, 0.6])
+    logits = np.stack([np.zeros(5), np.log(scores / (1 - scores))], axis=1)
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[labels == 1] for b in scores[labels == 0]]
+    found = classification_metrics(logits, labels, ["no", "yes"])["roc_auc"]
+    assert found == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_roc_auc_of_many_classes_is_the_mean_of_one_against_the_rest() -> None:
+    random = np.random.default_rng(0)
+    logits, labels = random.normal(size=(40, 3)), np.arange(40) % 3
+    probabilities = softmax(logits)
+    areas = []
+    for index in range(3):
+        inside, outside = probabilities[labels == index, index], probabilities[labels != index, index]
+        areas.append(np.mean(inside[:, None] > outside[None, :]))
+    assert classification_metrics(logits, labels, NAMES)["roc_auc"] == pytest.approx(np.mean(areas))
+
+
+def test_a_class_without_a_row_does_not_count_as_zero() -> None:
+    labels = np.array([0, 0, 1, 1])
+    scores = classification_metrics(logits_for(np.array([0, 0, 1, 0])), labels, NAMES)
+    assert scores["recall_macro"] == pytest.approx((1.0 + 0.5) / 2)
+    assert scores["precision_macro"] == pytest.approx((2 / 3 + 1.0) / 2)
+    assert scores["f1_macro"] == pytest.approx((0.8 + 2 / 3) / 2)
+    assert scores["recall/cat"] == 0.0
+    assert "roc_auc" not in scores
+    assert all(math.isfinite(value) for value in scores.values())
+
+
+def test_one_class_only() -> None:
+    scores = classification_metrics(logits_for(np.array([0, 0]), classes=2), np.array([0, 0]), ["no", "yes"])
+    assert scores["accuracy"] == scores["f1_macro"] == 1.0
+    assert scores["matthews_correlation"] == 0.0
+
+
+def test_softmax_of_large_logits() -> None:
+    assert softmax(np.array([[1e4, 0.0], [-1e4, -1e4]], dtype=np.float32)).tolist() == [[1.0, 0.0], [0.5, 0.5]]
+
+
+def slow_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> float:
+    """Guo et al. 2017, equations 2 and 3, as written there: bins are open below and closed above."""
+    total = 0.0
+    for index in range(bins):
+        low, high = index / bins, (index + 1) / bins
+        inside = [row for row in range(len(labels)) if low < probabilities[row].max() <= high]
+        if inside:
+            accuracy = sum(probabilities[row].argmax() == labels[row] for row in inside) / len(inside)
+            confidence = sum(probabilities[row].max() for row in inside) / len(inside)
+            total += len(inside) / len(labels) * abs(accuracy - confidence)
+    return total
+
+
+@pytest.mark.parametrize("bins", [1, 10, 15])
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0])
+def test_calibration_error_against_its_definition(bins: int, sharpness: float) -> None:
+    random = np.random.default_rng(0)
+    probabilities = softmax(random.normal(size=(500, 4)) * sharpness)
+    labels = random.integers(0, 4, 500)
+    expected = slow_calibration_error(probabilities, labels, bins)
+    assert expected_calibration_error(probabilities, labels, bins) == pytest.approx(expected)
+
+
+def test_calibration_error_of_certain_and_right_is_zero() -> None:
+    assert expected_calibration_error(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([0, 1])) == 0.0
+    assert expected_calibration_error(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([1, 0])) == 1.0
+
+
+# --- metrics of the person's own -------------------------------------------------------------------------------------
+
+SCRIPT = """
+import datasets
+import evaluate
+
+
+class Metric(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references):
+        exact = sum(one == other for one, other in zip(predictions, references))
+        return {"%s": exact / 10, "note": "text is no score"}
+"""
+
+
+@pytest.fixture
+def metric_folder(tmp_path: Path) -> Path:
+    """A metric as `evaluate` wants it: a folder with a script of the same name."""
+    folder = tmp_path / "tenths"
+    folder.mkdir()
+    (folder / "tenths.py").write_text(SCRIPT % "tenths")
+    return folder
+
+
+def splits_of(train: list[int]) -> Splits:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"label": train})
+    return Splits(train=rows, validation=rows, test=None, label_names=NAMES, columns={}, report=[])
+
+
+def task_with(*flags: str) -> TextClassification:
+    task = TextClassification(tiny_arguments(TINY["bert"](), *flags))  # type: ignore[arg-type]
+    task.label_names = NAMES
+    return task
+
+
+@pytest.mark.parametrize("ending", ["", "/"])
+def test_a_local_metric_is_scored_and_chooses_the_best(metric_folder: Path, ending: str) -> None:
+    task = task_with(f"--metrics={metric_folder}{ending}", "--metric_for_best_model=tenths")
+    scores = task.score(logits_for(PREDICTED), LABELS)
+    assert scores["tenths"] == pytest.approx(0.4)
+    assert scores["accuracy"] == pytest.approx(4 / 6)
+    assert "note" not in scores
+    assert task.best_metric(splits_of([0, 1, 2])) == ("tenths", True)
+
+
+def test_a_metric_whose_score_has_another_name_chooses_the_best(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "mine.py").write_text(SCRIPT % "exact_tenths")
+    task = task_with(f"--metrics={folder}", "--metric_for_best_model=exact_tenths")
+    assert task.score(logits_for(PREDICTED), LABELS)["exact_tenths"] == pytest.approx(0.4)
+    assert task.best_metric(splits_of([0, 1, 2])) == ("exact_tenths", True)
+
+
+def test_a_metric_that_is_not_there() -> None:
+    with pytest.raises(UsageError, match="Metric 'acuracy' is none of hftl's own"):
+        ExtraMetrics(["acuracy"])
+
+
+def test_the_metric_that_chooses_the_best() -> None:
+    assert task_with().best_metric(splits_of([0, 0, 0, 1, 2])) == ("accuracy", True)
+    assert task_with().best_metric(splits_of([0, 0, 0, 0, 1, 2])) == ("f1_macro", True)
+    assert task_with("--metric_for_best_model=eval_log_loss").best_metric(splits_of([0, 1])) == ("log_loss", False)
+    with pytest.raises(UsageError, match=r"acuracy' is not known.*accuracy"):
+        task_with("--metric_for_best_model=acuracy").best_metric(splits_of([0, 1]))
