@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ class ImageClassification(ClassificationTask):
         self.load_processor(source)
         if self.arguments.image_size is not None:
             model = _resize(model, self.arguments.image_size)
-            self.processor = _resized_processor(model, self.processor, self.arguments.image_size)
+        self._set_size(model)
         return model
 
     def _random_model(self, architecture: str) -> PreTrainedModel:
@@ -51,8 +52,7 @@ class ImageClassification(ClassificationTask):
             source = pretrained.random_timm_folder(architecture, self.arguments.image_size)
             model = pretrained.load_model(self.auto_class, source, self.label_names, self.arguments)
             self.load_processor(source)
-            if self.arguments.image_size is not None:
-                self.processor = _resized_processor(model, self.processor, self.arguments.image_size)
+            self._set_size(model)
             return model
         size = {"image_size": self.arguments.image_size} if self.arguments.image_size else {}
         labels = dict(enumerate(self.label_names))
@@ -65,10 +65,26 @@ class ImageClassification(ClassificationTask):
             )
         config.problem_type = "single_label_classification"
         model = self.auto_class.from_config(config)
-        self.processor = next(entry for entry in _values(IMAGE_PROCESSOR_MAPPING[type(config)]) if entry is not None)()
-        if self.arguments.image_size is not None:
-            self.processor = _resized_processor(model, self.processor, self.arguments.image_size)
+        backends = IMAGE_PROCESSOR_MAPPING[type(config)]
+        self.processor = (backends.get("torchvision") or backends["pil"])()  # as AutoImageProcessor chooses
+        self._set_size(model)
         return model
+
+    def _set_size(self, model: PreTrainedModel) -> None:
+        """Set the processor to `--image_size`, and try the model at it: some architectures fail at some sizes.
+
+        Raises:
+            UsageError: the model does not work at that size.
+        """
+        size = self.arguments.image_size
+        if size is None:
+            return
+        self.processor = _resized_processor(model, self.processor, size)
+        try:
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, 3, size, size))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise UsageError(f"--image_size {size}: {type(model).__name__} does not work at this size.") from error
 
     def load_processor(self, source: str | Path) -> None:
         """Set the image processor of a checkpoint."""
@@ -186,8 +202,13 @@ def _resize(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
         raise UsageError(f"--image_size {image_size} is less than one patch of the model ({patch} pixels).")
     if config.model_type == "timm_wrapper":
         if hasattr(model.timm_model, "set_input_size"):
-            model.timm_model.set_input_size(img_size=(image_size, image_size))
-            config.model_args = {**(config.model_args or {}), "img_size": image_size}
+            sizes: dict[str, Any] = {"img_size": (image_size, image_size)}
+            if "window_size" in inspect.signature(model.timm_model.set_input_size).parameters:
+                # Swin: the windows that the weights are for; timm would choose others, and not when it loads.
+                windows = (part.window_size for part in model.timm_model.modules() if hasattr(part, "window_size"))
+                sizes["window_size"] = next(windows)
+            model.timm_model.set_input_size(**sizes)
+            config.model_args = {**(config.model_args or {}), **sizes, "img_size": image_size}
         elif config.pretrained_cfg.get("fixed_input_size"):
             raise UsageError(
                 f"--image_size: {config.architecture} works at {config.pretrained_cfg['input_size'][1]} only."
@@ -235,8 +256,3 @@ def _resized_processor(model: PreTrainedModel, processor: Any, image_size: int) 
         }
         setattr(processor, name, scaled)
     return processor
-
-
-def _values(entry: Any) -> list[Any]:
-    """Classes of a transformers mapping entry, which is a tuple or a mapping of backends."""
-    return list(entry.values()) if isinstance(entry, Mapping) else list(entry)
