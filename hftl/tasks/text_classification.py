@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,26 @@ class TextClassification(ClassificationTask):
                 f"--model random:{architecture} is not a model for texts: choose another, such as random:bert."
             )
         config.problem_type = "single_label_classification"
+        self._check_tokenizer_comes_back(architecture, config, splits.train[:100]["text"])
         model = self.auto_class.from_config(config)
         self._limit_length(model)
         return model
+
+    def _check_tokenizer_comes_back(self, architecture: str, config: Any, texts: list[str]) -> None:
+        """AutoTokenizer reads the files of some architectures (Qwen2) as those of their own tokenizer only.
+
+        Raises:
+            UsageError: it would split texts otherwise than the tokenizer learned here.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+            loaded = AutoTokenizer.from_pretrained(folder)
+        if loaded(texts)["input_ids"] != self.processor(texts)["input_ids"]:
+            raise UsageError(
+                f"--model random:{architecture} works with a tokenizer of its own only, which a model without "
+                "pretrained weights does not have: choose another, such as random:bert."
+            )
 
     def load_processor(self, source: str | Path) -> None:
         """Set the tokenizer of a checkpoint."""
