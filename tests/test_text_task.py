@@ -1,0 +1,294 @@
+"""Texts: length, pairs, padding, pooling, and the same answers from plain transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from tiny_models import TINY, tiny_tokenizer, write_tiny_text_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+import hftl
+from hftl.data import Splits
+from hftl.errors import UsageError
+from hftl.pretrained import save_model
+from hftl.run import Run
+from hftl.tasks.text_classification import TextClassification, TextDataset
+
+NAMES = ["ant", "bee", "cat"]
+SHORT, LONG = "a good film", "the plot was slow and the cast was not bright but the song was fine " * 9
+TEXTS = [SHORT, "a dull and cold room", "it was a warm trip with a bright meal and not a bad show", "fast"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of pretrained models with their tokenizers."""
+    top = tmp_path_factory.mktemp("checkpoints")
+    folders = {kind: write_tiny_text_model(top / kind, kind) for kind in ("bert", "distilbert", "roberta", "gpt2")}
+    for name in ("modernbert", "qwen2", "electra", "albert", "deberta_v2"):
+        folders[name] = top / name
+        model = TINY[name]()
+        tokenizer = tiny_tokenizer(top / name, "distilbert")
+        model.resize_token_embeddings(len(tokenizer))
+        model.save_pretrained(top / name)
+    return folders
+
+
+def splits(texts: list[str] | None = None) -> Splits:
+    texts = texts or TEXTS
+    rows = datasets.Dataset.from_dict({"text": texts, "label": [row % 3 for row in range(len(texts))]})
+    return Splits(train=rows, validation=rows, test=None, label_names=NAMES, columns={}, report=[])
+
+
+def task_with(model: Any, *flags: str) -> tuple[TextClassification, Any]:
+    """A task and its model, in eval mode."""
+    task = TextClassification(hftl.parse(hftl.TextArguments, [f"--model={model}", "--output_dir=unused", *flags]))
+    return task, task.build_model(splits()).eval()
+
+
+def saved(task: TextClassification, model: Any, folder: Path) -> Path:
+    save_model(model, folder)
+    task.save_processor(folder)
+    return folder
+
+
+def logits(task: TextClassification, model: Any, inputs: Any) -> torch.Tensor:
+    data = task.dataset(task.read_inputs(inputs), training=False)
+    batch = task.collate([data[row] for row in range(len(data))])
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def probabilities(result: list[dict[str, Any]]) -> list[float]:
+    """What a pipeline gives, in the order of the classes."""
+    return [next(entry["score"] for entry in result if entry["label"] == name) for name in NAMES]
+
+
+KINDS = ["bert", "distilbert", "roberta", "gpt2", "modernbert", "qwen2", "electra", "albert", "deberta_v2"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_saved_model_gives_the_same_answers(checkpoints: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    task, model = task_with(checkpoints[kind])
+    folder = saved(task, model, tmp_path)
+    expected = logits(task, model, TEXTS).softmax(-1).tolist()
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert loaded.config.id2label == {0: "ant", 1: "bee", 2: "cat"}
+    run = Run(folder, task)
+    by_pipeline = pipeline("text-classification", str(folder), top_k=None)
+    answers = by_pipeline(TEXTS)
+    for found, answer, values in zip(run.predict(TEXTS), answers, expected, strict=True):
+        assert list(found.probabilities.values()) == pytest.approx(values, abs=1e-5)
+        assert probabilities(answer) == pytest.approx(values, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_does_not_change_the_answer(checkpoints: dict[str, Path], kind: str) -> None:
+    task, model = task_with(checkpoints[kind])
+    together = logits(task, model, TEXTS)
+    alone = torch.cat([logits(task, model, text) for text in TEXTS])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(together[0], together[2])
+
+
+def test_padding_is_to_the_longest_of_the_batch_in_steps_of_8(checkpoints: dict[str, Path]) -> None:
+    task, _ = task_with(checkpoints["bert"])
+    data = task.dataset(splits().train, training=True)
+    assert data.lengths == [len(entry) for entry in task.processor(TEXTS)["input_ids"]]
+    assert task.collate([data[0], data[3]])["input_ids"].shape == (2, 8)
+    batch = task.collate([data[0], data[2]])
+    assert batch["input_ids"].shape[1] % 8 == 0
+    assert batch["input_ids"].shape[1] - max(data.lengths) < 8
+    assert batch["attention_mask"].sum(1).tolist() == [data.lengths[0], data.lengths[2]]
+    assert batch["labels"].tolist() == [0, 2]
+
+
+# --- decoders --------------------------------------------------------------------------------------------------------
+
+
+def test_a_decoder_without_a_pad_token_gets_its_end_of_text(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    assert AutoTokenizer.from_pretrained(checkpoints["gpt2"]).pad_token is None
+    task, model = task_with(checkpoints["gpt2"])
+    assert model.config.pad_token_id == task.processor.pad_token_id == task.processor.eos_token_id
+    folder = saved(task, model, tmp_path)
+    assert AutoTokenizer.from_pretrained(folder).pad_token == task.processor.eos_token
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert loaded.config.pad_token_id == task.processor.pad_token_id
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_a_decoder_pools_the_last_real_token(checkpoints: dict[str, Path], kind: str) -> None:
+    task, model = task_with(checkpoints[kind])
+    data = task.dataset(task.read_inputs(TEXTS), training=False)
+    for row, text in enumerate(TEXTS):
+        with torch.no_grad():
+            states = model.base_model(torch.tensor([data[row]["input_ids"]])).last_hidden_state
+            expected = model.score(states[:, -1])
+        torch.testing.assert_close(logits(task, model, TEXTS)[row], expected[0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(logits(task, model, text), expected, rtol=1e-4, atol=1e-6)
+
+
+# --- length ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "limit"),
+    [
+        ("bert", (), 64),  # the tokenizer's own, and the model's positions
+        ("bert", ("--max_length=16",), 16),
+        ("roberta", (), 64),  # 66 positions, two of them before the first token
+        ("distilbert", ("--max_length=999",), 64),
+        ("gpt2", (), 64),
+    ],
+)
+def test_texts_are_cut_and_counted(
+    checkpoints: dict[str, Path], kind: str, flags: tuple[str, ...], limit: int, capsys: Any
+) -> None:
+    task, model = task_with(checkpoints[kind], *flags)
+    data = task.dataset(splits([SHORT, LONG, LONG]).train, training=True)
+    assert data.lengths[1:] == [limit, limit]
+    assert data.lengths[0] < 16
+    assert data.cut == 2
+    assert (
+        f"2 of 3 training texts are longer than {limit} tokens and were cut (--max_length)" in capsys.readouterr().out
+    )
+    assert logits(task, model, [SHORT, LONG]).isfinite().all()
+
+
+def test_a_text_of_just_the_limit_is_not_counted(checkpoints: dict[str, Path]) -> None:
+    task, _ = task_with(checkpoints["bert"], "--max_length=8")
+    exact = "good bad fine dull slow fast"  # six words and two special tokens
+    data = TextDataset([{"text": exact}, {"text": f"{exact} warm"}], task.processor)
+    assert (data.lengths, data.cut) == ([8, 8], 1)
+
+
+def test_the_limit_is_the_model_s_where_its_tokenizer_has_none(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    for path in checkpoints["roberta"].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.model_max_length = int(1e30)
+    tokenizer.save_pretrained(tmp_path)
+    task, model = task_with(tmp_path)
+    assert task.processor.model_max_length == 64
+    assert logits(task, model, LONG).isfinite().all()
+
+
+def test_the_limit_is_saved(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    task, model = task_with(checkpoints["bert"], "--max_length=16")
+    folder = saved(task, model, tmp_path)
+    expected = logits(task, model, LONG).softmax(-1)[0].tolist()
+    answer = pipeline("text-classification", str(folder), top_k=None)([LONG], truncation=True)
+    assert probabilities(answer[0]) == pytest.approx(expected, abs=1e-5)
+    assert AutoTokenizer.from_pretrained(folder).model_max_length == 16
+
+
+def test_a_tokenizer_of_another_model_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    for path in checkpoints["bert"].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_tokens([f"word{number}" for number in range(20)])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="its tokenizer has more tokens than the model"):
+        task_with(tmp_path)
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_pairs(checkpoints: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    task, model = task_with(checkpoints[kind])
+    rows = datasets.Dataset.from_dict({"text": TEXTS, "text_pair": TEXTS[::-1], "label": [0, 1, 2, 0]})
+    data = task.dataset(rows, training=True)
+    expected = task.processor(TEXTS[0], TEXTS[3])
+    assert data[0]["input_ids"] == expected["input_ids"] != task.processor(TEXTS[0] + " " + TEXTS[3])["input_ids"]
+    if kind == "bert":
+        assert data[0]["token_type_ids"] == expected["token_type_ids"]
+        assert set(data[0]["token_type_ids"]) == {0, 1}
+    folder = saved(task, model, tmp_path)
+    pairs = list(zip(TEXTS, TEXTS[::-1], strict=True))
+    wanted = logits(task, model, pairs).softmax(-1).tolist()
+    by_pipeline = pipeline("text-classification", str(folder), top_k=None)
+    run = Run(folder, task)
+    for pair, found, values in zip(pairs, run.predict(pairs), wanted, strict=True):
+        assert list(found.probabilities.values()) == pytest.approx(values, abs=1e-5)
+        answer = by_pipeline({"text": pair[0], "text_pair": pair[1]})
+        assert probabilities(answer) == pytest.approx(values, abs=1e-5)
+
+
+def test_a_long_pair_keeps_some_of_both(checkpoints: dict[str, Path]) -> None:
+    task, _ = task_with(checkpoints["bert"], "--max_length=16")
+    data = TextDataset([{"text": LONG, "text_pair": LONG}], task.processor)
+    assert (data.lengths, data.cut) == ([16], 1)
+    assert 6 <= sum(data[0]["token_type_ids"]) <= 8
+
+
+# --- pooling ---------------------------------------------------------------------------------------------------------
+
+
+def test_mean_pooling_is_saved(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    task, model = task_with(checkpoints["modernbert"], "--pooling=mean")
+    _, plain = task_with(checkpoints["modernbert"])
+    found = logits(task, model, TEXTS)
+    assert not torch.allclose(found, logits(task, plain, TEXTS))
+    folder = saved(task, model, tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert loaded.config.classifier_pooling == "mean"
+    torch.testing.assert_close(logits(task, loaded.eval(), TEXTS), found, rtol=0, atol=0)
+    alone = torch.cat([logits(task, model, text) for text in TEXTS])
+    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-6)
+
+
+def test_mean_pooling_that_needs_code_is_left_out(checkpoints: dict[str, Path], capsys: Any) -> None:
+    task, model = task_with(checkpoints["bert"], "--pooling=mean")
+    said = capsys.readouterr().out
+    assert "BertForSequenceClassification has no mean pooling without custom code" in said
+    assert "own pooling is kept" in said
+    _, plain = task_with(checkpoints["bert"])
+    assert torch.equal(logits(task, model, TEXTS), logits(task, plain, TEXTS))
+
+
+# --- untrained models ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["bert", "roberta", "distilbert", "deberta-v2", "modernbert", "electra", "albert", "gpt2", "llama"],
+)
+def test_an_untrained_architecture(architecture: str, tmp_path: Path) -> None:
+    task, model = task_with(f"random:{architecture}")
+    assert sum(parameter.numel() for parameter in model.parameters()) < 10e6
+    assert len(task.processor) <= model.get_input_embeddings().num_embeddings
+    expected = logits(task, model, [*TEXTS, LONG])
+    alone = torch.cat([logits(task, model, text) for text in [*TEXTS, LONG]])
+    torch.testing.assert_close(expected, alone, rtol=1e-4, atol=1e-5)
+    folder = saved(task, model, tmp_path)
+    answers = pipeline("text-classification", str(folder), top_k=None)([*TEXTS, LONG], truncation=True)
+    for answer, values in zip(answers, expected.softmax(-1).tolist(), strict=True):
+        assert probabilities(answer) == pytest.approx(values, abs=1e-5)
+
+
+def test_the_tokenizer_of_an_untrained_model_knows_the_words(checkpoints: dict[str, Path]) -> None:
+    task, _ = task_with("random:bert")
+    ids = task.processor("a good film")["input_ids"]
+    assert task.processor.convert_ids_to_tokens(ids)[0] == "[CLS]"
+    assert task.processor.unk_token_id not in ids
+    pair = task.processor.convert_ids_to_tokens(task.processor("a film", "a room")["input_ids"])
+    assert (pair[-1], pair.count("[SEP]")) == ("[SEP]", 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("brt", r"no such architecture.*bert"),
+        ("vit", "not a model for texts"),
+        ("resnet18", "no such architecture"),
+        ("qwen2", "a tokenizer of its own"),
+    ],
+)
+def test_an_architecture_that_is_none(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        task_with(f"random:{name}")
