@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import TINY
+from tiny_models import TINY, write_tiny_text_model
 from tiny_training import tiny_arguments
 
+import hftl
 from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.metrics import METRIC_NAMES, ExtraMetrics, classification_metrics, expected_calibration_error, softmax
@@ -185,3 +186,21 @@ def test_the_metric_that_chooses_the_best() -> None:
     assert task_with("--metric_for_best_model=eval_log_loss").best_metric(splits_of([0, 1])) == ("log_loss", False)
     with pytest.raises(UsageError, match=r"acuracy' is not known.*accuracy"):
         task_with("--metric_for_best_model=acuracy").best_metric(splits_of([0, 1]))
+
+
+def test_a_run_chooses_its_checkpoint_by_a_local_metric(metric_folder: Path, tmp_path: Path) -> None:
+    rows = [f"{text},{label}" for text, label in [("a good film", "yes"), ("a dull room", "no")] * 12]
+    (tmp_path / "table.csv").write_text("\n".join(["text,label", *rows]))
+    run = hftl.finetune(
+        task="text-classification",
+        model=str(write_tiny_text_model(tmp_path / "model")),
+        dataset=str(tmp_path / "table.csv"),
+        output_dir=str(tmp_path / "run"),
+        num_train_epochs=2,
+        validation_fraction=0.5,
+        metrics=[str(metric_folder)],
+        metric_for_best_model="tenths",
+    )
+    assert run.metrics["validation"]["tenths"] == pytest.approx(run.metrics["validation"]["accuracy"] * 12 / 10)
+    (stage,) = run.metrics["train"]["stages"]
+    assert stage["best_metric"] == pytest.approx(run.metrics["validation"]["tenths"])
