@@ -21,10 +21,12 @@ from transformers import PreTrainedModel, TrainerCallback
 from hftl import backbones, fitting, pretrained
 from hftl.errors import UsageError
 from hftl.methods import METHODS, Plan, build_plan
+from hftl.pooling import pool_by_mean
 from hftl.tasks.image_classification import ImageClassification
 from hftl.tasks.text_classification import TextClassification
 
-every_model = pytest.mark.parametrize("name", list(TINY))
+# _mean: with the pooling layer of `hftl.pooling`
+every_model = pytest.mark.parametrize("name", [*TINY, "bert_mean", "electra_mean"])
 
 # Rates that move what a gradient reaches well beyond rounding.
 RATES = ["--learning_rate=1e-3", "--head_learning_rate=1e-2"]
@@ -38,7 +40,7 @@ NOTHING = 1e-8
 @cache
 def _built(name: str) -> PreTrainedModel:
     """A tiny model whose every part matters to its output, as a pretrained one's does."""
-    model = TINY[name]()
+    model = TINY[name.removesuffix("_mean")]()
     batch_norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
         for parameter in model.parameters():
@@ -51,7 +53,7 @@ def _built(name: str) -> PreTrainedModel:
         model.train()(**tiny_inputs(model, batch=8))  # statistics of real activations, or those of Inception explode
         for module in batch_norms:
             module.momentum = 0.1
-    return model
+    return pool_by_mean(model) if name.endswith("_mean") else model
 
 
 def fresh(name: str) -> PreTrainedModel:
@@ -166,8 +168,11 @@ def check_modes(model: nn.Module, stage: Any, seen: dict[str, bool]) -> None:
             assert seen[name], name  # before the head, which always trains
 
 
-# Without a gradient: softmax does not see what a key's bias adds to all scores alike, and no image has masked patches.
-WITHOUT_GRADIENT = re.compile(r"\.(key|k_lin|k_proj)\.bias$|mask_token$")
+# Without a gradient: softmax does not see what a key's bias adds to all scores alike, no image has masked patches, and
+# of the pooling layer (the fourth here) attention and the feed-forward part start at zero.
+WITHOUT_GRADIENT = re.compile(
+    r"\.(key|k_lin|k_proj)\.bias$|mask_token$|layer\.3\.(attention\.self\.(query|key)|intermediate|output\.dense)"
+)
 
 
 def task_of(model: PreTrainedModel) -> Any:

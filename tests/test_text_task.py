@@ -229,25 +229,40 @@ def test_a_long_pair_keeps_some_of_both(checkpoints: dict[str, Path]) -> None:
 # --- pooling ---------------------------------------------------------------------------------------------------------
 
 
-def test_mean_pooling_is_saved(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    task, model = task_with(checkpoints["modernbert"], "--pooling=mean")
-    _, plain = task_with(checkpoints["modernbert"])
+@pytest.mark.parametrize("kind", ["modernbert", "bert", "roberta", "electra"])
+def test_mean_pooling_is_saved(checkpoints: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    task, model = task_with(checkpoints[kind], "--pooling=mean")
+    _, plain = task_with(checkpoints[kind], "--pooling=architecture")
     found = logits(task, model, TEXTS)
     assert not torch.allclose(found, logits(task, plain, TEXTS))
     folder = saved(task, model, tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(folder)
-    assert loaded.config.classifier_pooling == "mean"
     torch.testing.assert_close(logits(task, loaded.eval(), TEXTS), found, rtol=0, atol=0)
     alone = torch.cat([logits(task, model, text) for text in TEXTS])
-    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_mean_pooling_that_needs_code_is_left_out(checkpoints: dict[str, Path], capsys: Any) -> None:
+def test_the_mean_is_that_of_the_real_tokens(checkpoints: dict[str, Path]) -> None:
     task, model = task_with(checkpoints["bert"], "--pooling=mean")
+    _, plain = task_with(checkpoints["bert"], "--pooling=architecture")
+    data = task.dataset(task.read_inputs(TEXTS), training=False)
+    batch = task.collate([data[row] for row in range(len(data))])
+    with torch.no_grad():
+        states = plain.base_model(**batch).last_hidden_state
+        real = batch["attention_mask"].unsqueeze(-1)
+        mean = (states * real).sum(1) / real.sum(1)
+        found = model.base_model(**batch).last_hidden_state[:, 0]
+    expected = torch.nn.functional.layer_norm(mean, mean.shape[-1:])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)  # a thousandth of it is the first token itself
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "albert", "deberta_v2", "gpt2"])
+def test_mean_pooling_that_needs_code_is_left_out(checkpoints: dict[str, Path], kind: str, capsys: Any) -> None:
+    task, model = task_with(checkpoints[kind], "--pooling=mean")
     said = capsys.readouterr().out
-    assert "BertForSequenceClassification has no mean pooling without custom code" in said
+    assert f"{type(model).__name__} has no mean pooling without custom code" in said
     assert "own pooling is kept" in said
-    _, plain = task_with(checkpoints["bert"])
+    _, plain = task_with(checkpoints[kind])
     assert torch.equal(logits(task, model, TEXTS), logits(task, plain, TEXTS))
 
 
