@@ -51,6 +51,8 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 repository = f"{json.loads(body).get('organization') or 'tester'}/{name}"
                 hub.files.setdefault(repository, {})
                 return self.answer(200, {"url": f"{hub.url}/{repository}", "name": repository})
+            if self.path == "/api/validate-yaml":  # the card's metadata
+                return self.answer(200, {"errors": [], "warnings": []})
             repository = "/".join(parts[2:4])
             if parts[4] == "preupload":
                 paths = [entry["path"] for entry in json.loads(body)["files"]]
@@ -73,10 +75,14 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return self.answer(200, {"type": "user", "name": "tester", "orgs": []})
             if path.startswith("api/models/"):
                 repository = "/".join(path.split("/")[2:4])
+                if "/tree/" in path:
+                    folder = path.partition("/tree/")[2].partition("/")[2]
+                    names = [name for name in hub.files.get(repository, {}) if name.startswith(folder)]
+                    return self.answer(200, [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names])
                 siblings = [{"rfilename": name} for name in hub.files.get(repository, {})]
                 return self.answer(200, {"id": repository, "sha": COMMIT, "siblings": siblings})
-            owner, name, _, _, *rest = path.split("/")
-            content = hub.files.get(f"{owner}/{name}", {}).get("/".join(rest))
+            parts = path.split("/")  # owner, name, "resolve", revision, path
+            content = hub.files.get("/".join(parts[:2]), {}).get("/".join(parts[4:]))
             if content is None:
                 return self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
             etag = hashlib.sha256(content).hexdigest()
