@@ -141,7 +141,7 @@ def lora_targets(model: nn.Module) -> list[str]:
     parts = structure(model)
     adapted = parts.blocks[1:] or parts.blocks
     inside = {prefix for block in adapted for prefix in block}
-    outside = _pooling_layer(model, _backbone(model))
+    outside = pooling_layer(model)
     targets = [
         name
         for name, module in model.named_modules()
@@ -156,6 +156,11 @@ def lora_targets(model: nn.Module) -> list[str]:
             "the layers with --lora_target_modules."
         )
     return targets
+
+
+def pooling_layer(model: nn.Module) -> tuple[str, ...]:
+    """The name of the layer that `hftl.pooling` put behind the others (of a model without adapters), if any."""
+    return _pooling_layer(model, _backbone(model))
 
 
 def is_convolutional(model: nn.Module) -> bool:

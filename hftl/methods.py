@@ -184,17 +184,19 @@ def lora(model: nn.Module, arguments: TransferArguments) -> Plan:
         "lora_dropout": arguments.lora_dropout or 0.0,
     }
     rates = _resolved_rates(model, arguments)
+    pooling = backbones.pooling_layer(model)  # kept with the adapter, since the checkpoint has no such layer
     config = LoraConfig(
         r=rank,
         lora_alpha=settings["lora_alpha"],
         lora_dropout=settings["lora_dropout"],
         target_modules=_lora_targets(model, arguments.lora_target_modules),
-        modules_to_save=list(backbones.structure(model).trained_head),
+        modules_to_save=[*backbones.structure(model).trained_head, *pooling],
     )
     adapted = get_peft_model(model, config)
     # The name that the person gave; PEFT would write the path of a cache folder.
     adapted.peft_config["default"].base_model_name_or_path = str(arguments.model_name_or_path)
     names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    names = [name for name in names if not backbones.plain_name(adapted, name).startswith(pooling)]
     stage = replace(
         _stage(arguments, "adapters", names, rates.adapters, rates.head), batch_norm="frozen", layer_decay=1.0
     )
@@ -210,8 +212,8 @@ def _lora_targets(model: nn.Module, wanted: list[str] | None) -> list[str]:
     layers = [
         name for name, module in model.named_modules() if isinstance(module, kinds) or "Conv1D" in str(type(module))
     ]
-    head = backbones.structure(model).trained_head
-    layers = [name for name in layers if not name.startswith(head)]
+    whole = (*backbones.structure(model).trained_head, *backbones.pooling_layer(model))
+    layers = [name for name in layers if not name.startswith(whole)]
     found = [name for name in layers if any(f".{name}".endswith(f".{entry}") for entry in wanted)]
     for entry in wanted:
         if not any(f".{name}".endswith(f".{entry}") for name in layers):

@@ -213,6 +213,8 @@ def test_steps_move_what_trains_and_the_saved_model_is_the_trained_one(name: str
     if method == "lora":
         base = fresh(name)
         pretrained.reset_head(base)
+        if name.endswith("_mean"):
+            base.base_model.encoder.layer[-1].apply(base._init_weights)  # the checkpoint has no such layer
         adapted = PeftModel.from_pretrained(base, folder / "adapter")
         torch.testing.assert_close(logits_of(adapted, batch), expected, rtol=1e-5, atol=1e-5)
 
