@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -94,8 +95,6 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
 
 def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> list[Stage]:
     """Fill in what the arguments leave open, and the epochs of each stage."""
-    import dataclasses
-
     if arguments.per_device_train_batch_size is None:
         arguments.per_device_train_batch_size = task.batch_size
     if arguments.dataloader_num_workers < 0:

@@ -174,7 +174,7 @@ def last_checkpoint(folder: Path) -> Path | None:
         if is_complete_checkpoint(path):
             whole.append(path)
         else:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # another process may be removing it too
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 

@@ -11,7 +11,7 @@ began=$SECONDS
 echo
 echo "quickstart 1/2: handwritten digits, EfficientNet-Lite0 with a new head"
 "$py" recipes/image_classification.py --model builtin:efficientnet_lite0 --dataset builtin:digits \
-    --method frozen --horizontal_flip false --output_dir runs/quickstart-digits --overwrite
+    --method frozen --image_size 128 --horizontal_flip false --output_dir runs/quickstart-digits --overwrite
 
 echo
 echo "quickstart 2/2: sentences about films, MiniLM trained whole on 2,000 of them"
