@@ -219,9 +219,10 @@ def parse(
         namespace, rest = parser.parse_known_args(tokens)
         if rest:
             raise UsageError(f"Unexpected argument {rest[0]!r}: a value belongs behind a flag such as --dataset.")
+        _check_gpu_wish(namespace, given)
         keys = {item.name for item in dataclasses.fields(arguments_class) if item.init}
         arguments = arguments_class(**{key: value for key, value in vars(namespace).items() if key in keys})
-    except (ValueError, ImportError, argparse.ArgumentError) as error:  # TrainingArguments' own checks
+    except (ValueError, ImportError) as error:  # TrainingArguments' own checks
         raise UsageError(_with_flag(" ".join(str(error).split()), vars(namespace), given)) from error
     object.__setattr__(arguments, "given", frozenset(given))
     expected = arguments_class.__dataclass_fields__["task"].default
@@ -312,7 +313,7 @@ def argument_tokens(name: str, value: Any) -> list[str]:
     if isinstance(value, dict):
         return [f"--{name}={json.dumps(value)}"]
     if isinstance(value, list | tuple):
-        return [f"--{name}", *map(str, value)]
+        return [f"--{name}", *map(str, value)] if value else []
     return [f"--{name}={value}"]
 
 
@@ -328,6 +329,14 @@ def _check_names(tokens: Sequence[str], names: dict[str, str]) -> set[str]:
             raise UsageError(f"Unknown flag --{name}.{did_you_mean(name, [*names, 'config', 'help'])}")
         given.add(field_name)
     return given
+
+
+def _check_gpu_wish(namespace: argparse.Namespace, given: set[str]) -> None:
+    """Refuse `--use_cpu false` where there is nothing but the CPU."""
+    import torch
+
+    if "use_cpu" in given and not namespace.use_cpu and not torch.accelerator.is_available():
+        raise UsageError("--use_cpu false asks for a GPU and none was found: leave it out.")
 
 
 def _check_device(arguments: TransferArguments) -> None:
@@ -407,7 +416,7 @@ def _check_trackers(arguments: TransferArguments) -> None:
 NOT_IN_RECIPE = {
     "output_dir", "resume", "overwrite", "hub_token", "local_rank", "push_to_hub", "disable_tqdm", "label_names",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "resume_from_checkpoint", "use_cpu", "do_eval",
-    "dataloader_num_workers", "greater_is_better", "log_level", "log_level_replica", "report_to", "debug",
+    "dataloader_num_workers", "average_tokens_across_devices", "log_level", "log_level_replica", "report_to", "debug",
     "dataloader_pin_memory", "dataloader_persistent_workers",
 }  # fmt: skip
 
@@ -417,13 +426,15 @@ def to_recipe(arguments: TransferArguments) -> dict[str, Any]:
     own = {item.name for item in dataclasses.fields(type(arguments))} - {
         item.name for item in dataclasses.fields(TrainingArguments)
     }
-    overridden = set(TransferArguments.__annotations__) | own
+    always = set(TransferArguments.__annotations__) | own | {"seed", "greater_is_better"}
     recipe = {}
     for item in dataclasses.fields(type(arguments)):
         value = getattr(arguments, item.name)
         if item.name in NOT_IN_RECIPE or value is None or not item.init:
             continue
-        if item.name not in overridden and (_plain(value) == _plain(item.default) or value in (False, [], {})):
+        # Trainer fills some fields that are None by default; false and empty mean the same there.
+        unset = (value is False and item.default is None) or value in ([], {})
+        if item.name not in always and (unset or _plain(value) == _plain(item.default)):
             continue
         if dataclasses.is_dataclass(value):
             continue

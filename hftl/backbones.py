@@ -69,7 +69,7 @@ def structure(model: nn.Module) -> Structure:
     backbone, head = _backbone_and_head(plain)
     pooler = _pooler(plain, backbone)
     outside = (*pooler, *head)
-    weights = {name: weight for name, weight in _parameters(plain).items() if not _is_below_any(name, outside)}
+    weights = {name: weight for name, weight in _parameters(plain).items() if not is_below_any(name, outside)}
     if not weights:
         raise UsageError(f"{type(plain).__name__} has nothing but its output layer: there is no backbone to adapt.")
     return Structure(head, _shortest_prefixes(_group(plain, backbone, weights), outside), pooler)
@@ -147,7 +147,7 @@ def lora_targets(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if _can_be_adapted(model, name, module)
         and any(path in inside for path in _paths(name))
-        and not _is_below_any(name, outside)
+        and not is_below_any(name, outside)
     ]
     if not targets:
         raise UsageError(
@@ -221,7 +221,8 @@ def _has_children(module: nn.Module) -> bool:
     return next(module.children(), None) is not None
 
 
-def _is_below_any(name: str, prefixes: Iterable[str]) -> bool:
+def is_below_any(name: str, prefixes: Iterable[str]) -> bool:
+    """Whether a parameter or module is one of `prefixes`, or inside one."""
     return any(_is_below(name, prefix) for prefix in prefixes)
 
 
@@ -473,7 +474,7 @@ def _children_as_blocks(model: nn.Module, backbone: nn.Module, weights: dict[str
         return _children_as_blocks(model, children[0], weights)
     names = [_name_of(model, part) for child in children for part in _items(child)]
     inside = [[name for name in weights if _is_below(name, part)] for part in names]
-    return [[name for name in weights if not _is_below_any(name, names)], *inside]
+    return [[name for name in weights if not is_below_any(name, names)], *inside]
 
 
 def _items(module: nn.Module) -> list[nn.Module]:

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hftl.arguments import TransferArguments
 from hftl.data import Splits
+from hftl.pretrained import public_name
 from hftl.tasks.classification import ClassificationTask, class_counts
 
 _TEXT = """# {title}
@@ -46,8 +47,10 @@ def write_card(
 ) -> None:
     """Write README.md with the metadata that the Hub reads. No local path gets into it."""
     split = "test" if "test" in metrics else "validation"
-    base, dataset = _public_name(arguments.model_name_or_path), _public_name(arguments.dataset_name)
-    title = Path(str(arguments.output_dir)).name
+    base, dataset = public_name(arguments.model_name_or_path), public_name(arguments.dataset_name)
+    where, colon, function = arguments.method.rpartition(":")
+    method = f"{public_name(where)}:{function}" if colon else function
+    title = arguments.hub_model_id or Path(str(arguments.output_dir)).name
     on_hub = not Path(str(arguments.model_name_or_path)).exists() and ":" not in str(arguments.model_name_or_path)
     results = [
         EvalResult(
@@ -75,14 +78,8 @@ def write_card(
         for name, count in zip(splits.label_names, class_counts(splits), strict=True)
     ]
     text = _TEXT.format(
-        title=title, base=base, task=task.name, dataset=dataset, method=arguments.method, split=split,
+        title=title, base=base, task=task.name, dataset=dataset, method=method, split=split,
         results="\n".join(rows), classes="\n".join(classes),
         example='"image.jpg"' if task.modality == "image" else '"A text."',
     )  # fmt: skip
     ModelCard(f"---\n{header.to_yaml()}\n---\n\n{text}").save(target / "README.md")
-
-
-def _public_name(name: str | None) -> str:
-    """A name without the folders of this machine."""
-    text = str(name)
-    return Path(text).name if Path(text).exists() else text

@@ -169,6 +169,7 @@ def _predict(argv: list[str]) -> None:
     parser.add_argument("input", help="image, folder, table or text file; or a text")
     parser.add_argument("--output", help="CSV file to write (default: print)")
     parser.add_argument("--batch_size", type=_positive, default=32)
+    _add_columns(parser, "text", "text_pair", "image")
     options = parser.parse_args(argv)
     _check_output(options.output)
     from hftl.run import load_run
@@ -176,7 +177,8 @@ def _predict(argv: list[str]) -> None:
     run = load_run(options.run)
     looks_like_path = Path(options.input).suffix.lower() in (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
     is_file = run.task.modality != "text" or looks_like_path or os.path.exists(options.input)
-    predictions = run.predict(Path(options.input) if is_file else options.input, options.batch_size)
+    source = Path(options.input) if is_file else options.input
+    predictions = run.predict(source, options.batch_size, **_columns(options, run))
     _write_predictions(predictions, run.label_names, options.output)
 
 
@@ -213,20 +215,38 @@ def _evaluate(argv: list[str]) -> None:
     parser.add_argument("run", help="folder of a finished run")
     parser.add_argument("--dataset", "--dataset_name", required=True, help="as for hftl train")
     parser.add_argument("--split", help="its name (default: test, else validation, else the only one)")
+    parser.add_argument("--dataset_config_name", help="as for hftl train")
+    parser.add_argument("--skip_bad_files", action="store_true", help="as for hftl train")
     parser.add_argument("--batch_size", type=_positive, default=32)
-    for name in ("label_column", "text_column", "text_pair_column", "image_column"):
-        parser.add_argument(f"--{name}", help="where it is not guessed right")
+    _add_columns(parser, "label", "text", "text_pair", "image")
     options = parser.parse_args(argv)
     from hftl.run import load_run
 
     run = load_run(options.run)
-    names = ("label_column", "text_column", "text_pair_column", "image_column")
-    columns = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    for name in columns:
-        if not hasattr(run.task.arguments, name):
-            raise UsageError(f"--{name} does not belong to the task {run.task.name} of this run.")
-    for name, value in run.evaluate(options.dataset, options.split, options.batch_size, **columns).items():
+    scores = run.evaluate(
+        options.dataset,
+        options.split,
+        options.batch_size,
+        options.dataset_config_name,
+        options.skip_bad_files,
+        **_columns(options, run),
+    )
+    for name, value in scores.items():
         print(f"{name:<28}{value:.4f}")
+
+
+def _add_columns(parser: argparse.ArgumentParser, *roles: str) -> None:
+    for role in roles:
+        parser.add_argument(f"--{role}_column", dest=role, help="where it is not found by its name")
+
+
+def _columns(options: argparse.Namespace, run: Run) -> dict[str, str]:
+    """The columns that were named, by role."""
+    named = {role: getattr(options, role, None) for role in ("label", "text", "text_pair", "image")}
+    for role, name in named.items():
+        if name is not None and not hasattr(run.task.arguments, f"{role}_column"):
+            raise UsageError(f"--{role}_column does not belong to the task {run.task.name} of this run.")
+    return {role: name for role, name in named.items() if name is not None}
 
 
 def _push(argv: list[str]) -> None:

@@ -17,7 +17,7 @@ import struct
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,16 +160,19 @@ def load_splits(arguments: Any, modality: str) -> Splits:
 
 
 def load_labelled(
-    arguments: Any, split: str | None, label_names: Sequence[str], modality: str
+    arguments: Any, split: str | None, label_names: Sequence[str], modality: str, known: Mapping[str, str | None]
 ) -> tuple[datasets.Dataset, str]:
     """One split to score a finished run on, labelled by the run's own map, and the name of the split.
 
-    Without `split` it is test, else validation, else the only one.
+    Without `split` it is test, else validation, else the only one. `known` are the columns of the training data by
+    role, taken where they are there too and `arguments` names none.
     """
     source = _open_source(arguments, modality)
     name = _find_split(split, source, "--split") if split else _default_split(source)
     rows = source.splits[name]()
-    columns, _ = _resolve_columns(rows, arguments, modality)
+    given = {role: _option(arguments, f"{role}_column") for role in ("label", "image", "text", "text_pair")}
+    columns, _ = _resolve_columns(rows, _like_training(rows, given, known), modality)
+    _require_same_pair(rows, columns, known)
     labels = _encode(_row_labels(rows, columns["label"]), list(label_names), rows)
     part = _canonical(rows, columns, labels, modality)
     part = _limited(part, _option(arguments, "max_eval_samples"), _option(arguments, "seed", 42))
@@ -179,26 +182,56 @@ def load_labelled(
 
 
 def load_inputs(
-    path: str | os.PathLike, modality: str, column: str | None = None, pair_column: str | None = None
+    path: str | os.PathLike, modality: str, given: Mapping[str, str | None], known: Mapping[str, str | None]
 ) -> datasets.Dataset:
-    """What to predict on, without labels: images (a file or a folder, at any depth), a `.txt` file, or a table."""
+    """What to predict on, without labels: images (a file or a folder), texts (one a line or one a file), or a table.
+
+    The columns of a table are `given` by role, else those `known` from training where it has them, else guessed.
+    """
     place = Path(path).expanduser()
     if not place.exists():
         raise _not_there(str(path))
     if place.suffix.lower() in TABLE_SUFFIXES and place.is_file():
         rows = _read_table(place)
-        options = {f"{modality}_column": column, f"{modality}_pair_column": pair_column}
-        columns, _ = _resolve_columns(rows, options, modality, labelled=False)
+        columns, _ = _resolve_columns(rows, _like_training(rows, given, known), modality, labelled=False)
+        _require_same_pair(rows, columns, known)
         return _canonical(rows, columns, None, modality)
     if modality == "image":
         rows = _read_image_inputs(place)
         return _canonical(rows, {"image": "image"}, None, modality)
+    if place.is_dir():
+        files = [(file.name, _decoded(file).strip()) for file in sorted(place.glob("*.txt"))]
+        return _texts_without_labels(files, f"{path}: the folder has no .txt files with text in them")
     if place.suffix.lower() != ".txt":
         raise UsageError(f"{path}: give a .txt file with one text a line, or a table ({_suffixes(TABLE_SUFFIXES)})")
-    lines = [(str(number), line) for number, line in enumerate(_decoded(place).splitlines()) if line.strip()]
-    if not lines:
-        raise UsageError(f"{path} has no text in it")
-    return datasets.Dataset.from_dict({"id": [number for number, _ in lines], "text": [line for _, line in lines]})
+    lines = [(str(number), line.rstrip("\r")) for number, line in enumerate(_decoded(place).split("\n"))]
+    return _texts_without_labels(lines, f"{path} has no text in it")
+
+
+def _texts_without_labels(texts: list[tuple[str, str]], otherwise: str) -> datasets.Dataset:
+    texts = [(name, text) for name, text in texts if text.strip()]
+    if not texts:
+        raise UsageError(otherwise)
+    return datasets.Dataset.from_dict({"id": [name for name, _ in texts], "text": [text for _, text in texts]})
+
+
+def _like_training(rows: _Rows, given: Mapping[str, str | None], known: Mapping[str, str | None]) -> dict[str, str]:
+    """Options for `_resolve_columns`: the given columns, else those of the training data that this table has too."""
+    names = _column_names(rows.data)
+    chosen = {role: name for role, name in known.items() if name in names}
+    chosen |= {role: name for role, name in given.items() if name}
+    return {f"{role}_column": str(name) for role, name in chosen.items()}
+
+
+def _require_same_pair(rows: _Rows, columns: dict[str, str], known: Mapping[str, str | None]) -> None:
+    """A model of pairs needs both texts; one of single texts takes one."""
+    if not known.get("text_pair"):
+        columns.pop("text_pair", None)
+    elif "text_pair" not in columns:
+        raise UsageError(
+            f"{rows.origin}: the model was trained on pairs of texts; say --text_pair_column NAME. "
+            f"{_listed(_column_names(rows.data))}"
+        )
 
 
 def _option(arguments: Any, name: str, default: Any = None) -> Any:
@@ -570,8 +603,9 @@ def _read_json(path: Path) -> dict[str, list]:
         except json.JSONDecodeError as error:
             line = number + error.lineno - 1
             raise UsageError(f"{path}: line {line} is not valid JSON: {error.msg} (column {error.colno})") from error
-        rows += value if whole else [value]
-        if not all(isinstance(row, dict) for row in rows[-1:]):
+        found = value if whole else [value]
+        rows += found
+        if not all(isinstance(row, dict) for row in found):
             raise UsageError(f'{path}: line {number} is not an object such as {{"text": "…", "label": "…"}}')
     names = {name: None for row in rows for name in row}
     return {name: [row.get(name) for row in rows] for name in names}
@@ -1110,13 +1144,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale by the smallest usual range that holds the pixels: Pillow's own conversion clips everything above 255."""
+    """Scale 16-bit and float pixels: Pillow's own conversion clips everything above 255.
+
+    By one range for all images of a kind, so that the pictures of a data set keep their brightness to one another:
+    0 to 65535, or for floats 0 to 1, else 0 to 255. What goes beyond is stretched by itself.
+    """
     pixels = np.nan_to_num(np.asarray(image, dtype=np.float32))
     low, high = float(pixels.min()), float(pixels.max())
-    ranges = (
-        [1.0, 255.0] if image.mode == "F" else [255.0, 4095.0, 65535.0]
-    )  # 4095: the 12 bits of cameras and scanners
-    top = next((top for top in ranges if high <= top), None)
+    top = next((top for top in ([1.0, 255.0] if image.mode == "F" else [65535.0]) if high <= top), None)
     if low < 0 or top is None:
         pixels, top = pixels - low, max(high - low, 1e-12)
     return Image.fromarray(np.rint(pixels * (255.0 / top)).astype(np.uint8))

@@ -58,7 +58,7 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
         UsageError: something that was asked for cannot be done.
         Interrupted: SIGTERM or Ctrl-C; a checkpoint to go on from is written.
     """
-    requested = to_recipe(arguments)
+    settings = folder.resume_settings(arguments)
     stages = _resolve(task, plan, splits, arguments)
     folder.check_space(Path(str(arguments.output_dir)), _bytes_needed(plan))
     data = {"train": task.dataset(splits.train, training=True)}
@@ -66,9 +66,10 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
         if rows is not None:
             data[name] = task.dataset(rows, training=False)
     path = Path(str(arguments.output_dir))
+    _wait_for_all()  # every process has checked the folder before the first one writes into it
     if folder.is_main_process():
         with folder.explained_disk_errors(path):
-            folder.start_folder(arguments, requested)
+            folder.start_folder(arguments, settings)
     _wait_for_all()
     if backbones.is_convolutional(plan.model):
         plan.model.to(memory_format=torch.channels_last)
@@ -82,7 +83,7 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
                 folder.discard_start(path)
                 raise
             if folder.is_main_process():
-                _write_run(task, plan, splits, arguments, data, records, results)
+                _write_run(task, trainer, splits, arguments, data, records, results)
             _wait_for_all()
     finally:
         signals.close()
@@ -151,6 +152,8 @@ def _run_stages(
         place = Path(str(arguments.output_dir), CHECKPOINTS, f"{index + 1}-{re.sub(r'[^A-Za-z0-9]+', '-', stage.name)}")
         trainer = _stage_trainer(task, stage, plan.model, splits, data, arguments, place, index)
         trainer.add_callback(signals)
+        if _is_sharded(trainer) and hasattr(plan.model, "peft_config"):
+            raise UsageError("--method lora does not work with FSDP or DeepSpeed yet: use multi_gpu.yaml.")
         final = place / "final"
         if not final.is_dir():
             say(_announcement(stage, plan.model, index, len(stages)))
@@ -194,6 +197,7 @@ def _stage_trainer(
         disable_tqdm=True,  # our own progress takes the place of Trainer's
         label_smoothing_factor=0.0,  # it is in the loss
         dataloader_persistent_workers=bool(arguments.dataloader_num_workers),
+        restore_callback_states_from_checkpoint=True,  # or early stopping would count anew after an interruption
     )
     callbacks: list[Any] = [
         ReadableProgress(stage.name),
@@ -251,6 +255,7 @@ def _train_stage(trainer: TransferTrainer, stage: Stage, place: Path, resume: bo
         "head_learning_rate": stage.head_learning_rate,
         "best_metric": trainer.state.best_metric,
         "trainable_parameters": sum(entry.numel() for entry in trainer.model.parameters() if entry.requires_grad),
+        "total_parameters": sum(entry.numel() for entry in trainer.model.parameters()),
     }
 
 
@@ -287,7 +292,7 @@ def _evaluate(trainer: TransferTrainer, data: dict[str, Any]) -> dict[str, tuple
 
 def _write_run(
     task: ClassificationTask,
-    plan: Plan,
+    trainer: TransferTrainer,
     splits: Splits,
     arguments: TransferArguments,
     data: dict[str, Any],
@@ -302,8 +307,7 @@ def _write_run(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     batch = task.collate([data["validation"][index] for index in range(min(8, len(data["validation"])))])
-    total = sum(parameter.numel() for parameter in plan.model.parameters())
-    _save_checked(task, plan.model, batch, partial)
+    _save_checked(task, _whole_model(task, trainer, path), batch, partial)
     folder.write_text(partial / RECIPE, yaml.safe_dump(to_recipe(arguments), sort_keys=False, allow_unicode=True))
     split = "test" if "test" in results else "validation"
     _write_predictions(partial / "predictions.csv", task.label_names, splits, split, results[split])
@@ -313,7 +317,7 @@ def _write_run(
             "samples_per_second": records[-1]["samples_per_second"],
             "peak_memory_mb": _peak_memory_mb(),
             "trainable_parameters": records[-1]["trainable_parameters"],
-            "total_parameters": total,
+            "total_parameters": records[-1]["total_parameters"],
             "stages": records,
         },
         **{name: scores for name, (_, _, scores) in results.items()},
@@ -321,10 +325,21 @@ def _write_run(
     folder.write_json(partial / METRICS, metrics)
     write_card(partial, task, arguments, splits, metrics)
     folder.publish(path)
+    (path / CHECKPOINTS / RECIPE).unlink()  # first: with it the run counts as interrupted
     if not arguments.keep_checkpoints:
         shutil.rmtree(path / CHECKPOINTS)
-    else:
-        (path / CHECKPOINTS / RECIPE).unlink()
+
+
+def _is_sharded(trainer: TransferTrainer) -> bool:
+    """Whether no process holds the whole model (FSDP), or not in float32 (DeepSpeed)."""
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+
+
+def _whole_model(task: ClassificationTask, trainer: TransferTrainer, path: Path) -> Any:
+    """The trained model in this process alone; where it is sharded, from the weights that the last stage gathered."""
+    if not _is_sharded(trainer):
+        return trainer.model
+    return task.auto_class.from_pretrained(Path(str(trainer.args.output_dir), "final"), dtype=torch.float32)
 
 
 def _save_checked(task: ClassificationTask, model: Any, batch: dict[str, torch.Tensor], target: Path) -> None:

@@ -85,7 +85,7 @@ def _existing(path: Path) -> Path:
 
 def _check_same_settings(path: Path, arguments: TransferArguments) -> None:
     before = read_yaml(path)
-    now = json.loads(json.dumps(to_recipe(arguments)))
+    now = json.loads(json.dumps(resume_settings(arguments)))
     changed = [
         f"{name} was {_shown(before.get(name))}, is {_shown(now.get(name))}"
         for name in sorted((set(before) | set(now)) - _FREE_ON_RESUME)
@@ -98,16 +98,21 @@ def _check_same_settings(path: Path, arguments: TransferArguments) -> None:
         )
 
 
+def resume_settings(arguments: TransferArguments) -> dict[str, Any]:
+    """What must be the same when a run goes on: the recipe as asked for, and the processes that share out the rows."""
+    return {**to_recipe(arguments), "processes": arguments.world_size}
+
+
 def _shown(value: Any) -> str:
     return "not given" if value is None else repr(value)
 
 
-def start_folder(arguments: TransferArguments, requested: dict[str, Any]) -> Path:
+def start_folder(arguments: TransferArguments, settings: dict[str, Any]) -> Path:
     """Make the folder of a run that starts; what a replaced run left is removed.
 
     Args:
         arguments: the resolved arguments.
-        requested: the recipe as it was asked for, which `--resume` compares with.
+        settings: what `resume_settings` gave before they were resolved, for `--resume` to compare with.
     """
     folder = Path(str(arguments.output_dir))
     if arguments.overwrite and folder.exists():
@@ -116,7 +121,7 @@ def start_folder(arguments: TransferArguments, requested: dict[str, Any]) -> Pat
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         (folder / LOGS).mkdir(exist_ok=True)
-        write_text(folder / CHECKPOINTS / RECIPE, yaml.safe_dump(requested, sort_keys=False, allow_unicode=True))
+        write_text(folder / CHECKPOINTS / RECIPE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     except OSError:
         discard_start(folder)
         raise

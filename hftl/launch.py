@@ -18,7 +18,7 @@ def launch(main: Callable[..., Any], *arguments: Any) -> None:
     except UsageError as error:
         _end(f"error: {error}", 2)
     except KeyboardInterrupt:
-        _end("Stopped by Ctrl-C; no checkpoint was due yet.", 130)
+        _end("Stopped by Ctrl-C.", 130)
     except BaseException as error:
         # Compared by name: importing the class would cost `hftl --help` the import of torch.
         if type(error).__name__ != "Interrupted":

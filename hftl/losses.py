@@ -39,6 +39,10 @@ class CrossEntropyLoss:
 
 
 def balanced_class_weights(counts: list[int]) -> torch.Tensor:
-    """Weights inversely proportional to the class counts, with mean 1 over the training rows (King and Zeng 2001)."""
-    frequencies = torch.tensor(counts, dtype=torch.float64)
-    return (frequencies.sum() / (len(counts) * frequencies)).float()
+    """Weights inversely proportional to the class counts, with mean 1 over the training rows (King and Zeng 2001).
+
+    A class without a training row weighs nothing.
+    """
+    rows = torch.tensor(counts, dtype=torch.float64)
+    present = rows > 0
+    return torch.where(present, rows.sum() / (present.sum() * rows.clamp(min=1)), 0.0).float()

@@ -16,6 +16,7 @@ from torch import nn
 from hftl import backbones
 from hftl.arguments import TransferArguments
 from hftl.errors import UsageError, did_you_mean
+from hftl.pretrained import public_name
 
 
 @dataclass(frozen=True)
@@ -193,10 +194,10 @@ def lora(model: nn.Module, arguments: TransferArguments) -> Plan:
         modules_to_save=[*backbones.structure(model).trained_head, *pooling],
     )
     adapted = get_peft_model(model, config)
-    # The name that the person gave; PEFT would write the path of a cache folder.
-    adapted.peft_config["default"].base_model_name_or_path = str(arguments.model_name_or_path)
+    # The name that the person gave; PEFT would write the path of a folder of this machine.
+    adapted.peft_config["default"].base_model_name_or_path = public_name(arguments.model_name_or_path)
     names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-    names = [name for name in names if not backbones.plain_name(adapted, name).startswith(pooling)]
+    names = [name for name in names if not backbones.is_below_any(backbones.plain_name(adapted, name), pooling)]
     stage = replace(
         _stage(arguments, "adapters", names, rates.adapters, rates.head), batch_norm="frozen", layer_decay=1.0
     )
@@ -213,7 +214,7 @@ def _lora_targets(model: nn.Module, wanted: list[str] | None) -> list[str]:
         name for name, module in model.named_modules() if isinstance(module, kinds) or "Conv1D" in str(type(module))
     ]
     whole = (*backbones.structure(model).trained_head, *backbones.pooling_layer(model))
-    layers = [name for name in layers if not name.startswith(whole)]
+    layers = [name for name in layers if not backbones.is_below_any(name, whole)]
     found = [name for name in layers if any(f".{name}".endswith(f".{entry}") for entry in wanted)]
     for entry in wanted:
         if not any(f".{name}".endswith(f".{entry}") for name in layers):
@@ -316,7 +317,7 @@ def load_file(path: Path, what: str) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(name, module)  # so that workers can unpickle what the file defines
+    sys.modules[name] = module  # dataclasses look up the types of their fields there
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:

@@ -92,6 +92,18 @@ def explained_load(name: str, auto_class: type) -> Iterator[None]:
         raise UsageError(f"--model {name!r} cannot be loaded: {reason[:400]}") from error
 
 
+def hub_options(arguments: TransferArguments, source: str | Path) -> dict[str, Any]:
+    """Which revision of a checkpoint to load, and whether its code may run."""
+    revision = {} if Path(source).is_dir() else {"revision": arguments.model_revision}
+    return {**revision, "trust_remote_code": arguments.trust_remote_code}
+
+
+def public_name(name: str | None) -> str:
+    """A name of a model or data set without the folders of this machine."""
+    text = str(name)
+    return Path(text).name if Path(text).expanduser().exists() else text
+
+
 def load_model(
     auto_class: Any, source: str, label_names: Sequence[str], arguments: TransferArguments
 ) -> PreTrainedModel:
@@ -108,7 +120,7 @@ def load_model(
     """
     name = str(arguments.model_name_or_path)
     labels = dict(enumerate(label_names))
-    options = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
+    options = hub_options(arguments, source)
     with explained_load(name, auto_class):
         if arguments.keep_head:
             _check_kept_labels(AutoConfig.from_pretrained(source, **options), label_names, name)
@@ -144,7 +156,7 @@ def _check_loaded(model: PreTrainedModel, report: dict[str, Any], name: str) -> 
     """Refuse a checkpoint whose weights are for another architecture: transformers only warns of it."""
     head = backbones.structure(model).trained_head
     missing = set(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]}
-    tensors = [key for key, _ in model.named_parameters() if not key.startswith(head)]
+    tensors = [key for key, _ in model.named_parameters() if not backbones.is_below_any(key, head)]
     loaded = [key for key in tensors if key not in missing]
     if len(loaded) < _LEAST_LOADED * len(tensors):
         first = next(key for key in tensors if key in missing)

@@ -13,18 +13,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from hftl import backbones, data
-from hftl.arguments import argument_tokens, flag_names, parse, read_yaml
+from hftl.arguments import argument_tokens, parse, read_yaml, stage_arguments
 from hftl.errors import UsageError
-from hftl.folder import METRICS, RECIPE
+from hftl.folder import CHECKPOINTS, LOGS, METRICS, RECIPE
 from hftl.metrics import softmax
 from hftl.tasks import find_task
 from hftl.tasks.classification import ClassificationTask
 
 #: what of a run folder goes to the Hub
 _PUSHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", RECIPE, "adapter/*")
+
+
+#: what a column can hold
+_ROLES = ("label", "image", "text", "text_pair")
 
 
 @dataclass(frozen=True)
@@ -103,18 +107,19 @@ class Run:
                 inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
                 yield self.model(**inputs).logits.float().cpu().numpy()
 
-    def predict(self, inputs: Any, batch_size: int = 32) -> list[Prediction]:
+    def predict(self, inputs: Any, batch_size: int = 32, **columns: str) -> list[Prediction]:
         """Labels and probabilities of new inputs.
 
         Args:
-            inputs: images as paths, folders, PIL images or arrays; texts as strings or pairs of them, or the
-                `pathlib.Path` of a file; one or a list.
+            inputs: images as paths, PIL images or arrays, one or a list; texts as strings or pairs of them, one or a
+                list; or a folder or table of either (for texts as a `pathlib.Path`).
             batch_size: inputs run through the model at once.
+            columns: `text="review"`, … the columns of a table, where they are not those of the training data.
 
         Raises:
             UsageError: an input cannot be read.
         """
-        rows = self.task.read_inputs(inputs)
+        rows = self.task.read_inputs(inputs, columns)
         if not len(rows):
             return []
         probabilities = softmax(self.logits(rows, batch_size))
@@ -129,7 +134,13 @@ class Run:
         ]
 
     def evaluate(
-        self, dataset: str, split: str | None = None, batch_size: int = 32, **columns: Any
+        self,
+        dataset: str,
+        split: str | None = None,
+        batch_size: int = 32,
+        dataset_config_name: str | None = None,
+        skip_bad_files: bool = False,
+        **columns: str,
     ) -> dict[str, float]:
         """Scores on labelled data.
 
@@ -137,30 +148,24 @@ class Run:
             dataset: as `--dataset`.
             split: its name; test, else validation, else the only one.
             batch_size: rows run through the model at once.
-            columns: `label_column`, `text_column`, …, where they are not those of the training data.
+            dataset_config_name: as the flag of that name.
+            skip_bad_files: as the flag of that name.
+            columns: `label="class"`, `text="review"`, …, where they are not those of the training data.
 
         Raises:
             UsageError: the data cannot be read, or has labels that the model does not know.
         """
-        settings = dataclasses.replace(
+        settings = stage_arguments(
             self.task.arguments,
-            **{
-                "dataset_name": dataset,
-                "dataset_config_name": None,
-                "max_eval_samples": None,
-                **self._guess(),
-                **columns,
-            },
+            dataset_name=dataset,
+            dataset_config_name=dataset_config_name,
+            max_eval_samples=None,
+            skip_bad_files=skip_bad_files,
+            **{f"{role}_column": columns.get(role) for role in _ROLES},
         )
-        rows, _ = data.load_labelled(settings, split, self.label_names, self.task.modality)
-        logits, labels = self.logits(rows, batch_size), np.asarray(rows["label"])
-        scores = self.task.score(logits, labels)
-        return scores | {"loss": scores["log_loss"]}
-
-    def _guess(self) -> dict[str, None]:
-        """Columns to guess anew: another table may name them otherwise."""
-        names = [item.name for item in dataclasses.fields(self.task.arguments)]
-        return {name: None for name in names if name.endswith("_column") or name.endswith("_split")}
+        known = {role: getattr(self.task.arguments, f"{role}_column", None) for role in _ROLES}
+        rows, _ = data.load_labelled(settings, split, self.label_names, self.task.modality, known)
+        return self.task.score(self.logits(rows, batch_size), np.asarray(rows["label"]))
 
     def push(self, repository: str, private: bool | None = None, token: str | None = None) -> str:
         """Push model, processor, card, recipe and scores to the Hub in one commit; the address of the repository.
@@ -192,6 +197,7 @@ class Run:
                 repo_id=address.repo_id,
                 folder_path=self.folder,
                 allow_patterns=list(_PUSHED),
+                ignore_patterns=[f"{CHECKPOINTS}/*", f"{LOGS}/*", ".*"],  # a * above also matches below folders
                 commit_message="Fine-tuned with hftl",
             )
         except known as error:
@@ -220,10 +226,11 @@ def load_run(folder: str | Path, task_class: type[ClassificationTask] | None = N
             raise UsageError(f"{str(path)!r} is no finished run: the folder {state}.")
     recipe = read_yaml(path / RECIPE)
     task_class = task_class or find_task(str(recipe.get("task")))
-    arguments_class = task_class.arguments_class
-    known = flag_names(arguments_class)
-    tokens = [token for key, value in recipe.items() if key in known for token in argument_tokens(key, value)]
-    arguments = parse(arguments_class, [*tokens, f"--output_dir={path}"])
+    # How it was trained does not matter here, and may not be possible here (fp16, FSDP): only hftl's own settings do.
+    trainers = {item.name for item in dataclasses.fields(TrainingArguments)} - {"seed"}
+    own = {item.name for item in dataclasses.fields(task_class.arguments_class)} - trainers
+    tokens = [token for key, value in recipe.items() if key in own for token in argument_tokens(key, value)]
+    arguments = parse(task_class.arguments_class, [*tokens, f"--output_dir={path}"])
     task = task_class(arguments)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     names = config.get("label_names") or [

@@ -21,6 +21,7 @@ from hftl import backbones
 class Arguments(hftl.ImageArguments):
     """The arguments of image classification, and one more."""
 
+    task: str = "even-light"
     gamma: float = field(default=2.0, metadata={"help": "How much the focal loss passes over easy rows."})
     horizontal_flip: bool = False
     method: str = f"{__file__}:norms_and_head"
@@ -31,8 +32,9 @@ class EvenLight(hftl.ImageClassification):
 
     arguments_class = Arguments
 
-    def _plain_transform(self, image):
-        return super()._plain_transform(ImageOps.autocontrast(image))
+    def open_image(self, value):
+        """The picture of a row, in training and in prediction."""
+        return ImageOps.autocontrast(super().open_image(value))
 
 
 def norms_and_head(model, arguments):

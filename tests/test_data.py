@@ -440,20 +440,20 @@ def test_stratified_part():
 def test_load_labelled(tmp_path):
     write_table(tmp_path / "train.csv", ROWS)
     write_table(tmp_path / "valid.csv", ["four,b"])
-    part, name = load_labelled(arguments(tmp_path), None, ["b", "a"], "text")
+    part, name = load_labelled(arguments(tmp_path), None, ["b", "a"], "text", {})
     assert (name, part[:]) == ("valid", {"id": ["0"], "text": ["four"], "label": [0]})
-    part, name = load_labelled(arguments(tmp_path), "train", ["b", "a"], "text")
+    part, name = load_labelled(arguments(tmp_path), "train", ["b", "a"], "text", {})
     assert (name, part["label"][:]) == ("train", [1, 0, 1])
-    assert load_labelled(arguments(tmp_path), "validation", ["b", "a"], "text")[1] == "valid"
+    assert load_labelled(arguments(tmp_path), "validation", ["b", "a"], "text", {})[1] == "valid"
     with pytest.raises(UsageError, match="'b' does not occur in train"):
-        load_labelled(arguments(tmp_path), None, ["a"], "text")
+        load_labelled(arguments(tmp_path), None, ["a"], "text", {})
     with pytest.raises(UsageError, match="no such split"):
-        load_labelled(arguments(tmp_path), "test", ["b", "a"], "text")
+        load_labelled(arguments(tmp_path), "test", ["b", "a"], "text", {})
 
 
 def test_load_labelled_images(tmp_path):
     write_classes(tmp_path, {"cat": 2, "dog": 2})
-    part, _ = load_labelled(arguments(tmp_path), None, ["dog", "cat"], "image")
+    part, _ = load_labelled(arguments(tmp_path), None, ["dog", "cat"], "image", {})
     assert part["label"][:] == [1, 1, 0, 0]
 
 
@@ -461,27 +461,32 @@ def test_load_inputs(tmp_path):
     write_image(tmp_path / "images" / "deep" / "b.png")
     write_image(tmp_path / "images" / "a.png")
     (tmp_path / "images" / "note.txt").write_text("nothing")
-    inputs = load_inputs(tmp_path / "images", "image")
+    inputs = load_inputs(tmp_path / "images", "image", {}, {})
     assert inputs["id"][:] == ["a.png", "deep/b.png"]
-    assert load_inputs(tmp_path / "images" / "a.png", "image")["id"][:] == ["a.png"]
+    assert load_inputs(tmp_path / "images" / "a.png", "image", {}, {})["id"][:] == ["a.png"]
     (tmp_path / "texts.txt").write_text("first line\n\nthird line\n")
-    assert load_inputs(tmp_path / "texts.txt", "text")[:] == {"id": ["0", "2"], "text": ["first line", "third line"]}
+    assert load_inputs(tmp_path / "texts.txt", "text", {}, {})[:] == {
+        "id": ["0", "2"],
+        "text": ["first line", "third line"],
+    }
     table = write_table(tmp_path / "texts.csv", ["1,b", "2,c"], "number,words")
-    assert load_inputs(table, "text", "words")[:] == {"id": ["0", "1"], "text": ["b", "c"]}
-    assert load_inputs(write_table(tmp_path / "pairs.csv", ["p,q"], "text1,text2"), "text").column_names[1:] == [
+    assert load_inputs(table, "text", {"text": "words"}, {})[:] == {"id": ["0", "1"], "text": ["b", "c"]}
+    assert load_inputs(
+        write_table(tmp_path / "pairs.csv", ["p,q"], "text1,text2"), "text", {}, {"text_pair": "text2"}
+    ).column_names[1:] == [
         "text",
         "text_pair",
     ]
-    images = load_inputs(write_table(tmp_path / "images" / "list.csv", ["a.png"], "file"), "image")
+    images = load_inputs(write_table(tmp_path / "images" / "list.csv", ["a.png"], "file"), "image", {}, {})
     assert images["image"][0] == str(tmp_path / "images" / "a.png")
     for path, modality, expected in [
         (tmp_path / "nothing", "text", "no such file or folder"),
         (tmp_path / "texts.txt", "image", "is not an image"),
-        (tmp_path / "images", "text", "give a .txt file"),
+        (tmp_path / "images", "text", "has no .txt files"),
         (table, "text", "which column is the text"),
     ]:
         with pytest.raises(UsageError, match=expected):
-            load_inputs(path, modality)
+            load_inputs(path, modality, {}, {})
 
 
 # ---- opening images
@@ -506,7 +511,7 @@ def test_open_image_deep_pixels(tmp_path):
     assert np.array_equal(np.asarray(open_image(tmp_path / "deep.png"))[..., 0], expected)
     for value in (ramp, Image.fromarray(ramp.astype(np.int32)), Image.fromarray((ramp / 65535).astype(np.float32))):
         assert np.array_equal(np.asarray(open_image(value))[..., 0], expected)
-    assert open_image(np.full((2, 2), 4095, np.uint16)).getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(np.full((2, 2), 65535, np.uint16)).getpixel((0, 0)) == (255, 255, 255)
     assert open_image(np.array([[-2.0, 2.0]], np.float32)).getpixel((1, 0)) == (255, 255, 255)
 
 

@@ -144,7 +144,7 @@ def test_evaluate_gives_the_metrics_of_training(place: Path, image_run: hftl.Run
         for split, name in (("test", "test"), ("validation", "val" if data == "images" else "dev")):
             scores = run.evaluate(str(place / data), split=name)
             assert scores["accuracy"] == pytest.approx(run.metrics[split]["accuracy"])
-            assert scores["loss"] == pytest.approx(run.metrics[split]["loss"], rel=1e-4)
+            assert scores["log_loss"] == pytest.approx(run.metrics[split]["log_loss"], rel=1e-4)
 
 
 def test_predict_command_writes_a_table(place: Path, lora_run: hftl.Run, capsys: pytest.CaptureFixture[str]) -> None:

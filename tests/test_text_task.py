@@ -139,7 +139,7 @@ def test_a_decoder_pools_the_last_real_token(checkpoints: dict[str, Path], kind:
     [
         ("bert", (), 64),  # the tokenizer's own, and the model's positions
         ("bert", ("--max_length=16",), 16),
-        ("roberta", (), 64),  # 66 positions, two of them before the first token
+        ("roberta", (), 64),
         ("distilbert", ("--max_length=999",), 64),
         ("gpt2", (), 64),
     ],
@@ -172,7 +172,7 @@ def test_the_limit_is_the_model_s_where_its_tokenizer_has_none(checkpoints: dict
     tokenizer.model_max_length = int(1e30)
     tokenizer.save_pretrained(tmp_path)
     task, model = task_with(tmp_path)
-    assert task.processor.model_max_length == 64
+    assert task.processor.model_max_length == 65  # 66 positions, the first of which is that of padding
     assert logits(task, model, LONG).isfinite().all()
 
 

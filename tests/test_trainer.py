@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 from transformers import TrainerCallback
 
 from hftl import backbones
+from hftl.data import open_image
 from hftl.errors import UsageError
 from hftl.methods import Stage, build_plan
 from hftl.optim import parameter_groups
@@ -206,7 +207,7 @@ def images(epoch: int = 0, seed: int = 0, workers: int = 0) -> list[torch.Tensor
     pixels = np.random.default_rng(0).integers(0, 255, (6, 24, 24, 3), dtype=np.uint8)
     rows = [{"image": entry, "label": row % 2} for row, entry in enumerate(pixels)]
     transform = v2.Compose([v2.RandomResizedCrop(16), v2.RandomHorizontalFlip(), v2.RandAugment(), v2.PILToTensor()])
-    data = ImageDataset(rows, transform, seed=seed)
+    data = ImageDataset(rows, open_image, transform, seed=seed)
     data.set_epoch(epoch)
     loader = DataLoader(data, batch_size=2, num_workers=workers, collate_fn=list)
     return [example["pixel_values"] for batch in loader for example in batch]
@@ -227,7 +228,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_row() -> None:
 
 def test_workers_that_live_on_see_the_next_epoch() -> None:
     rows = [{"image": np.random.default_rng(row).integers(0, 255, (24, 24, 3), dtype=np.uint8)} for row in range(4)]
-    data = ImageDataset(rows, v2.Compose([v2.RandomResizedCrop(16), v2.PILToTensor()]), seed=0)
+    data = ImageDataset(rows, open_image, v2.Compose([v2.RandomResizedCrop(16), v2.PILToTensor()]), seed=0)
     loader = DataLoader(data, num_workers=1, persistent_workers=True, collate_fn=list)
     passes = []
     for epoch in range(2):

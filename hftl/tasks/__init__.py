@@ -23,7 +23,10 @@ def check_task(name: str) -> None:
         UsageError: as said.
     """
     if name not in TASKS:
-        raise UsageError(f"Unknown task {name!r}.{did_you_mean(name, TASKS)} There are: {', '.join(TASKS)}.")
+        raise UsageError(
+            f"Unknown task {name!r}.{did_you_mean(name, TASKS)} There are: {', '.join(TASKS)}. A recipe of "
+            "your own: hftl train my_recipe.py --config …, hftl.load_run(RUN, task_class=…)."
+        )
 
 
 def find_task(name: str) -> type[ClassificationTask]:

@@ -102,6 +102,8 @@ class ClassificationTask:
                 f"--metric_for_best_model {wanted!r} is not known.{did_you_mean(wanted, known)} There are: "
                 f"{', '.join(known)}; others through --metrics."
             )
+        if "greater_is_better" in self.arguments.given:
+            return wanted, bool(self.arguments.greater_is_better)
         return wanted, wanted not in LOWER_IS_BETTER
 
     # What a task defines
@@ -126,8 +128,8 @@ class ClassificationTask:
         """A batch: what the model's forward takes, and `labels` of shape (rows,) where there are any."""
         raise NotImplementedError
 
-    def read_inputs(self, inputs: Any) -> Any:
-        """What `Run.predict` got, as rows for `dataset`."""
+    def read_inputs(self, inputs: Any, columns: Mapping[str, str] | None = None) -> Any:
+        """What `Run.predict` got, as rows for `dataset`; `columns` names the columns of a table by role."""
         raise NotImplementedError
 
 

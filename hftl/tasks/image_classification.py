@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
@@ -89,18 +91,24 @@ class ImageClassification(ClassificationTask):
     def load_processor(self, source: str | Path) -> None:
         """Set the image processor of a checkpoint."""
         with pretrained.explained_load(str(source), self.auto_class):
-            self.processor = AutoImageProcessor.from_pretrained(source)
+            self.processor = AutoImageProcessor.from_pretrained(
+                source, **pretrained.hub_options(self.arguments, source)
+            )
 
     def dataset(self, rows: Any, training: bool) -> Dataset[dict[str, Any]]:
         """Images decoded when they are asked for."""
         if training and self.arguments.augmentation != "none":
             transform = training_transform(self.processor, self.arguments.augmentation, self.arguments.horizontal_flip)
-            return ImageDataset(rows, transform, seed=self.arguments.seed)
-        return ImageDataset(rows, self._plain_transform)
+            return ImageDataset(rows, self.open_image, transform, seed=self.arguments.seed)
+        return ImageDataset(rows, self.open_image, self._plain_transform)
+
+    def open_image(self, value: Any) -> Image.Image:
+        """The RGB picture of a row, in training and after; a task of one's own may prepare it further here."""
+        return data.open_image(value)
 
     def _plain_transform(self, image: Any) -> torch.Tensor:
         """The processor's own transform, so that plain transformers sees the same pixels; shape (3, height, width)."""
-        return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return self.processor(images=image, return_tensors="pt")["pixel_values"][0].float()
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """`pixel_values` of shape (rows, 3, height, width), `labels` of shape (rows,)."""
@@ -111,12 +119,13 @@ class ImageClassification(ClassificationTask):
             batch["labels"] = torch.tensor([example["labels"] for example in examples])
         return batch
 
-    def read_inputs(self, inputs: Any) -> Any:
-        """A folder, a path, a PIL image, an array (height, width[, 3]) of uint8, or a list of them."""
+    def read_inputs(self, inputs: Any, columns: Mapping[str, str] | None = None) -> Any:
+        """A folder or table, or one or a list of: path, PIL image, array (height, width[, 3]); or an array of rows."""
         if isinstance(inputs, str | os.PathLike):
-            return data.load_inputs(str(inputs), self.modality, self.arguments.image_column)
+            return data.load_inputs(str(inputs), self.modality, columns or {}, {"image": self.arguments.image_column})
         if not isinstance(inputs, list | tuple):
-            inputs = [inputs]
+            batch = isinstance(inputs, np.ndarray) and inputs.ndim == 4
+            inputs = list(inputs) if batch else [inputs]
         return [
             {"id": str(value) if isinstance(value, str | os.PathLike) else str(index), "image": value}
             for index, value in enumerate(inputs)
@@ -130,9 +139,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
     and processes, and after an interruption.
     """
 
-    def __init__(self, rows: Any, transform: Any, seed: int | None = None) -> None:
+    def __init__(self, rows: Any, open_image: Any, transform: Any, seed: int | None = None) -> None:
         """Keep the rows; nothing is decoded yet."""
-        self.rows, self.transform, self.seed = rows, transform, seed
+        self.rows, self.open_image, self.transform, self.seed = rows, open_image, transform, seed
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
 
     def set_epoch(self, epoch: int) -> None:
@@ -146,7 +155,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`pixel_values` of shape (3, height, width), and `labels` where the row has one."""
         row = self.rows[index]
-        image = data.open_image(row["image"])
+        image = self.open_image(row["image"])
         if self.seed is None:
             example = {"pixel_values": self.transform(image)}
         else:
@@ -159,39 +168,50 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
 
 def training_transform(processor: Any, augmentation: str, horizontal_flip: bool) -> v2.Compose:
-    """Augmentation that ends in what the processor would give: size, scale, mean and standard deviation.
+    """Augmentation that ends in what the processor makes of a picture of the right size: scale, mean, deviation.
 
     light: a crop of half to all of the area, ratio 3/4 to 4/3, and a flip. Gentler than ImageNet's 8 % (Szegedy et al.
     2015), at which a small data set loses the object. strong: RandAugment (Cubuk et al. 2020; 2 operations of strength
     9 of 30) and random erasing of a quarter of the images (Zhong et al. 2020) on top.
     """
-    size, mean, std, interpolation, scale = _pixel_settings(processor)
+    size, interpolation = _crop_settings(processor)
     strong = augmentation == "strong"
     steps: list[Any] = [v2.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=interpolation, antialias=True)]
     steps += [v2.RandomHorizontalFlip()] if horizontal_flip else []
     steps += [v2.RandAugment(num_ops=2, magnitude=9)] if strong else []
-    steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
-    steps += [v2.Lambda(lambda pixels: pixels * scale)] if scale != 1.0 else []
-    steps += [v2.Normalize(mean, std)]
+    steps += _pixel_steps(processor)
     steps += [v2.RandomErasing(p=0.25)] if strong else []
     return v2.Compose(steps)
 
 
-def _pixel_settings(processor: Any) -> tuple[tuple[int, int], Any, Any, InterpolationMode, float]:
-    """Size (height, width), mean, std, interpolation and scale (1 for pixels from 0 to 1) of a processor."""
+def _crop_settings(processor: Any) -> tuple[tuple[int, int], InterpolationMode]:
+    """Size (height, width) and interpolation of a processor."""
     if hasattr(processor, "data_config"):  # timm's
-        config = processor.data_config
-        return config["input_size"][1:], config["mean"], config["std"], InterpolationMode(config["interpolation"]), 1.0
-    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    settings = dict(size)
+        return processor.data_config["input_size"][1:], InterpolationMode(processor.data_config["interpolation"])
+    settings = dict(processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size)
     edge = settings.get("shortest_edge")
     height, width = settings.get("height") or edge or 224, settings.get("width") or edge or 224
     names = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-    interpolation = InterpolationMode(names[int(processor.resample)])
-    plain = not getattr(processor, "do_normalize", True)
-    mean, std = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)) if plain else (processor.image_mean, processor.image_std)
-    scale = 255 * processor.rescale_factor if getattr(processor, "do_rescale", True) else 255.0
-    return (int(height), int(width)), mean, std, interpolation, scale
+    return (int(height), int(width)), InterpolationMode(names[int(processor.resample)])
+
+
+def _pixel_steps(processor: Any) -> list[Any]:
+    """From a picture of the right size to what the model takes; transformers' processors do it in ways of their own."""
+    if not hasattr(processor, "data_config"):
+        return [_ProcessorWithoutResize(processor)]
+    config = processor.data_config
+    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])]
+
+
+class _ProcessorWithoutResize:
+    """A processor's rescaling, normalisation and order of channels; a class, so that workers can be sent it."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, image: Any) -> torch.Tensor:
+        batch = self.processor(images=image, do_resize=False, do_center_crop=False, return_tensors="pt")
+        return batch["pixel_values"][0].float()
 
 
 def _resize(model: PreTrainedModel, image_size: int) -> PreTrainedModel:

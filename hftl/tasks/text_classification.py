@@ -65,10 +65,11 @@ class TextClassification(ClassificationTask):
     def _limit_length(self, model: PreTrainedModel) -> None:
         """The tokenizer cuts where it is asked to, and no later than the model's positions and its own limit end."""
         positions = getattr(model.config, "max_position_embeddings", None) or self.arguments.max_length
-        if model.config.model_type in ("roberta", "camembert", "xlm-roberta", "mpnet", "longformer"):
-            positions -= 2  # their position ids start behind the padding id
-        limit = min(self.arguments.max_length, positions, self.processor.model_max_length)
-        self.processor.model_max_length = limit
+        for name, module in model.named_modules():
+            # RoBERTa's position ids start behind the padding id.
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                positions -= module.padding_idx + 1
+        self.processor.model_max_length = min(self.arguments.max_length, positions, self.processor.model_max_length)
 
     def _pooled_by_mean(self, model: PreTrainedModel) -> PreTrainedModel:
         pooled = pooling.pool_by_mean(model)
@@ -120,7 +121,7 @@ class TextClassification(ClassificationTask):
     def load_processor(self, source: str | Path) -> None:
         """Set the tokenizer of a checkpoint."""
         with pretrained.explained_load(str(source), self.auto_class):
-            self.processor = AutoTokenizer.from_pretrained(source)
+            self.processor = AutoTokenizer.from_pretrained(source, **pretrained.hub_options(self.arguments, source))
 
     def dataset(self, rows: Any, training: bool) -> Dataset[dict[str, Any]]:
         """Texts, tokenised at once; how many were cut is said."""
@@ -140,10 +141,11 @@ class TextClassification(ClassificationTask):
         """
         return dict(DataCollatorWithPadding(self.processor, pad_to_multiple_of=8)(list(examples)))
 
-    def read_inputs(self, inputs: Any) -> Any:
+    def read_inputs(self, inputs: Any, columns: Mapping[str, str] | None = None) -> Any:
         """A text, a list of texts or of (text, text) pairs, or the path of a file of them (as `pathlib.Path`)."""
         if isinstance(inputs, Path):
-            return data.load_inputs(str(inputs), self.modality, self.arguments.text_column)
+            known = {"text": self.arguments.text_column, "text_pair": self.arguments.text_pair_column}
+            return data.load_inputs(str(inputs), self.modality, columns or {}, known)
         if isinstance(inputs, str):
             inputs = [inputs]
         pairs = [value if isinstance(value, tuple | list) else (value,) for value in inputs]
@@ -197,7 +199,6 @@ def train_tokenizer(texts: Iterable[str], max_length: int, vocabulary: int = 8_0
     learned.train_from_iterator(texts, vocab_size=vocabulary, show_progress=False)
     names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
     tokens = {f"{name}_token": token for name, token in names.items()}
-    learned.post_processor = None
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=learned._tokenizer, model_max_length=max_length, **tokens)
     from tokenizers.processors import TemplateProcessing
 

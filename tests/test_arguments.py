@@ -1,0 +1,74 @@
+"""Arguments: a file and the command line into one dataclass, and back into a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import hftl
+from hftl.arguments import to_recipe
+
+
+def test_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text("learning_rate: 1e-5\nmodel: some/model\nhorizontal_flip: false\nmetrics: [a, b]\nseed: 7\n")
+    arguments = hftl.parse(hftl.ImageArguments, ["--config", str(path), "--seed", "8", "--warmup-steps=5"])
+    assert (arguments.learning_rate, arguments.model_name_or_path, arguments.horizontal_flip) == (
+        1e-5,
+        "some/model",
+        False,
+    )
+    assert (arguments.metrics, arguments.seed, arguments.warmup_steps) == (["a", "b"], 8, 5)
+    wanted = {"learning_rate", "model_name_or_path", "horizontal_flip", "metrics", "seed", "warmup_steps"}
+    assert arguments.given == wanted
+
+
+UNUSUAL = {
+    "seed": 0,
+    "max_grad_norm": 0.0,
+    "weight_decay": 0.0,
+    "horizontal_flip": False,
+    "load_best_model_at_end": False,
+    "metrics": ["one", "two"],
+    "lora_target_modules": ["query", "value"],
+    "lr_scheduler_kwargs": {"num_cycles": 2},
+    "lr_scheduler_type": "cosine_with_restarts",
+    "greater_is_better": False,
+    "metric_for_best_model": "loss",
+    "gradient_accumulation_steps": 3,
+    "label_smoothing_factor": 0.1,
+    "label_column": "null",
+}
+
+
+def test_recipe_gives_the_same_arguments(tmp_path: Path) -> None:
+    first = tmp_path / "first.yaml"
+    first.write_text(yaml.safe_dump(UNUSUAL))
+    arguments = hftl.parse(hftl.ImageArguments, ["--config", str(first)])
+    recipe = to_recipe(arguments)
+    assert {name: recipe.get(name) for name in UNUSUAL} == UNUSUAL
+    second = tmp_path / "second.yaml"
+    second.write_text(yaml.safe_dump(recipe))
+    assert to_recipe(hftl.parse(hftl.ImageArguments, ["--config", str(second)])) == recipe
+
+
+def test_no_secret_and_no_place_in_the_recipe() -> None:
+    flags = [
+        "--hub_token=hf_secret",
+        "--output_dir=some/where",
+        "--overwrite",
+        "--push_to_hub",
+        "--hub_model_id=me/mine",
+    ]
+    text = yaml.safe_dump(to_recipe(hftl.parse(hftl.TextArguments, flags)))
+    assert "hf_secret" not in text
+    assert "some/where" not in text
+
+
+def test_task_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text("task: text-classification\n")
+    with pytest.raises(hftl.UsageError, match=r"text-classification.*image-classification"):
+        hftl.parse(hftl.ImageArguments, ["--config", str(path)])
