@@ -6,16 +6,10 @@ they return has the same columns: `id`, then `image`, or `text` and perhaps `tex
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
-import io
-import json
 import os
 import re
-import struct
-import sys
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +19,12 @@ from typing import Any
 
 import datasets
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
 
 from hftl.builtin import builtin_dataset
 from hftl.errors import UsageError, did_you_mean
 from hftl.hub import check_hub
+from hftl.images import image_problem, image_source
+from hftl.tables import TABLE_SUFFIXES, decoded, read_columns
 
 SPLIT_ROLES = {
     "train": "train",
@@ -45,7 +40,6 @@ SPLIT_ROLES = {
 IMAGE_SUFFIXES = {
     ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif", ".jp2",
 }
-TABLE_SUFFIXES = {".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet"}
 STRAY_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}  # beside everything that starts with a dot
 
 # Names that people give to columns, likeliest first; compared without case.
@@ -69,18 +63,6 @@ LABEL_COLUMNS = [
 # fmt: on
 
 FULL_DECODE_LIMIT = 5000  # above so many images reading all their pixels takes minutes: headers only
-IMAGE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    TypeError,
-    NotImplementedError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 
 @dataclass
@@ -200,11 +182,11 @@ def load_inputs(
         rows = _read_image_inputs(place)
         return _canonical(rows, {"image": "image"}, None, modality)
     if place.is_dir():
-        files = [(file.name, _decoded(file).strip()) for file in sorted(place.glob("*.txt"))]
+        files = [(file.name, decoded(file).strip()) for file in sorted(place.glob("*.txt"))]
         return _texts_without_labels(files, f"{path}: the folder has no .txt files with text in them")
     if place.suffix.lower() != ".txt":
         raise UsageError(f"{path}: give a .txt file with one text a line, or a table ({_suffixes(TABLE_SUFFIXES)})")
-    lines = [(str(number), line.rstrip("\r")) for number, line in enumerate(_decoded(place).split("\n"))]
+    lines = [(str(number), line.rstrip("\r")) for number, line in enumerate(decoded(place).split("\n"))]
     return _texts_without_labels(lines, f"{path} has no text in it")
 
 
@@ -533,98 +515,11 @@ def _read_tables(shards: list[Path]) -> _Rows:
 
 
 def _read_table(path: Path) -> _Rows:
-    suffix = path.suffix.lower()
-    if suffix not in TABLE_SUFFIXES:
-        raise UsageError(f"{path}: hftl reads tables as {_suffixes(TABLE_SUFFIXES)}, and images in folders")
-    if not path.stat().st_size:
-        raise UsageError(f"{path} is empty")
-    data: dict[str, list] | datasets.Dataset
-    if suffix == ".parquet":
-        data = _read_parquet(path)
-    elif suffix in (".csv", ".tsv"):
-        data = _read_csv(path, "," if suffix == ".csv" else "\t")
-    else:
-        data = _read_json(path)
+    data = read_columns(path)
     count = len(data) if isinstance(data, datasets.Dataset) else len(next(iter(data.values()), []))
     if not count:
         raise UsageError(f"{path} has no rows")
     return _Rows(str(path), data, [str(row) for row in range(count)], folder=path.parent)
-
-
-def _decoded(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{path} is not UTF-8 (byte {error.start}): convert it, for example with iconv -f LATIN1 -t UTF-8"
-        ) from error
-
-
-def _read_csv(path: Path, delimiter: str) -> dict[str, list]:
-    """All values as text: "null" and "NA" are ordinary words, and 007 is not 7.
-
-    The csv module, because pandas fills up or cuts off rows of the wrong length without a word.
-    """
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.reader(io.StringIO(_decoded(path), newline=""), delimiter=delimiter)
-    header = [name.strip() for name in next(reader, [])]
-    twice = [name for name, count in Counter(header).items() if count > 1]
-    if twice:
-        raise UsageError(f"{path}: the header has the column {twice[0]!r} more than once")
-    rows = []
-    try:
-        for row in reader:
-            if not row:
-                continue
-            if len(row) != len(header):
-                raise UsageError(
-                    f"{path}: line {reader.line_num} has {len(row)} fields, the header {len(header)}: "
-                    "texts with commas, tabs or line breaks need quotes"
-                )
-            rows.append(row)
-    except csv.Error as error:
-        raise UsageError(f"{path}: line {reader.line_num} cannot be read: {error}") from error
-    columns: dict[str, list] = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True)) if rows else {}
-    columns.pop("", None)  # the row numbers that pandas writes
-    return columns
-
-
-def _read_json(path: Path) -> dict[str, list]:
-    """One object a line, or one list of objects."""
-    text = _decoded(path)
-    whole = text.lstrip().startswith("[")
-    pieces = [(1, text)] if whole else [(number, line) for number, line in enumerate(text.split("\n"), 1)]
-    rows: list[dict] = []
-    for number, piece in pieces:
-        if not piece.strip():
-            continue
-        try:
-            value = json.loads(piece)
-        except json.JSONDecodeError as error:
-            line = number + error.lineno - 1
-            raise UsageError(f"{path}: line {line} is not valid JSON: {error.msg} (column {error.colno})") from error
-        found = value if whole else [value]
-        rows += found
-        if not all(isinstance(row, dict) for row in found):
-            raise UsageError(f'{path}: line {number} is not an object such as {{"text": "…", "label": "…"}}')
-    names = {name: None for row in rows for name in row}
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
-def _read_parquet(path: Path) -> datasets.Dataset:
-    bars = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        # Memory-mapped from the datasets cache, so that images inside the file do not fill the memory.
-        data = datasets.Dataset.from_parquet(str(path))
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
-        raise UsageError(f"{path} cannot be read as Parquet: {cause}") from error
-    finally:
-        if bars:
-            datasets.enable_progress_bars()
-    assert isinstance(data, datasets.Dataset)
-    return data.remove_columns([name for name in data.column_names if name.startswith("__index_level_")])
 
 
 # ---- columns -------------------------------------------------------------------------------------------------------
@@ -948,7 +843,7 @@ def _check_images(parts: dict[str, datasets.Dataset], skip: bool, notes: list[st
     kept = {}
     with ThreadPoolExecutor(_threads()) as pool:
         for role, part in parts.items():
-            check = functools.partial(_image_problem, full=full)
+            check = functools.partial(image_problem, full=full)
             problems = [problem for batch in _batches(part) for problem in pool.map(check, batch)]
             rows = [row for row, problem in enumerate(problems) if problem]
             ids = part.select_columns(["id"])
@@ -972,30 +867,6 @@ def _check_images(parts: dict[str, datasets.Dataset], skip: bool, notes: list[st
 
 def _threads() -> int:
     return min(8, os.cpu_count() or 1)
-
-
-def _image_problem(value: Any, full: bool) -> str | None:
-    """Why an image cannot be read; decoded small (draft mode) where `full`, else opened only."""
-    source, name = _image_source(value)
-    if source is None or source == "":
-        return "no file named"
-    if isinstance(source, str) and not os.path.isfile(source):
-        return f"no such file: {source}"
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if full:
-                image.draft(None, (64, 64))
-                image.load()
-    except IMAGE_ERRORS as error:
-        return _reason(error, name)
-    return None
-
-
-def _reason(error: Exception, name: str) -> str:
-    """Pillow's reason without the path or the memory address that it may repeat."""
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image"
-    return str(error).replace(repr(name), "the file") or type(error).__name__
 
 
 def _content_notes(parts: dict[str, datasets.Dataset], modality: str) -> list[str]:
@@ -1033,7 +904,7 @@ def _image_keys(parts: dict[str, datasets.Dataset]) -> dict[str, list] | None:
         if sum(len(part) for part in parts.values()) > FULL_DECODE_LIMIT:
             return None
         return {
-            role: [_digest(_image_source(value)[0]) for batch in _batches(part) for value in batch]
+            role: [_digest(image_source(value)[0]) for batch in _batches(part) for value in batch]
             for role, part in parts.items()
         }
     paths = {role: list(part["image"]) for role, part in parts.items()}
@@ -1091,85 +962,3 @@ def _class_table(parts: dict[str, datasets.Dataset], label_names: list[str]) -> 
             more = f" and {len(few) - 5} more" if len(few) > 5 else ""
             lines.append(f"warning: {what} in train for: {', '.join(few[:5])}{more}")
     return lines
-
-
-# ---- images --------------------------------------------------------------------------------------------------------
-
-
-def open_image(value: Any) -> Image.Image:
-    """An RGB image from a path, bytes, a `{"bytes", "path"}` dict, a Pillow image or a numpy array.
-
-    EXIF orientation is applied; transparency is laid on white; 16-bit and float pixels are scaled to 8 bits.
-    """
-    if isinstance(value, Image.Image):
-        return _to_rgb(value)
-    if isinstance(value, np.ndarray):
-        return _to_rgb(_from_array(value))
-    source, name = _image_source(value)
-    if not source:
-        raise UsageError(f"no image file is named in {value!r}")
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            image.load()
-            return _to_rgb(image)
-    except FileNotFoundError as error:
-        raise UsageError(f"no such image file: {name}") from error
-    except IMAGE_ERRORS as error:
-        raise UsageError(f"{name} cannot be read as an image: {_reason(error, name)}") from error
-
-
-def _image_source(value: Any) -> tuple[str | bytes | None, str]:
-    """The bytes or the path of an image, and what to call it in messages."""
-    if isinstance(value, dict):
-        path = value.get("path")
-        content = value.get("bytes")
-        return (path, str(path)) if content is None else (content, str(path or "an image given as bytes"))
-    if isinstance(value, bytes):
-        return value, "an image given as bytes"
-    if value is None or isinstance(value, (str, os.PathLike)):
-        return (None, "no image") if value is None else (os.fspath(value), os.fspath(value))
-    raise UsageError(f"an image cannot be made from {type(value).__name__}: give a path, bytes, an array or an image")
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _to_8_bits(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit and float pixels: Pillow's own conversion clips everything above 255.
-
-    By one range for all images of a kind, so that the pictures of a data set keep their brightness to one another:
-    0 to 65535, or for floats 0 to 1, else 0 to 255. What goes beyond is stretched by itself.
-    """
-    pixels = np.nan_to_num(np.asarray(image, dtype=np.float32))
-    low, high = float(pixels.min()), float(pixels.max())
-    top = next((top for top in ([1.0, 255.0] if image.mode == "F" else [65535.0]) if high <= top), None)
-    if low < 0 or top is None:
-        pixels, top = pixels - low, max(high - low, 1e-12)
-    return Image.fromarray(np.rint(pixels * (255.0 / top)).astype(np.uint8))
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    pixels = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
-    if pixels.size and pixels.ndim == 2:
-        if pixels.dtype in (np.uint8, np.bool_):
-            return Image.fromarray(pixels)
-        kind = np.float32 if pixels.dtype.kind == "f" else np.int32
-        return Image.fromarray(pixels.astype(kind))
-    if pixels.size and pixels.ndim == 3 and pixels.shape[-1] in (3, 4):
-        if pixels.dtype.kind == "f" and pixels.min() >= 0 and pixels.max() <= 1:
-            pixels = np.rint(pixels * 255)
-        if pixels.dtype == np.uint8 or (pixels.min() >= 0 and pixels.max() <= 255):
-            return Image.fromarray(pixels.astype(np.uint8))
-    raise UsageError(
-        f"an image cannot be made from an array of shape {array.shape} and type {array.dtype}: "
-        "give height x width, or height x width x 3, with values 0 to 255"
-    )

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hftl.data import load_inputs, load_labelled, load_splits, open_image, stratified_part
+from hftl.data import load_inputs, load_labelled, load_splits, stratified_part
 from hftl.errors import UsageError
+from hftl.images import open_image
 
 
 def arguments(dataset, **options):
@@ -469,6 +470,7 @@ def test_load_inputs(tmp_path):
         "id": ["0", "2"],
         "text": ["first line", "third line"],
     }
+    assert load_inputs(tmp_path / "images", "text", {}, {})[:] == {"id": ["note.txt"], "text": ["nothing"]}
     table = write_table(tmp_path / "texts.csv", ["1,b", "2,c"], "number,words")
     assert load_inputs(table, "text", {"text": "words"}, {})[:] == {"id": ["0", "1"], "text": ["b", "c"]}
     assert load_inputs(
@@ -482,7 +484,7 @@ def test_load_inputs(tmp_path):
     for path, modality, expected in [
         (tmp_path / "nothing", "text", "no such file or folder"),
         (tmp_path / "texts.txt", "image", "is not an image"),
-        (tmp_path / "images", "text", "has no .txt files"),
+        (tmp_path / "images" / "deep", "text", "has no .txt files"),
         (table, "text", "which column is the text"),
     ]:
         with pytest.raises(UsageError, match=expected):

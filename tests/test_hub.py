@@ -44,7 +44,14 @@ def test_push_and_load(tmp_path: Path) -> None:
     with hub_server.serve() as hub:
         hub.status = 500
         failed = hftl(
-            tmp_path, hub.url, *train, "--model=bert", "--output_dir=run", "--push_to_hub", "--hub_model_id=tester/mine"
+            tmp_path,
+            hub.url,
+            *train,
+            "--model=bert",
+            "--output_dir=run",
+            "--keep_checkpoints",
+            "--push_to_hub",
+            "--hub_model_id=tester/mine",
         )
         assert failed.returncode == 2
         assert "hftl push run tester/mine" in failed.stderr.splitlines()[-1]
@@ -61,7 +68,9 @@ def test_push_and_load(tmp_path: Path) -> None:
         assert pushed.returncode == 0, pushed.stderr
         assert pushed.stdout.strip() == f"{hub.url}/tester/mine"
         names = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
-        left = {name for name in names if name.startswith("logs/") or name == "predictions.csv"}  # they hold the data
+        left = {
+            name for name in names if name.startswith(("logs/", "checkpoints/")) or name == "predictions.csv"
+        }  # they hold the data
         assert len(hub.commits) == 1
         assert set(hub.commits[0]) == names - left
 

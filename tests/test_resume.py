@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -50,8 +51,9 @@ class Stopping(CrossEntropyLoss):
         return super().__call__(outputs, labels, num_items_in_batch)
 
 def stopping(model, arguments):
-    plan = METHODS[os.environ.get("INNER_METHOD", "lp_ft")](model, arguments)
-    short = {"epochs": 2.0, "least_steps": 0}
+    inner = os.environ.get("INNER_METHOD", "lp_ft")
+    plan = METHODS["full" if inner == "six" else inner](model, arguments)
+    short = {"epochs": 6.0 if inner == "six" else 2.0, "least_steps": 0}
     stages = [dataclasses.replace(stage, **short, loss=Stopping(index)) for index, stage in enumerate(plan.stages)]
     return dataclasses.replace(plan, stages=tuple(stages))
 """
@@ -144,6 +146,23 @@ def test_signals_write_a_checkpoint(place: Path, undisturbed: dict[str, Path], n
     resumed = run(place, name, "text-classification", "", "lp_ft", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert_equal_weights(undisturbed["text-classification"], place / name)
+
+
+@pytest.mark.slow
+def test_early_stopping_goes_on_counting(place: Path) -> None:
+    # A rate of nearly nothing: no evaluation is better than the first, so that the third epoch is the last.
+    flags = ("--num_train_epochs=6", "--early_stopping_patience=2", "--learning_rate=1e-12")
+    whole = run(place, "early-whole", "text-classification", "", "six", *flags)
+    assert whole.returncode == 0, whole.stderr
+    killed = run(place, "early-killed", "text-classification", "0:7:9", "six", *flags)
+    assert killed.returncode == -signal.SIGKILL
+    resumed = run(place, "early-killed", "text-classification", "", "six", *flags, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    steps = [
+        json.loads((place / name / "metrics.json").read_text())["train"]["stages"][0]["steps"]
+        for name in ("early-whole", "early-killed")
+    ]
+    assert steps == [9, 9]
 
 
 @pytest.mark.slow

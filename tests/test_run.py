@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import small_data
 import tiny_models
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, pipeline
 
 import hftl
 from hftl import cli
+from hftl.folder import check_output_folder, resume_settings
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +197,61 @@ def test_help_imports_no_torch() -> None:
     check = "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     code = f"import sys\nfrom hftl.cli import _run\n_run(['--help'])\n{check}"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=30)
+
+
+def test_run_trained_elsewhere_is_loaded(place: Path, lora_run: hftl.Run) -> None:
+    """How it was trained (half precision on a GPU, several processes) may not be possible here."""
+    folder = place / "elsewhere"
+    shutil.copytree(lora_run.folder, folder)
+    with (folder / "recipe.yaml").open("a") as file:
+        file.write("fp16: true\ntf32: true\nfsdp: full_shard\n")
+    assert hftl.load_run(folder).predict("the film was good")[0].label in ("bad", "good")
+
+
+def test_columns_of_another_table(place: Path, image_run: hftl.Run, lora_run: hftl.Run, capsys: Any) -> None:
+    table = place / "other.csv"
+    table.write_text("number,remark,verdict\n1,the film was good,good\n2,a bad day,bad\n")
+    with pytest.raises(hftl.UsageError, match="--text_column"):
+        lora_run.predict(table)
+    assert len(lora_run.predict(table, text="remark")) == 2
+    cli._run(
+        ["evaluate", str(lora_run.folder), "--dataset", str(table), "--text_column=remark", "--label_column=verdict"]
+    )
+    assert "accuracy" in capsys.readouterr().out
+    listed = place / "images" / "list.csv"  # the run was trained on class folders
+    listed.write_text("file\n" + "\n".join(str(path) for path in pictures(place)))
+    assert len(image_run.predict(listed)) == 9
+    many = np.stack([np.asarray(Image.open(path)) for path in pictures(place)])
+    assert [entry.label for entry in image_run.predict(many)] == [entry.label for entry in image_run.predict(listed)]
+
+
+def test_pairs_from_a_file(place: Path) -> None:
+    table = place / "pairs.csv"
+    rows = [f"the film {index},was {word},{word}" for index, word in enumerate(["good", "bad"] * 8)]
+    table.write_text("premise,hypothesis,label\n" + "\n".join(rows))
+    run = hftl.finetune(
+        "text-classification", model=place / "bert", dataset=table, num_train_epochs=1, output_dir=place / "pairs"
+    )
+    run = hftl.load_run(run.folder)
+    from_file = [entry.probability for entry in run.predict(table)]
+    in_memory = [entry.probability for entry in run.predict([tuple(row.split(",")[:2]) for row in rows])]
+    assert from_file == pytest.approx(in_memory, abs=1e-5)
+    single = place / "single.csv"
+    single.write_text("text\nthe film\n")
+    with pytest.raises(hftl.UsageError, match="pairs of texts"):
+        run.predict(single)
+
+
+def test_resume_needs_the_same_processes_and_settings(place: Path, lora_run: hftl.Run) -> None:
+    folder = place / "interrupted"
+    (folder / "checkpoints").mkdir(parents=True)
+    arguments = hftl.parse(
+        hftl.TextArguments, ["--model=m", "--dataset=d", f"--output_dir={folder}", "--resume", "--seed=0"]
+    )
+    settings = resume_settings(arguments)
+    for change in ({"processes": 2}, {"seed": 42}):
+        (folder / "checkpoints" / "recipe.yaml").write_text(yaml.safe_dump({**settings, **change}))
+        with pytest.raises(hftl.UsageError, match=next(iter(change))):
+            check_output_folder(arguments)
+    (folder / "checkpoints" / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    check_output_folder(arguments)

@@ -18,8 +18,8 @@ from torchvision.transforms import v2
 from transformers import TrainerCallback
 
 from hftl import backbones
-from hftl.data import open_image
 from hftl.errors import UsageError
+from hftl.images import open_image
 from hftl.methods import Stage, build_plan
 from hftl.optim import parameter_groups
 from hftl.tasks.image_classification import ImageDataset

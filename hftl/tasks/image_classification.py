@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-from hftl import data, pretrained
+from hftl import data, images, pretrained
 from hftl.arguments import ImageArguments
 from hftl.data import Splits
 from hftl.errors import UsageError
@@ -104,7 +104,7 @@ class ImageClassification(ClassificationTask):
 
     def open_image(self, value: Any) -> Image.Image:
         """The RGB picture of a row, in training and after; a task of one's own may prepare it further here."""
-        return data.open_image(value)
+        return images.open_image(value)
 
     def _plain_transform(self, image: Any) -> torch.Tensor:
         """The processor's own transform, so that plain transformers sees the same pixels; shape (3, height, width)."""

@@ -1,0 +1,131 @@
+"""Images of any kind and source as RGB pictures, and why one cannot be read."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from hftl.errors import UsageError
+
+#: what Pillow and its decoders raise for a damaged file
+IMAGE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    TypeError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def open_image(value: Any) -> Image.Image:
+    """An RGB image from a path, bytes, a `{"bytes", "path"}` dict, a Pillow image or a numpy array.
+
+    EXIF orientation is applied; transparency is laid on white; 16-bit and float pixels are scaled to 8 bits.
+    """
+    if isinstance(value, Image.Image):
+        return _to_rgb(value)
+    if isinstance(value, np.ndarray):
+        return _to_rgb(_from_array(value))
+    source, name = image_source(value)
+    if not source:
+        raise UsageError(f"no image file is named in {value!r}")
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.load()
+            return _to_rgb(image)
+    except FileNotFoundError as error:
+        raise UsageError(f"no such image file: {name}") from error
+    except IMAGE_ERRORS as error:
+        raise UsageError(f"{name} cannot be read as an image: {_reason(error, name)}") from error
+
+
+def image_source(value: Any) -> tuple[str | bytes | None, str]:
+    """The bytes or the path of an image, and what to call it in messages."""
+    if isinstance(value, dict):
+        path = value.get("path")
+        content = value.get("bytes")
+        return (path, str(path)) if content is None else (content, str(path or "an image given as bytes"))
+    if isinstance(value, bytes):
+        return value, "an image given as bytes"
+    if value is None or isinstance(value, (str, os.PathLike)):
+        return (None, "no image") if value is None else (os.fspath(value), os.fspath(value))
+    raise UsageError(f"an image cannot be made from {type(value).__name__}: give a path, bytes, an array or an image")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _to_8_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit and float pixels: Pillow's own conversion clips everything above 255.
+
+    By one range for all images of a kind, so that the pictures of a data set keep their brightness to one another:
+    0 to 65535, or for floats 0 to 1, else 0 to 255. What goes beyond is stretched by itself.
+    """
+    pixels = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    low, high = float(pixels.min()), float(pixels.max())
+    top = next((top for top in ([1.0, 255.0] if image.mode == "F" else [65535.0]) if high <= top), None)
+    if low < 0 or top is None:
+        pixels, top = pixels - low, max(high - low, 1e-12)
+    return Image.fromarray(np.rint(pixels * (255.0 / top)).astype(np.uint8))
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    pixels = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
+    if pixels.size and pixels.ndim == 2:
+        if pixels.dtype in (np.uint8, np.bool_):
+            return Image.fromarray(pixels)
+        kind = np.float32 if pixels.dtype.kind == "f" else np.int32
+        return Image.fromarray(pixels.astype(kind))
+    if pixels.size and pixels.ndim == 3 and pixels.shape[-1] in (3, 4):
+        if pixels.dtype.kind == "f" and pixels.min() >= 0 and pixels.max() <= 1:
+            pixels = np.rint(pixels * 255)
+        if pixels.dtype == np.uint8 or (pixels.min() >= 0 and pixels.max() <= 255):
+            return Image.fromarray(pixels.astype(np.uint8))
+    raise UsageError(
+        f"an image cannot be made from an array of shape {array.shape} and type {array.dtype}: "
+        "give height x width, or height x width x 3, with values 0 to 255"
+    )
+
+
+def image_problem(value: Any, full: bool) -> str | None:
+    """Why an image cannot be read; decoded small (draft mode) where `full`, else opened only."""
+    source, name = image_source(value)
+    if source is None or source == "":
+        return "no file named"
+    if isinstance(source, str) and not os.path.isfile(source):
+        return f"no such file: {source}"
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if full:
+                image.draft(None, (64, 64))
+                image.load()
+    except IMAGE_ERRORS as error:
+        return _reason(error, name)
+    return None
+
+
+def _reason(error: Exception, name: str) -> str:
+    """Pillow's reason without the path or the memory address that it may repeat."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image"
+    return str(error).replace(repr(name), "the file") or type(error).__name__
