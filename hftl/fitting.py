@@ -58,6 +58,7 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
         UsageError: something that was asked for cannot be done.
         Interrupted: SIGTERM or Ctrl-C; a checkpoint to go on from is written.
     """
+    task.arguments = arguments
     settings = folder.resume_settings(arguments)
     stages = _resolve(task, plan, splits, arguments)
     folder.check_space(Path(str(arguments.output_dir)), _bytes_needed(plan))
@@ -77,13 +78,13 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
     try:
         with folder.explained_disk_errors(path):
             try:
-                trainer, records = _run_stages(task, stages, plan, splits, data, arguments, signals)
+                trainer, records = _run_stages(task, stages, plan.model, splits, data, signals)
                 results = _evaluate(trainer, data)
             except UsageError:
                 folder.discard_start(path)
                 raise
             if folder.is_main_process():
-                _write_run(task, trainer, splits, arguments, data, records, results)
+                _write_run(task, trainer, splits, data, records, results)
             _wait_for_all()
     finally:
         signals.close()
@@ -140,24 +141,22 @@ def _bytes_needed(plan: Plan) -> int:
 def _run_stages(
     task: ClassificationTask,
     stages: list[Stage],
-    plan: Plan,
+    model: nn.Module,
     splits: Splits,
     data: dict[str, Any],
-    arguments: TransferArguments,
     signals: StopSignals,
 ) -> tuple[TransferTrainer, list[dict[str, Any]]]:
     """Train every stage that is not finished yet; the trainer of the last one evaluates."""
     records = []
     for index, stage in enumerate(stages):
-        place = Path(str(arguments.output_dir), CHECKPOINTS, f"{index + 1}-{re.sub(r'[^A-Za-z0-9]+', '-', stage.name)}")
-        trainer = _stage_trainer(task, stage, plan.model, splits, data, arguments, place, index)
-        trainer.add_callback(signals)
-        if _is_sharded(trainer) and hasattr(plan.model, "peft_config"):
+        trainer = _stage_trainer(task, stage, model, splits, data, index)
+        if _is_sharded(trainer) and hasattr(model, "peft_config"):
             raise UsageError("--method lora does not work with FSDP or DeepSpeed yet: use multi_gpu.yaml.")
-        final = place / "final"
+        trainer.add_callback(signals)
+        final = Path(str(trainer.args.output_dir), "final")
         if not final.is_dir():
-            say(_announcement(stage, plan.model, index, len(stages)))
-            record = _train_stage(trainer, stage, place, arguments.resume)
+            say(_announcement(stage, model, index, len(stages)))
+            record = _train_stage(trainer, stage, task.arguments.resume)
             _keep_result(trainer, record, final)
         else:
             trainer._load_from_checkpoint(str(final))
@@ -182,10 +181,11 @@ def _stage_trainer(
     model: nn.Module,
     splits: Splits,
     data: dict[str, Any],
-    arguments: TransferArguments,
-    place: Path,
     index: int,
 ) -> TransferTrainer:
+    arguments = task.arguments
+    name = re.sub(r"[^A-Za-z0-9]+", "-", stage.name)
+    place = Path(str(arguments.output_dir), CHECKPOINTS, f"{index + 1}-{name}")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(str(arguments.output_dir), LOGS))
     settings = stage_arguments(
         arguments,
@@ -235,8 +235,9 @@ def _first(logits: Any, labels: Any) -> torch.Tensor:
     return logits[0] if isinstance(logits, tuple | list) else logits
 
 
-def _train_stage(trainer: TransferTrainer, stage: Stage, place: Path, resume: bool) -> dict[str, Any]:
+def _train_stage(trainer: TransferTrainer, stage: Stage, resume: bool) -> dict[str, Any]:
     """Train one stage, from its last whole checkpoint if there is one."""
+    place = Path(str(trainer.args.output_dir))
     _wait_for_all()
     checkpoint = folder.last_checkpoint(place) if resume and place.is_dir() else None
     _wait_for_all()  # nobody may write a new checkpoint while another still looks for the last
@@ -294,7 +295,6 @@ def _write_run(
     task: ClassificationTask,
     trainer: TransferTrainer,
     splits: Splits,
-    arguments: TransferArguments,
     data: dict[str, Any],
     records: list[dict[str, Any]],
     results: dict[str, Any],
@@ -302,6 +302,7 @@ def _write_run(
     """Write every file of the run beside its place, check the model by loading it again, and move them in."""
     from hftl.card import write_card
 
+    arguments = task.arguments
     path = Path(str(arguments.output_dir))
     partial = path / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)

@@ -27,11 +27,13 @@ def small_flags(task: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_configuration_runs(path: Path, tmp_path: Path) -> None:
+def test_configuration_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = yaml.safe_load(path.read_text())
     flags = [*small_flags(settings["task"]), f"--output_dir={tmp_path / 'run'}"]
     flags += ["--head_epochs=1"] if settings["method"] == "lp_ft" else []
     cli._run(["train", "--config", str(path), *flags])
+    printed = capsys.readouterr().out
+    assert len(printed[: printed.index("epoch 1")].splitlines()) <= 15  # one screen before training starts
     run = hftl.load_run(tmp_path / "run")
     assert 0 <= run.metrics["test"]["accuracy"] <= 1
     assert run.task.name == settings["task"]

@@ -255,3 +255,14 @@ def test_resume_needs_the_same_processes_and_settings(place: Path, lora_run: hft
             check_output_folder(arguments)
     (folder / "checkpoints" / "recipe.yaml").write_text(yaml.safe_dump(settings))
     check_output_folder(arguments)
+
+
+def test_sharded_model_is_saved_from_what_was_gathered(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP and DeepSpeed need GPUs; this takes their way from the gathered weights to the run."""
+    monkeypatch.setattr("hftl.fitting._is_sharded", lambda trainer: True)
+    common = {"model": place / "bert", "dataset": place / "texts", "num_train_epochs": 1}
+    run = hftl.finetune("text-classification", **common, output_dir=place / "sharded")
+    assert hftl.load_run(run.folder).evaluate(str(place / "texts"))["accuracy"] == run.metrics["test"]["accuracy"]
+    with pytest.raises(hftl.UsageError, match="lora does not work with FSDP"):
+        hftl.finetune("text-classification", **common, method="lora", output_dir=place / "sharded-lora")
+    assert not (place / "sharded-lora").exists()
