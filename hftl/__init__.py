@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# DDP's C++ part prints a warning for each process in the midst of training, which asks nothing of the person.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 #: public name → module; imported when first used, so that `import hftl` and `hftl --help` cost nothing
 _PUBLIC = {

@@ -128,14 +128,17 @@ class TransferArguments(TrainingArguments):
         _check_device(self)
         metric: str | None = self.metric_for_best_model  # type: ignore[has-type]  # a field of TrainingArguments
         folder = self.output_dir
-        if self.load_best_model_at_end and self.eval_strategy == "no":
-            raise UsageError("--eval_strategy no leaves no best checkpoint: add --load_best_model_at_end false.")
+        _match_strategies(self)
         super().__post_init__()
         self.metric_for_best_model, self.output_dir = metric, folder  # Trainer's choices would be loss, trainer_output
         if metric is None:
             self.greater_is_better = None
         _check_ranges(self)
         self.label_names = ["labels"]
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Warm-up in steps; a part of a few steps is none: rounded up, as Trainer does, the only step had rate 0."""
+        return int(self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * num_training_steps)
 
 
 ArgumentsType = TypeVar("ArgumentsType", bound=TransferArguments)
@@ -177,7 +180,14 @@ class _Parser(HfArgumentParser):
     """Errors as `UsageError`, with the nearest name."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message[0].upper()}{message[1:]}.")
+        raise UsageError(f"{message[0].upper()}{message[1:].rstrip('.')}.")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Descriptions as they are written; a default of None is explained in the text of its flag."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def flag_names(arguments_class: type) -> dict[str, str]:
@@ -212,9 +222,13 @@ def parse(
     if path is not None:
         tokens = _config_tokens(Path(path), names, _list_fields(arguments_class)) + tokens
     given = _check_names(tokens, names)
-    parser = _Parser(arguments_class, description=description, allow_abbrev=False)
+    parser = _Parser(
+        arguments_class, prog="hftl train TASK", description=description, formatter_class=_Help, allow_abbrev=False
+    )
     for action in parser._actions:  # a second spelling with hyphens doubles the length of --help
         action.option_strings = [name for name in action.option_strings if "-" not in name.lstrip("-")]
+    trainers = {item.name for item in dataclasses.fields(TrainingArguments)} - set(TransferArguments.__annotations__)
+    parser._optionals._group_actions.sort(key=lambda action: action.dest in trainers)  # hftl's own first
     try:
         namespace, rest = parser.parse_known_args(tokens)
         if rest:
@@ -359,6 +373,20 @@ def _check_device(arguments: TransferArguments) -> None:
         raise UsageError("--bf16 is not supported by this GPU: use --fp16 instead.")
 
 
+def _match_strategies(arguments: TransferArguments) -> None:
+    """The best checkpoint needs one for each evaluation: of two strategies, the default follows the other."""
+    if not arguments.load_best_model_at_end:
+        return
+    for name in ("eval", "save"):
+        if getattr(arguments, f"{name}_strategy") == "no":
+            raise UsageError(f"--{name}_strategy no leaves no best checkpoint: add --load_best_model_at_end false.")
+    if arguments.eval_strategy == "steps" and arguments.save_strategy == "epoch":
+        arguments.eval_steps = arguments.eval_steps or arguments.logging_steps
+        arguments.save_strategy, arguments.save_steps = "steps", arguments.eval_steps
+    elif arguments.save_strategy == "steps" and arguments.eval_strategy == "epoch":
+        arguments.eval_strategy, arguments.eval_steps = "steps", arguments.save_steps
+
+
 def _check_ranges(arguments: TransferArguments) -> None:
     """Values that argparse lets through and that mean nothing."""
     positive = ["num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "head_epochs"]
@@ -368,6 +396,10 @@ def _check_ranges(arguments: TransferArguments) -> None:
         value = getattr(arguments, name, None)
         if value is not None and not value > 0:
             raise UsageError(f"--{name} must be above 0, not {value}.")
+    if arguments.max_steps == 0 or arguments.max_steps < -1:
+        raise UsageError(f"--max_steps must be above 0, not {arguments.max_steps}.")
+    if arguments.keep_head and str(arguments.model_name_or_path).startswith("random:"):
+        raise UsageError("--keep_head: a model that is not pretrained has no trained head. Leave it out.")
     if not 0 <= arguments.seed < 2**32:
         raise UsageError(f"--seed must lie between 0 and {2**32 - 1}, not {arguments.seed}.")
     if arguments.lora_dropout is not None and not 0 <= arguments.lora_dropout < 1:

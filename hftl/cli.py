@@ -169,6 +169,7 @@ def _predict(argv: list[str]) -> None:
     parser.add_argument("input", help="image, folder, table or text file; or a text")
     parser.add_argument("--output", help="CSV file to write (default: print)")
     parser.add_argument("--batch_size", type=_positive, default=32)
+    parser.add_argument("--skip_bad_files", action="store_true", help="leave out images that cannot be read")
     _add_columns(parser, "text", "text_pair", "image")
     options = parser.parse_args(argv)
     _check_output(options.output)
@@ -178,7 +179,7 @@ def _predict(argv: list[str]) -> None:
     looks_like_path = Path(options.input).suffix.lower() in (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
     is_file = run.task.modality != "text" or looks_like_path or os.path.exists(options.input)
     source = Path(options.input) if is_file else options.input
-    predictions = run.predict(source, options.batch_size, **_columns(options, run))
+    predictions = run.predict(source, options.batch_size, options.skip_bad_files, **_columns(options, run))
     _write_predictions(predictions, run.label_names, options.output)
 
 

@@ -190,6 +190,11 @@ def load_inputs(
     return _texts_without_labels(lines, f"{path} has no text in it")
 
 
+def without_bad_images(rows: Any) -> Any:
+    """The rows of `load_inputs` whose image can be read."""
+    return [row for row in rows if image_problem(row["image"], full=True) is None]
+
+
 def _texts_without_labels(texts: list[tuple[str, str]], otherwise: str) -> datasets.Dataset:
     texts = [(name, text) for name, text in texts if text.strip()]
     if not texts:

@@ -155,23 +155,26 @@ def _run_stages(
         trainer.add_callback(signals)
         final = Path(str(trainer.args.output_dir), "final")
         if not final.is_dir():
-            say(_announcement(stage, model, index, len(stages)))
+            say(_announcement(stage, model, index, len(stages), task.arguments.max_steps))
             record = _train_stage(trainer, stage, task.arguments.resume)
             _keep_result(trainer, record, final)
         else:
             trainer._load_from_checkpoint(str(final))
+        if index + 1 < len(stages):
+            _without_autocast(trainer)  # the next trainer puts its own around the model
         records.append(json.loads((final / "stage.json").read_text(encoding="utf-8")))
     return trainer, records
 
 
-def _announcement(stage: Stage, model: nn.Module, index: int, count: int) -> str:
+def _announcement(stage: Stage, model: nn.Module, index: int, count: int, max_steps: int) -> str:
+    length = f"{stage.epochs:g} epoch{'' if stage.epochs == 1 else 's'}" if max_steps < 0 else f"{max_steps} steps"
     trained = sum(parameter.numel() for name, parameter in model.named_parameters() if name in stage.trainable)
     total = sum(parameter.numel() for parameter in model.parameters())
     number = f" {index + 1} of {count}" if count > 1 else ""
     rate = f"rate {stage.learning_rate:.2g}, head {stage.head_learning_rate:.2g}"
     return (
         f"stage{number}: {stage.name}, {trained:,} of {total:,} parameters train ({trained / total:.1%}), "
-        f"{stage.epochs:g} epochs, {rate}"
+        f"{length}, {rate}"
     )
 
 
@@ -246,6 +249,8 @@ def _train_stage(trainer: TransferTrainer, stage: Stage, resume: bool) -> dict[s
     started = time.perf_counter()
     output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - started
+    if trainer.state.global_step < trainer.state.max_steps:
+        say(f"{stage.name}: stopped early, no better evaluation in {trainer.args.early_stopping_patience}")
     return {
         "name": stage.name,
         "seconds": seconds,
@@ -336,10 +341,15 @@ def _is_sharded(trainer: TransferTrainer) -> bool:
     return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
 
+def _without_autocast(trainer: TransferTrainer) -> Any:
+    """The model as it was given: Accelerate leaves its half precision around `forward`."""
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+
+
 def _whole_model(task: ClassificationTask, trainer: TransferTrainer, path: Path) -> Any:
     """The trained model in this process alone; where it is sharded, from the weights that the last stage gathered."""
     if not _is_sharded(trainer):
-        return trainer.model
+        return _without_autocast(trainer)
     return task.auto_class.from_pretrained(Path(str(trainer.args.output_dir), "final"), dtype=torch.float32)
 
 
@@ -356,6 +366,7 @@ def _save_checked(task: ClassificationTask, model: Any, batch: dict[str, torch.T
     if hasattr(model, "peft_config"):
         kind = "merging"
         model.save_pretrained(target / "adapter")
+        (target / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with a path of this machine
         # PEFT keeps no labels: the configuration beside the adapter has them.
         model.get_base_model().config.save_pretrained(target / "adapter")
         model.merge_and_unload()

@@ -43,6 +43,7 @@ def default_output_dir(arguments: TransferArguments) -> str:
     """`runs/DATASET-MODEL-METHOD`, from the last part of each name."""
     parts = (arguments.dataset_name, arguments.model_name_or_path, arguments.method)
     names = [re.split(r"[/\\:]", str(part).rstrip("/\\"))[-1] for part in parts]
+    names[0] = re.sub(r"\.(csv|tsv|jsonl?|parquet)$", "", names[0])
     return os.path.join("runs", re.sub(r"[^\w.-]+", "_", "-".join(names)))
 
 

@@ -255,9 +255,20 @@ def build_plan(model: nn.Module, arguments: TransferArguments) -> Plan:
         UsageError: no such method, or an argument that it does not use.
     """
     check_method(arguments)
-    plan = find_method(arguments.method)(model, arguments)
+    method = find_method(arguments.method)
+    try:
+        inspect.signature(method).bind(model, arguments)
+    except TypeError as error:
+        raise UsageError(f"--method {arguments.method}: the function must take (model, arguments): {error}.") from error
+    plan = method(model, arguments)
     if not isinstance(plan, Plan):
         raise UsageError(f"--method {arguments.method}: the function must return a Plan, not {type(plan).__name__}.")
+    names = {name for name, _ in plan.model.named_parameters()}
+    for stage in plan.stages:
+        unknown = sorted(stage.trainable - names)
+        if unknown:
+            near = did_you_mean(unknown[0], names)
+            raise UsageError(f"--method {arguments.method}: the model has no parameter {unknown[0]!r}.{near}")
     return plan
 
 

@@ -109,7 +109,7 @@ def _load_metric(name: str) -> Any:
 
     try:
         return evaluate.load(name)
-    except (FileNotFoundError, ConnectionError, ImportError, ValueError) as error:
+    except (OSError, ImportError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(
             f"Metric {name!r} is none of hftl's own ({', '.join(METRIC_NAMES)}), and evaluate.load cannot load it: "
             f"{str(error).splitlines()[0]}"

@@ -54,6 +54,10 @@ def find_model(name: str | None) -> str:
         return str(builtin_model(name.partition(":")[2]))
     path = Path(name).expanduser()
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise UsageError(
+                f"--model {name!r} is an adapter: name the folder of the run, which holds the merged model."
+            )
         if not (path / "config.json").is_file():
             raise UsageError(f"--model {name!r}: the folder holds no model (there is no config.json in it).")
         return str(path)
@@ -243,4 +247,9 @@ def random_config(model_type: str, **settings: Any) -> Any:
     config_class = CONFIG_MAPPING[model_type]
     default = config_class()
     small = {key: value for key, value in _SMALL.items() if isinstance(getattr(default, key, None), int)}
-    return config_class(**small, **settings)
+    try:
+        return config_class(**small, **settings)
+    except Exception as error:  # each architecture checks its own sizes with errors of its own
+        raise UsageError(
+            f"--model random:{model_type} cannot be made small: choose another, such as random:bert."
+        ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,10 @@ class Run:
         self.folder, self.task = folder, task
         self._model = model
 
+    def __repr__(self) -> str:
+        """Folder, task and method."""
+        return f"Run({str(self.folder)!r}, task={self.task.name!r}, method={self.task.arguments.method!r})"
+
     @functools.cached_property
     def metrics(self) -> dict[str, Any]:
         """The content of metrics.json."""
@@ -90,7 +95,7 @@ class Run:
             f"{train['peak_memory_mb']:,.0f} MB, {train['trainable_parameters']:,} of {train['total_parameters']:,} "
             "parameters"
         )
-        lines.append(f"{'saved in:':<12}{self.folder} (try: hftl predict {self.folder} INPUT)")
+        lines.append(f"{'saved in:':<12}{self.folder} (try: hftl predict {shlex.quote(str(self.folder))} INPUT)")
         return "\n".join(lines)
 
     def logits(self, rows: Any, batch_size: int = 32) -> np.ndarray[Any, Any]:
@@ -107,19 +112,24 @@ class Run:
                 inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
                 yield self.model(**inputs).logits.float().cpu().numpy()
 
-    def predict(self, inputs: Any, batch_size: int = 32, **columns: str) -> list[Prediction]:
+    def predict(
+        self, inputs: Any, batch_size: int = 32, skip_bad_files: bool = False, **columns: str
+    ) -> list[Prediction]:
         """Labels and probabilities of new inputs.
 
         Args:
             inputs: images as paths, PIL images or arrays, one or a list; texts as strings or pairs of them, one or a
                 list; or a folder or table of either (for texts as a `pathlib.Path`).
             batch_size: inputs run through the model at once.
+            skip_bad_files: leave out images of a folder or table that cannot be read, instead of stopping.
             columns: `text="review"`, … the columns of a table, where they are not those of the training data.
 
         Raises:
             UsageError: an input cannot be read.
         """
         rows = self.task.read_inputs(inputs, columns)
+        if skip_bad_files and self.task.modality == "image":
+            rows = data.without_bad_images(rows)
         if not len(rows):
             return []
         probabilities = softmax(self.logits(rows, batch_size))
@@ -201,9 +211,9 @@ class Run:
                 commit_message="Fine-tuned with hftl",
             )
         except known as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = (" ".join(str(error).split())[:300] or type(error).__name__).rstrip(".")
             raise UsageError(
-                f"Pushing to {repository!r} failed: {reason} The run in {str(self.folder)!r} is whole; push it again "
+                f"Pushing to {repository!r} failed: {reason}. The run in {str(self.folder)!r} is whole; push it again "
                 f"with `hftl push {self.folder} {repository}` (a token: `hf auth login`)."
             ) from error
         return str(address)

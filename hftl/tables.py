@@ -37,8 +37,9 @@ def decoded(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise UsageError(
-            f"{path} is not UTF-8 (byte {error.start}): convert it, for example with iconv -f LATIN1 -t UTF-8"
+            f"{path} is not UTF-8 (line {line}): convert it, for example with iconv -f CP1252 -t UTF-8"
         ) from error
 
 
@@ -59,9 +60,11 @@ def _read_csv(path: Path, delimiter: str) -> dict[str, list]:
             if not row:
                 continue
             if len(row) != len(header):
+                semicolons = len(header) == 1 and ";" in header[0]
+                advice = "the separator seems to be ';'" if semicolons else "texts with it or line breaks need quotes"
                 raise UsageError(
                     f"{path}: line {reader.line_num} has {len(row)} fields, the header {len(header)}: "
-                    "texts with commas, tabs or line breaks need quotes"
+                    f"the separator is {delimiter!r}; {advice}"
                 )
             rows.append(row)
     except csv.Error as error:

@@ -199,6 +199,16 @@ def test_help_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=30)
 
 
+def test_bad_images_are_left_out_on_request(place: Path, image_run: hftl.Run, capsys: Any) -> None:
+    folder = place / "some-bad"
+    shutil.copytree(place / "images" / "test" / "red", folder)
+    (folder / "torn.png").write_bytes((folder / "0.png").read_bytes()[:200])
+    with pytest.raises(hftl.UsageError, match=r"torn\.png"):
+        image_run.predict(folder)
+    cli._run(["predict", str(image_run.folder), str(folder), "--skip_bad_files"])
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 3
+
+
 def test_run_trained_elsewhere_is_loaded(place: Path, lora_run: hftl.Run) -> None:
     """How it was trained (half precision on a GPU, several processes) may not be possible here."""
     folder = place / "elsewhere"
@@ -266,3 +276,46 @@ def test_sharded_model_is_saved_from_what_was_gathered(place: Path, monkeypatch:
     with pytest.raises(hftl.UsageError, match="lora does not work with FSDP"):
         hftl.finetune("text-classification", **common, method="lora", output_dir=place / "sharded-lora")
     assert not (place / "sharded-lora").exists()
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "lp_ft"])
+def test_half_precision_gives_a_run(place: Path, method: str) -> None:
+    """Accelerate leaves its autocast around the model; what is saved is compared without it."""
+    common = {"dataset": place / "texts", "model": place / "bert", "num_train_epochs": 1, "bf16": True}
+    folder = place / f"bf16-{method}"
+    run = hftl.finetune("text-classification", **common, method=method, output_dir=folder)
+    texts = ["the film was good", "a bad day"]
+    fresh = hftl.load_run(folder).predict(texts)
+    assert [entry.probability for entry in run.predict(texts)] == pytest.approx(
+        [e.probability for e in fresh], abs=1e-5
+    )
+    assert next(iter(load_file(folder / "model.safetensors").values())).dtype == torch.float32
+
+
+def test_a_single_step_trains(place: Path) -> None:
+    """Warm-up must not leave the only step with rate 0."""
+    run = hftl.finetune(
+        "text-classification",
+        model=place / "lora",
+        keep_head=True,
+        dataset=place / "texts",
+        max_steps=1,
+        output_dir=place / "one-step",
+    )
+    before, after = load_file(place / "lora" / "model.safetensors"), load_file(run.folder / "model.safetensors")
+    assert sum(not before[name].equal(after[name]) for name in after) > len(after) / 2
+
+
+def test_untrained_model_is_the_same_each_time(place: Path) -> None:
+    weights = []
+    for name in ("untrained-1", "untrained-2"):
+        common = {"model": "random:bert", "dataset": place / "texts", "max_steps": 2, "output_dir": place / name}
+        weights.append(load_file(hftl.finetune("text-classification", **common).folder / "model.safetensors"))
+    assert [name for name in weights[0] if not weights[0][name].equal(weights[1][name])] == []
+
+
+def test_save_follows_evaluation() -> None:
+    steps = hftl.parse(hftl.TextArguments, ["--eval_strategy=steps", "--eval_steps=7"])
+    assert (steps.save_strategy, steps.save_steps) == ("steps", 7)
+    saves = hftl.parse(hftl.TextArguments, ["--save_strategy=steps", "--save_steps=5"])
+    assert (saves.eval_strategy, saves.eval_steps) == ("steps", 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,14 @@ class TextClassification(ClassificationTask):
         self._check_tokenizer_comes_back(architecture, config, splits.train[:100]["text"])
         model = self.auto_class.from_config(config)
         self._limit_length(model)
-        return model
+        try:
+            model(**self.processor(splits.train[:2]["text"], return_tensors="pt", padding=True, truncation=True))
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise UsageError(
+                f"--model random:{architecture} does not run as a small classifier of texts: choose another, such as "
+                "random:bert."
+            ) from error
+        return self._pooled_by_mean(model) if self.arguments.pooling == "mean" else model
 
     def _check_tokenizer_comes_back(self, architecture: str, config: Any, texts: list[str]) -> None:
         """AutoTokenizer reads the files of some architectures (Qwen2) as those of their own tokenizer only.
@@ -148,7 +156,11 @@ class TextClassification(ClassificationTask):
             return data.load_inputs(str(inputs), self.modality, columns or {}, known)
         if isinstance(inputs, str):
             inputs = [inputs]
+        known_pair = self.arguments.text_pair_column is not None
         pairs = [value if isinstance(value, tuple | list) else (value,) for value in inputs]
+        if any(len(pair) != 1 + known_pair for pair in pairs):
+            kind = "pairs of texts: give (text, text)" if known_pair else "single texts: give strings"
+            raise UsageError(f"The model was trained on {kind}.")
         names = ("text", "text_pair")
         return [{"id": str(index), **dict(zip(names, pair, strict=False))} for index, pair in enumerate(pairs)]
 
@@ -192,18 +204,28 @@ class TextDataset(Dataset[dict[str, Any]]):
 
 
 def train_tokenizer(texts: Iterable[str], max_length: int, vocabulary: int = 8_000) -> PreTrainedTokenizerFast:
-    """A WordPiece tokenizer learned from the training texts, for a model that is not pretrained either."""
-    from tokenizers import BertWordPieceTokenizer
+    """A WordPiece tokenizer of the training texts' most frequent words, for a model that is not pretrained either.
 
-    learned = BertWordPieceTokenizer(lowercase=True)
-    learned.train_from_iterator(texts, vocab_size=vocabulary, show_progress=False)
+    Other words fall into the longest known beginnings and single characters. The vocabulary is counted here: the
+    trainer of the tokenizers library gives another one each time, and with it every process of a run another model.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
     names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-    tokens = {f"{name}_token": token for name, token in names.items()}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=learned._tokenizer, model_max_length=max_length, **tokens)
-    from tokenizers.processors import TemplateProcessing
-
-    special = [("[CLS]", tokenizer.cls_token_id), ("[SEP]", tokenizer.sep_token_id)]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words: Counter[str] = Counter()
+    for text in texts:
+        words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    characters = sorted({character for word in words for character in word})[: vocabulary // 4]
+    frequent = [word for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0]))]
+    tokens = [*names.values(), *characters, *(f"##{character}" for character in characters), *frequent]
+    numbers = {token: number for number, token in enumerate(list(dict.fromkeys(tokens))[:vocabulary])}
+    backend = Tokenizer(models.WordPiece(numbers, unk_token=names["unk"]))
+    backend.normalizer, backend.pre_tokenizer = normalizer, splitter
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(names[name], numbers[names[name]]) for name in ("cls", "sep")],
     )
-    return tokenizer
+    special = {f"{name}_token": token for name, token in names.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=max_length, **special)
