@@ -124,6 +124,8 @@ FLAGS = [
     Bad("no task", "train --dataset {table}", ("Name the task", "image-classification", "text-classification")),
     Bad("unknown flag", f"{TEXT} --learning_rat 1e-4", ("Unknown flag --learning_rat", "'learning_rate'")),
     Bad("flag of another task", f"{TEXT} --image_size 64", ("Unknown flag --image_size",)),
+    Bad("no steps", f"{TEXT} --max_steps 0", ("--max_steps", "above 0")),
+    Bad("a GPU that is not there", f"{TEXT} --use_cpu false", ("--use_cpu false", "GPU"), patch=no_gpu),
     Bad("flag without its value", f"{TEXT} --seed", ("--seed", "expected one argument")),
     Bad("value without a flag", f"{TEXT} rubbish", ("Unexpected argument 'rubbish'",)),
     Bad("unknown choice", f"{IMAGE} --augmentation mild", ("--augmentation", "'mild'", "light", "strong")),
@@ -194,7 +196,26 @@ FLAGS = [
     Bad("no model", "train text-classification --dataset {table}", ("--model is missing", "builtin:NAME")),
 ]
 
+UNKNOWN_PARAMETER = """import hftl
+
+
+def my_method(model, arguments):
+    return hftl.Plan(model, (hftl.Stage("head", frozenset({"clasifier.weight"}), 1e-3, 1e-3, 1.0),))
+"""
+
 METHODS = [
+    Bad(
+        "method with an unknown parameter",
+        f"{TEXT} --method my.py:my_method",
+        ("my.py:my_method", "no parameter 'clasifier.weight'", "'classifier.weight'"),
+        {"my.py": UNKNOWN_PARAMETER},
+    ),
+    Bad(
+        "method without arguments",
+        f"{TEXT} --method my.py:my_method",
+        ("must take (model, arguments)",),
+        {"my.py": "def my_method():\n    return 7\n"},
+    ),
     Bad("unknown method", f"{TEXT} --method frozzen", ("Unknown method 'frozzen'", "Did you mean 'frozen'")),
     Bad(
         "flag that the method does not use",
@@ -258,6 +279,9 @@ MODELS = [
     Bad("text model, image task", with_model("{bert}", "image", "images"), ("bert", "not a model for images")),
     Bad("unknown builtin model", with_model("builtin:minlm"), ("no built-in model 'minlm'", "'minilm'")),
     Bad("unknown architecture", with_model("random:bret"), ("random:bret", "Did you mean 'bert'")),
+    Bad("architecture that does not run", with_model("random:t5"), ("random:t5", "random:bert")),
+    Bad("architecture that is not made small", with_model("random:xlnet"), ("random:xlnet", "random:bert")),
+    Bad("kept head of no model", with_model("random:bert") + " --keep_head", ("--keep_head", "no trained head")),
     Bad("image architecture", with_model("random:vit"), ("random:vit", "not a model for texts")),
     Bad("offline with a Hub id", with_model("google/bert"), ("'google/bert'", "the Hub", "connection"), patch=offline),
     Bad("offline with a folder's name", with_model("brt"), ("'brt'", "Did you mean 'bert'"), {"bert": FOLDER}, offline),
@@ -361,7 +385,7 @@ FOLDERS = [
     Bad(
         "resumed with other settings",
         "{stopped} --output_dir {interrupted} --resume --learning_rate 0.5 --seed 7",
-        ("learning_rate was", "is 0.5", "seed was not given, is 7", "--overwrite"),
+        ("learning_rate was", "is 0.5", "seed was 42, is 7", "--overwrite"),
     ),
     Bad("no space", TEXT, ("No space for the run in 'out'", "are free", "--output_dir"), patch=full_disk),
     Bad("fp16 without a GPU", f"{TEXT} --fp16", ("--fp16 needs a GPU",), patch=no_gpu),
@@ -369,6 +393,7 @@ FOLDERS = [
     Bad("bf16 on an old GPU", f"{TEXT} --bf16", ("--bf16 is not supported", "--fp16"), patch=old_gpu),
     Bad("fp16 of the launcher", TEXT, ("fp16", "needs a GPU"), patch=half_precision_launched),
     Bad("processes started apart", TEXT, ("2 processes", "accelerate launch"), patch=started_apart),
+    Bad("file that is no metric", f"{TEXT} --metrics ./mine.py", ("./mine.py",), {"mine.py": "x = 1\n"}),
     Bad("unknown metric", f"{TEXT} --metrics ./no_metric", ("Metric './no_metric'", "accuracy", "evaluate.load")),
     Bad(
         "unknown best metric",
