@@ -222,13 +222,16 @@ def parse(
     if path is not None:
         tokens = _config_tokens(Path(path), names, _list_fields(arguments_class)) + tokens
     given = _check_names(tokens, names)
-    parser = _Parser(
-        arguments_class, prog="hftl train TASK", description=description, formatter_class=_Help, allow_abbrev=False
-    )
+    usage = "--model MODEL --dataset DATASET [--method METHOD] [--config FILE.yaml] [other flags]"
+    parser = _Parser(arguments_class, usage=usage, description=description, formatter_class=_Help, allow_abbrev=False)
     for action in parser._actions:  # a second spelling with hyphens doubles the length of --help
         action.option_strings = [name for name in action.option_strings if "-" not in name.lstrip("-")]
-    trainers = {item.name for item in dataclasses.fields(TrainingArguments)} - set(TransferArguments.__annotations__)
-    parser._optionals._group_actions.sort(key=lambda action: action.dest in trainers)  # hftl's own first
+    trainers = {item.name for item in dataclasses.fields(TrainingArguments)}
+    changed = trainers & set(TransferArguments.__annotations__)
+    # hftl's own first, then Trainer's with another default, then the other hundred.
+    parser._optionals._group_actions.sort(
+        key=lambda action: (action.dest in trainers) + (action.dest in trainers - changed)
+    )
     try:
         namespace, rest = parser.parse_known_args(tokens)
         if rest:

@@ -1,4 +1,4 @@
-"""A recipe of one's own: another task, another method and another loss in one file, without touching the package.
+r"""A recipe of one's own: another task, another method and another loss in one file, without touching the package.
 
     python recipes/custom_recipe.py --model builtin:efficientnet_lite0 --dataset builtin:digits --gamma 1.5
 

@@ -1,4 +1,4 @@
-"""Fine-tune an image classifier.
+r"""Fine-tune an image classifier.
 
 Full fine-tuning, of a model from the Hub on a folder of class folders:
 

@@ -1,4 +1,4 @@
-"""Fine-tune a text classifier.
+r"""Fine-tune a text classifier.
 
 Full fine-tuning, of a model from the Hub on a table with texts and labels:
 
