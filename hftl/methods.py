@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -323,7 +324,13 @@ def load_file(path: Path, what: str) -> Any:
     if not path.is_file():
         siblings = [str(sibling) for sibling in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise UsageError(f"{what}: there is no file {str(path)!r}.{did_you_mean(str(path), siblings)}")
+    path = path.resolve()
     name = path.stem
+    loaded = sys.modules.get(name)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
+        return loaded  # a recipe whose method stands in the same file: one module, or its classes would exist twice
+    if loaded is not None:  # my datasets.py must not take the place of the package
+        name = f"{name}_{zlib.crc32(str(path).encode())}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -332,6 +339,7 @@ def load_file(path: Path, what: str) -> Any:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
+        del sys.modules[name]
         raise UsageError(f"{what}: {error.filename}, line {error.lineno}: {error.msg}.") from error
     return module
 

@@ -288,7 +288,7 @@ ROWS = ["one,a", "two,b", "three,a"]
     [
         (CSV, b"", {}, "data.csv is empty"),
         (CSV, b"text,label\n", {}, "data.csv has no rows"),
-        (CSV, "text,label\ncaf\xe9,a\n".encode("latin-1"), {}, "not UTF-8 (byte 14): convert it"),
+        (CSV, "text,label\ncaf\xe9,a\n".encode("latin-1"), {}, "not UTF-8 (line 2): convert it"),
         (CSV, b"text,label\none,a\ntwo, too,b\n", {}, "line 3 has 3 fields, the header 2"),
         (CSV, b"text,label\none,a\ntwo\n", {}, "line 3 has 1 fields, the header 2"),
         (CSV, b"text,label,text\none,a,b\n", {}, "'text' more than once"),

@@ -209,6 +209,7 @@ def test_pairs(checkpoints: dict[str, Path], kind: str, tmp_path: Path) -> None:
         assert data[0]["token_type_ids"] == expected["token_type_ids"]
         assert set(data[0]["token_type_ids"]) == {0, 1}
     folder = saved(task, model, tmp_path)
+    task.arguments.text_pair_column = "text_pair"
     pairs = list(zip(TEXTS, TEXTS[::-1], strict=True))
     wanted = logits(task, model, pairs).softmax(-1).tolist()
     by_pipeline = pipeline("text-classification", str(folder), top_k=None)
