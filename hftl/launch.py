@@ -19,6 +19,9 @@ def launch(main: Callable[..., Any], *arguments: Any) -> None:
         _end(f"error: {error}", 2)
     except KeyboardInterrupt:
         _end("Stopped by Ctrl-C.", 130)
+    except BrokenPipeError:  # `hftl ls | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except BaseException as error:
         # Compared by name: importing the class would cost `hftl --help` the import of torch.
         if type(error).__name__ != "Interrupted":
