@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import struct
@@ -26,6 +27,9 @@ IMAGE_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+
+#: how much of a file's beginning and end stands for its content
+_PART = 65_536
 
 
 def open_image(value: Any) -> Image.Image:
@@ -105,6 +109,38 @@ def _from_array(array: np.ndarray) -> Image.Image:
         f"an image cannot be made from an array of shape {array.shape} and type {array.dtype}: "
         "give height x width, or height x width x 3, with values 0 to 255"
     )
+
+
+def content_key(value: Any, full: bool = False) -> bytes:
+    """16 bytes that stand for the content of an image, as `open_image` takes it.
+
+    Of a file: its size, time of change, first and last 64 KiB, whatever it is called; all of it where `full`.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(value, Image.Image):
+        digest.update(f"{value.mode} {value.size}".encode() + value.tobytes())
+        return digest.digest()
+    if isinstance(value, np.ndarray):
+        digest.update(f"{value.dtype} {value.shape}".encode() + np.ascontiguousarray(value).tobytes())
+        return digest.digest()
+    source, name = image_source(value)
+    if not source:
+        raise UsageError(f"no image file is named in {value!r}")
+    if isinstance(source, bytes):
+        digest.update(source)
+        return digest.digest()
+    try:
+        with open(source, "rb") as file:
+            state = os.fstat(file.fileno())
+            if full:
+                digest.update(file.read())
+                return digest.digest()
+            digest.update(f"{state.st_size} {state.st_mtime_ns}".encode() + file.read(_PART))
+            file.seek(max(_PART, state.st_size - _PART))
+            digest.update(file.read())
+    except OSError as error:
+        raise UsageError(f"{name} cannot be read: {error.strerror}") from error
+    return digest.digest()
 
 
 def image_problem(value: Any, full: bool) -> str | None:

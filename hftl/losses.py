@@ -30,8 +30,10 @@ class CrossEntropyLoss:
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """The loss of `outputs["logits"]`, shape (rows, classes), against `labels`, shape (rows,)."""
-        logits = outputs["logits"].float()  # half precision loses the small differences between large logits
-        weights = None if self.class_weights is None else self.class_weights.to(logits.device)
+        logits = outputs["logits"]
+        if logits.dtype is not torch.float64:  # half precision loses the small differences between large logits
+            logits = logits.float()
+        weights = None if self.class_weights is None else self.class_weights.to(logits)
         total = nn.functional.cross_entropy(
             logits, labels, weight=weights, label_smoothing=self.label_smoothing, reduction="sum"
         )

@@ -124,6 +124,20 @@ class ClassificationTask:
         """The examples of a split, ready for `collate`; augmented in training."""
         raise NotImplementedError
 
+    def views(self, rows: Any, count: int) -> list[Dataset[dict[str, Any]]]:
+        """The rows of a split as they are, or in `count` fixed augmentations, for activations that are kept.
+
+        Raises:
+            UsageError: the task has no augmentation.
+        """
+        if count > 1:
+            raise UsageError(f"--feature_views: the task {self.name} has no augmentation. Leave it out.")
+        return [self.dataset(rows, training=False)]
+
+    def preprocessing(self) -> Any:
+        """What determines a row's inputs beside its content and this class, for the key of kept activations."""
+        return None
+
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch: what the model's forward takes, and `labels` of shape (rows,) where there are any."""
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
 from collections.abc import Mapping, Sequence
@@ -102,6 +103,19 @@ class ImageClassification(ClassificationTask):
             return ImageDataset(rows, self.open_image, transform, seed=self.arguments.seed)
         return ImageDataset(rows, self.open_image, self._plain_transform)
 
+    def views(self, rows: Any, count: int) -> list[Dataset[dict[str, Any]]]:
+        """The plain view, or `count` augmented ones, whose draws are functions of the image and the view's number."""
+        if count == 1:
+            return [self.dataset(rows, training=False)]
+        transform = training_transform(self.processor, self.arguments.augmentation, self.arguments.horizontal_flip)
+        return [ImageDataset(rows, self.open_image, transform, view=view) for view in range(count)]
+
+    def preprocessing(self) -> Any:
+        """The processor's settings, and those of the augmentation of kept views."""
+        processor = self.processor
+        settings = processor.data_config if hasattr(processor, "data_config") else processor.to_dict()
+        return [settings, self.arguments.augmentation, self.arguments.horizontal_flip]
+
     def open_image(self, value: Any) -> Image.Image:
         """The RGB picture of a row, in training and after; a task of one's own may prepare it further here."""
         return images.open_image(value)
@@ -139,9 +153,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
     and processes, and after an interruption.
     """
 
-    def __init__(self, rows: Any, open_image: Any, transform: Any, seed: int | None = None) -> None:
-        """Keep the rows; nothing is decoded yet."""
-        self.rows, self.open_image, self.transform, self.seed = rows, open_image, transform, seed
+    def __init__(
+        self, rows: Any, open_image: Any, transform: Any, seed: int | None = None, view: int | None = None
+    ) -> None:
+        """Keep the rows; nothing is decoded yet. A `view` is random once and for all, whatever seed and epoch."""
+        self.rows, self.open_image, self.transform, self.seed, self.view = rows, open_image, transform, seed, view
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
 
     def set_epoch(self, epoch: int) -> None:
@@ -152,15 +168,30 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """Number of images."""
         return len(self.rows)
 
+    def _draw(self, seed: int, index: int) -> int:
+        return seed * 7_919 + int(self.epoch) * 1_000_003 + index * 104_729
+
+    @property
+    def labels(self) -> list[int] | None:
+        """The class ids, where the rows have them."""
+        return list(self.rows["label"]) if "label" in getattr(self.rows, "column_names", ()) else None
+
+    def key(self, index: int, full: bool = False) -> int:
+        """64 bits for the content of an image and, of an augmented view, its number."""
+        view = "" if self.view is None else f" view {self.view}"
+        digest = images.content_key(self.rows[index]["image"], full) + view.encode()
+        return int.from_bytes(hashlib.blake2b(digest, digest_size=8).digest(), "little")
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`pixel_values` of shape (3, height, width), and `labels` where the row has one."""
         row = self.rows[index]
         image = self.open_image(row["image"])
-        if self.seed is None:
+        if self.seed is None and self.view is None:
             example = {"pixel_values": self.transform(image)}
         else:
+            drawn = self.key(index) if self.seed is None else self._draw(self.seed, index)
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed * 7_919 + int(self.epoch) * 1_000_003 + index * 104_729)
+                torch.manual_seed(drawn % 2**63)
                 example = {"pixel_values": self.transform(image)}
         if "label" in row:
             example["labels"] = row["label"]

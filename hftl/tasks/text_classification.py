@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -197,6 +198,16 @@ class TextDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         """Number of texts."""
         return len(self.examples)
+
+    @property
+    def labels(self) -> list[int] | None:
+        """The class ids, where the rows have them."""
+        return [example["labels"] for example in self.examples] if self.examples and "labels" in self.examples[0] else None
+
+    def key(self, index: int, full: bool = False) -> int:
+        """64 bits for what the tokenizer made of a text."""
+        example = {name: value for name, value in self.examples[index].items() if name != "labels"}
+        return int.from_bytes(hashlib.blake2b(repr(example).encode(), digest_size=8).digest(), "little")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Token ids and what else the tokenizer gives, and `labels` where the row has one."""

@@ -1,0 +1,476 @@
+"""Activations of the frozen part of a model, computed once an example and kept on disk.
+
+Rows are kept in shards that are written once, under a fingerprint of all that determines their values but the example:
+the weights of the frozen part, the preprocessing, the size, the precision. Within it a row is found by the content of
+its example. So another method, seed, head, learning rate or label column, and a second run on grown data, compute only
+what is new. Shards are written beside their place and renamed, each under a name of its own: several processes and runs
+may fill one cache, and an interrupted extraction goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import time
+import uuid
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from hftl import __version__, backbones
+from hftl.builtin import cache_folder
+from hftl.cut import Batch, Cut
+from hftl.errors import UsageError
+from hftl.folder import is_main_process, say, write_json
+
+#: examples that run through the frozen part together; always the same ones, so that an interruption changes no value
+_ROWS = 64
+#: a shard is published when it holds so many bytes: at most this much work is lost by an interruption
+_SHARD_BYTES = 32_000_000
+_SECONDS_BETWEEN_LINES = 30.0
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+#: numpy has no bfloat16: the bits are kept as whole numbers
+_STORED = {"float16": np.dtype("float16"), "bfloat16": np.dtype("int16"), "float32": np.dtype("float32")}
+
+
+class NotKept(Exception):
+    """The activations cannot be kept, and training goes on without; the message says why."""
+
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
+
+
+class Shards:
+    """Rows of numbers on disk, found by the 64 bits of their key.
+
+    Attributes:
+        settings: `dtype` (float16, bfloat16 or float32), `shape` of a row (without its tokens where rows are ragged),
+            `ragged`, and what `hftl cache ls` shows.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        """Open the shards in a folder, which is made with these settings where there is none yet.
+
+        Raises:
+            NotKept: the folder cannot be written.
+        """
+        self.folder = folder
+        path = folder / "settings.json"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not path.is_file():
+                write_json(path, settings)
+            os.utime(path)  # last used
+            self.settings = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise NotKept(f"{folder} cannot be used: {error}") from error
+        self.dtype = _DTYPES[self.settings["dtype"]]
+        self._opened: dict[Path, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
+        self.reload()
+
+    def reload(self) -> None:
+        """Look at the shards anew; a damaged one is removed, and its rows count as missing."""
+        for path in sorted(self.folder.glob("*.npz")):
+            if path not in self._opened:
+                shard = self._open(path)
+                if shard is not None:
+                    self._opened[path] = shard
+        shards = list(self._opened.values())
+        self._data = [data for data, _, _ in shards]
+        keys = [keys for _, keys, _ in shards]
+        places = [np.stack([np.full_like(ends, n), ends - _steps(ends), ends], 1) for n, (_, _, ends) in enumerate(shards)]
+        every = np.concatenate(keys) if keys else np.empty(0, np.uint64)
+        order = np.argsort(every, kind="stable")
+        self._keys = every[order]
+        self._places = (np.concatenate(places) if places else np.empty((0, 3), np.int64))[order]
+
+    def _open(self, path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
+        """Values, keys and ends of a shard, or None where it is damaged."""
+        data = path.with_suffix(".bin")
+        try:
+            with np.load(path) as index:
+                keys, ends, checksum = index["keys"], index["ends"], int(index["checksum"])
+            values = np.memmap(data, dtype=_STORED[self.settings["dtype"]], mode="r")
+            if len(values) == ends[-1] and zlib.crc32(values) == checksum:
+                return values, keys, ends
+            reason = "its checksum is another"
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            reason = str(error)
+        say(f"feature cache: a shard in {self.folder} is damaged ({reason}): its rows are computed again")
+        path.unlink(missing_ok=True)
+        data.unlink(missing_ok=True)
+        return None
+
+    def find(self, keys: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Where the rows with these keys are: shard, start and end of each, shape (rows, 3); shard -1 for none."""
+        positions = np.searchsorted(self._keys, keys)
+        found = np.full((len(keys), 3), -1, dtype=np.int64)
+        inside = positions < len(self._keys)
+        inside[inside] = self._keys[positions[inside]] == keys[inside]
+        found[inside] = self._places[positions[inside]]
+        return found
+
+    def read(self, place: np.ndarray[Any, Any]) -> torch.Tensor:
+        """One row from its place."""
+        shard, start, end = place
+        values = torch.from_numpy(np.array(self._data[shard][start:end]))
+        values = values.view(torch.bfloat16) if self.settings["dtype"] == "bfloat16" else values
+        shape = self.settings["shape"]
+        return values.view(-1, *shape) if self.settings["ragged"] else values.view(shape)
+
+    def write(self, keys: np.ndarray[Any, Any], rows: Sequence[torch.Tensor]) -> None:
+        """Publish rows as one shard.
+
+        Raises:
+            NotKept: the disk is full, or a value is too large for the kept type.
+        """
+        values = torch.cat([row.to(self.dtype).flatten() for row in rows])
+        if not torch.isfinite(values).all():
+            raise NotKept(f"some activations are too large for {self.settings['dtype']}: --feature_cache_dtype float32")
+        stored = values.view(torch.int16).numpy() if self.dtype is torch.bfloat16 else values.numpy()
+        name = uuid.uuid4().hex
+        try:
+            stored.tofile(self.folder / f".{name}.bin")
+            os.replace(self.folder / f".{name}.bin", self.folder / f"{name}.bin")
+            ends = np.cumsum([row.numel() for row in rows])
+            np.savez(self.folder / f".{name}.npz", keys=keys, ends=ends, checksum=np.int64(zlib.crc32(stored)))
+            os.replace(self.folder / f".{name}.npz", self.folder / f"{name}.npz")
+        except OSError as error:
+            for path in self.folder.glob(f"*{name}*"):
+                path.unlink(missing_ok=True)
+            raise NotKept(f"the cache cannot be written: {error}") from error
+
+
+def _steps(ends: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The length of each row from where it ends."""
+    return np.diff(ends, prepend=0)
+
+
+# --- what determines the values --------------------------------------------------------------------------------------
+
+
+def fingerprint(task: Any, model: nn.Module, source: Source, precision: str) -> str:
+    """A name for everything that determines an activation but the example.
+
+    Args:
+        task: its class, with those above it, and its processor.
+        model: the model; of its weights those of the frozen part count, and of its settings all but the labels.
+        source: where the activations are taken.
+        precision: fp32, bf16 or fp16.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    plain = backbones.without_adapters(model)
+    config = plain.config.to_dict() if hasattr(plain, "config") else {}
+    config = {name: value for name, value in config.items() if name not in _NOT_THE_BODY}
+    versions = [__version__, transformers.__version__, torch.__version__]
+    sources = sorted({Path(inspect.getfile(kind)).read_bytes() for kind in _own_classes(type(task))})
+    settings = [type(plain).__name__, config, source.entry, precision, versions, task.preprocessing()]
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for source in sources:
+        digest.update(source)
+    for name, value in sorted((backbones.plain_name(model, name), value) for name, value in model.state_dict().items()):
+        if not source.is_trained(name):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+#: of a model's configuration: what belongs to the labels or the preprocessing, and where it was loaded from
+_NOT_THE_BODY = {
+    "id2label", "label2id", "num_labels", "label_names", "num_classes", "problem_type", "pretrained_cfg", "_name_or_path",
+}  # fmt: skip
+
+
+def _own_classes(kind: type) -> list[type]:
+    """A task's classes: one of a person's own may prepare its data in another way."""
+    return [base for base in kind.__mro__ if base.__module__ != "builtins"]
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+class PooledFeatures:
+    """What a model's output layer reads, one vector a row: for heads that are fitted rather than trained.
+
+    The output layer is replaced by the identity, so that what the model makes of its output (the last token's, say) is
+    made of the features.
+    """
+
+    entry = "output layer"
+    ragged = False
+    carried: tuple[str, ...] = ()
+
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
+        """Find the output layer.
+
+        Raises:
+            NoCut: it is not one linear layer, or the model's outputs are not those of a linear layer on a row.
+        """
+        head = backbones.structure(model).head
+        layer = model.get_submodule(head[0])
+        if len(head) > 1 or type(layer) is not nn.Linear:
+            raise NoCut("the head is more than one linear layer")
+        self.name, self.layer = head[0], layer
+        kept = self.capture(model, batch)
+        with torch.no_grad():
+            expected = model(**batch)["logits"]
+        if kept.shape != (len(expected), layer.in_features) or not torch.allclose(
+            self.outputs(kept, {}), expected, rtol=1e-4, atol=1e-4
+        ):
+            raise NoCut("the logits are not those of a linear layer on one vector a row")
+
+    def capture(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Features of shape (rows, features)."""
+        layer: Any = model.get_submodule(self.name)
+        layer.forward = lambda features: features
+        try:
+            with torch.no_grad():
+                return model(**batch)["logits"]
+        finally:
+            del layer.forward
+
+    def outputs(self, kept: torch.Tensor, carried: Batch) -> torch.Tensor:
+        """Logits of shape (rows, classes) from features."""
+        with torch.no_grad():
+            return self.layer(kept.to(self.layer.weight.dtype))
+
+
+Source = Cut | PooledFeatures
+
+
+class KeptDataset(Dataset[dict[str, Any]]):
+    """A split as kept activations: `kept`, the inputs that the trained part still reads, and `labels`.
+
+    With several views of each example, an epoch takes one of them.
+    """
+
+    def __init__(self, shards: Shards, places: np.ndarray[Any, Any], base: Any, carried: Sequence[str]) -> None:
+        """Keep where the rows are: `places` of shape (views, rows, 3)."""
+        self.shards, self.places, self.base, self.carried = shards, places, base, carried
+        self.labels = base.labels
+        self.view = 0
+        if hasattr(base, "lengths"):
+            self.lengths = base.lengths
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the view of the next pass."""
+        self.view = epoch % len(self.places)
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return self.places.shape[1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One row."""
+        example = {name: value for name, value in self.base[index].items() if name in self.carried} if self.carried else {}
+        example["kept"] = self.shards.read(self.places[self.view, index])
+        if self.labels is not None:
+            example["labels"] = self.labels[index]
+        return example
+
+    def matrix(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All views of all rows, shape (views × rows, features), and their labels, shape (views × rows,)."""
+        places = self.places.reshape(-1, 3)
+        values = torch.stack([self.shards.read(place) for place in places]).float()
+        return values, torch.tensor(self.labels).repeat(len(self.places))
+
+
+def collate(task: Any, source: Source, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch of kept rows: `kept` of shape (rows, …), padded with zeros where the tokens are, and what is carried."""
+    kept = [example["kept"] for example in examples]
+    if source.carried:
+        batch = task.collate([{k: v for k, v in example.items() if k != "kept"} for example in examples])
+    else:
+        batch = {"labels": torch.tensor([example["labels"] for example in examples])} if "labels" in examples[0] else {}
+    if not source.ragged:
+        return {"kept": torch.stack(kept), **batch}
+    real = batch["attention_mask"].bool()
+    padded = kept[0].new_zeros(*real.shape, *kept[0].shape[1:])
+    padded[real] = torch.cat(kept)
+    return {"kept": padded, **batch}
+
+
+def keep(task: Any, model: nn.Module, source: Source, data: dict[str, list[Any]], check: Any) -> dict[str, KeptDataset]:
+    """The activations of all splits, from the cache or computed now.
+
+    Args:
+        task: puts batches together; its arguments say how much may be kept.
+        model: whole and in eval mode, on its device.
+        source: what is taken from the model.
+        data: for each split its datasets: one, or one a view.
+        check: called between batches; raises where the run is to stop.
+
+    Raises:
+        NotKept: the cache cannot be written, or the activations do not fit into it.
+    """
+    arguments = task.arguments
+    folder = cache_folder() / "features" / fingerprint(task, model, source, _precision(arguments))
+    keys = {split: [_keys(dataset, arguments) for dataset in views] for split, views in data.items()}
+    extraction = _Extraction(task, model, source, data["train"][0], check)
+    shards = Shards(folder, lambda: extraction.settings(data))
+    _announce(shards, keys, data)
+    for _ in range(2):  # a second time where another run removed shards meanwhile
+        for split, views in data.items():
+            for dataset, dataset_keys in zip(views, keys[split], strict=True):
+                extraction.run(shards, dataset, dataset_keys)
+        _wait_for_all()
+        shards.reload()
+        places = {split: np.stack([shards.find(entry) for entry in entries]) for split, entries in keys.items()}
+        if all((entry[..., 0] >= 0).all() for entry in places.values()):
+            return {
+                split: KeptDataset(shards, places[split], views[0], source.carried) for split, views in data.items()
+            }
+    raise NotKept("another run keeps emptying the cache")
+
+
+def _announce(shards: Shards, keys: dict[str, list[Any]], data: dict[str, list[Any]]) -> None:
+    """Say what is kept, what is there already and what it takes; refuse what does not fit.
+
+    Raises:
+        NotKept: over the budget, or more than the free disk holds.
+    """
+    settings = shards.settings
+    every = np.unique(np.concatenate([entry for entries in keys.values() for entry in entries]))
+    missing = int((shards.find(every)[:, 0] < 0).sum())
+    lengths = [length for views in data.values() for length in getattr(views[0], "lengths", [])]
+    numbers = int(np.prod(settings["shape"], dtype=np.int64)) * (np.mean(lengths) if settings["ragged"] else 1)
+    row_bytes = float(numbers * _STORED[settings["dtype"]].itemsize)
+    needed, used = missing * row_bytes, folder_bytes(shards.folder.parent)
+    budget = settings["budget_gb"] * 1e9
+    free = shutil.disk_usage(shards.folder).free
+    if needed + used > budget or needed * 1.05 > free:
+        raise NotKept(
+            f"they need {needed / 1e9:.2f} GB beside the {used / 1e9:.2f} GB there, more than --feature_cache_gb "
+            f"{settings['budget_gb']:g} or the {free / 1e9:.2f} GB free allow (hftl cache rm makes room)"
+        )
+    state = f"{missing:,} to compute" if missing else "all in the cache"
+    say(
+        f"features: the frozen part runs once for each of {len(every):,} examples ({state}); "
+        f"{len(every) * row_bytes / 1e6:,.1f} MB as {settings['dtype']} in {shards.folder}"
+    )
+
+
+def folder_bytes(folder: Path) -> int:
+    """What the files below a folder take."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            total += path.stat().st_size
+    return total
+
+
+class _Extraction:
+    """The frozen part run over rows that are not kept yet; nothing is prepared before the first such row."""
+
+    def __init__(self, task: Any, model: nn.Module, source: Source, dataset: Any, check: Any) -> None:
+        self.task, self.model, self.source, self.check = task, model, source, check
+        self.arguments = task.arguments
+        self.dataset = dataset
+        self.last_line = time.monotonic()
+
+    @functools.cached_property
+    def batch(self) -> dict[str, torch.Tensor]:
+        """The first rows of train."""
+        return self.inputs(self.task.collate([self.dataset[index] for index in range(min(_ROWS, len(self.dataset)))]))
+
+    @functools.cached_property
+    def fast(self) -> nn.Module:
+        """A copy of the model with BatchNorm folded into its convolutions."""
+        return folded(self.model, self.batch)
+
+    def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """A batch as the model takes it."""
+        return {name: value.to(self.arguments.device) for name, value in batch.items() if name != "labels"}
+
+    def capture(self, batch: Batch) -> torch.Tensor:
+        """The activations of a batch in the run's precision."""
+        with autocast(self.arguments):
+            return self.source.capture(self.fast, batch)
+
+    def settings(self, data: dict[str, list[Any]]) -> dict[str, Any]:
+        """How rows are kept: in 16 bits where that changes no prediction of the first rows."""
+        kept = self.capture(self.batch)
+        wanted = self.arguments.feature_cache_dtype
+        dtype = self._smallest_type(kept) if wanted == "auto" else wanted
+        return {
+            "dtype": dtype,
+            "shape": list(kept.shape[2:] if self.source.ragged else kept.shape[1:]),
+            "ragged": self.source.ragged,
+            "model": public_name(self.arguments.model_name_or_path),
+            "entry": self.source.entry,
+        }
+
+    def _smallest_type(self, kept: torch.Tensor) -> str:
+        if kept.dtype is torch.bfloat16:
+            return "bfloat16"
+        carried = {name: self.batch[name] for name in self.source.carried}
+        rounded = kept.to(torch.float16)
+        if not torch.isfinite(rounded).all():
+            return "float32"
+        exact, near = (self.source.outputs(value, carried).argmax(dim=1) for value in (kept, rounded))
+        return "float16" if exact.equal(near) else "float32"
+
+    def run(self, shards: Shards, dataset: Any, keys: np.ndarray[Any, Any]) -> None:
+        """Compute the rows that are missing: this process its share of them, in batches of always the same rows."""
+        missing = shards.find(keys)[:, 0] < 0
+        order = np.argsort(dataset.lengths, kind="stable") if hasattr(dataset, "lengths") else np.arange(len(dataset))
+        chunks = [order[start : start + _ROWS] for start in range(0, len(order), _ROWS)]
+        chunks = [chunk for chunk in chunks if missing[chunk].any()]
+        chunks = chunks[self.arguments.process_index :: self.arguments.world_size]
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=[chunk.tolist() for chunk in chunks],
+            collate_fn=self.task.collate,
+            num_workers=max(0, self.arguments.dataloader_num_workers) if chunks else 0,
+        )
+        pending: list[tuple[int, torch.Tensor]] = []
+        size = 0
+        for number, (chunk, batch) in enumerate(zip(chunks, loader, strict=True), start=1):
+            kept = self.capture(self.inputs(batch)).cpu()
+            real = batch["attention_mask"].bool() if self.source.ragged else None
+            rows = [kept[row] if real is None else kept[row][real[row]] for row in range(len(chunk))]
+            pending += [(index, row) for index, row in zip(chunk, rows, strict=True) if missing[index]]
+            size += sum(row.numel() * shards.dtype.itemsize for row in rows)
+            if size >= _SHARD_BYTES or number == len(chunks):
+                shards.write(keys[[index for index, _ in pending]], [row for _, row in pending])
+                pending, size = [], 0
+            if time.monotonic() - self.last_line > _SECONDS_BETWEEN_LINES:
+                self.last_line = time.monotonic()
+                say(f"features: {number} of {len(chunks)} batches")
+            self.check()
+
+
+def _keys(dataset: Any, arguments: Any) -> np.ndarray[Any, Any]:
+    """64 bits for the content of each row; files are read by several threads."""
+    with ThreadPoolExecutor(8) as pool:
+        keys = pool.map(lambda index: dataset.key(index, arguments.feature_cache_hash == "full"), range(len(dataset)))
+        return np.fromiter(keys, dtype=np.uint64, count=len(dataset))
+
+
+def _precision(arguments: Any) -> str:
+    return "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
+
+
+def autocast(arguments: Any) -> Any:
+    """The precision that the training steps have."""
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(_precision(arguments))
+    return torch.autocast(arguments.device.type, dtype=kind, enabled=kind is not None)
+
+
+def _wait_for_all() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()

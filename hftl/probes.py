@@ -1,0 +1,132 @@
+"""Heads fitted on features: a linear output layer solved instead of trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hftl.losses import CrossEntropyLoss
+
+#: weights of the penalty, from strong to weak: λ of mean loss + λ/2 ‖W‖² on standardised features. scikit-learn's C is
+#: 1 / (λ rows), so that for a thousand rows this covers C = 0.001 to 100, as linear evaluations of features use
+#: (Radford et al. 2021, appendix A.3, sweep as widely)
+STRENGTHS = tuple(10.0 ** (-half / 2) for half in range(11))
+#: the path ends when validation loss was worse than before so many penalties in a row
+_WORSE = 3
+#: numbers of logits held at once: a thousand classes are solved in pieces of 16,000 rows
+_LOGITS = 2**24
+#: below so many numbers features are held in double precision, in which L-BFGS stops where it should
+_DOUBLE = 5e7
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """A solved output layer.
+
+    Attributes:
+        weight: shape (classes, features); standardisation is folded in.
+        bias: shape (classes,), or None for a layer without.
+        strength: the λ that validation chose.
+        path: λ, validation score and validation log loss of every candidate.
+        steps: evaluations of the loss over all rows, for the whole path.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    strength: float
+    path: tuple[tuple[float, float, float], ...]
+    steps: int
+
+
+def solve_linear_head(
+    train: tuple[torch.Tensor, torch.Tensor],
+    validation: tuple[torch.Tensor, torch.Tensor],
+    classes: int,
+    loss: CrossEntropyLoss,
+    score: Callable[[torch.Tensor, torch.Tensor], float],
+    intercept: bool = True,
+) -> LinearHead:
+    """Multinomial logistic regression by L-BFGS (Liu and Nocedal 1989), its penalty chosen on validation.
+
+    The penalties form a path from strong to weak, each solved from the one before. The best by `score` is taken, of
+    equal ones that with the lowest validation loss. Memory: the features, and logits of a piece of the rows.
+
+    Args:
+        train: features of shape (rows, features) and class ids of shape (rows,).
+        validation: the same of the rows that choose the penalty.
+        classes: number of classes.
+        loss: with its class weights and label smoothing.
+        score: of logits of shape (rows, classes) and class ids; more is better.
+        intercept: whether the layer has a bias.
+    """
+    features, labels = train
+    dtype = torch.float64 if features.numel() < _DOUBLE else torch.float32
+    deviation, mean = torch.std_mean(features.to(dtype), dim=0, correction=0)
+    # A layer without a bias has nowhere to put the mean; a feature that never changes says nothing.
+    mean = mean if intercept else torch.zeros_like(mean)
+    scale = torch.where(deviation > 1e-6, 1 / deviation.clamp(min=1e-6), 0.0)
+    features = (features.to(dtype) - mean) * scale
+    problem = _Problem(features, labels, classes, loss, intercept)
+    parameters = features.new_zeros(classes, features.shape[1] + intercept)
+    path, best, best_key = [], parameters, (-math.inf, -math.inf)
+    for strength in STRENGTHS:
+        parameters = problem.solve(parameters, strength)
+        weight, bias = _unscaled(parameters, mean, scale, intercept)
+        logits = validation[0].to(dtype) @ weight.T + (0.0 if bias is None else bias)
+        key = (score(logits, validation[1]), -float(loss({"logits": logits}, validation[1])))
+        path.append((strength, key[0], -key[1]))
+        if key > best_key:
+            best, best_key, chosen = parameters, key, strength
+        if len(path) > _WORSE and all(loss > path[-_WORSE - 1][2] for _, _, loss in path[-_WORSE:]):
+            break  # weaker penalties overfit more, and take the longest
+    weight, bias = _unscaled(best, mean, scale, intercept)
+    return LinearHead(weight.float(), None if bias is None else bias.float(), chosen, tuple(path), problem.steps)
+
+
+def _unscaled(
+    parameters: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor, intercept: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The layer for features as they are, from one for standardised features."""
+    weight = parameters[:, : len(scale)] * scale
+    return weight, (parameters[:, -1] - weight @ mean if intercept else None)
+
+
+class _Problem:
+    """The penalised loss over all rows, and its minimum."""
+
+    def __init__(
+        self, features: torch.Tensor, labels: torch.Tensor, classes: int, loss: CrossEntropyLoss, intercept: bool
+    ) -> None:
+        self.features, self.labels, self.loss, self.intercept = features, labels, loss, intercept
+        self.piece = max(1, _LOGITS // classes)
+        self.steps = 0
+
+    def solve(self, start: torch.Tensor, strength: float) -> torch.Tensor:
+        """The parameters (classes, features [+ 1]) of least loss, searched from `start`."""
+        parameters = start.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            [parameters], max_iter=200, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+        )
+        optimizer.step(lambda: self._value_and_gradient(parameters, strength))
+        return parameters.detach()
+
+    def _value_and_gradient(self, parameters: torch.Tensor, strength: float) -> torch.Tensor:
+        self.steps += 1
+        width = self.features.shape[1]
+        weight = parameters[:, :width]
+        value = strength / 2 * weight.square().sum()
+        parameters.grad = None
+        value.backward()
+        total = value.detach()
+        rows = len(self.labels)
+        for start in range(0, rows, self.piece):
+            part = slice(start, start + self.piece)
+            logits = self.features[part] @ parameters[:, :width].T
+            logits = logits + parameters[:, -1] if self.intercept else logits
+            loss = self.loss({"logits": logits}, self.labels[part], rows)
+            loss.backward()
+            total = total + loss.detach()
+        return total
