@@ -114,6 +114,12 @@ class TransferArguments(TrainingArguments):
 
     # Training: fields of our own
     class_weights: str = _argument("none", "Weigh the loss by class frequency.", choices=("none", "balanced"))
+    precision: str = _argument(
+        "auto",
+        "Of the computation; weights stay in float32. auto: bf16 on a GPU that has it, and on a CPU where a short "
+        "measurement finds it faster. Same as --bf16, --fp16.",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
     early_stopping_patience: int | None = _argument(None, "Stop after so many evaluations without a better one.")
     metrics: list[str] | None = _argument(None, "Further metrics for evaluate.load: a Hub id or a local folder.")
     resume: bool = _argument(False, "Go on with the interrupted run in the output folder.")
@@ -125,11 +131,14 @@ class TransferArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Choose the device before TrainingArguments asks for it, and check what Trainer would only trip over."""
+        _match_precision(self)
         _check_device(self)
         metric: str | None = self.metric_for_best_model  # type: ignore[has-type]  # a field of TrainingArguments
         folder = self.output_dir
         _match_strategies(self)
         super().__post_init__()
+        if self.precision == "fp32":
+            self.mixed_precision = "no"  # the flag wins over the launcher
         self.metric_for_best_model, self.output_dir = metric, folder  # Trainer's choices would be loss, trainer_output
         if metric is None:
             self.greater_is_better = None
@@ -356,6 +365,38 @@ def _check_gpu_wish(namespace: argparse.Namespace, given: set[str]) -> None:
         raise UsageError("--use_cpu false asks for a GPU and none was found: leave it out.")
 
 
+def _match_precision(arguments: TransferArguments) -> None:
+    """`--precision` and Trainer's own `--bf16` and `--fp16` say the same; what the launcher asks for wins over auto.
+
+    On a GPU auto is settled here: bf16 on those made for it (NVIDIA: Ampere and later), else float32.
+    """
+    import torch
+
+    flags = [name for name in ("bf16", "fp16") if getattr(arguments, name)]
+    if len(flags) == 2:
+        raise UsageError("--bf16 and --fp16 exclude each other: leave one out.")
+    if arguments.precision == "auto":
+        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")  # "no" also where nobody asked
+        asked = [*flags, launcher] if launcher in ("bf16", "fp16") else flags
+        if asked:
+            arguments.precision = str(asked[0])
+        elif torch.accelerator.is_available() and not arguments.use_cpu and launcher != "fp8":
+            made_for_it = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+            arguments.precision = "bf16" if made_for_it else "fp32"
+            if made_for_it and arguments.tf32 is None:
+                torch.set_float32_matmul_precision("high")  # what autocast leaves in float32
+    elif flags and flags[0] != arguments.precision:
+        raise UsageError(f"--precision {arguments.precision} and --{flags[0]} contradict each other: leave one out.")
+    arguments.bf16, arguments.fp16 = arguments.precision == "bf16", arguments.precision == "fp16"
+
+
+def set_precision(arguments: TransferArguments, precision: str) -> None:
+    """Put a chosen precision in the place of auto, before a trainer is made."""
+    arguments.precision = precision
+    arguments.bf16, arguments.fp16 = precision == "bf16", precision == "fp16"
+    arguments.mixed_precision = {"fp32": "no"}.get(precision, precision)  # what Accelerate is given
+
+
 def _check_device(arguments: TransferArguments) -> None:
     """Use the CPU where nothing else is, and refuse what the hardware cannot do."""
     import torch
@@ -363,17 +404,21 @@ def _check_device(arguments: TransferArguments) -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1" and not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= set(os.environ):
         raise _separate_processes()
     if not torch.accelerator.is_available():
-        if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16" and not arguments.bf16:
+        if arguments.fp16 and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
             raise UsageError("The launcher asks for fp16, which needs a GPU, and none was found: use bf16, or no.")
         if arguments.fp16:
-            raise UsageError("--fp16 needs a GPU and none was found: leave it out, or try --bf16.")
+            raise UsageError(
+                "--precision fp16 or --fp16 needs a GPU and none was found: use --precision bf16, or leave it out."
+            )
         if arguments.tf32:
             raise UsageError("--tf32 needs an NVIDIA GPU of the Ampere generation or later and none was found.")
         # Two CPU processes only see each other with use_cpu (Accelerate asks for it), and bf16 raises without it.
         arguments.use_cpu = True
         return
     if arguments.bf16 and not arguments.use_cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise UsageError("--bf16 is not supported by this GPU: use --fp16 instead.")
+        raise UsageError(
+            "--precision bf16 or --bf16 is not supported by this GPU: use --precision fp16 (or --fp16) instead."
+        )
 
 
 def _match_strategies(arguments: TransferArguments) -> None:
@@ -452,7 +497,7 @@ NOT_IN_RECIPE = {
     "output_dir", "resume", "overwrite", "hub_token", "local_rank", "push_to_hub", "disable_tqdm", "label_names",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "resume_from_checkpoint", "use_cpu", "do_eval",
     "dataloader_num_workers", "average_tokens_across_devices", "log_level", "log_level_replica", "report_to", "debug",
-    "dataloader_pin_memory", "dataloader_persistent_workers",
+    "dataloader_pin_memory", "dataloader_persistent_workers", "bf16", "fp16",  # precision says it
 }  # fmt: skip
 
 

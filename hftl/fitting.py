@@ -20,8 +20,8 @@ import torch
 import yaml
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 
-from hftl import backbones, folder
-from hftl.arguments import TransferArguments, stage_arguments, to_recipe
+from hftl import backbones, compute, folder
+from hftl.arguments import TransferArguments, set_precision, stage_arguments, to_recipe
 from hftl.callbacks import LogFile, ReadableProgress, StopSignals
 from hftl.data import Splits
 from hftl.errors import UsageError
@@ -31,7 +31,7 @@ from hftl.metrics import softmax
 from hftl.pretrained import save_model
 from hftl.run import Run
 from hftl.tasks.classification import ClassificationTask
-from hftl.trainer import TransferTrainer, diverged
+from hftl.trainer import TransferTrainer, diverged, prepare_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,18 +62,20 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
     settings = folder.resume_settings(arguments)
     stages = _resolve(task, plan, splits, arguments)
     folder.check_space(Path(str(arguments.output_dir)), _bytes_needed(plan))
+    compute.share_threads()
     data = {"train": task.dataset(splits.train, training=True)}
     for name, rows in (("validation", splits.validation), ("test", splits.test)):
         if rows is not None:
             data[name] = task.dataset(rows, training=False)
+    if backbones.is_convolutional(plan.model):
+        plan.model.to(memory_format=torch.channels_last)
     path = Path(str(arguments.output_dir))
+    settings[folder.CHOSEN_PRECISION] = _settle_precision(task, stages[-1], plan.model, data["train"], path)
     _wait_for_all()  # every process has checked the folder before the first one writes into it
     if folder.is_main_process():
         with folder.explained_disk_errors(path):
             folder.start_folder(arguments, settings)
     _wait_for_all()
-    if backbones.is_convolutional(plan.model):
-        plan.model.to(memory_format=torch.channels_last)
     signals = StopSignals()
     try:
         with folder.explained_disk_errors(path):
@@ -100,7 +102,7 @@ def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tr
     if arguments.per_device_train_batch_size is None:
         arguments.per_device_train_batch_size = task.batch_size
     if arguments.dataloader_num_workers < 0:
-        arguments.dataloader_num_workers = _workers(task, arguments)
+        arguments.dataloader_num_workers = _workers(task)
     arguments.metric_for_best_model, better = task.best_metric(splits)
     arguments.greater_is_better = better  # type: ignore[assignment]
     rows = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
@@ -120,12 +122,31 @@ def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tr
     return stages
 
 
-def _workers(task: ClassificationTask, arguments: TransferArguments) -> int:
+def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, rows: Any, path: Path) -> str:
+    """Choose the precision of the whole run by its last stage, the longest; an interrupted run keeps its own.
+
+    Accelerate knows one precision a process, and one is what the recipe can say.
+    """
+    arguments = task.arguments
+    if arguments.precision != "auto" or arguments.mixed_precision != "no":  # fp8, which the launcher asks for
+        return arguments.precision
+    if arguments.resume:
+        precision = folder.read_yaml(path / CHECKPOINTS / RECIPE)[folder.CHOSEN_PRECISION]
+    else:
+        prepare_modules(model, stage)
+        batch = compute.typical_batch(rows, task.collate)
+        steps = arguments.max_steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+        passes = steps if arguments.max_steps > 0 else len(rows) * stage.epochs / arguments.world_size
+        precision = compute.choose_precision(model, batch, training=True, rows=passes, arguments=arguments)
+    set_precision(arguments, precision)
+    return precision
+
+
+def _workers(task: ClassificationTask) -> int:
     """Images are decoded beside the computation on the cores that it leaves; tokenised texts need no help."""
     if task.modality != "image":
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(0, min(4, cores // max(1, arguments.world_size) - 1))
+    return max(0, min(4, compute.cores() // compute.local_processes() - 1))
 
 
 def _bytes_needed(plan: Plan) -> int:

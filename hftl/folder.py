@@ -26,6 +26,8 @@ LOGS = "logs"
 PARTIAL = ".partial"
 #: settings that may differ between an interrupted run and the command that goes on with it
 _FREE_ON_RESUME = {"keep_checkpoints", "logging_steps", "per_device_eval_batch_size", "hub_model_id", "hub_strategy"}
+#: where an interrupted run keeps what `--precision auto` chose, which the run that goes on must not choose anew
+CHOSEN_PRECISION = "chosen_precision"
 
 
 def is_main_process() -> bool:
@@ -89,7 +91,7 @@ def _check_same_settings(path: Path, arguments: TransferArguments) -> None:
     now = json.loads(json.dumps(resume_settings(arguments)))
     changed = [
         f"{name} was {_shown(before.get(name))}, is {_shown(now.get(name))}"
-        for name in sorted((set(before) | set(now)) - _FREE_ON_RESUME)
+        for name in sorted((set(before) | set(now)) - _FREE_ON_RESUME - {CHOSEN_PRECISION})
         if before.get(name) != now.get(name)
     ]
     if changed:

@@ -31,9 +31,7 @@ class TransferTrainer(Trainer):
     def __init__(self, *, stage: Stage, loss: Any, model: nn.Module, args: TrainingArguments, **others: Any) -> None:
         """Set which parameters train, and find the modules that do not."""
         self.stage = stage
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in stage.trainable)
-        self.frozen_modules = frozen_modules(model, stage)
+        self.frozen_modules = prepare_modules(model, stage)
         self.seeded_step = -1
         with _explained_settings():
             super().__init__(model=model, args=args, compute_loss_func=loss, **others)
@@ -176,6 +174,17 @@ class EpochSampler(Sampler[int]):
         # The last batch may be smaller and must stay last, or the batches behind it would be cut elsewhere.
         last = [batches.pop()] if len(batches[-1]) < self.batch_size else []
         return iter(np.concatenate([batches[index] for index in random.permutation(len(batches))] + last).tolist())
+
+
+def prepare_modules(model: nn.Module, stage: Stage) -> list[nn.Module]:
+    """Set what trains in a stage, and every module to its mode in it; the modules that stay in eval mode."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in stage.trainable)
+    frozen = frozen_modules(model, stage)
+    model.train()
+    for module in frozen:
+        module.training = False
+    return frozen
 
 
 def frozen_modules(model: nn.Module, stage: Stage) -> list[nn.Module]:

@@ -72,7 +72,7 @@ def no_gpu(patch: pytest.MonkeyPatch) -> None:
 def old_gpu(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.accelerator, "is_available", lambda: True)
     patch.setattr(torch.cuda, "is_available", lambda: True)
-    patch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    patch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
 
 
 def full_disk(patch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,350 @@
+"""How the hardware is used: half precision where it pays, threads, BatchNorm folded into the layer before it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import platform
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.nn.utils.parametrize import is_parametrized
+
+from hftl import backbones, builtin
+from hftl.arguments import TransferArguments
+from hftl.folder import say, write_json
+
+#: rows of a measured batch: the ratio of the precisions at 16 is that at 32, and it costs half
+_MEASURED_ROWS = 16
+#: passes each way; the fastest counts, so that the first ones warm up
+_PASSES = 3
+#: the work to come must be this many times the measurement, which then costs at most a twentieth
+_WORTH = 20
+#: half precision must take less than this part of the time, or what it gains is not worth its rounding, or noise
+_GAIN = 0.9
+#: how far half precision may move the loss, relative to it; below a loss of 0.1, relative to 0.1
+_LOSS_TOLERANCE, _LEAST_LOSS = 0.01, 0.1
+#: how far folding may move the outputs, relative to the largest: rounding of one more product a layer
+_FOLDING_TOLERANCE = 1e-4
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def local_processes() -> int:
+    """Processes of this run on this machine, as the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+
+
+def share_threads() -> None:
+    """Share the cores out among the processes on this machine; OMP_NUM_THREADS says otherwise.
+
+    Each would else start a thread a core: two processes on two cores four threads, which wait for each other.
+    """
+    if local_processes() > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores() // local_processes()))
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+def autocast(precision: str, device: torch.device | str = "cpu") -> contextlib.AbstractContextManager[Any]:
+    """The context that computes in `precision` ("fp32", "bf16" or "fp16") on `device`."""
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in kinds:
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=kinds[precision])
+
+
+def typical_batch(dataset: Any, collate: Any) -> dict[str, torch.Tensor]:
+    """A batch to measure with: 16 rows, of texts those whose length is nearest to the mean.
+
+    Args:
+        dataset: examples, with `lengths` (one a row) where they vary.
+        collate: examples → batch.
+    """
+    lengths = getattr(dataset, "lengths", None)
+    order = np.arange(len(dataset))
+    if lengths is not None:
+        order = np.argsort(np.abs(np.asarray(lengths) - np.mean(lengths)), kind="stable")
+    return dict(collate([dataset[int(index)] for index in order[:_MEASURED_ROWS]]))
+
+
+def choose_precision(
+    model: nn.Module, batch: dict[str, torch.Tensor], *, training: bool, rows: float, arguments: TransferArguments
+) -> str:
+    """The precision of `--precision`; what `auto` is on a GPU the arguments know, and on a CPU it is measured.
+
+    bf16 makes some models faster and others slower (EfficientNet-Lite0 trains at 1.9 times the speed of
+    float32 where MiniLM is slower), so that the first time a model comes on a machine both are timed, and the answer
+    is kept in `precision.json` in the cache folder. It is float32, without a word, where the work to come is less than
+    20 times the measurement; and it is float32 where bf16 moves the loss by more than a hundredth.
+
+    The first process measures and tells the others, so that all must call this together. Neither the model nor the
+    state of the random generators changes.
+
+    Args:
+        model: a classification model whose modes (`training`) and `requires_grad` are those of the work to come.
+        batch: what `forward` takes, and `labels` of shape (rows,) where there are any, on the device of the model;
+            the first 16 rows are used.
+        training: time forward and backward; else forward alone.
+        rows: rows to come, each as often as it goes through the model.
+        arguments: their `precision`.
+
+    Returns:
+        "fp32", "bf16" or "fp16".
+    """
+    if arguments.precision != "auto":
+        return arguments.precision
+    answer = [""]
+    if not _distributed() or torch.distributed.get_rank() == 0:
+        answer = [_precision_of_cpu(model, batch, training, rows)]
+    if _distributed():
+        torch.distributed.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _precision_of_cpu(model: nn.Module, batch: dict[str, torch.Tensor], training: bool, rows: float) -> str:
+    """The remembered answer, or a measured one where measuring pays, else float32."""
+    batch = {name: value[:_MEASURED_ROWS] for name, value in batch.items()}
+    count = len(next(iter(batch.values())))
+    key = _key(model, batch, training)
+    known = _remembered()
+    if key not in known:
+        if rows < _WORTH * 2 * _PASSES * count:
+            return "fp32"
+        known[key] = _measured(model, batch, training)
+        _remember(known)
+    entry = known[key]
+    say(f"precision: {entry['precision']} ({entry['reason']})")
+    return entry["precision"]
+
+
+def _measured(model: nn.Module, batch: dict[str, torch.Tensor], training: bool) -> dict[str, str]:
+    """What the two precisions do on one batch, in turns, with a copy of the model: the choice and its reason."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.random.fork_rng(devices=[]):
+        copied = copy.deepcopy(model).eval()
+        logits = {"fp32": _logits(copied, inputs, "fp32")}
+        try:
+            logits["bf16"] = _logits(copied, inputs, "bf16")
+        except RuntimeError as error:  # an operation that bf16 does not have
+            reason = " ".join(str(error).split())[:200]
+            return {"precision": "fp32", "reason": f"bf16 does not work with this model: {reason}"}
+        # Where there are no labels, how sure float32 is of its own answers stands for the loss.
+        labels = batch["labels"] if "labels" in batch else logits["fp32"].argmax(dim=-1)
+        losses = {name: float(functional.cross_entropy(values, labels)) for name, values in logits.items()}
+        allowed = _LOSS_TOLERANCE * max(_LEAST_LOSS, losses["fp32"])
+        if not abs(losses["bf16"] - losses["fp32"]) <= allowed:
+            reason = f"bf16 moves the loss from {losses['fp32']:.4g} to {losses['bf16']:.4g}"
+            return {"precision": "fp32", "reason": reason}
+        copied = copy.deepcopy(model)  # in the modes of the work to come
+        seconds: dict[str, list[float]] = {"fp32": [], "bf16": []}
+        for _ in range(_PASSES):
+            for precision, times in seconds.items():
+                started = time.perf_counter()
+                _pass(copied, inputs, labels, precision, training)
+                times.append(time.perf_counter() - started)
+    fastest = {precision: min(times) for precision, times in seconds.items()}
+    chosen, other = ("bf16", "fp32") if fastest["bf16"] < _GAIN * fastest["fp32"] else ("fp32", "bf16")
+    step = f"{len(labels)} rows {'trained' if training else 'predicted'} in {fastest[chosen]:.2g} s"
+    return {"precision": chosen, "reason": f"{step}, {other} {fastest[other]:.2g} s"}
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, inputs: dict[str, torch.Tensor], precision: str) -> torch.Tensor:
+    with autocast(precision):
+        return model(**inputs).logits.float()
+
+
+def _pass(
+    model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor, precision: str, training: bool
+) -> None:
+    """One step without the optimizer, or one prediction."""
+    with torch.set_grad_enabled(training), autocast(precision):
+        logits = model(**inputs).logits
+    if training:
+        functional.cross_entropy(logits.float(), labels).backward()
+        model.zero_grad()
+
+
+def _key(model: nn.Module, batch: dict[str, torch.Tensor], training: bool) -> str:
+    """What the answer depends on: the machine, the model and what of it trains, and the shape of a row."""
+    parameters = list(model.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    kind = f"training {trained:,} of them" if training else "inference"
+    wrapped: Any = model
+    inner = wrapped.get_base_model() if hasattr(model, "peft_config") else model
+    architecture = getattr(inner.config, "architecture", "")  # timm's, which all have one class
+    name = f"{type(inner).__name__} {architecture}".strip()
+    shapes = ", ".join(f"{name} {list(value.shape[1:])}" for name, value in sorted(batch.items()) if name != "labels")
+    count = sum(parameter.numel() for parameter in parameters)
+    return f"{_machine()}; {name}, {count:,} parameters, {kind}; {shapes}"
+
+
+def _machine() -> str:
+    """The processor, its threads and torch: virtual machines give families of processors the same name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    parts = [found.get(name, "") for name in ("model name", "cpu family", "model")]
+    processor = " ".join(filter(None, parts)) or platform.processor() or platform.machine()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{processor} {capability}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _remembered() -> dict[str, dict[str, str]]:
+    """The answers in the cache folder; a damaged file is said, and made again."""
+    path = builtin.cache_folder() / "precision.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for entry in content.values():
+            if entry["precision"] not in ("fp32", "bf16") or not isinstance(entry["reason"], str):
+                raise ValueError(entry)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        say(f"{str(path)!r} is damaged and is made again")
+        return {}
+    return content
+
+
+def _remember(known: dict[str, dict[str, str]]) -> None:
+    path = builtin.cache_folder() / "precision.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, known)
+    except OSError as error:
+        say(
+            f"the measured precision cannot be kept in {str(path)!r} ({error.strerror}): it is measured again next time"
+        )
+
+
+# --- folding ---------------------------------------------------------------------------------------------------------
+
+
+def folded(model: nn.Module, example: dict[str, torch.Tensor]) -> nn.Module:
+    """A copy in eval mode for prediction, with every BatchNorm that can be folded into the layer before it.
+
+    What follows a convolution or linear layer directly is seen by running the example once: the layer's output is the
+    very tensor that the BatchNorm gets, and each is called exactly once. Adapters of PEFT are merged first. The copy of
+    a convolutional model is in channels_last. The model itself does not change.
+
+    The copy is compared with the model on the example. Where the outputs differ by more than 1e-4 of the largest (a
+    convolution that standardises its weights, an output that something else reads too), the copy that is returned has
+    neither folded layers nor merged adapters; and where there is nothing to fold it is an ordinary copy.
+
+    Args:
+        model: any model, on the device of the example.
+        example: what `forward` takes; `labels` are left out. Two rows of real data do.
+
+    Returns:
+        The copy: its parameters are its own, and are not for training.
+    """
+    inputs = {name: value for name, value in example.items() if name != "labels"}
+    plain = _copy(model)
+    expected = _outputs(plain, inputs)
+    copied = plain
+    if hasattr(plain, "peft_config"):
+        copied = _copy(plain).merge_and_unload()
+        copied.eval()
+    pairs = _foldable(copied, inputs)
+    if not pairs and copied is plain:
+        return plain
+    if copied is plain:
+        copied = _copy(plain)
+    for layer, norm in pairs:
+        _fold(copied, layer, norm)
+    difference = (_outputs(copied, inputs) - expected).abs().max()
+    return copied if difference <= _FOLDING_TOLERANCE * expected.abs().max() else plain
+
+
+def _copy(model: nn.Module) -> Any:
+    """A copy in eval mode, in the memory layout that suits it."""
+    copied = copy.deepcopy(model).eval()
+    return copied.to(memory_format=torch.channels_last) if backbones.is_convolutional(copied) else copied
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of a classification model, or the tensor that another model gives, in float32."""
+    outputs = model(**inputs)
+    return (outputs if isinstance(outputs, torch.Tensor) else outputs["logits"]).float()
+
+
+def _foldable(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[tuple[str, str]]:
+    """Names of layers and of the BatchNorm that alone reads what they give, as far as a run on `inputs` shows."""
+    layers = {module: name for name, module in model.named_modules() if _is_foldable_layer(module)}
+    norms = {module: name for name, module in model.named_modules() if _is_foldable_norm(module)}
+    calls: Counter[nn.Module] = Counter()
+    # The tensors are kept, or their ids would come again; another version has been changed in place (ReLU).
+    given: dict[int, tuple[nn.Module, torch.Tensor, int]] = {}
+    pairs: list[tuple[nn.Module, nn.Module]] = []
+
+    def after_layer(module: nn.Module, _: Any, output: torch.Tensor) -> None:
+        calls[module] += 1
+        given[id(output)] = (module, output, output._version)
+
+    def before_norm(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        calls[module] += 1
+        if id(arguments[0]) not in given:
+            return
+        layer, output, version = given[id(arguments[0])]
+        if output._version == version and (output.ndim == 2 or not isinstance(layer, nn.Linear)):
+            pairs.append((layer, module))
+
+    handles = [module.register_forward_hook(after_layer) for module in layers]
+    handles += [module.register_forward_pre_hook(before_norm) for module in norms]
+    try:
+        _outputs(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    readers = Counter(layer for layer, _ in pairs)
+    return [
+        (layers[layer], norms[norm])
+        for layer, norm in pairs
+        if calls[layer] == calls[norm] == 1 and readers[layer] == 1
+    ]
+
+
+def _is_foldable_layer(module: nn.Module) -> bool:
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+    return isinstance(module, kinds) and not is_parametrized(module)
+
+
+def _is_foldable_norm(module: nn.Module) -> bool:
+    """torch's own with kept statistics, and timm's, which has dropout and activation behind it."""
+    plain = type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    timms = isinstance(module, nn.BatchNorm2d) and isinstance(getattr(module, "act", None), nn.Module)
+    return isinstance(module, _BatchNorm) and module.running_mean is not None and (plain or timms)
+
+
+def _fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
+    """Put the BatchNorm's scale and shift into the layer, and what else it does in its place."""
+    layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
+    assert isinstance(norm, _BatchNorm)
+    fuse: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+    model.set_submodule(layer_name, fuse(layer, norm))
+    rest = [getattr(norm, name) for name in ("drop", "act") if isinstance(getattr(norm, name, None), nn.Module)]
+    rest = [module for module in rest if not isinstance(module, nn.Identity)]
+    replacement = nn.Sequential(*rest) if len(rest) > 1 else rest[0] if rest else nn.Identity()
+    model.set_submodule(norm_name, replacement.eval())
