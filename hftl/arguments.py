@@ -79,11 +79,38 @@ class TransferArguments(TrainingArguments):
     lora_r: int | None = _argument(None, "lora: rank of the adapters (default 8).")
     lora_alpha: int | None = _argument(None, "lora: scale of the adapters (default twice the rank).")
     lora_dropout: float | None = _argument(None, "lora: dropout on the adapters' input (default 0).")
+    lora_blocks: int | None = _argument(None, "lora: adapt the last so many blocks only (default: all but the first).")
     lora_target_modules: list[str] | None = _argument(None, "lora: names of the adapted layers (default: chosen).")
     batch_norm: str | None = _argument(
         None,
         "Statistics of the trained BatchNorm layers: frozen keeps those of the pretrained model (default for it).",
         choices=("frozen", "train"),
+    )
+
+    # Frozen parts: run once an example, and a head that is solved
+    feature_cache: str = _argument(
+        "auto",
+        "Run what is frozen once an example and keep what it gives. auto: where the results are the same; on: or stop.",
+        choices=("auto", "on", "off"),
+    )
+    # One: the plain view. Each further one costs a pass over the rows.
+    feature_views: int = _argument(1, "Augmented views kept of each training example; 1 is the plain one.")
+    feature_cache_gb: float = _argument(10.0, "What all kept features may take on disk.")
+    feature_cache_dtype: str = _argument(
+        "auto",
+        "How they are kept. auto: in 16 bits where that changes no prediction of the first rows, else float32.",
+        choices=("auto", "float16", "bfloat16", "float32"),
+    )
+    feature_cache_hash: str = _argument(
+        "fast",
+        "How files are recognised. fast: by size, time, beginning and end; full: by all of their content.",
+        choices=("fast", "full"),
+    )
+    head_solver: str = _argument(
+        "auto",
+        "How a head alone is fitted. lbfgs: solved on kept features, the penalty chosen on validation; sgd: trained; "
+        "auto: solved where it is one linear layer and no setting of the training is given.",
+        choices=("auto", "lbfgs", "sgd"),
     )
 
     # Training: fields of TrainingArguments with another default, and None for what is chosen later
@@ -439,6 +466,7 @@ def _check_ranges(arguments: TransferArguments) -> None:
     """Values that argparse lets through and that mean nothing."""
     positive = ["num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "head_epochs"]
     positive += ["max_train_samples", "max_eval_samples", "learning_rate", "head_learning_rate", "lora_r", "lora_alpha"]
+    positive += ["lora_blocks", "feature_views", "feature_cache_gb"]
     positive += ["image_size", "max_length", "gradient_accumulation_steps", "early_stopping_patience"]
     for name in positive:
         value = getattr(arguments, name, None)

@@ -65,7 +65,7 @@ def structure(model: nn.Module) -> Structure:
     Raises:
         UsageError: no output layer is found, or nothing else.
     """
-    plain = _without_adapters(model)
+    plain = without_adapters(model)
     backbone, head = _backbone_and_head(plain)
     pooler = _pooler(plain, backbone)
     outside = (*pooler, *head)
@@ -116,7 +116,7 @@ def no_decay_parameters(model: nn.Module) -> set[str]:
     Those with at most one dimension (biases, norms, layer scale); position embeddings, class, mask, register and
     distillation tokens, tables of relative positions; and what a timm model's own `no_weight_decay()` lists.
     """
-    plain = _without_adapters(model)
+    plain = without_adapters(model)
     backbone = _backbone(plain)
     listed = _timm_no_decay(_name_of(plain, backbone), backbone) if _is_timm(backbone) else set()
     names = ((name, plain_name(model, name), parameter) for name, parameter in model.named_parameters())
@@ -176,7 +176,7 @@ def is_convolutional(model: nn.Module) -> bool:
     counted = parts.blocks[1:] or parts.blocks
     convolutions = {
         path
-        for name, module in _without_adapters(model).named_modules()
+        for name, module in without_adapters(model).named_modules()
         if isinstance(module, nn.Conv2d)
         for path in _paths(_strip(name))
     }
@@ -246,7 +246,8 @@ def _shortest_prefixes(blocks: list[list[str]], outside: tuple[str, ...]) -> tup
 # --- the model's parts -----------------------------------------------------------------------------------------------
 
 
-def _without_adapters(model: nn.Module) -> nn.Module:
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The model that PEFT wraps, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

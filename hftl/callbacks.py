@@ -134,7 +134,8 @@ class ReadableProgress(ProgressCallback):
             return
         shown = {"accuracy": "accuracy", "f1_macro": "macro F1", "loss": "loss"}
         parts = [f"{text} {logs[f'eval_{name}']:.4f}" for name, text in shown.items() if f"eval_{name}" in logs]
-        line = f"{self.stage}: epoch {logs.get('epoch', state.epoch or 0):.3g}, validation {', '.join(parts)}"
+        epoch = logs.get("epoch", state.epoch)
+        line = f"{self.stage}: {f'epoch {epoch:.3g}, ' if epoch else ''}validation {', '.join(parts)}"
         self.training_bar.write(line) if self.training_bar is not None else say(line)
 
 

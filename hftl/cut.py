@@ -10,6 +10,7 @@ that it has; whether all of this gives the same outputs is tested before it is u
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,9 @@ class Cut:
             raise NoCut("there are too few rows to find out how the model treats them")
         with self._as_trained():
             traces = [_trace(model, batch) for batch in batches]
-            self._name = _entry(model, stage, frozen, traces[0])
+            self._blocks = backbones.parameter_blocks(model)
+            self._first = min(self._blocks[name] for name in stage.trainable)
+            self._name = _entry(model, self._blocks, self._first, frozen, traces[0])
             self.entry = backbones.plain_name(model, self._name)
             self.carried = tuple(name for name, value in batches[0].items() if not value.is_floating_point())
             self._inputs = _merged(*(_described(dict(batch)) for batch in batches), *sizes)
@@ -91,15 +94,26 @@ class Cut:
         self.ragged = len(shape) > 1 and shape[1] == "tokens"
         self.dtype = kept[0].dtype
 
+    def is_trained(self, name: str) -> bool:
+        """Whether an entry of the model's state dict belongs to the trained part."""
+        if name in self._blocks:
+            return self._blocks[name] >= self._first
+        beside = self.model.get_submodule(name.rpartition(".")[0]).named_parameters(prefix=name.rpartition(".")[0])
+        return any(self._blocks[other] >= self._first for other, _ in beside if other in self._blocks)
+
     def capture(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """What enters the trained part for a batch, of shape (rows, …); `model` may be a copy with folded layers."""
+        """What enters the trained part for a batch, of shape (rows, …).
+
+        `model` may be a copy with folded BatchNorm and merged adapters.
+        """
         captured: list[torch.Tensor] = []
 
         def stop(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             captured.append(_first_tensor(arguments, named))
             raise _Captured
 
-        hook = model.get_submodule(self._name).register_forward_pre_hook(stop, with_kwargs=True)
+        name = self._name if hasattr(model, "peft_config") else self.entry
+        hook = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
         try:
             with torch.no_grad(), contextlib.suppress(_Captured):
                 model(**batch)
@@ -126,7 +140,7 @@ class Cut:
         for name, description in self._stubs.items():
             module = self.model.get_submodule(name)
             module.forward = _Stub(self, description)
-            self._undo.append(lambda module=module: vars(module).pop("forward"))
+            self._undo.append(functools.partial(delattr, module, "forward"))
         hook = self.model.get_submodule(self._name).register_forward_pre_hook(self._hand_over, with_kwargs=True)
         self._undo.append(hook.remove)
 
@@ -249,10 +263,8 @@ def _seeded() -> Iterator[None]:
         yield
 
 
-def _entry(model: nn.Module, stage: Stage, frozen: list[nn.Module], trace: _Trace) -> str:
-    """The first module called in which nothing is frozen for good: the trained blocks, or a dropout before them."""
-    blocks = backbones.parameter_blocks(model)
-    first = min(blocks[name] for name in stage.trainable)
+def _entry(model: nn.Module, blocks: dict[str, int], first: int, frozen: list[nn.Module], trace: _Trace) -> str:
+    """The first module called that has no part before the block `first`, or a dropout that belongs to it."""
     asleep = set(map(id, frozen))
     for name in sorted(trace.entered, key=trace.entered.__getitem__):
         module = model.get_submodule(name)

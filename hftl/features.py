@@ -10,7 +10,8 @@ may fill one cache, and an interrupted extraction goes on.
 from __future__ import annotations
 
 import contextlib
-import copy
+import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -20,7 +21,7 @@ import time
 import uuid
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,20 +32,30 @@ import transformers
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from hftl import __version__, backbones
+from hftl import __version__, backbones, compute
+from hftl.arguments import TransferArguments
 from hftl.builtin import cache_folder
-from hftl.cut import Batch, Cut
+from hftl.cut import Batch, Cut, NoCut
 from hftl.errors import UsageError
-from hftl.folder import is_main_process, say, write_json
+from hftl.folder import say, write_json
+from hftl.losses import CrossEntropyLoss
+from hftl.methods import Plan, Stage
+from hftl.pretrained import public_name
+from hftl.probes import LinearHead, solve_linear_head
+from hftl.trainer import prepare_modules
 
 #: examples that run through the frozen part together; always the same ones, so that an interruption changes no value
 _ROWS = 64
-#: a shard is published when it holds so many bytes: at most this much work is lost by an interruption
+#: a shard is published when it holds so many bytes, or after so many seconds: what an interruption can lose
 _SHARD_BYTES = 32_000_000
-_SECONDS_BETWEEN_LINES = 30.0
+_SECONDS_BETWEEN_SHARDS = 30.0
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 #: numpy has no bfloat16: the bits are kept as whole numbers
-_STORED = {"float16": np.dtype("float16"), "bfloat16": np.dtype("int16"), "float32": np.dtype("float32")}
+_STORED: dict[str, np.dtype[Any]] = {
+    "float16": np.dtype("float16"),
+    "bfloat16": np.dtype("int16"),
+    "float32": np.dtype("float32"),
+}
 
 
 class NotKept(Exception):
@@ -62,8 +73,8 @@ class Shards:
             `ragged`, and what `hftl cache ls` shows.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        """Open the shards in a folder, which is made with these settings where there is none yet.
+    def __init__(self, folder: Path, settings: Callable[[], dict[str, Any]]) -> None:
+        """Open the shards in a folder; `settings` is only called where there are none yet.
 
         Raises:
             NotKept: the folder cannot be written.
@@ -73,7 +84,7 @@ class Shards:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not path.is_file():
-                write_json(path, settings)
+                write_json(path, settings())
             os.utime(path)  # last used
             self.settings = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -92,7 +103,10 @@ class Shards:
         shards = list(self._opened.values())
         self._data = [data for data, _, _ in shards]
         keys = [keys for _, keys, _ in shards]
-        places = [np.stack([np.full_like(ends, n), ends - _steps(ends), ends], 1) for n, (_, _, ends) in enumerate(shards)]
+        places = [
+            np.stack([np.full_like(ends, number), ends - np.diff(ends, prepend=0), ends], axis=1)
+            for number, (_, _, ends) in enumerate(shards)
+        ]
         every = np.concatenate(keys) if keys else np.empty(0, np.uint64)
         order = np.argsort(every, kind="stable")
         self._keys = every[order]
@@ -105,7 +119,7 @@ class Shards:
             with np.load(path) as index:
                 keys, ends, checksum = index["keys"], index["ends"], int(index["checksum"])
             values = np.memmap(data, dtype=_STORED[self.settings["dtype"]], mode="r")
-            if len(values) == ends[-1] and zlib.crc32(values) == checksum:
+            if len(values) == ends[-1] and zlib.crc32(values.data) == checksum:
                 return values, keys, ends
             reason = "its checksum is another"
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
@@ -147,17 +161,14 @@ class Shards:
             stored.tofile(self.folder / f".{name}.bin")
             os.replace(self.folder / f".{name}.bin", self.folder / f"{name}.bin")
             ends = np.cumsum([row.numel() for row in rows])
-            np.savez(self.folder / f".{name}.npz", keys=keys, ends=ends, checksum=np.int64(zlib.crc32(stored)))
+            np.savez(self.folder / f".{name}.npz", keys=keys, ends=ends, checksum=np.int64(zlib.crc32(stored.data)))
             os.replace(self.folder / f".{name}.npz", self.folder / f"{name}.npz")
         except OSError as error:
-            for path in self.folder.glob(f"*{name}*"):
-                path.unlink(missing_ok=True)
+            (self.folder / f"{name}.bin").unlink(missing_ok=True)
             raise NotKept(f"the cache cannot be written: {error}") from error
-
-
-def _steps(ends: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The length of each row from where it ends."""
-    return np.diff(ends, prepend=0)
+        finally:
+            for suffix in ("bin", "npz"):
+                (self.folder / f".{name}.{suffix}").unlink(missing_ok=True)
 
 
 # --- what determines the values --------------------------------------------------------------------------------------
@@ -173,25 +184,26 @@ def fingerprint(task: Any, model: nn.Module, source: Source, precision: str) -> 
         precision: fp32, bf16 or fp16.
     """
     digest = hashlib.blake2b(digest_size=16)
-    plain = backbones.without_adapters(model)
+    plain: Any = backbones.without_adapters(model)
     config = plain.config.to_dict() if hasattr(plain, "config") else {}
     config = {name: value for name, value in config.items() if name not in _NOT_THE_BODY}
     versions = [__version__, transformers.__version__, torch.__version__]
     sources = sorted({Path(inspect.getfile(kind)).read_bytes() for kind in _own_classes(type(task))})
     settings = [type(plain).__name__, config, source.entry, precision, versions, task.preprocessing()]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for source in sources:
-        digest.update(source)
+    for code in sources:
+        digest.update(code)
     for name, value in sorted((backbones.plain_name(model, name), value) for name, value in model.state_dict().items()):
         if not source.is_trained(name):
             digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 #: of a model's configuration: what belongs to the labels or the preprocessing, and where it was loaded from
 _NOT_THE_BODY = {
-    "id2label", "label2id", "num_labels", "label_names", "num_classes", "problem_type", "pretrained_cfg", "_name_or_path",
+    "id2label", "label2id", "num_labels", "label_names", "num_classes", "problem_type", "pretrained_cfg",
+    "_name_or_path",
 }  # fmt: skip
 
 
@@ -232,6 +244,10 @@ class PooledFeatures:
             self.outputs(kept, {}), expected, rtol=1e-4, atol=1e-4
         ):
             raise NoCut("the logits are not those of a linear layer on one vector a row")
+
+    def is_trained(self, name: str) -> bool:
+        """Whether an entry of the state dict belongs to the output layer."""
+        return backbones.is_below_any(name, (self.name,))
 
     def capture(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Features of shape (rows, features)."""
@@ -276,7 +292,9 @@ class KeptDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One row."""
-        example = {name: value for name, value in self.base[index].items() if name in self.carried} if self.carried else {}
+        example = (
+            {name: value for name, value in self.base[index].items() if name in self.carried} if self.carried else {}
+        )
         example["kept"] = self.shards.read(self.places[self.view, index])
         if self.labels is not None:
             example["labels"] = self.labels[index]
@@ -304,7 +322,7 @@ def collate(task: Any, source: Source, examples: Sequence[dict[str, Any]]) -> di
     return {"kept": padded, **batch}
 
 
-def keep(task: Any, model: nn.Module, source: Source, data: dict[str, list[Any]], check: Any) -> dict[str, KeptDataset]:
+def keep(task: Any, model: nn.Module, source: Source, data: dict[str, list[Any]]) -> dict[str, KeptDataset]:
     """The activations of all splits, from the cache or computed now.
 
     Args:
@@ -312,17 +330,16 @@ def keep(task: Any, model: nn.Module, source: Source, data: dict[str, list[Any]]
         model: whole and in eval mode, on its device.
         source: what is taken from the model.
         data: for each split its datasets: one, or one a view.
-        check: called between batches; raises where the run is to stop.
 
     Raises:
         NotKept: the cache cannot be written, or the activations do not fit into it.
     """
     arguments = task.arguments
-    folder = cache_folder() / "features" / fingerprint(task, model, source, _precision(arguments))
+    folder = cache_folder() / "features" / fingerprint(task, model, source, arguments.precision)
     keys = {split: [_keys(dataset, arguments) for dataset in views] for split, views in data.items()}
-    extraction = _Extraction(task, model, source, data["train"][0], check)
-    shards = Shards(folder, lambda: extraction.settings(data))
-    _announce(shards, keys, data)
+    extraction = _Extraction(task, model, source, data["train"][0])
+    shards = Shards(folder, extraction.settings)
+    _announce(shards, keys, data, arguments.feature_cache_gb)
     for _ in range(2):  # a second time where another run removed shards meanwhile
         for split, views in data.items():
             for dataset, dataset_keys in zip(views, keys[split], strict=True):
@@ -337,7 +354,7 @@ def keep(task: Any, model: nn.Module, source: Source, data: dict[str, list[Any]]
     raise NotKept("another run keeps emptying the cache")
 
 
-def _announce(shards: Shards, keys: dict[str, list[Any]], data: dict[str, list[Any]]) -> None:
+def _announce(shards: Shards, keys: dict[str, list[Any]], data: dict[str, list[Any]], budget: float) -> None:
     """Say what is kept, what is there already and what it takes; refuse what does not fit.
 
     Raises:
@@ -350,12 +367,11 @@ def _announce(shards: Shards, keys: dict[str, list[Any]], data: dict[str, list[A
     numbers = int(np.prod(settings["shape"], dtype=np.int64)) * (np.mean(lengths) if settings["ragged"] else 1)
     row_bytes = float(numbers * _STORED[settings["dtype"]].itemsize)
     needed, used = missing * row_bytes, folder_bytes(shards.folder.parent)
-    budget = settings["budget_gb"] * 1e9
     free = shutil.disk_usage(shards.folder).free
-    if needed + used > budget or needed * 1.05 > free:
+    if needed + used > budget * 1e9 or needed * 1.05 > free:
         raise NotKept(
             f"they need {needed / 1e9:.2f} GB beside the {used / 1e9:.2f} GB there, more than --feature_cache_gb "
-            f"{settings['budget_gb']:g} or the {free / 1e9:.2f} GB free allow (hftl cache rm makes room)"
+            f"{budget:g} or the {free / 1e9:.2f} GB free allow (hftl cache rm makes room)"
         )
     state = f"{missing:,} to compute" if missing else "all in the cache"
     say(
@@ -376,8 +392,8 @@ def folder_bytes(folder: Path) -> int:
 class _Extraction:
     """The frozen part run over rows that are not kept yet; nothing is prepared before the first such row."""
 
-    def __init__(self, task: Any, model: nn.Module, source: Source, dataset: Any, check: Any) -> None:
-        self.task, self.model, self.source, self.check = task, model, source, check
+    def __init__(self, task: Any, model: nn.Module, source: Source, dataset: Any) -> None:
+        self.task, self.model, self.source = task, model, source
         self.arguments = task.arguments
         self.dataset = dataset
         self.last_line = time.monotonic()
@@ -390,7 +406,7 @@ class _Extraction:
     @functools.cached_property
     def fast(self) -> nn.Module:
         """A copy of the model with BatchNorm folded into its convolutions."""
-        return folded(self.model, self.batch)
+        return compute.folded(self.model, {name: value[:2] for name, value in self.batch.items()})
 
     def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         """A batch as the model takes it."""
@@ -398,10 +414,10 @@ class _Extraction:
 
     def capture(self, batch: Batch) -> torch.Tensor:
         """The activations of a batch in the run's precision."""
-        with autocast(self.arguments):
+        with compute.autocast(self.arguments.precision, self.arguments.device):
             return self.source.capture(self.fast, batch)
 
-    def settings(self, data: dict[str, list[Any]]) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """How rows are kept: in 16 bits where that changes no prediction of the first rows."""
         kept = self.capture(self.batch)
         wanted = self.arguments.feature_cache_dtype
@@ -445,13 +461,13 @@ class _Extraction:
             rows = [kept[row] if real is None else kept[row][real[row]] for row in range(len(chunk))]
             pending += [(index, row) for index, row in zip(chunk, rows, strict=True) if missing[index]]
             size += sum(row.numel() * shards.dtype.itemsize for row in rows)
-            if size >= _SHARD_BYTES or number == len(chunks):
+            due = time.monotonic() - self.last_line > _SECONDS_BETWEEN_SHARDS
+            if due or size >= _SHARD_BYTES or number == len(chunks):
                 shards.write(keys[[index for index, _ in pending]], [row for _, row in pending])
                 pending, size = [], 0
-            if time.monotonic() - self.last_line > _SECONDS_BETWEEN_LINES:
+            if due:
                 self.last_line = time.monotonic()
                 say(f"features: {number} of {len(chunks)} batches")
-            self.check()
 
 
 def _keys(dataset: Any, arguments: Any) -> np.ndarray[Any, Any]:
@@ -461,16 +477,210 @@ def _keys(dataset: Any, arguments: Any) -> np.ndarray[Any, Any]:
         return np.fromiter(keys, dtype=np.uint64, count=len(dataset))
 
 
-def _precision(arguments: Any) -> str:
-    return "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
-
-
-def autocast(arguments: Any) -> Any:
-    """The precision that the training steps have."""
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(_precision(arguments))
-    return torch.autocast(arguments.device.type, dtype=kind, enabled=kind is not None)
-
-
 def _wait_for_all() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+# --- a stage on kept activations -------------------------------------------------------------------------------------
+
+
+class KeptFeatures:
+    """What a stage trains on in place of the inputs.
+
+    Attributes:
+        stage: the stage; of a solved head it has the output layer alone.
+        data: the splits as kept activations.
+        source: where they were taken.
+        seconds: what it took to have them.
+    """
+
+    def __init__(self, task: Any, stage: Stage, source: Source, data: dict[str, KeptDataset], seconds: float) -> None:
+        """Keep all of it."""
+        self.task, self.stage, self.source, self.data, self.seconds = task, stage, source, data, seconds
+
+    @property
+    def solved(self) -> bool:
+        """Whether the head is solved; else the part behind the cut trains."""
+        return isinstance(self.source, PooledFeatures)
+
+    @property
+    def cut(self) -> Cut | None:
+        """Where the model is cut for training."""
+        return self.source if isinstance(self.source, Cut) else None
+
+    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """A batch for the trained part."""
+        return collate(self.task, self.source, examples)
+
+    def release(self) -> None:
+        """Make the model whole again."""
+        if self.cut is not None:
+            self.cut.remove()
+
+    def solve(self, trainer: Any) -> LinearHead:
+        """Solve the output layer of the model, once for all processes."""
+        layer: Any = self.source.layer  # type: ignore[union-attr]
+        metric = trainer.args.metric_for_best_model
+        sign = 1 if trainer.args.greater_is_better else -1
+
+        def score(logits: torch.Tensor, labels: torch.Tensor) -> float:
+            scores = {"loss": float(trainer.compute_loss_func({"logits": logits}, labels))}
+            return sign * (scores | self.task.score(logits.numpy(), labels.numpy()))[metric]
+
+        solution = solve_linear_head(
+            self.data["train"].matrix(),
+            self.data["validation"].matrix(),
+            len(self.task.label_names),
+            trainer.compute_loss_func,
+            score,
+            intercept=layer.bias is not None,
+        )
+        with torch.no_grad():
+            layer.weight.copy_(solution.weight)
+            if layer.bias is not None:
+                layer.bias.copy_(solution.bias)
+            for parameter in layer.parameters() if trainer.args.world_size > 1 else ():
+                torch.distributed.broadcast(parameter, src=0)
+        return solution
+
+    def logits(self, split: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Logits of shape (rows, classes) and class ids of shape (rows,) of a whole split."""
+        features, labels = self.data[split].matrix()
+        layer = next(self.source.layer.parameters())  # type: ignore[union-attr]
+        return self.source.outputs(features.to(layer.device), {}).cpu().numpy(), labels.numpy()
+
+
+def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
+    """Refuse flags that no stage of a plan can follow.
+
+    Raises:
+        UsageError: `--feature_cache on` where everything trains, `--head_solver lbfgs` where no head is fitted alone.
+    """
+    blocks = backbones.parameter_blocks(plan.model)
+    first = [min(blocks[name] for name in stage.trainable) for stage in plan.stages]
+    if arguments.feature_cache == "on" and max(first) == 0:
+        raise UsageError(f"--feature_cache on: --method {arguments.method} trains the whole model. Leave it out.")
+    if arguments.head_solver != "auto" and max(first) < max(blocks.values()):
+        raise UsageError(
+            f"--head_solver {arguments.head_solver}: --method {arguments.method} fits no head alone. Leave it out."
+        )
+    if arguments.head_solver == "lbfgs" and arguments.feature_cache == "off":
+        raise UsageError("--head_solver lbfgs needs kept features: leave out --feature_cache off.")
+
+
+def keep_features(
+    task: Any, stage: Stage, model: nn.Module, splits: Any, data: dict[str, Any], alone: bool
+) -> KeptFeatures | None:
+    """The frozen part's activations for a stage, or None where it trains on the inputs; why is said.
+
+    Args:
+        task: the task.
+        stage: what trains.
+        model: the plan's model.
+        splits: the data with its labels.
+        data: the data sets of the splits.
+        alone: whether the plan has no other stage.
+
+    Raises:
+        UsageError: `--feature_cache on`, or `--head_solver lbfgs`, and it cannot be.
+    """
+    arguments = task.arguments
+    blocks = backbones.parameter_blocks(model)
+    first, head = min(blocks[name] for name in stage.trainable), max(blocks.values())
+    # With less than half of the blocks frozen, large activations would be kept for little.
+    worth = first * 2 >= head or arguments.feature_cache == "on"
+    if arguments.feature_cache == "off" or first == 0 or not worth:
+        return None
+    solves = first == head and _may_solve(task, stage, splits, alone)
+    try:
+        _check_possible(task, data, solves)
+        started = time.perf_counter()
+        source, stage = _source(task, stage, model, data, solves)
+        views = {name: [rows] for name, rows in data.items()}
+        views["train"] = task.views(splits.train, arguments.feature_views, data["train"])
+        kept = keep(task, model.eval(), source, views)
+    except (NoCut, NotKept) as error:
+        for flag, value in (("feature_cache", "on"), ("head_solver", "lbfgs")):
+            if getattr(arguments, flag) == value:
+                raise UsageError(f"--{flag} {value} cannot be: {error}.") from error
+        say(f"features: not kept, since {error}; the frozen part runs in every epoch")
+        return None
+    return KeptFeatures(task, stage, source, kept, time.perf_counter() - started)
+
+
+#: what only matters to a head that is trained: whoever gives it wants that
+_OF_TRAINING = {"num_train_epochs", "learning_rate", "head_learning_rate", "weight_decay", "lr_scheduler_type", "optim"}
+
+
+def _may_solve(task: Any, stage: Stage, splits: Any, alone: bool) -> bool:
+    """Whether a stage of the head alone is to be solved, as far as the settings say."""
+    arguments = task.arguments
+    if arguments.head_solver != "auto":
+        return arguments.head_solver == "lbfgs"
+    of_training = {"max_steps", *(_OF_TRAINING if alone else {"head_epochs"})}
+    given = sorted(of_training & arguments.given)
+    if given:
+        say(f"head: trained by SGD, as --{given[0]} asks (--head_solver lbfgs solves it)")
+    return not given and stage.loss is None and type(task.loss(splits)) is CrossEntropyLoss
+
+
+def _check_possible(task: Any, data: dict[str, Any], solves: bool) -> None:
+    """Refuse what would give other results, or none.
+
+    Raises:
+        NotKept: as said.
+    """
+    arguments = task.arguments
+    asked = "augmentation" in arguments.given and "feature_views" not in arguments.given
+    if asked and getattr(arguments, "augmentation", "none") != "none":
+        augmentation = getattr(arguments, "augmentation", "none")
+        raise NotKept(
+            f"--augmentation {augmentation} changes the images every epoch (--feature_views 4 keeps 4 of each)"
+        )
+    if arguments.torch_compile and not solves:
+        raise NotKept("--torch_compile compiles the whole model")
+    if any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED")):
+        raise NotKept("the model is sharded")
+    if not all(hasattr(rows, name) for rows in data.values() for name in ("key", "labels")):
+        raise NotKept("the task's data sets have no `key` and `labels`")
+
+
+def _source(task: Any, stage: Stage, model: nn.Module, data: dict[str, Any], solves: bool) -> tuple[Source, Stage]:
+    """Where the activations are taken, and the stage that goes with it.
+
+    Raises:
+        NoCut: the model has no such place.
+    """
+    arguments = task.arguments
+    model.to(arguments.device)
+    frozen = prepare_modules(model, stage)
+    batches = _probes(task, data["train"], arguments.device)
+    if solves:
+        try:
+            pooled = PooledFeatures(model.eval(), batches[0])
+        except NoCut as error:
+            if arguments.head_solver == "lbfgs":
+                raise
+            say(f"head: trained by SGD, since {error}")
+        else:
+            names = frozenset(name for name in stage.trainable if pooled.is_trained(name))
+            return pooled, dataclasses.replace(stage, trainable=names)
+    with compute.autocast(arguments.precision, arguments.device):
+        return Cut(model, stage, frozen, batches), stage
+
+
+def _probes(task: Any, dataset: Any, device: torch.device) -> tuple[Batch, Batch]:
+    """Two batches of different numbers of rows, and tokens: of the shortest texts and the longest."""
+    order = np.arange(len(dataset))
+    if hasattr(dataset, "lengths"):
+        order = np.argsort(dataset.lengths, kind="stable")
+    batches = []
+    for rows in (order[:2], order[-3:]):
+        batch = task.collate([dataset[int(index)] for index in rows])
+        batches.append({name: value.to(device) for name, value in batch.items() if name != "labels"})
+    short, long = batches
+    if "input_ids" in short and short["input_ids"].shape == (2, long["input_ids"].shape[1]):
+        half = short["input_ids"].shape[1] // 2
+        short = {name: value[:, :half] for name, value in short.items()}
+    return short, long

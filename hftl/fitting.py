@@ -25,6 +25,7 @@ from hftl.arguments import TransferArguments, set_precision, stage_arguments, to
 from hftl.callbacks import LogFile, ReadableProgress, StopSignals
 from hftl.data import Splits
 from hftl.errors import UsageError
+from hftl.features import KeptFeatures, check_wishes, keep_features
 from hftl.folder import CHECKPOINTS, LOGS, METRICS, PARTIAL, RECIPE, say
 from hftl.methods import Plan, Stage
 from hftl.metrics import softmax
@@ -59,6 +60,7 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
         Interrupted: SIGTERM or Ctrl-C; a checkpoint to go on from is written.
     """
     task.arguments = arguments
+    check_wishes(plan, arguments)
     settings = folder.resume_settings(arguments)
     stages = _resolve(task, plan, splits, arguments)
     folder.check_space(Path(str(arguments.output_dir)), _bytes_needed(plan))
@@ -80,8 +82,7 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
     try:
         with folder.explained_disk_errors(path):
             try:
-                trainer, records = _run_stages(task, stages, plan.model, splits, data, signals)
-                results = _evaluate(trainer, data)
+                trainer, records, results = _run_stages(task, stages, plan.model, splits, data, signals)
             except UsageError:
                 folder.discard_start(path)
                 raise
@@ -166,37 +167,49 @@ def _run_stages(
     splits: Splits,
     data: dict[str, Any],
     signals: StopSignals,
-) -> tuple[TransferTrainer, list[dict[str, Any]]]:
-    """Train every stage that is not finished yet; the trainer of the last one evaluates."""
+) -> tuple[TransferTrainer, list[dict[str, Any]], dict[str, Any]]:
+    """Train every stage that is not finished yet; the results are those of the last one."""
     records = []
     for index, stage in enumerate(stages):
-        trainer = _stage_trainer(task, stage, model, splits, data, index)
+        is_last = index + 1 == len(stages)
+        kept = keep_features(task, stage, model, splits, data, alone=len(stages) == 1)
+        stage = stage if kept is None else kept.stage
+        rows = data if kept is None else kept.data
+        trainer = _stage_trainer(task, stage, model, splits, rows, index, kept)
         if _is_sharded(trainer) and hasattr(model, "peft_config"):
             raise UsageError("--method lora does not work with FSDP or DeepSpeed yet: use multi_gpu.yaml.")
         trainer.add_callback(signals)
         final = Path(str(trainer.args.output_dir), "final")
         if not final.is_dir():
-            say(_announcement(stage, model, index, len(stages), task.arguments.max_steps))
-            record = _train_stage(trainer, stage, task.arguments.resume)
+            say(_announcement(stage, model, index, len(stages), task.arguments.max_steps, kept))
+            if kept is not None and kept.solved:
+                record = _solve_stage(task, trainer, kept)
+            else:
+                record = _train_stage(trainer, stage, task.arguments.resume)
             _keep_result(trainer, record, final)
         else:
             trainer._load_from_checkpoint(str(final))
-        if index + 1 < len(stages):
+        if is_last:
+            results = _evaluate(task, trainer, rows, kept)
+        if kept is not None:
+            kept.release()
+        if not is_last:
             _without_autocast(trainer)  # the next trainer puts its own around the model
         records.append(json.loads((final / "stage.json").read_text(encoding="utf-8")))
-    return trainer, records
+    return trainer, records, results
 
 
-def _announcement(stage: Stage, model: nn.Module, index: int, count: int, max_steps: int) -> str:
+def _announcement(
+    stage: Stage, model: nn.Module, index: int, count: int, max_steps: int, kept: KeptFeatures | None
+) -> str:
     length = f"{stage.epochs:g} epoch{'' if stage.epochs == 1 else 's'}" if max_steps < 0 else f"{max_steps} steps"
     trained = sum(parameter.numel() for name, parameter in model.named_parameters() if name in stage.trainable)
     total = sum(parameter.numel() for parameter in model.parameters())
     number = f" {index + 1} of {count}" if count > 1 else ""
-    rate = f"rate {stage.learning_rate:.2g}, head {stage.head_learning_rate:.2g}"
-    return (
-        f"stage{number}: {stage.name}, {trained:,} of {total:,} parameters train ({trained / total:.1%}), "
-        f"{length}, {rate}"
-    )
+    how = f"{length}, rate {stage.learning_rate:.2g}, head {stage.head_learning_rate:.2g}"
+    if kept is not None and kept.solved:
+        how = "solved on the features"
+    return f"stage{number}: {stage.name}, {trained:,} of {total:,} parameters train ({trained / total:.1%}), {how}"
 
 
 def _stage_trainer(
@@ -206,6 +219,7 @@ def _stage_trainer(
     splits: Splits,
     data: dict[str, Any],
     index: int,
+    kept: KeptFeatures | None,
 ) -> TransferTrainer:
     arguments = task.arguments
     name = re.sub(r"[^A-Za-z0-9]+", "-", stage.name)
@@ -220,7 +234,8 @@ def _stage_trainer(
         push_to_hub=False,  # the finished run is pushed, not its checkpoints
         disable_tqdm=True,  # our own progress takes the place of Trainer's
         label_smoothing_factor=0.0,  # it is in the loss
-        dataloader_persistent_workers=bool(arguments.dataloader_num_workers),
+        dataloader_num_workers=0 if kept else arguments.dataloader_num_workers,  # there is nothing left to decode
+        dataloader_persistent_workers=bool(arguments.dataloader_num_workers and not kept),
         restore_callback_states_from_checkpoint=True,  # or early stopping would count anew after an interruption
     )
     callbacks: list[Any] = [
@@ -236,7 +251,8 @@ def _stage_trainer(
         args=settings,
         train_dataset=data["train"],
         eval_dataset=data["validation"],
-        data_collator=task.collate,
+        data_collator=kept.collate if kept else task.collate,
+        cut=kept.cut if kept else None,
         compute_metrics=lambda result: _finite_scores(task, stage, place, result),
         preprocess_logits_for_metrics=_first,
         callbacks=callbacks,
@@ -281,9 +297,41 @@ def _train_stage(trainer: TransferTrainer, stage: Stage, resume: bool) -> dict[s
         "learning_rate": stage.learning_rate,
         "head_learning_rate": stage.head_learning_rate,
         "best_metric": trainer.state.best_metric,
+        **_parameters(trainer),
+    }
+
+
+def _solve_stage(task: ClassificationTask, trainer: TransferTrainer, kept: KeptFeatures) -> dict[str, Any]:
+    """Solve the head on the features of train, its penalty chosen on those of validation."""
+    started = time.perf_counter()
+    solution = kept.solve(trainer)
+    seconds = time.perf_counter() - started
+    say(f"head: solved in {seconds:.1f} s, penalty {solution.strength:.2g} of {len(solution.path)} tried")
+    logits, labels = kept.logits("validation")
+    trainer.log({f"eval_{name}": value for name, value in _scores(task, trainer, logits, labels).items()})
+    return {
+        "name": trainer.stage.name,
+        "seconds": seconds + kept.seconds,
+        "samples_per_second": len(kept.data["train"]) / (seconds + kept.seconds),
+        "steps": solution.steps,
+        "epochs": 1,
+        "penalty": solution.strength,
+        "best_metric": max(score for _, score, _ in solution.path),
+        **_parameters(trainer),
+    }
+
+
+def _parameters(trainer: TransferTrainer) -> dict[str, int]:
+    return {
         "trainable_parameters": sum(entry.numel() for entry in trainer.model.parameters() if entry.requires_grad),
         "total_parameters": sum(entry.numel() for entry in trainer.model.parameters()),
     }
+
+
+def _scores(task: ClassificationTask, trainer: TransferTrainer, logits: Any, labels: Any) -> dict[str, float]:
+    """The task's scores and the loss of a whole split."""
+    loss = trainer.compute_loss_func({"logits": torch.from_numpy(logits)}, torch.from_numpy(labels))
+    return {"loss": float(loss), **task.score(logits, labels)}
 
 
 def _keep_result(trainer: TransferTrainer, record: dict[str, Any], final: Path) -> None:
@@ -302,11 +350,16 @@ def _keep_result(trainer: TransferTrainer, record: dict[str, Any], final: Path) 
     _wait_for_all()
 
 
-def _evaluate(trainer: TransferTrainer, data: dict[str, Any]) -> dict[str, tuple[Any, Any, dict[str, float]]]:
+def _evaluate(
+    task: ClassificationTask, trainer: TransferTrainer, data: dict[str, Any], kept: KeptFeatures | None
+) -> dict[str, tuple[Any, Any, dict[str, float]]]:
     """Logits, labels and scores of validation and test; gathered from all processes."""
     results: dict[str, tuple[Any, Any, dict[str, float]]] = {}
     for name in ("validation", "test"):
-        if name in data:
+        if name in data and kept is not None and kept.solved:
+            logits, labels = kept.logits(name)
+            results[name] = (logits, labels, _scores(task, trainer, logits, labels))
+        elif name in data:
             output = trainer.predict(data[name], metric_key_prefix=name)
             scores = {
                 key.removeprefix(f"{name}_"): value

@@ -191,7 +191,7 @@ def lora(model: nn.Module, arguments: TransferArguments) -> Plan:
         r=rank,
         lora_alpha=settings["lora_alpha"],
         lora_dropout=settings["lora_dropout"],
-        target_modules=_lora_targets(model, arguments.lora_target_modules),
+        target_modules=_in_last_blocks(model, _lora_targets(model, arguments.lora_target_modules), arguments),
         modules_to_save=[*backbones.structure(model).trained_head, *pooling],
     )
     adapted = get_peft_model(model, config)
@@ -225,6 +225,21 @@ def _lora_targets(model: nn.Module, wanted: list[str] | None) -> list[str]:
     return found
 
 
+def _in_last_blocks(model: nn.Module, targets: list[str], arguments: TransferArguments) -> list[str]:
+    """Those of `targets` in the last `--lora_blocks` blocks."""
+    count = arguments.lora_blocks
+    if count is None:
+        return targets
+    blocks = backbones.structure(model).blocks
+    if not 1 <= count <= len(blocks):
+        raise UsageError(f"--lora_blocks must lie between 1 and the model's {len(blocks)} blocks, not {count}.")
+    last = [prefix for block in blocks[-count:] for prefix in block]
+    chosen = [name for name in targets if backbones.is_below_any(name, last)]
+    if not chosen:
+        raise UsageError(f"--lora_blocks {count}: the last blocks have no layer that LoRA can adapt. Take more blocks.")
+    return chosen
+
+
 def _all_parameters(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters()]
 
@@ -244,6 +259,7 @@ METHOD_ARGUMENTS = {
     "partial": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "unfreeze_blocks"},
     "lora": {
         "learning_rate", "head_learning_rate", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
+        "lora_blocks",
     },
     "lp_ft": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "head_epochs"},
 }  # fmt: skip

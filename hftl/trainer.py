@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hftl import backbones, folder, optim
+from hftl.cut import Cut
 from hftl.errors import UsageError
 from hftl.methods import Stage
 
@@ -25,12 +26,25 @@ class TransferTrainer(Trainer):
     Args:
         stage: what trains, and at which rates.
         loss: `(outputs, labels, num_items_in_batch=None) -> scalar`; it reads `outputs["logits"]`.
+        cut: where the model is cut; the data sets then hold kept activations, and the model runs from there on until
+            `cut.remove()`.
         others: as `transformers.Trainer`.
     """
 
-    def __init__(self, *, stage: Stage, loss: Any, model: nn.Module, args: TrainingArguments, **others: Any) -> None:
+    def __init__(
+        self,
+        *,
+        stage: Stage,
+        loss: Any,
+        model: nn.Module,
+        args: TrainingArguments,
+        cut: Cut | None = None,
+        **others: Any,
+    ) -> None:
         """Set which parameters train, and find the modules that do not."""
-        self.stage = stage
+        self.stage, self.cut = stage, cut
+        if cut is not None:
+            cut.install()
         self.frozen_modules = prepare_modules(model, stage)
         self.seeded_step = -1
         with _explained_settings():
@@ -69,6 +83,10 @@ class TransferTrainer(Trainer):
         if model.training:
             for module in self.frozen_modules:
                 module.training = False
+        if self.cut is not None:
+            kept, labels = inputs["kept"], inputs.get("labels")
+            carried = {name: inputs[name] for name in self.cut.carried}
+            inputs = self.cut.inputs(kept, carried) | ({} if labels is None else {"labels": labels})
         return super().compute_loss(model, inputs, *others, **settings)
 
     def evaluation_loop(self, *others: Any, **settings: Any) -> Any:

@@ -124,15 +124,17 @@ class ClassificationTask:
         """The examples of a split, ready for `collate`; augmented in training."""
         raise NotImplementedError
 
-    def views(self, rows: Any, count: int) -> list[Dataset[dict[str, Any]]]:
-        """The rows of a split as they are, or in `count` fixed augmentations, for activations that are kept.
+    def views(self, rows: Any, count: int, training: Any) -> list[Any]:
+        """What is kept of the training rows: a data set, or one for each of `count` fixed augmentations.
+
+        `training` is what `dataset(rows, training=True)` gave.
 
         Raises:
             UsageError: the task has no augmentation.
         """
         if count > 1:
             raise UsageError(f"--feature_views: the task {self.name} has no augmentation. Leave it out.")
-        return [self.dataset(rows, training=False)]
+        return [training]
 
     def preprocessing(self) -> Any:
         """What determines a row's inputs beside its content and this class, for the key of kept activations."""

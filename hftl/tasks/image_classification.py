@@ -103,8 +103,10 @@ class ImageClassification(ClassificationTask):
             return ImageDataset(rows, self.open_image, transform, seed=self.arguments.seed)
         return ImageDataset(rows, self.open_image, self._plain_transform)
 
-    def views(self, rows: Any, count: int) -> list[Dataset[dict[str, Any]]]:
+    def views(self, rows: Any, count: int, training: Any) -> list[Any]:
         """The plain view, or `count` augmented ones, whose draws are functions of the image and the view's number."""
+        if count > 1 and self.arguments.augmentation == "none":
+            raise UsageError("--feature_views needs an augmentation: leave out --augmentation none.")
         if count == 1:
             return [self.dataset(rows, training=False)]
         transform = training_transform(self.processor, self.arguments.augmentation, self.arguments.horizontal_flip)

@@ -202,7 +202,9 @@ class TextDataset(Dataset[dict[str, Any]]):
     @property
     def labels(self) -> list[int] | None:
         """The class ids, where the rows have them."""
-        return [example["labels"] for example in self.examples] if self.examples and "labels" in self.examples[0] else None
+        return (
+            [example["labels"] for example in self.examples] if self.examples and "labels" in self.examples[0] else None
+        )
 
     def key(self, index: int, full: bool = False) -> int:
         """64 bits for what the tokenizer made of a text."""
