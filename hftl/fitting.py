@@ -62,7 +62,7 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
     settings = folder.resume_settings(arguments)
     stages = _resolve(task, plan, splits, arguments)
     folder.check_space(Path(str(arguments.output_dir)), _bytes_needed(plan))
-    compute.share_threads()
+    compute.share_threads(on_cpu=arguments.device.type == "cpu")
     data = {"train": task.dataset(splits.train, training=True)}
     for name, rows in (("validation", splits.validation), ("test", splits.test)):
         if rows is not None:
@@ -364,7 +364,7 @@ def _is_sharded(trainer: TransferTrainer) -> bool:
 
 def _without_autocast(trainer: TransferTrainer) -> Any:
     """The model as it was given: Accelerate leaves its half precision around `forward`."""
-    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
 
 
 def _whole_model(task: ClassificationTask, trainer: TransferTrainer, path: Path) -> Any:
