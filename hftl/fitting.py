@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 
 from hftl import backbones, compute, folder
@@ -62,6 +63,7 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
     settings = folder.resume_settings(arguments)
     stages = _resolve(task, plan, splits, arguments)
     folder.check_space(Path(str(arguments.output_dir)), _bytes_needed(plan))
+    AcceleratorState._reset_state()  # or another run in this process would dictate its precision
     compute.share_threads(on_cpu=arguments.device.type == "cpu")
     data = {"train": task.dataset(splits.train, training=True)}
     for name, rows in (("validation", splits.validation), ("test", splits.test)):
@@ -182,7 +184,7 @@ def _run_stages(
         else:
             trainer._load_from_checkpoint(str(final))
         if index + 1 < len(stages):
-            _without_autocast(trainer)  # the next trainer puts its own around the model
+            trainer.bare_model()  # the next trainer puts its own around the model
         records.append(json.loads((final / "stage.json").read_text(encoding="utf-8")))
     return trainer, records
 
@@ -362,15 +364,10 @@ def _is_sharded(trainer: TransferTrainer) -> bool:
     return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
 
-def _without_autocast(trainer: TransferTrainer) -> Any:
-    """The model as it was given: Accelerate leaves its half precision around `forward`."""
-    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
-
-
 def _whole_model(task: ClassificationTask, trainer: TransferTrainer, path: Path) -> Any:
     """The trained model in this process alone; where it is sharded, from the weights that the last stage gathered."""
     if not _is_sharded(trainer):
-        return _without_autocast(trainer)
+        return trainer.bare_model()
     return task.auto_class.from_pretrained(Path(str(trainer.args.output_dir), "final"), dtype=torch.float32)
 
 

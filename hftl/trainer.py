@@ -52,6 +52,16 @@ class TransferTrainer(Trainer):
                 self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
 
+    def bare_model(self) -> Any:
+        """The model as it was given, for another trainer or to be saved.
+
+        Accelerate leaves its half precision around `forward`, and a mark by which the next Accelerator would take the
+        model for its own, and train it in float32 and without `torch.compile`.
+        """
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+        vars(model).pop("_is_accelerate_prepared", None)
+        return model
+
     def _inner_training_loop(self, batch_size: int | None = None, **settings: Any) -> Any:
         """Trainer's; with `--auto_find_batch_size` it is called again after each time that memory ran out.
 
@@ -64,10 +74,11 @@ class TransferTrainer(Trainer):
         """
         if self.args.auto_find_batch_size:
             if self.start is None:
-                self.start = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+                state = self.bare_model().state_dict()
+                self.start = {name: value.detach().cpu().clone() for name, value in state.items()}
             else:
                 batch_size = _smaller(self._train_batch_size, self.rows_together)
-                self.model.load_state_dict(self.start)
+                self.bare_model().load_state_dict(self.start)
                 self.optimizer = self.lr_scheduler = None
                 self.seeded_step = -1
             assert batch_size is not None
