@@ -492,6 +492,11 @@ def _check_ranges(arguments: TransferArguments) -> None:
         raise UsageError("--resume_from_checkpoint is not used: --resume finds the checkpoint in --output_dir.")
     if arguments.early_stopping_patience and arguments.eval_strategy == "no":
         raise UsageError("--early_stopping_patience needs evaluations: --eval_strategy epoch, or steps.")
+    if arguments.auto_find_batch_size and arguments.world_size > 1:
+        raise UsageError(
+            "--auto_find_batch_size works in one process: when one of several runs out of memory the others would wait "
+            "for it. Give --per_device_train_batch_size and --gradient_accumulation_steps."
+        )
     if arguments.resume and arguments.overwrite:
         raise UsageError("--resume and --overwrite exclude each other.")
     _check_trackers(arguments)

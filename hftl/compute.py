@@ -51,13 +51,21 @@ def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
 
 
-def share_threads() -> None:
+def share_threads(on_cpu: bool) -> None:
     """Share the cores out among the processes on this machine; OMP_NUM_THREADS says otherwise.
 
     Each would else start a thread a core: two processes on two cores four threads, which wait for each other.
+
+    Args:
+        on_cpu: whether the model runs there; then it is said where a launcher left cores unused.
     """
-    if local_processes() > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, cores() // local_processes()))
+    share = max(1, cores() // local_processes())
+    wanted = os.environ.get("OMP_NUM_THREADS")
+    if wanted is None and local_processes() > 1:
+        torch.set_num_threads(share)
+    # Accelerate and torchrun set 1 where nobody has said anything, which cannot be told from a wish.
+    if on_cpu and wanted == "1" and share > 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        say(f"1 of {share} cores computes in each process, since OMP_NUM_THREADS is 1: set it to {share} for all")
 
 
 # --- precision -------------------------------------------------------------------------------------------------------

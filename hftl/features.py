@@ -569,6 +569,12 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
         raise UsageError("--head_solver lbfgs needs kept features: leave out --feature_cache off.")
 
 
+def mostly_frozen(stage: Stage, model: nn.Module) -> bool:
+    """Whether at least half of the blocks lie before the first trained one."""
+    blocks = backbones.parameter_blocks(model)
+    return min(blocks[name] for name in stage.trainable) * 2 >= max(blocks.values())
+
+
 def keep_features(
     task: Any, stage: Stage, model: nn.Module, splits: Any, data: dict[str, Any], alone: bool
 ) -> KeptFeatures | None:
@@ -589,7 +595,7 @@ def keep_features(
     blocks = backbones.parameter_blocks(model)
     first, head = min(blocks[name] for name in stage.trainable), max(blocks.values())
     # With less than half of the blocks frozen, large activations would be kept for little.
-    worth = first * 2 >= head or arguments.feature_cache == "on"
+    worth = mostly_frozen(stage, model) or arguments.feature_cache == "on"
     if arguments.feature_cache == "off" or first == 0 or not worth:
         return None
     solves = first == head and _may_solve(task, stage, splits, alone)

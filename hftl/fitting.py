@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 
 from hftl import backbones, compute, folder
@@ -25,7 +26,7 @@ from hftl.arguments import TransferArguments, set_precision, stage_arguments, to
 from hftl.callbacks import LogFile, ReadableProgress, StopSignals
 from hftl.data import Splits
 from hftl.errors import UsageError
-from hftl.features import KeptFeatures, check_wishes, keep_features
+from hftl.features import KeptFeatures, check_wishes, keep_features, mostly_frozen
 from hftl.folder import CHECKPOINTS, LOGS, METRICS, PARTIAL, RECIPE, say
 from hftl.methods import Plan, Stage
 from hftl.metrics import softmax
@@ -64,7 +65,8 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
     settings = folder.resume_settings(arguments)
     stages = _resolve(task, plan, splits, arguments)
     folder.check_space(Path(str(arguments.output_dir)), _bytes_needed(plan))
-    compute.share_threads()
+    AcceleratorState._reset_state()  # or another run in this process would dictate its precision
+    compute.share_threads(on_cpu=arguments.device.type == "cpu")
     data = {"train": task.dataset(splits.train, training=True)}
     for name, rows in (("validation", splits.validation), ("test", splits.test)):
         if rows is not None:
@@ -138,7 +140,9 @@ def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, 
         batch = compute.typical_batch(rows, task.collate)
         steps = arguments.max_steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
         passes = steps if arguments.max_steps > 0 else len(rows) * stage.epochs / arguments.world_size
-        precision = compute.choose_precision(model, batch, training=True, rows=passes, arguments=arguments)
+        precision = compute.choose_precision(
+            model, batch, training=not mostly_frozen(stage, model), rows=passes, arguments=arguments
+        )
     set_precision(arguments, precision)
     return precision
 
@@ -194,7 +198,7 @@ def _run_stages(
         if kept is not None:
             kept.release()
         if not is_last:
-            _without_autocast(trainer)  # the next trainer puts its own around the model
+            trainer.bare_model()  # the next trainer puts its own around the model
         records.append(json.loads((final / "stage.json").read_text(encoding="utf-8")))
     return trainer, records, results
 
@@ -415,15 +419,10 @@ def _is_sharded(trainer: TransferTrainer) -> bool:
     return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
 
-def _without_autocast(trainer: TransferTrainer) -> Any:
-    """The model as it was given: Accelerate leaves its half precision around `forward`."""
-    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-
-
 def _whole_model(task: ClassificationTask, trainer: TransferTrainer, path: Path) -> Any:
     """The trained model in this process alone; where it is sharded, from the weights that the last stage gathered."""
     if not _is_sharded(trainer):
-        return _without_autocast(trainer)
+        return trainer.bare_model()
     return task.auto_class.from_pretrained(Path(str(trainer.args.output_dir), "final"), dtype=torch.float32)
 
 

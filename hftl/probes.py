@@ -108,7 +108,12 @@ class _Problem:
         """The parameters (classes, features [+ 1]) of least loss, searched from `start`."""
         parameters = start.clone().requires_grad_()
         optimizer = torch.optim.LBFGS(
-            [parameters], max_iter=200, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+            [parameters],
+            max_iter=200,
+            history_size=10,
+            tolerance_grad=1e-6,
+            tolerance_change=1e-10,
+            line_search_fn="strong_wolfe",
         )
         optimizer.step(lambda: self._value_and_gradient(parameters, strength))
         return parameters.detach()

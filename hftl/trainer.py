@@ -47,9 +47,12 @@ class TransferTrainer(Trainer):
             cut.install()
         self.frozen_modules = prepare_modules(model, stage)
         self.seeded_step = -1
+        _check_checkpointing(model, self.frozen_modules, args)
         with _explained_settings():
             super().__init__(model=model, args=args, compute_loss_func=loss, **others)
         self.model_accepts_loss_kwargs = False  # the loss is ours: forward has no use for the number of rows
+        self.rows_together = self._train_batch_size * args.gradient_accumulation_steps
+        self.start: dict[str, torch.Tensor] | None = None
         if self.train_dataset is not None:
             self.add_callback(_EpochOfData(self))
 
@@ -62,6 +65,41 @@ class TransferTrainer(Trainer):
                 optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
                 self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
+
+    def bare_model(self) -> Any:
+        """The model as it was given, for another trainer or to be saved.
+
+        Accelerate leaves its half precision around `forward`, and a mark by which the next Accelerator would take the
+        model for its own, and train it in float32 and without `torch.compile`.
+        """
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+        vars(model).pop("_is_accelerate_prepared", None)
+        return model
+
+    def _inner_training_loop(self, batch_size: int | None = None, **settings: Any) -> Any:
+        """Trainer's; with `--auto_find_batch_size` it is called again after each time that memory ran out.
+
+        Trainer would go on with a tenth fewer rows a step, from the weights and moments that it had got to. Here the
+        batch is halved (to a divisor of the rows of a step), the accumulation makes up for it, and training starts
+        again from where it started: it ends as if it had begun with the batch that fits.
+
+        Raises:
+            UsageError: not even one row fits.
+        """
+        if self.args.auto_find_batch_size:
+            if self.start is None:
+                state = self.bare_model().state_dict()
+                self.start = {name: value.detach().cpu().clone() for name, value in state.items()}
+            else:
+                batch_size = _smaller(self._train_batch_size, self.rows_together)
+                self.bare_model().load_state_dict(self.start)
+                self.optimizer = self.lr_scheduler = None
+                self.seeded_step = -1
+            assert batch_size is not None
+            self.args.gradient_accumulation_steps = self.rows_together // batch_size
+            if batch_size < self.args.train_batch_size:
+                folder.say(f"batch: {batch_size} rows, {self.args.gradient_accumulation_steps} times a step")
+        return super()._inner_training_loop(batch_size, **settings)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One step whose randomness is a function of (seed, step, process), so that a resumed run repeats it.
@@ -108,6 +146,39 @@ class TransferTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing, see `_save_rng_state`."""
+
+
+def _smaller(batch_size: int, rows: int) -> int:
+    """The largest divisor of `rows` that is at most half of `batch_size`.
+
+    Raises:
+        UsageError: the batch is one row already.
+    """
+    if batch_size == 1:
+        raise UsageError(
+            "The memory is too small for a single row: try --activation_checkpointing, --method lora or frozen, a "
+            "smaller --image_size or --max_length, or a smaller model."
+        )
+    return next(size for size in range(batch_size // 2, 0, -1) if rows % size == 0)
+
+
+def _check_checkpointing(model: Any, frozen: list[nn.Module], args: TrainingArguments) -> None:
+    """Refuse activation checkpointing where the model has none, or where it would count batches twice.
+
+    Raises:
+        UsageError: as said.
+    """
+    if not args.activation_checkpointing:
+        return
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    if not getattr(inner, "supports_gradient_checkpointing", False):
+        raise UsageError(f"--activation_checkpointing: {type(inner).__name__} does not have it. Leave it out.")
+    still = {id(module) for module in frozen}
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) and id(part) not in still for part in model.modules()):
+        raise UsageError(
+            "--activation_checkpointing runs every block twice, and BatchNorm would take each batch into its "
+            "statistics twice: use --batch_norm frozen, or leave one of them out."
+        )
 
 
 @contextlib.contextmanager
