@@ -1,4 +1,4 @@
-"""The command line: `hftl train | predict | evaluate | push | ls | cp`.
+"""The command line: `hftl train | predict | evaluate | push | ls | cp | cache`.
 
 Nothing here imports torch before a command needs it.
 """
@@ -50,6 +50,7 @@ def _run(argv: list[str]) -> None:
         "push": _push,
         "ls": _list,
         "cp": _copy,
+        "cache": _cache,
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(_HELP)
@@ -73,6 +74,7 @@ Fine-tune pretrained models with the Hugging Face stack.
   hftl push RUN REPOSITORY          to the Hub; --private
   hftl ls                           the recipes and configurations that come with hftl
   hftl cp RECIPE my_recipe.py       a copy of a recipe, to change
+  hftl cache ls|size|rm             the features kept of frozen models; rm NAME, rm --all
   hftl --version
 
 tasks: {", ".join(TASKS)}
@@ -288,3 +290,48 @@ def _copy(argv: list[str]) -> None:
         raise UsageError(f"{str(target)!r}: there is no folder {str(target.parent)!r}.")
     shutil.copyfile(source, target)
     print(f"copied to {target}")
+
+
+def _cache(argv: list[str]) -> None:
+    parser = _Parser(prog="hftl cache", description="The activations kept of frozen models.")
+    parser.add_argument("action", choices=("ls", "size", "rm"))
+    parser.add_argument("name", nargs="?", help="rm: the beginning of a name that hftl cache ls shows")
+    parser.add_argument("--all", action="store_true", help="rm: everything")
+    options = parser.parse_args(argv)
+    from hftl.builtin import cache_folder
+    from hftl.folder import folder_bytes
+
+    place = cache_folder() / "features"
+    entries = sorted(place.glob("*/")) if place.is_dir() else []
+    if options.action == "size":
+        print(f"{folder_bytes(place) / 1e6:,.1f} MB in {place}")
+    elif options.action == "ls":
+        for entry in entries:
+            print(_cache_line(entry, folder_bytes(entry)))
+    elif options.all:
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        _remove_features(entries, options.name)
+
+
+def _cache_line(entry: Path, size: int) -> str:
+    """Name, size, last use, model and place of what is kept."""
+    import datetime
+    import json
+
+    path = entry / "settings.json"
+    if not path.is_file():
+        return f"{entry.name}  {size / 1e6:9,.1f} MB  unfinished"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    used = datetime.datetime.fromtimestamp(path.stat().st_mtime).isoformat(sep=" ", timespec="minutes")
+    return f"{entry.name}  {size / 1e6:9,.1f} MB  {used}  {settings['model']}, {settings['entry']}"
+
+
+def _remove_features(entries: list[Path], name: str | None) -> None:
+    if not name:
+        raise UsageError("hftl cache rm needs a name that hftl cache ls shows, or --all.")
+    found = [entry for entry in entries if entry.name.startswith(name)]
+    if len(found) != 1:
+        state = "several begin" if found else "there is no name that begins"
+        raise UsageError(f"hftl cache rm: {state} with {name!r}. See hftl cache ls.")
+    shutil.rmtree(found[0])

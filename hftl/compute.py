@@ -28,8 +28,8 @@ from hftl.folder import say, write_json
 _MEASURED_ROWS = 16
 #: passes each way; the fastest counts, so that the first ones warm up
 _PASSES = 3
-#: the work to come must be this many times the measurement, which then costs at most a twentieth
-_WORTH = 20
+#: the work to come must be this many times the measurement, which then costs at most a tenth
+_WORTH = 10
 #: half precision must take less than this part of the time, or what it gains is not worth its rounding, or noise
 _GAIN = 0.9
 #: how far half precision may move the loss, relative to it; below a loss of 0.1, relative to 0.1
@@ -101,7 +101,7 @@ def choose_precision(
     bf16 makes some models faster and others slower (EfficientNet-Lite0 trains at 1.9 times the speed of
     float32 where MiniLM is slower), so that the first time a model comes on a machine both are timed, and the answer
     is kept in `precision.json` in the cache folder. It is float32, without a word, where the work to come is less than
-    20 times the measurement; and it is float32 where bf16 moves the loss by more than a hundredth.
+    10 times the measurement; and it is float32 where bf16 moves the loss by more than a hundredth.
 
     The first process measures and tells the others, so that all must call this together. Neither the model nor the
     state of the random generators changes.

@@ -9,7 +9,6 @@ may fill one cache, and an interrupted extraction goes on.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -37,7 +36,7 @@ from hftl.arguments import TransferArguments
 from hftl.builtin import cache_folder
 from hftl.cut import Batch, Cut, NoCut
 from hftl.errors import UsageError
-from hftl.folder import say, write_json
+from hftl.folder import folder_bytes, say, write_json
 from hftl.losses import CrossEntropyLoss
 from hftl.methods import Plan, Stage
 from hftl.pretrained import public_name
@@ -378,15 +377,6 @@ def _announce(shards: Shards, keys: dict[str, list[Any]], data: dict[str, list[A
         f"features: the frozen part runs once for each of {len(every):,} examples ({state}); "
         f"{len(every) * row_bytes / 1e6:,.1f} MB as {settings['dtype']} in {shards.folder}"
     )
-
-
-def folder_bytes(folder: Path) -> int:
-    """What the files below a folder take."""
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-            total += path.stat().st_size
-    return total
 
 
 class _Extraction:

@@ -186,6 +186,15 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
+def folder_bytes(folder: Path) -> int:
+    """What the files below a folder take."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            total += path.stat().st_size
+    return total
+
+
 def check_space(folder: Path, needed: int) -> None:
     """Refuse a run whose files would not fit.
 

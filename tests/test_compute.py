@@ -172,7 +172,7 @@ def test_the_faster_precision_is_chosen_and_remembered(
 def test_nothing_is_measured_that_does_not_pay(
     clock: dict[str, float], cache: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    rows = 20 * 2 * 3 * 8  # twenty times three passes of eight rows each way
+    rows = 10 * 2 * 3 * 8  # ten times three passes of eight rows each way
     assert choose(TINY["bert"](), rows=rows - 1) == "fp32"
     assert capsys.readouterr().out == ""
     assert not cache.exists()

@@ -1,0 +1,431 @@
+"""Kept activations: the same training as without, whatever the architecture; a cache that survives what may happen."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_data
+import tiny_models
+import torch
+from safetensors.torch import load_file
+from tiny_models import TINY, tiny_inputs
+from tiny_training import tiny_arguments
+
+import hftl
+from hftl import cli, features, methods
+from hftl.cut import Cut, NoCut
+from hftl.features import NotKept, Shards
+from hftl.trainer import prepare_modules
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HFTL_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+# --- the cut ---------------------------------------------------------------------------------------------------------
+
+#: architecture and method that cannot be cut, and why
+UNCUT = {
+    ("timm_densenet121", "partial"): "no single tensor",  # a dense layer reads a list of all before it
+    ("timm_deit_tiny_distilled", "frozen"): "need more",  # two heads
+    ("albert", "partial"): "more than once",  # one layer, shared
+}
+
+
+def two_batches(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    one, other = tiny_inputs(model, batch=2), tiny_inputs(model, batch=3)
+    if "input_ids" in other:
+        other = {name: torch.cat([value, value[:, :8]], dim=1) for name, value in other.items()}
+    return one, other
+
+
+@pytest.mark.parametrize("method", ["frozen", "partial"])
+@pytest.mark.parametrize("name", TINY)
+def test_the_rest_of_the_model_gives_the_same_outputs_and_gradients(name: str, method: str) -> None:
+    torch.manual_seed(0)
+    model = TINY[name]()
+    flags = ["--method=partial", "--unfreeze_blocks=1"] if method == "partial" else ["--method=frozen"]
+    stage = methods.build_plan(model, tiny_arguments(model, *flags)).stages[0]
+    frozen = prepare_modules(model, stage)
+    batches = two_batches(model)
+    if (name, method) in UNCUT:
+        with pytest.raises(NoCut, match=UNCUT[name, method]):
+            Cut(model, stage, frozen, batches)
+        assert not any("forward" in vars(module) for module in model.modules())
+        return
+    cut = Cut(model, stage, frozen, batches)
+    prepare_modules(model, stage)
+
+    def gradients(run: Any) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        torch.manual_seed(1)
+        run()["logits"].square().sum().backward()
+        return {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
+
+    expected = gradients(lambda: model(**batches[1]))
+    kept = cut.capture(model, batches[1])
+    with cut.installed():
+        found = gradients(lambda: model(**cut.inputs(kept, {key: batches[1][key] for key in cut.carried})))
+    assert expected.keys() == found.keys() == stage.trainable & expected.keys() != set()
+    for key, value in expected.items():
+        assert torch.allclose(found[key], value, rtol=1e-4, atol=1e-6), key
+    assert not any("forward" in vars(module) for module in model.modules())  # an ordinary model again
+
+
+# --- training on it --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("features")
+    small_data.write_images(folder / "images", {"train": 8, "val": 3, "test": 5})
+    small_data.write_texts(folder / "texts", {"train": 32, "dev": 11, "test": 13})
+    tiny_models.write_timm_folder(folder / "cnn", "resnet18")
+    tiny_models.write_tiny_image_model(folder / "vit", kind="vit")
+    tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
+    tiny_models.write_tiny_text_model(folder / "gpt2", kind="gpt2")
+    return folder
+
+
+def train(place: Path, model: str, run: Path, *flags: str) -> hftl.Run:
+    images = model in ("cnn", "vit")
+    task = "image" if images else "text"
+    common = [f"--dataset={place / f'{task}s'}", f"--model={place / model}", f"--output_dir={run}", "--overwrite"]
+    common += ["--logging_steps=1", "--per_device_train_batch_size=8", "--report_to=none"]
+    return cli.run_recipe(ROOT / "recipes" / f"{task}_classification.py", [*common, *flags])
+
+
+def log(run: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (run / "logs" / "log.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+@pytest.mark.parametrize("method", ["frozen", "partial"])
+@pytest.mark.parametrize("model", ["cnn", "vit", "bert", "gpt2"])
+def test_kept_activations_train_as_the_whole_model(
+    place: Path, tmp_path: Path, model: str, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [f"--method={method}", "--num_train_epochs=2", "--feature_cache_dtype=float32"]
+    flags += ["--unfreeze_blocks=1"] if method == "partial" else []
+    flags += ["--augmentation=none"] if model in ("cnn", "vit") else []
+    train(place, model, tmp_path / "kept", "--feature_cache=on", *flags)
+    assert "the frozen part runs once" in capsys.readouterr().out
+    train(place, model, tmp_path / "whole", "--feature_cache=off", *flags)
+    assert "the frozen part runs once" not in capsys.readouterr().out
+    for name in ("loss", "eval_loss"):
+        whole = log(tmp_path / "whole", name)
+        assert whole
+        assert log(tmp_path / "kept", name) == pytest.approx(whole, rel=1e-4)
+    one, other = (load_file(tmp_path / run / "model.safetensors") for run in ("kept", "whole"))
+    assert all(torch.allclose(one[name].float(), value.float(), atol=1e-4) for name, value in other.items())
+
+
+def test_only_what_is_new_is_computed(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def missing(*flags: str, model: str = "cnn", data: Path = place) -> str:
+        train(data, model, tmp_path / "run", *flags)
+        line = next(line for line in capsys.readouterr().out.splitlines() if "runs once" in line)
+        return line.partition("(")[2].partition(")")[0]
+
+    grown = tmp_path / "grown"
+    shutil.copytree(place / "images", grown / "images")
+    for name in ("cnn", "vit"):
+        os.symlink(place / name, grown / name)
+    first = missing("--method=frozen")
+    count = int(first.split()[0])
+    assert first == f"{count} to compute"
+    assert count == sum(1 for _ in (place / "images").rglob("*.png"))
+    assert missing("--method=frozen", "--seed=7", "--validation_fraction=0.2") == "all in the cache"
+    assert missing("--method=lp_ft", "--max_train_samples=10", "--num_train_epochs=1") == "all in the cache"
+    assert missing("--method=frozen", model="vit") == f"{count} to compute"  # other weights
+    assert missing("--method=frozen", "--image_size=48") == f"{count} to compute"
+    # Another place and another name of a class are no other content.
+    label = next(path for path in sorted((grown / "images" / "train").iterdir()))
+    for split in ("train", "val", "test"):
+        (grown / "images" / split / label.name).rename(grown / "images" / split / "renamed")
+    assert missing("--method=frozen", data=grown) == "all in the cache"
+    small_data.write_images(tmp_path / "more", {"train": 9, "val": 3, "test": 5}, size=44)
+    for path in (tmp_path / "more" / "train").rglob("*.png"):
+        shutil.copy(path, grown / "images" / "train" / "renamed" / f"new-{path.parent.name}-{path.name}")
+    new = sum(1 for _ in (grown / "images").rglob("new-*"))
+    assert missing("--method=frozen", data=grown) == f"{new} to compute"
+
+
+def test_views_are_augmented_and_kept(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--method=frozen", "--feature_views=3", "--augmentation=light"]
+    train(place, "cnn", tmp_path / "one", *flags)
+    rows = sum(1 for _ in (place / "images" / "train").rglob("*.png"))
+    others = sum(1 for _ in (place / "images").rglob("*.png")) - rows
+    assert f"{3 * rows + others} to compute" in capsys.readouterr().out
+    train(place, "cnn", tmp_path / "two", *flags, "--seed=3")
+    assert "all in the cache" in capsys.readouterr().out
+    train(place, "cnn", tmp_path / "trained", *flags, "--num_train_epochs=3")
+    assert len(set(log(tmp_path / "trained", "loss"))) > 3
+
+
+def test_explicit_augmentation_is_not_dropped(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(place, "cnn", tmp_path / "run", "--method=frozen", "--augmentation=strong", "--max_steps=2")
+    assert "--augmentation strong changes the images every epoch" in capsys.readouterr().out
+
+
+# --- the solved head -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["cnn", "bert", "gpt2"])
+def test_a_solved_head_is_the_models_ordinary_one(place: Path, tmp_path: Path, model: str) -> None:
+    run = train(place, model, tmp_path / "run", "--method=frozen")
+    before = load_file(place / model / "model.safetensors")
+    after = load_file(run.folder / "model.safetensors")
+    shared = [name for name in after if name in before and before[name].shape == after[name].shape]
+    assert len(shared) >= len(after) - 2
+    assert [name for name in shared if not before[name].equal(after[name])] == []  # the backbone and its statistics
+    stage = run.metrics["train"]["stages"][0]
+    assert stage["penalty"] > 0
+    scores = run.evaluate(str(place / ("images" if model == "cnn" else "texts")), "test")
+    assert scores["loss"] == pytest.approx(run.metrics["test"]["loss"], abs=2e-3)
+    recipe = (run.folder / "recipe.yaml").read_text()
+    again = cli.run_recipe(
+        ROOT / "recipes" / f"{run.task.modality}_classification.py",
+        [f"--config={run.folder / 'recipe.yaml'}", f"--output_dir={tmp_path / 'again'}"],
+    )
+    assert "head_solver" in recipe
+    assert load_file(again.folder / "model.safetensors").keys() == after.keys()
+    assert all(value.equal(after[name]) for name, value in load_file(again.folder / "model.safetensors").items())
+
+
+def test_lp_ft_starts_from_a_solved_head(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(place, "cnn", tmp_path / "run", "--method=lp_ft", "--num_train_epochs=1")
+    first, second = run.metrics["train"]["stages"]
+    assert "penalty" in first
+    assert second["trainable_parameters"] == second["total_parameters"]
+    out = capsys.readouterr().out
+    assert "stage 1 of 2: head" in out
+    assert "solved on the features" in out
+
+
+def test_settings_of_training_train_the_head(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(place, "cnn", tmp_path / "run", "--method=frozen", "--head_learning_rate=0.01", "--num_train_epochs=1")
+    assert "trained by SGD, as --head_learning_rate asks" in capsys.readouterr().out
+    assert "penalty" not in run.metrics["train"]["stages"][0]
+
+
+# --- what can happen to the cache ------------------------------------------------------------------------------------
+
+
+def shards_folder(home: Path) -> Path:
+    return next((home / "features").iterdir())
+
+
+def test_a_damaged_shard_is_made_again(
+    place: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(place, "cnn", tmp_path / "one", "--method=frozen")
+    expected = load_file(tmp_path / "one" / "model.safetensors")
+    for damage in ("flip", "cut", "index"):
+        capsys.readouterr()
+        shard = next(shards_folder(home).glob("*.bin" if damage != "index" else "*.npz"))
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        shard.write_bytes(content[: len(content) // 3] if damage == "cut" else content)
+        train(place, "cnn", tmp_path / "two", "--method=frozen")
+        out = capsys.readouterr().out
+        assert "is damaged" in out, damage
+        assert "to compute" in out, damage
+        found = load_file(tmp_path / "two" / "model.safetensors")
+        assert all(found[name].equal(value) for name, value in expected.items())
+
+
+def test_an_interrupted_extraction_goes_on(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(features, "_ROWS", 4)
+    monkeypatch.setattr(features, "_SHARD_BYTES", 1)
+    train(place, "bert", tmp_path / "whole", "--method=partial", "--num_train_epochs=1")
+    shutil.rmtree(tmp_path / "home")
+    write = Shards.write
+    calls = 0
+
+    def stop(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    monkeypatch.setattr(Shards, "write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(place, "bert", tmp_path / "run", "--method=partial", "--num_train_epochs=1")
+    monkeypatch.setattr(Shards, "write", write)
+    capsys.readouterr()
+    train(place, "bert", tmp_path / "run", "--method=partial", "--num_train_epochs=1")
+    line = next(line for line in capsys.readouterr().out.splitlines() if "runs once" in line)
+    rows, missing = int(line.split("each of ")[1].split()[0]), int(line.split("(")[1].split()[0])
+    assert missing == rows - 8
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
+    assert all(other[name].equal(value) for name, value in one.items())
+
+
+def test_a_cache_that_cannot_be_written_is_said(
+    place: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home.mkdir()
+    (home / "features").write_text("in the way")
+    train(place, "cnn", tmp_path / "run", "--method=frozen", "--num_train_epochs=1")
+    assert "features: not kept, since" in capsys.readouterr().out
+    (home / "features").unlink()
+    train(place, "cnn", tmp_path / "run", "--method=frozen", "--num_train_epochs=1", "--feature_cache_gb=0.000001")
+    out = capsys.readouterr().out
+    assert "more than --feature_cache_gb 1e-06" in out
+    assert "hftl cache rm" in out
+
+
+def test_another_run_may_empty_the_cache(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reload, emptied = Shards.reload, []
+
+    def empty_once(shards: Shards) -> None:
+        if not emptied and any(shards.folder.glob("*.npz")):
+            emptied.append(True)
+            for path in [*shards.folder.glob("*.npz"), *shards.folder.glob("*.bin")]:
+                path.unlink()
+        reload(shards)
+
+    monkeypatch.setattr(Shards, "reload", empty_once)
+    run = train(place, "cnn", tmp_path / "run", "--method=frozen")
+    assert emptied
+    assert "penalty" in run.metrics["train"]["stages"][0]
+
+
+def test_two_processes_fill_one_cache(home: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=write_rows, args=(str(home), start)) for start in (0, 50)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    shards = Shards(home / "both", dict)
+    places = shards.find(np.arange(150, dtype=np.uint64))
+    assert (places[:, 0] >= 0).all()
+    assert [float(shards.read(place)[0]) for place in places] == list(range(150))
+    assert (shards.find(np.array([999], dtype=np.uint64))[:, 0] == -1).all()
+
+
+def write_rows(home: str, start: int) -> None:
+    """A hundred rows, in shards of ten; half of them another process writes too."""
+    settings = {"dtype": "float32", "shape": [3], "ragged": False}
+    shards = Shards(Path(home) / "both", lambda: settings)
+    for first in range(start, start + 100, 10):
+        keys = np.arange(first, first + 10, dtype=np.uint64)
+        shards.write(keys, [torch.full((3,), float(key)) for key in keys])
+
+
+def test_values_too_large_for_half_precision_are_refused(home: Path) -> None:
+    shards = Shards(home / "half", lambda: {"dtype": "float16", "shape": [1], "ragged": False})
+    with pytest.raises(NotKept, match="float32"):
+        shards.write(np.array([1], dtype=np.uint64), [torch.tensor([1e6])])
+    assert list((home / "half").glob("*.bin")) == []
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "message"),
+    [
+        ("cnn", ["--method=full", "--feature_cache=on"], "--method full trains the whole model"),
+        ("cnn", ["--method=full", "--head_solver=lbfgs"], "--method full fits no head alone"),
+        ("cnn", ["--method=frozen", "--head_solver=lbfgs", "--feature_cache=off"], "needs kept features"),
+        ("bert", ["--method=frozen", "--feature_views=2"], "has no augmentation"),
+        ("cnn", ["--method=frozen", "--feature_views=2", "--augmentation=none"], "needs an augmentation"),
+        ("cnn", ["--method=frozen", "--feature_views=0"], "must be above 0"),
+        ("cnn", ["--method=frozen", "--feature_cache=on", "--augmentation=light"], "changes the images every epoch"),
+        ("cnn", ["--method=frozen", "--feature_cache=yes"], "invalid choice"),
+        ("bert", ["--method=lora", "--lora_blocks=99"], "--lora_blocks must lie between 1 and"),
+        ("bert", ["--method=full", "--lora_blocks=1"], "does not use --lora_blocks"),
+    ],
+)
+def test_wishes_that_cannot_be_met(place: Path, tmp_path: Path, model: str, flags: list[str], message: str) -> None:
+    with pytest.raises(hftl.UsageError, match=message):
+        train(place, model, tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_that_is_not_linear_cannot_be_solved(place: Path, tmp_path: Path) -> None:
+    tiny_models.write_tiny_text_model(tmp_path / "roberta", kind="roberta")
+    with pytest.raises(hftl.UsageError, match="--head_solver lbfgs cannot be: the head is more than one linear layer"):
+        train(place, str(tmp_path / "roberta"), tmp_path / "run", "--method=frozen", "--head_solver=lbfgs")
+
+
+# --- adapters, processes, the command line ---------------------------------------------------------------------------
+
+
+def test_adapters_in_the_last_blocks_train_on_kept_activations(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--method=lora", "--lora_blocks=1", "--num_train_epochs=1", "--feature_cache_dtype=float32"]
+    train(place, "bert", tmp_path / "kept", *flags)
+    assert "the frozen part runs once" in capsys.readouterr().out
+    train(place, "bert", tmp_path / "whole", *flags, "--feature_cache=off")
+    assert log(tmp_path / "kept", "loss") == pytest.approx(log(tmp_path / "whole", "loss"), rel=1e-4)
+    adapter = load_file(tmp_path / "kept" / "adapter" / "adapter_model.safetensors")
+    blocks = {name.split(".layer.")[1].split(".")[0] for name in adapter if ".layer." in name}
+    assert len(blocks) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_extraction(place: Path, tmp_path: Path, home: Path) -> None:
+    flags = [f"--dataset={place / 'texts'}", f"--model={place / 'bert'}", "--method=partial", "--unfreeze_blocks=1"]
+    flags += ["--num_train_epochs=1", "--logging_steps=1", "--feature_cache_dtype=float32"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HFTL_HOME": str(home)}
+    recipe = str(ROOT / "recipes" / "text_classification.py")
+    config = str(ROOT / "accelerate_configs" / "cpu_2_processes.yaml")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, recipe, *flags]
+    two = subprocess.run(
+        [*launch, f"--output_dir={tmp_path / 'two'}", "--per_device_train_batch_size=4"],
+        env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert two.returncode == 0, two.stdout + two.stderr
+    assert two.stdout.count("the frozen part runs once") == 1
+    solved = subprocess.run(
+        [*launch[:-5], "--method=frozen", f"--output_dir={tmp_path / 'solved'}"],
+        env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert solved.returncode == 0, solved.stdout + solved.stderr
+    train(place, "bert", tmp_path / "one", "--method=partial", "--unfreeze_blocks=1", "--num_train_epochs=1")
+    train(place, "bert", tmp_path / "alone", "--method=frozen")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "solved"))
+    assert all(torch.allclose(other[name], value, atol=1e-3) for name, value in one.items())
+    assert log(tmp_path / "two", "eval_loss") == pytest.approx(log(tmp_path / "one", "eval_loss"), rel=1e-2)
+
+
+def test_the_cache_command(place: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(place, "cnn", tmp_path / "run", "--method=frozen")
+    capsys.readouterr()
+    cli._run(["cache", "ls"])
+    out = capsys.readouterr().out
+    assert "cnn" in out
+    assert "output layer" in out
+    name = shards_folder(home).name
+    cli._run(["cache", "size"])
+    assert "MB" in capsys.readouterr().out
+    with pytest.raises(hftl.UsageError, match="there is no"):
+        cli._run(["cache", "rm", "nothing"])
+    cli._run(["cache", "rm", name[:8]])
+    assert not (home / "features" / name).exists()
+    train(place, "cnn", tmp_path / "run", "--method=frozen")
+    cli._run(["cache", "rm", "--all"])
+    assert not (home / "features").exists()
