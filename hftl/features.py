@@ -192,10 +192,10 @@ def fingerprint(task: Any, model: nn.Module, source: Source, precision: str) -> 
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for code in sources:
         digest.update(code)
-    for name, value in sorted((backbones.plain_name(model, name), value) for name, value in model.state_dict().items()):
-        if not source.is_trained(name):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    state = {name: value for name, value in model.state_dict().items() if not source.is_trained(name)}
+    for name in sorted(state, key=lambda name: backbones.plain_name(model, name)):
+        digest.update(backbones.plain_name(model, name).encode())
+        digest.update(state[name].detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
