@@ -194,6 +194,14 @@ class ImageArguments(TransferArguments):
         choices=("none", "light", "strong"),
     )
     horizontal_flip: bool = _argument(True, "Mirror training images at random; false for digits and text.")
+    image_cache: str = _argument(
+        "auto",
+        "Keep training images on disk at the size that they are used in, so that later epochs decode nothing; "
+        "auto: for more than one epoch of photos much larger than that.",
+        choices=("auto", "on", "off"),
+    )
+    # 25,000 pictures of 317 x 423 pixels.
+    image_cache_gb: float = _argument(10.0, "What all kept images may take on the disk; otherwise none are kept.")
 
 
 @dataclass
