@@ -24,6 +24,7 @@ from transformers import pipeline
 
 import hftl
 from hftl import fitting, images
+from hftl.errors import UsageError
 from hftl.image_cache import picture_key
 from hftl.tasks.image_classification import ImageClassification, decoded_side, training_side
 
@@ -261,6 +262,11 @@ def test_when_pictures_are_kept(place: Path, home: Path, flags: list[str], name:
     for row in range(len(data)):
         data[row]
     assert len(kept(home)) == (len(given) if expected else 0)
+
+
+def test_a_limit_that_means_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match="--image_cache_gb"):
+        hftl.parse(hftl.ImageArguments, ["--model=x", "--image_cache_gb=-1"])
 
 
 def _png(picture: Image.Image) -> bytes:
