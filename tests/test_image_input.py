@@ -337,9 +337,11 @@ def test_a_full_disk_ends_the_keeping_not_the_training(
 def test_two_runs_at_once_share_what_they_keep(place: Path, home: Path) -> None:
     found: dict[int, torch.Tensor] = {}
 
+    tasks = [task_for(place) for _ in range(4)]  # not in the threads: accelerate has one state a process
+
     def train(number: int) -> None:
         # No augmentation draws here: the random generator belongs to the whole process.
-        data = task_for(place).dataset(rows(place), training=True)
+        data = tasks[number].dataset(rows(place), training=True)
         found[number] = torch.cat(
             [torch.from_numpy(data.open_image(data.rows[row]["image"])).flatten() for row in range(len(data))]
         )
