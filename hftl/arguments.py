@@ -194,6 +194,14 @@ class ImageArguments(TransferArguments):
         choices=("none", "light", "strong"),
     )
     horizontal_flip: bool = _argument(True, "Mirror training images at random; false for digits and text.")
+    image_cache: str = _argument(
+        "auto",
+        "Keep training images on disk at the size that they are used in, so that later epochs decode nothing; "
+        "auto: for more than one epoch of photos much larger than that.",
+        choices=("auto", "on", "off"),
+    )
+    # 25,000 pictures of 317 x 423 pixels.
+    image_cache_gb: float = _argument(10.0, "What all kept images may take on the disk; otherwise none are kept.")
 
 
 @dataclass
@@ -467,7 +475,7 @@ def _check_ranges(arguments: TransferArguments) -> None:
     positive = ["num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "head_epochs"]
     positive += ["max_train_samples", "max_eval_samples", "learning_rate", "head_learning_rate", "lora_r", "lora_alpha"]
     positive += ["lora_blocks", "feature_views", "feature_cache_gb"]
-    positive += ["image_size", "max_length", "gradient_accumulation_steps", "early_stopping_patience"]
+    positive += ["image_size", "image_cache_gb", "max_length", "gradient_accumulation_steps", "early_stopping_patience"]
     for name in positive:
         value = getattr(arguments, name, None)
         if value is not None and not value > 0:

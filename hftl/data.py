@@ -916,12 +916,16 @@ def _image_keys(parts: dict[str, datasets.Dataset]) -> dict[str, list] | None:
     sizes = {role: [os.path.getsize(path) for path in paths[role]] for role in parts}
     splits_with = Counter(size for role in parts for size in set(sizes[role]))
     with ThreadPoolExecutor(_threads()) as pool:
-        return {
-            role: list(
-                pool.map(lambda path, size: _digest(path) if splits_with[size] > 1 else None, paths[role], sizes[role])
-            )
-            for role in parts
-        }
+        return {role: _digests(pool, paths[role], [splits_with[size] > 1 for size in sizes[role]]) for role in parts}
+
+
+def _digests(pool: ThreadPoolExecutor, paths: list[str], wanted: list[bool]) -> list[bytes | None]:
+    """Digests of the files that are wanted, some at a time: a call that waits in a pool takes a kilobyte."""
+    digests: list[bytes | None] = []
+    for start in range(0, len(paths), 1024):
+        part = slice(start, start + 1024)
+        digests += pool.map(lambda path, want: _digest(path) if want else None, paths[part], wanted[part])
+    return digests
 
 
 def _digest(source: str | bytes | None) -> bytes | None:

@@ -148,10 +148,19 @@ def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, 
 
 
 def _workers(task: ClassificationTask) -> int:
-    """Images are decoded beside the computation on the cores that it leaves; tokenised texts need no help."""
+    """Images are decoded beside the computation on the cores that it leaves; tokenised texts need no help.
+
+    A training image takes 1 ms of a core, 11 ms if it is a photo of 6 megapixels, and a step of efficientnet_lite0, a
+    small network, 46 ms an image (measured): on a CPU one worker keeps pace with the network on four cores, and on two
+    it takes up what the network's threads leave idle between steps. For a GPU 8 workers prepare 700 to 7,000 images a
+    second. A process with a core to itself has nothing to gain.
+    """
     if task.modality != "image":
         return 0
-    return max(0, min(4, compute.cores() // compute.local_processes() - 1))
+    cores = compute.cores() // compute.local_processes()
+    if cores < 2:
+        return 0
+    return min(8, max(1, cores // 4) if task.arguments.use_cpu else cores - 1)
 
 
 def _bytes_needed(plan: Plan) -> int:

@@ -25,7 +25,14 @@ LOGS = "logs"
 #: where the files of a run stand until all of them are there
 PARTIAL = ".partial"
 #: settings that may differ between an interrupted run and the command that goes on with it
-_FREE_ON_RESUME = {"keep_checkpoints", "logging_steps", "per_device_eval_batch_size", "hub_model_id", "hub_strategy"}
+_FREE_ON_RESUME = {
+    "keep_checkpoints",
+    "logging_steps",
+    "per_device_eval_batch_size",
+    "hub_model_id",
+    "hub_strategy",
+    "image_cache_gb",
+}
 #: where an interrupted run keeps what `--precision auto` chose, which the run that goes on must not choose anew
 CHOSEN_PRECISION = "chosen_precision"
 

@@ -32,10 +32,18 @@ IMAGE_ERRORS = (
 _PART = 65_536
 
 
-def open_image(value: Any) -> Image.Image:
+def open_image(value: Any, least_side: int | None = None) -> Image.Image:
     """An RGB image from a path, bytes, a `{"bytes", "path"}` dict, a Pillow image or a numpy array.
 
     EXIF orientation is applied; transparency is laid on white; 16-bit and float pixels are scaled to 8 bits.
+
+    Args:
+        value: the image; what is decoded already stays at its size.
+        least_side: a JPEG file may be decoded at a half, a quarter or an eighth of its size, the smallest at which both
+            sides have this many pixels (libjpeg leaves out high frequencies; Pillow's `draft`). None: at its full size.
+
+    Raises:
+        UsageError: there is no such file, or it is no image that can be read.
     """
     if isinstance(value, Image.Image):
         return _to_rgb(value)
@@ -46,6 +54,8 @@ def open_image(value: Any) -> Image.Image:
         raise UsageError(f"no image file is named in {value!r}")
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if least_side is not None:
+                image.draft(None, (least_side, least_side))
             image.load()
             return _to_rgb(image)
     except FileNotFoundError as error:
@@ -141,6 +151,15 @@ def content_key(value: Any, full: bool = False) -> bytes:
     except OSError as error:
         raise UsageError(f"{name} cannot be read: {error.strerror}") from error
     return digest.digest()
+
+
+def image_header_size(value: Any) -> tuple[int, int] | None:
+    """Width and height that a file says, before EXIF orientation; None where it cannot be read, see `image_problem`."""
+    if image_problem(value, full=False):
+        return None
+    source, _ = image_source(value)
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as image:
+        return image.size
 
 
 def image_problem(value: Any, full: bool) -> str | None:

@@ -1,0 +1,438 @@
+"""From image files to pixels: decoding near the size that is used, and training pictures that are kept."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sklearn.datasets
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_models import write_timm_folder, write_tiny_image_model
+from transformers import pipeline
+
+import hftl
+from hftl import fitting, images
+from hftl.errors import UsageError
+from hftl.image_cache import picture_key
+from hftl.tasks.image_classification import ImageClassification, decoded_side, training_side
+
+NAMES = ["ant", "bee"]
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """scikit-learn's picture of a palace, enlarged."""
+    pixels = sklearn.datasets.load_sample_image("china.jpg")
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, one large photo, and a folder of photos that are large for a model of 32 pixels."""
+    top = tmp_path_factory.mktemp("input")
+    write_tiny_image_model(top / "vit", "vit")
+    write_timm_folder(top / "timm", "resnet18", channels=[8, 8, 16, 16], stem_width=8, zero_init_last=False)
+    photo(3000, 2000).save(top / "large.jpg", quality=90)
+    random = np.random.default_rng(0)
+    for name in NAMES:
+        for split, count in {"train": 6, "validation": 2}.items():
+            (top / "data" / split / name).mkdir(parents=True)
+            for row in range(count):
+                pixels = random.integers(0, 256, (16, 20 + 2 * row, 3), dtype=np.uint8)
+                picture = Image.fromarray(pixels).resize((160 + 4 * row, 120))
+                picture.save(top / "data" / split / name / f"{row}.jpg", quality=95)
+    return top
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder for this test alone."""
+    monkeypatch.setenv("HFTL_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "images"
+
+
+def task_for(
+    place: Path, *flags: str, model: str = "vit", kind: type[ImageClassification] = ImageClassification
+) -> Any:
+    """A task with the processor of a model, as far as training pictures need it."""
+    task = kind(hftl.parse(hftl.ImageArguments, [f"--model={place / model}", "--num_train_epochs=2", *flags]))
+    task.load_processor(place / model)
+    return task
+
+
+def rows(place: Path) -> list[dict[str, Any]]:
+    return [{"image": str(path)} for path in sorted((place / "data" / "train").glob("*/*.jpg"))]
+
+
+def kept(home: Path) -> list[Path]:
+    return sorted(path for path in home.glob("**/*") if path.is_file())
+
+
+def pixels(dataset: Any, epoch: int = 0) -> torch.Tensor:
+    dataset.set_epoch(epoch)
+    return torch.stack([dataset[row]["pixel_values"] for row in range(len(dataset))])
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was decoded since the last look."""
+    opened: list[Any] = []
+    decode = images.open_image
+
+    def counting(value: Any, least_side: int | None = None) -> Image.Image:
+        opened.append(value)
+        return decode(value, least_side)
+
+    monkeypatch.setattr(images, "open_image", counting)
+    return opened
+
+
+# --- decoding smaller ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "least", "expected"),
+    [
+        ((3000, 2000), 634, (1500, 1000)),
+        ((3000, 2000), 500, (750, 500)),
+        ((3000, 2000), 501, (1500, 1000)),
+        ((400, 5000), 101, (200, 2500)),
+        ((500, 375), 634, (500, 375)),
+    ],
+)
+def test_jpeg_is_decoded_smaller_while_both_sides_are_large_enough(
+    size: tuple[int, int], least: int, expected: tuple[int, int], tmp_path: Path
+) -> None:
+    picture = photo(*size)
+    picture.save(tmp_path / "a.jpg")
+    picture.save(tmp_path / "a.png")
+    content = (tmp_path / "a.jpg").read_bytes()
+    for value in (str(tmp_path / "a.jpg"), content, {"bytes": content, "path": None}):
+        assert images.open_image(value, least).size == expected
+        assert images.open_image(value).size == size
+    assert images.open_image(str(tmp_path / "a.png"), least).size == size
+    assert images.open_image(picture, least).size == images.open_image(np.asarray(picture), least).size == size
+
+
+@pytest.mark.parametrize("kind", ["orientation", "CMYK", "L", "progressive"])
+def test_kinds_of_jpeg_stay_right_when_decoded_smaller(kind: str, tmp_path: Path) -> None:
+    picture, settings = photo(1200, 800), {}
+    if kind == "orientation":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        settings = {"exif": exif}
+    elif kind == "progressive":
+        settings = {"progressive": True}
+    else:
+        picture = picture.convert(kind)
+    picture.save(tmp_path / "a.jpg", quality=95, **settings)
+    full, half = images.open_image(tmp_path / "a.jpg"), images.open_image(tmp_path / "a.jpg", 400)
+    assert full.size == ((800, 1200) if kind == "orientation" else (1200, 800))
+    assert (half.mode, half.size) == ("RGB", (full.width // 2, full.height // 2))
+    difference = np.abs(np.asarray(full.reduce(2), dtype=float) - np.asarray(half, dtype=float))
+    assert difference.mean() < 1.5, difference.mean()
+
+
+@pytest.mark.parametrize(("model", "resized", "size"), [("vit", 32, 32), ("timm", 64 / 0.95, 64)])
+def test_pixels_and_answers_hardly_move(place: Path, model: str, resized: float, size: int, tmp_path: Path) -> None:
+    task = task_for(place, model=model)
+    least = decoded_side(task.processor)
+    assert least is not None
+    assert least >= 2 * max(resized, training_side(task.processor))
+    assert training_side(task.processor) == int(np.ceil(size * 2**0.5))
+    path = str(place / "large.jpg")
+    assert images.open_image(path, least).width < 3000
+    plain = task.processor(images=images.open_image(path), return_tensors="pt")["pixel_values"][0]
+    found = task.collate([task.dataset([{"image": path}], training=False)[0]])["pixel_values"][0]
+    difference = (found - plain).abs() * 127.5  # both processors have a deviation of about a half
+    assert 0 < difference.mean() < 1
+
+
+@pytest.mark.parametrize("model", ["vit", "timm"])
+def test_predictions_are_those_of_the_pipeline(place: Path, model: str, tmp_path: Path) -> None:
+    run = hftl.finetune(
+        "image-classification",
+        model=place / model,
+        dataset=place / "data",
+        num_train_epochs=1,
+        output_dir=tmp_path / "run",
+        dataloader_num_workers=0,
+        report_to="none",
+    )
+    answers = pipeline("image-classification", str(run.folder))
+    for path in [place / "large.jpg", *sorted((place / "data" / "validation").glob("*/*.jpg"))]:
+        (found,) = run.predict(path)
+        expected = {entry["label"]: entry["score"] for entry in answers(str(path), top_k=None)}
+        assert found.probabilities == pytest.approx(expected, abs=1e-3)
+
+
+class OwnTask(ImageClassification):
+    """Cuts a corner out of every picture."""
+
+    def open_image(self, value: Any) -> Image.Image:
+        """The corner."""
+        picture = super().open_image(value)
+        self.seen = picture.size
+        return picture.crop((0, 0, 600, 600))
+
+
+def test_a_task_that_opens_images_itself_sees_them_whole(place: Path, home: Path) -> None:
+    task = task_for(place, "--image_cache=on", kind=OwnTask)
+    for training in (True, False):
+        data = task.dataset([{"image": str(place / "large.jpg")}], training)
+        assert data[0]["pixel_values"].shape == (3, 32, 32)
+        assert task.seen == (3000, 2000)
+    assert not kept(home)
+
+
+def test_a_processor_that_does_not_resize_gets_the_whole_picture(place: Path) -> None:
+    task = task_for(place)
+    task.processor.do_resize = False
+    data = task.dataset([{"image": str(place / "large.jpg")}], training=False)
+    assert data[0]["pixel_values"].shape == (3, 2000, 3000)
+
+
+# --- keeping training pictures ---------------------------------------------------------------------------------------
+
+
+def test_a_second_epoch_decodes_nothing(place: Path, home: Path, decoded: list[Any]) -> None:
+    task = task_for(place)  # auto: these photos are much larger than 46 pixels
+    data = task.dataset(rows(place), training=True)
+    first, again = pixels(data), pixels(data)
+    assert len(decoded) == len(data) == len(kept(home)) == 12
+    assert torch.equal(first, again)
+    assert not torch.equal(first, pixels(data, epoch=1))
+    anew = task.dataset(rows(place), training=True)
+    assert torch.equal(pixels(anew, epoch=1), pixels(data, epoch=1))
+    assert len(decoded) == 12
+    assert np.fromfile(kept(home)[0], np.uint8).size <= 20 + 3 * 46 * 69
+
+
+def test_pixels_are_the_same_kept_or_not(place: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_room = pixels(task_for(place).dataset(rows(place), training=True))
+    shutil.rmtree(home)
+    without = pixels(task_for(place, "--image_cache_gb=1e-6").dataset(rows(place), training=True))
+    assert torch.equal(with_room, without)
+    assert not kept(home)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("images:")]
+    assert len(lines) == 2
+    assert "--image_cache_gb 1e-06" in lines[1]
+
+
+def test_kept_pictures_look_like_the_photo(place: Path) -> None:
+    data = task_for(place, "--image_cache=on", model="timm").dataset([{"image": str(place / "large.jpg")}], True)
+    found = data.open_image(data.rows[0]["image"])
+    assert found.shape == (91, 136, 3)
+    expected = images.open_image(place / "large.jpg").resize((136, 91), Image.Resampling.BICUBIC)
+    assert np.abs(found.astype(float) - np.asarray(expected)).mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "expected"),
+    [
+        ([], "data", True),
+        (["--num_train_epochs=1"], "data", False),
+        (["--num_train_epochs=1", "--method=lp_ft", "--head_epochs=1"], "data", True),
+        (["--image_cache=off"], "data", False),
+        (["--augmentation=none"], "data", False),
+        (["--augmentation=strong"], "data", True),
+        (["--num_train_epochs=1", "--image_cache=on"], "data", True),
+        ([], "small", False),
+        (["--image_cache=on"], "small", True),
+        (["--image_cache=on"], "pictures", False),
+        (["--image_cache=on"], "none", False),
+    ],
+    ids=str,
+)
+def test_when_pictures_are_kept(place: Path, home: Path, flags: list[str], name: str, expected: bool) -> None:
+    small = [{"image": {"bytes": _png(photo(60, 40)), "path": None}}]
+    given = {"data": rows(place), "small": small, "pictures": [{"image": photo(600, 400)}], "none": []}[name]
+    data = task_for(place, *flags).dataset(given, training=True)
+    for row in range(len(data)):
+        data[row]
+    assert len(kept(home)) == (len(given) if expected else 0)
+
+
+def test_a_limit_that_means_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match="--image_cache_gb"):
+        hftl.parse(hftl.ImageArguments, ["--model=x", "--image_cache_gb=-1"])
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "cut", "empty", "other sizes"])
+def test_a_damaged_picture_is_made_again(
+    place: Path, home: Path, decoded: list[Any], damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = task_for(place).dataset(rows(place), training=True)
+    before = pixels(data)
+    path = kept(home)[3]
+    content = bytearray(path.read_bytes())
+    if damage == "flipped bit":
+        content[len(content) // 2] ^= 1
+    elif damage == "other sizes":
+        content[8:12], content[12:16] = content[12:16], content[8:12]
+    path.write_bytes({"cut": content[:-5], "empty": b""}.get(damage, content))
+    decoded.clear()
+    assert torch.equal(pixels(data), before)
+    assert len(decoded) == 1
+    assert f"{path} is damaged and is made again" in capsys.readouterr().out
+    assert torch.equal(pixels(data), before)
+    assert len(decoded) == 1
+
+
+def test_the_key_is_the_content(place: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    shutil.copy2(place / "large.jpg", path)
+    key = picture_key(str(place / "large.jpg"), 317)
+    assert picture_key(str(path), 317) == key
+    assert picture_key(str(path), 318) != key
+    state = path.stat()
+    for position in (10, -10):
+        changed = bytearray((place / "large.jpg").read_bytes())
+        changed[position] ^= 1
+        path.write_bytes(changed)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+        assert picture_key(str(path), 317) != key
+    shutil.copy2(place / "large.jpg", path)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    assert picture_key(str(path), 317) != key
+    content = (place / "large.jpg").read_bytes()
+    assert picture_key(content, 317) == picture_key({"bytes": content, "path": "x.jpg"}, 317)
+    middle = bytearray(content)
+    middle[len(middle) // 2] ^= 1
+    assert picture_key(bytes(middle), 317) != picture_key(content, 317)
+
+
+def test_a_full_disk_ends_the_keeping_not_the_training(
+    place: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = task_for(place).dataset(rows(place), training=True)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    expected = pixels(task_for(place, "--image_cache_gb=1e-6").dataset(rows(place), training=True))
+    monkeypatch.setattr(os, "replace", full)
+    assert torch.equal(pixels(data), expected)
+    assert not kept(home)
+    assert capsys.readouterr().out.count("No space left") == 1
+
+
+def test_two_runs_at_once_share_what_they_keep(place: Path, home: Path) -> None:
+    found: dict[int, torch.Tensor] = {}
+
+    tasks = [task_for(place) for _ in range(4)]  # not in the threads: accelerate has one state a process
+
+    def train(number: int) -> None:
+        # No augmentation draws here: the random generator belongs to the whole process.
+        data = tasks[number].dataset(rows(place), training=True)
+        found[number] = torch.cat(
+            [torch.from_numpy(data.open_image(data.rows[row]["image"])).flatten() for row in range(len(data))]
+        )
+
+    threads = [threading.Thread(target=train, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert all(torch.equal(found[0], other) for other in found.values())
+    assert len(kept(home)) == 12
+    assert not [path for path in kept(home) if path.name.startswith(".")]
+
+
+def test_what_a_killed_process_left_is_removed_a_day_later(place: Path, home: Path) -> None:
+    (home / "ab").mkdir(parents=True)
+    for name, age in ((".old", 2 * 86_400), (".new", 0)):
+        (home / "ab" / name).write_bytes(b"half")
+        os.utime(home / "ab" / name, (home.stat().st_mtime - age,) * 2)
+    task_for(place).dataset(rows(place), training=True)
+    assert [path.name for path in kept(home)] == [".new"]
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_gives_the_same_weights_with_a_fresh_cache_and_with_an_old_one(
+    place: Path, home: Path, workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = []
+    for name in ("fresh", "old"):
+        hftl.finetune(
+            "image-classification",
+            model=place / "vit",
+            dataset=place / "data",
+            num_train_epochs=2,
+            output_dir=tmp_path / name,
+            dataloader_num_workers=workers,
+            per_device_train_batch_size=4,
+            report_to="none",
+        )
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+        assert len(kept(home)) == 12
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    printed = capsys.readouterr().out
+    assert "images: kept for later epochs" in printed
+    assert "images: kept from before" in printed
+
+
+# --- workers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "cpu", "expected"),
+    [(1, 1, True, 0), (2, 1, True, 1), (2, 2, True, 0), (16, 1, True, 4), (16, 1, False, 8), (16, 4, False, 3)],
+)
+def test_workers_take_only_cores_that_are_free(
+    place: Path, cores: int, processes: int, cpu: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    task = task_for(place)
+    task.arguments.use_cpu = cpu
+    assert fitting._workers(task) == expected
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+TRAIN = """
+import json, resource, sys
+import hftl
+run = hftl.finetune(
+    "image-classification", model=sys.argv[1], dataset=sys.argv[2], output_dir=sys.argv[3], max_steps=4,
+    dataloader_num_workers=0, per_device_train_batch_size=8, report_to="none", image_cache="on",
+)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_folder(place: Path, tmp_path: Path) -> None:
+    source = sorted((place / "data" / "train").glob("*/*.jpg"))
+    peak = {}
+    for count in (200, 4000):
+        for name in NAMES:
+            folder = tmp_path / f"{count}" / name
+            folder.mkdir(parents=True)
+            for row in range(count // 2):
+                content = source[row % len(source)].read_bytes()
+                (folder / f"{row}.jpg").write_bytes(content + row.to_bytes(4, "little"))  # no two are equal
+        arguments = [str(place / "vit"), str(tmp_path / f"{count}"), str(tmp_path / f"run{count}")]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+        subprocess.run([sys.executable, "-c", TRAIN, *arguments], check=True, env=environment)
+        metrics = json.loads((tmp_path / f"run{count}" / "metrics.json").read_text())
+        peak[count] = metrics["train"]["peak_memory_mb"]
+    assert peak[4000] < 1.1 * peak[200], peak
