@@ -1,0 +1,1 @@
+"""Parts of scripts/benchmark.py: the jobs, the peers that run in processes of their own, the comparisons, the tables."""
