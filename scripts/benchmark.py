@@ -49,6 +49,7 @@ from benchmark.prepare import many_images, prepare  # noqa: E402
 
 #: flags that some comparisons set where the checkout has them
 OPTIONAL_FLAGS = {"precision": "fp32", "feature_cache": "on", "head_solver": "sgd"}
+_COUNT = "import torch; print(torch.cuda.device_count())"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -84,7 +85,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in options.names:
         if name not in COMPARISONS:
             parser.error(f"--only {name}: there are {', '.join(COMPARISONS)}")
-    if options.gpu and not _answer("import torch; print(torch.cuda.is_available())") == "True":
+    if options.gpu and _answer("import torch; print(torch.cuda.is_available())") != "True":
         parser.error("--gpu: torch finds no GPU on this machine")
     if options.scaling and not scaling.drawing_is_possible():
         parser.error("--scaling draws with matplotlib, which is not installed: pip install 'hftl[benchmark]'")
@@ -92,7 +93,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _answer(code: str) -> str:
-    """What a few lines of Python print, in a process of their own: this one stays small, or it would count as theirs."""
+    """What a few lines of Python print, in their own process: what this one holds would count as its children's."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()
@@ -147,11 +148,7 @@ def choose(setting: Setting, options: argparse.Namespace, notes: list[str]) -> d
         made = {} if name == "memory" and not setting.many else COMPARISONS[name](setting)
         if name not in made:
             notes.append(f"{name}: needs {' and '.join(missing_flags(setting, **OPTIONAL_FLAGS))}")
-        elif (
-            name == "two-processes"
-            and options.gpu
-            and int(_answer("import torch; print(torch.cuda.device_count())")) < 2
-        ):
+        elif name == "two-processes" and options.gpu and int(_answer(_COUNT)) < 2:
             notes.append(f"{name}: needs two GPUs")
         else:
             chosen[name] = made[name]

@@ -1,1 +1,1 @@
-"""Parts of scripts/benchmark.py: the jobs, the peers that run in processes of their own, the comparisons, the tables."""
+"""Parts of scripts/benchmark.py: jobs, peers that run in processes of their own, comparisons, tables."""

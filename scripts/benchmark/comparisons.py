@@ -340,7 +340,7 @@ def _losses(ours: Runs, theirs: Runs) -> dict[str, Any]:
     largest = max(abs(a - b) / max(abs(b), 1e-2) for a, b in zip(mine, other, strict=True))
     return {
         "holds": largest <= 1e-3,
-        "text": f"losses of {len(mine)} steps differ by at most {largest:.1e} of the value",
+        "text": f"losses of {len(mine)} steps differ by at most {largest:.1e}",
     }
 
 

@@ -76,7 +76,7 @@ def as_markdown(content: dict[str, Any]) -> str:
     lines[-1] += f", {machine['gpu']}" if machine["gpu"] else ""
     lines += ["", ", ".join(f"{name} {version}" for name, version in versions.items()), ""]
     settings = content["settings"]
-    lines += [f"`{settings['command']}`: every run a process of its own, in turns, {settings['repeats']} repeats. "]
+    lines += [f"`{settings['command']}`: every run a process of its own, in turns; repeats: {settings['repeats']}. "]
     lines[-1] += "Ratio: time of the peer over that of hftl, of the fastest runs; beside it the repeats' own ratios."
     lines += ["", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
