@@ -188,8 +188,8 @@ def measure(
 
 
 def without(comparison: Comparison, failed: set[Job]) -> Comparison | None:
-    """The comparison without the further peers that failed; None where hftl or the peer of the target did."""
-    if comparison.ours in failed or comparison.theirs[0] in failed:
+    """The comparison without the further peers that failed; None where hftl or a peer of the target did."""
+    if failed & {comparison.ours, *comparison.theirs[: comparison.targets]}:
         return None
     return dataclasses.replace(comparison, theirs=tuple(other for other in comparison.theirs if other not in failed))
 

@@ -28,7 +28,7 @@ class Comparison:
     Attributes:
         title: what is compared.
         ours: hftl's job.
-        theirs: what it is compared with; the target is about the first.
+        theirs: what it is compared with; the target is about the first `targets` of them.
         least: how often `theirs` must take the time (or memory) of `ours`; 0.8 means "within 1.25 times".
         measures: keys of the figures, of ours and of theirs.
         checks: what else must hold between all runs of both, by name.
@@ -42,6 +42,7 @@ class Comparison:
     measures: tuple[str, str] = ("seconds", "seconds")
     checks: tuple[str, ...] = ()
     most_repeats: int = 99
+    targets: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,16 @@ def frozen(setting: Setting) -> dict[str, Comparison]:
     # 5e-5 is made for whole networks: with it a head learns next to nothing, and hftl's accuracy would be no feat.
     plain = {"batch_size": 8, "learning_rate": IMAGE_RATES["head_learning_rate"], "epochs": setting.epochs(3)}
     head = peer(setting, "Trainer, head only, 3 epochs", "trainer", "image", head_only=True, **plain)
-    by_hand = peer(setting, "features and LR by hand", "features_by_hand", "image", precision="no")
+    # In both, since which is faster depends on the machine, and a person would take that one.
+    by_hand, half = (
+        peer(setting, f"features and LR by hand, {text}", "features_by_hand", "image", precision=precision)
+        for text, precision in (("float32", "no"), ("bf16", "bf16"))
+    )
     work = ("work_seconds", "work_seconds")
     return {
         "frozen-cold": Comparison("frozen, cold, whole process", cold, (head, by_hand), 4, checks=("accuracy",)),
-        "frozen-warm": Comparison("frozen, warm, other seed and label column", warm, (head,), 10),
-        "frozen-bare": Comparison("frozen, cold, without start-up", cold, (by_hand,), 1 / 1.25, work),
+        "frozen-warm": Comparison("frozen, warm, other seed and label column", warm, (head,), 10, checks=("accuracy",)),
+        "frozen-bare": Comparison("frozen, cold, no start-up", cold, (by_hand, half), 1 / 1.25, work, targets=2),
     }
 
 
@@ -136,7 +141,7 @@ def partial(setting: Setting) -> dict[str, Comparison]:
     settings = {"flags": [*base_flags(setting, "image"), *flags, "--output_dir={output}"], "epochs": setting.epochs(5)}
     theirs = peer(setting, "Trainer, same blocks", "trainer_same_blocks", "image", **settings)
     title = "partial, last 2 blocks, 5 epochs"
-    return {"partial": Comparison(title, ours, (theirs,), 2.5, checks=("losses", "accuracy"))}
+    return {"partial": Comparison(title, ours, (theirs,), 2.5, checks=("losses",))}
 
 
 def full_image(setting: Setting) -> dict[str, Comparison]:
@@ -303,11 +308,13 @@ def summarise(comparison: Comparison, runs: dict[Job, Runs]) -> dict[str, Any]:
             }
         )
     checks = {name: CHECKS[name](ours, runs[comparison.theirs[0]]) for name in comparison.checks}
-    met = peers[0]["ratio"] >= comparison.least and all(check["holds"] for check in checks.values())
+    fast = all(entry["ratio"] >= comparison.least for entry in peers[: comparison.targets])
+    met = fast and all(check["holds"] for check in checks.values())
     return {
         "title": comparison.title,
         "measure": comparison.measures[0],
         "least": comparison.least,
+        "targets": comparison.targets,
         "met": met,
         "hftl": describe_runs(comparison.ours, ours, comparison.measures[0]),
         "peers": peers,

@@ -42,7 +42,8 @@ def table(results: dict[str, Any]) -> list[list[str]]:
         rows.append([name, *_figures(result["hftl"], unit, ["", "", "", ""])])
         for index, peer in enumerate(result["peers"]):
             ratio = [f"{peer['ratio']:.2f}", f"{peer['ratio_low']:.2f} to {peer['ratio_high']:.2f}"]
-            target = [f"{result['least']:.2f}", "yes" if result["met"] else "no"] if index == 0 else ["", ""]
+            target = [f"{result['least']:.2f}", "yes" if result["met"] else "no"]
+            target = target if index < result["targets"] else ["", ""]
             rows.append(["", *_figures(peer, unit, [*ratio, *target])])
     return rows
 
