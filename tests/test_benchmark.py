@@ -115,7 +115,7 @@ def test_failed_job_shows_what_it_printed(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     runner = jobs.Runner(tmp_path / "jobs", tmp_path / "home")
     argv = ["train", "image-classification", "--method=none"]
-    wanted = jobs.job("wrong", "hftl", argv=argv, names=[], run="{output}")
+    wanted = jobs.job("wrong", "hftl", argv=argv, run="{output}")
     with pytest.raises(jobs.JobError, match="exit code 2"):
         runner.run(wanted)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import importlib.abc
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,16 +32,31 @@ class Clock:
         self.imported = self.now()
 
     def watch_steps(self) -> None:
-        """Note the end of every step of every torch optimizer of this process."""
-        import torch
-        from torch.optim.optimizer import register_optimizer_step_post_hook
+        """Note the end of every step of every torch optimizer of this process, whenever torch comes to be imported."""
+        sys.meta_path.insert(0, _WhenTorchIsThere(self.note_step))
 
-        def note(*_: Any) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.steps.append(self.now())
+    def note_step(self, *_: Any) -> None:
+        """A step is over."""
+        cuda = sys.modules["torch"].cuda
+        if cuda.is_available():
+            cuda.synchronize()
+        self.steps.append(self.now())
 
-        register_optimizer_step_post_hook(note)
+
+class _WhenTorchIsThere(importlib.abc.MetaPathFinder):
+    """Finds no module; asked for each, it registers the hook once torch's optimizers are there.
+
+    Importing torch first instead would take the time of that import away from the command that is measured.
+    """
+
+    def __init__(self, hook: Any) -> None:
+        self.hook = hook
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        register = getattr(sys.modules.get("torch.optim.optimizer"), "register_optimizer_step_post_hook", None)
+        if register is not None and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            register(self.hook)
 
 
 def read_table(path: Path, column: str) -> list[dict[str, str]]:

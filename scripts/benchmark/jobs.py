@@ -151,12 +151,13 @@ def figures(raw: dict[str, Any], seconds: float) -> dict[str, Any]:
         seconds: from the start of the process to its end.
 
     Returns:
-        `seconds`; `work_seconds` (without the imports); `first_step_seconds` (from the start) and `step_seconds` (the
-        median) where an optimizer stepped; `examples_per_second`; and what else the peer gave.
+        `seconds`; `work_seconds` (without the imports, where they were timed); `first_step_seconds` (from the start)
+        and `step_seconds` (the median) where an optimizer stepped; `examples_per_second`; what else the peer gave.
     """
     steps = raw.pop("steps", [])
     result = {**raw, "seconds": seconds}
-    result["work_seconds"] = raw["ended"] - raw["imported"]
+    if raw["imported"] is not None:
+        result["work_seconds"] = raw["ended"] - raw["imported"]
     if steps:
         result["first_step_seconds"] = steps[0]
         result["steps"] = len(steps)
@@ -165,6 +166,6 @@ def figures(raw: dict[str, Any], seconds: float) -> dict[str, Any]:
         result["step_seconds"] = gaps[len(gaps) // 2]
         if raw.get("rows_a_step"):
             result["examples_per_second"] = raw["rows_a_step"] / result["step_seconds"]
-    elif raw.get("rows"):
+    elif raw.get("rows") and "work_seconds" in result:
         result["examples_per_second"] = raw["rows"] / result["work_seconds"]
     return result
