@@ -140,6 +140,9 @@ def trainer_same_blocks(settings: Settings, clock: Clock) -> dict[str, Any]:
                 module.training = False
             return super().compute_loss(model, *others, **more)
 
+    def collate(examples: Any) -> dict[str, Any]:  # in torch's own order of dimensions, as a plain Trainer has it
+        return {name: value.contiguous() for name, value in task.collate(examples).items()}
+
     arguments = transformers.TrainingArguments(
         output_dir=settings["output"],
         use_cpu=not torch.cuda.is_available(),
@@ -159,7 +162,7 @@ def trainer_same_blocks(settings: Settings, clock: Clock) -> dict[str, Any]:
         args=arguments,
         train_dataset=data["train"],
         eval_dataset=data["validation"],
-        data_collator=task.collate,
+        data_collator=collate,
         compute_metrics=lambda result: {"accuracy": float(np.mean(result.predictions.argmax(-1) == result.label_ids))},
         callbacks=[Epochs()],
         optimizers=(optimizer, None),

@@ -117,10 +117,11 @@ def peer(setting: Setting, name: str, kind: str, task: str, **settings: Any) -> 
 
 def frozen(setting: Setting) -> dict[str, Comparison]:
     """The head alone."""
-    cold = hftl_train(setting, "hftl frozen, cold", "image", "--method=frozen")
+    flags = ["--method=frozen", *(["--num_train_epochs=1"] if setting.options.quick else [])]
+    cold = hftl_train(setting, "hftl frozen, cold", "image", *flags)
     column = ["--label_column=other_label", "--seed=7"]
-    first = hftl_train(setting, "hftl frozen, filling the cache", "image", "--method=frozen", "--label_column=label")
-    warm = hftl_train(setting, "hftl frozen, warm", "image", "--method=frozen", *column, before=first)
+    first = hftl_train(setting, "hftl frozen, filling the cache", "image", *flags, "--label_column=label")
+    warm = hftl_train(setting, "hftl frozen, warm", "image", *flags, *column, before=first)
     # 5e-5 is made for whole networks: with it a head learns next to nothing, and hftl's accuracy would be no feat.
     plain = {"batch_size": 8, "learning_rate": IMAGE_RATES["head_learning_rate"], "epochs": setting.epochs(3)}
     head = peer(setting, "Trainer, head only, 3 epochs", "trainer", "image", head_only=True, **plain)
