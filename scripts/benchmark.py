@@ -81,6 +81,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         options.repeats = 5 if options.per_step else 1 if options.quick else 3
     if min(options.warmup, options.repeats, options.rows) < 1:
         parser.error("--warmup, --repeats and --rows must be at least 1")
+    for library in ("fastai", "autogluon"):
+        given = getattr(options, f"{library}_python")
+        found = shutil.which(given)
+        if found is None:
+            parser.error(f"--{library}-python {given}: there is no such program")
+        setattr(options, f"{library}_python", os.path.abspath(found))  # jobs run in other folders
+    for folder in (options.data_root, options.work):
+        if folder is not None and not folder.is_dir():
+            parser.error(f"{folder}: there is no such folder")
     options.names = options.only.split(",") if options.only else list(COMPARISONS)
     for name in options.names:
         if name not in COMPARISONS:
@@ -246,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         from benchmark import steps
 
         return steps.run(options)
-    work = Path(tempfile.mkdtemp(prefix="hftl-benchmark-", dir=options.work))
+    work = Path(tempfile.mkdtemp(prefix="hftl-benchmark-", dir=options.work)).absolute()
     try:
         return (run_scaling if options.scaling else run_table)(options, work)
     except (JobError, ValueError) as error:

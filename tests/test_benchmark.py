@@ -100,6 +100,13 @@ def test_unknown_comparison_is_named() -> None:
     assert "full-image" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("flag", ["--fastai-python", "--data-root"])
+def test_path_that_is_not_there_is_named(flag: str) -> None:
+    done = run_script(flag, "not/there")
+    assert done.returncode == 2
+    assert "not/there" in done.stderr.splitlines()[-1]
+
+
 def test_what_is_missing_is_said_before_anything_runs() -> None:
     if not torch.cuda.is_available():
         done = run_script("--gpu")
