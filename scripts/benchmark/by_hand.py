@@ -21,7 +21,7 @@ def _hftl_parts(settings: Settings) -> tuple[Any, Any, dict[str, Any]]:
     parts, names = read_data(settings)
     arguments = hftl.parse(arguments_class, settings["flags"])
     task = task_class(arguments)
-    splits = Splits(parts["train"], parts["validation"], parts["test"], names, {}, [])  # type: ignore[arg-type]
+    splits = Splits(parts["train"], parts["validation"], parts["test"], names, {}, [])
     plan = hftl.build_plan(task.build_model(splits), arguments)
     return task, plan, {split: task.dataset(rows, training=split == "train") for split, rows in parts.items()}
 

@@ -59,7 +59,7 @@ class _WhenTorchIsThere(importlib.abc.MetaPathFinder):
             register(self.hook)
 
 
-def read_table(path: Path, column: str) -> list[dict[str, str]]:
+def read_table(path: Path, column: str) -> list[dict[str, Any]]:
     """The rows of one split as dicts of `column` and `label`."""
     with path.open(encoding="utf-8", newline="") as file:
         return [{column: row[column], "label": row["label"]} for row in csv.DictReader(file)]

@@ -216,9 +216,9 @@ def predict(setting: Setting) -> dict[str, Comparison]:
         before = hftl_train(setting, f"hftl {task}s, to predict with", task, "--max_steps=20", "--method=full")
         table = str(setting.data / f"{task}s" / "train.csv")
         argv = ["predict", "{before}", table, "--output={output}.csv"]
-        settings = {"argv": argv, "names": ["load_run", "parse"], "answers": "{output}.csv"}
+        settings: dict[str, Any] = {"argv": argv, "names": ["load_run", "parse"], "answers": "{output}.csv"}
         ours = job(f"hftl predict, {task}s", "hftl", before, **settings)
-        theirs_settings = {"task": task, "table": table, "run": "{before}", "batch_size": batch_size}
+        theirs_settings: dict[str, Any] = {"task": task, "table": table, "run": "{before}", "batch_size": batch_size}
         theirs = job(f"pipeline, batch {batch_size}", "pipeline", before, **theirs_settings)
         work = ("work_seconds", "work_seconds")
         made[f"predict-{task}"] = Comparison(f"predict, {task}s", ours, (theirs,), least, work, ("answers",))
@@ -259,14 +259,14 @@ def two_processes(setting: Setting) -> dict[str, Comparison]:
 
 def cached_step(setting: Setting) -> dict[str, Comparison]:
     """A step of the head on cached features; only where the checkout has a cache."""
-    wanted = {"feature_cache": "on", "head_solver": "sgd"}
+    wanted: dict[str, Any] = {"feature_cache": "on", "head_solver": "sgd"}
     if missing_flags(setting, **wanted):
         return {}
     flags = ["--method=frozen", "--num_train_epochs=5"]
     ours = hftl_train(setting, "hftl frozen, cached, SGD", "image", *flags, **wanted)
     with (setting.data / "images" / "train.csv").open(encoding="utf-8") as file:
         rows = sum(1 for _ in file) - 1
-    settings = {"rows": rows, "width": 1280, "classes": 2, "batch_size": 32, "epochs": 5}
+    settings: dict[str, Any] = {"rows": rows, "width": 1280, "classes": 2, "batch_size": 32, "epochs": 5}
     theirs = job("loop over a tensor in memory", "tensor_steps", **settings)
     measures = ("step_seconds", "step_seconds")
     return {"cached-step": Comparison("a cached step of frozen, SGD", ours, (theirs,), 1 / 1.2, measures)}

@@ -74,8 +74,8 @@ def draw(path: Path, tasks: dict[str, dict[str, Any]]) -> None:
         for panel, key, label in zip(row, ("seconds", "memory_mb"), ("seconds, whole process", "MB"), strict=True):
             for name, points in lines.items():
                 panel.plot([p["rows"] for p in points], [p[key] for p in points], marker="o", label=name)
-            panel.set(xlabel=f"training rows ({task})", ylabel=label, xscale="log", ylim=(0, None))
-            panel.set_xscale("log", base=2)
+            panel.set(xlabel=f"training rows ({task})", ylabel=label, xticks=[p["rows"] for p in points])
+            panel.set_ylim(bottom=0)
             panel.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -35,7 +35,8 @@ class StepClock(transformers.TrainerCallback):
 
     def __init__(self, warmup: int) -> None:
         """Leave out the first `warmup` steps."""
-        self.warmup, self.ends = warmup, []
+        self.warmup = warmup
+        self.ends: list[float] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Note the time."""
