@@ -131,9 +131,14 @@ def test_failed_job_shows_what_it_printed(tmp_path: Path) -> None:
 def test_table_on_built_in_data(tmp_path: Path) -> None:
     done = run_script("--quick", "--repeats=2", "--only=first-step,predict-text", f"--output={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
-    content = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    check_files(tmp_path)
+    assert "ratio" in done.stdout
+
+
+def check_files(folder: Path) -> None:
+    content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert list(content["results"]) == ["first-step", "predict-text"]
-    assert content["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(content["versions"]["torch"])  # which says nothing of the build
     assert content["machine"]["cores"] == os.cpu_count()
     for result in content["results"].values():
         ours, peer = result["hftl"], result["peers"][0]
@@ -148,12 +153,11 @@ def test_table_on_built_in_data(tmp_path: Path) -> None:
         assert peer["ratio"] == pytest.approx(peer["min"] / ours["min"])
         assert peer["ratio_low"] <= peer["ratio_median"] <= peer["ratio_high"]
     assert content["results"]["predict-text"]["checks"]["answers"]["holds"]
-    markdown = (tmp_path / "results.md").read_text(encoding="utf-8")
+    markdown = (folder / "results.md").read_text(encoding="utf-8")
     for cell in report.table(content["results"])[1]:
         assert cell in markdown
     assert content["machine"]["cpu"] in markdown
     assert str(ROOT) not in markdown + json.dumps(content)
-    assert "ratio" in done.stdout
 
 
 @pytest.mark.slow
