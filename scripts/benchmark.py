@@ -1,199 +1,269 @@
-"""What a training step costs in hftl, over a bare `transformers.Trainer` that does the same work.
+"""What a person waits for with hftl, from the start of the process to a saved and evaluated model, against its peers.
 
-    python scripts/benchmark.py                                       # both tasks, built-in data and weights
-    python scripts/benchmark.py --task image --data-root my/images    # a folder of class folders
-    python scripts/benchmark.py --task text --data-root my/table.csv  # a table of texts and labels
-    python scripts/benchmark.py --against-itself                      # bare against bare: the noise of this machine
+    python scripts/benchmark.py --data-root my/data               # the whole table: hours
+    python scripts/benchmark.py --only frozen-cold,full-image     # some comparisons, on the built-in data
+    python scripts/benchmark.py --quick                           # a few rows: does the script work?
+    python scripts/benchmark.py --list                            # names of the comparisons
+    python scripts/benchmark.py --gpu                             # the same on a GPU
+    python scripts/benchmark.py --scaling                         # rows x1 to x8, 1 and 2 processes, cold and warm
+    python scripts/benchmark.py --per-step [--against-itself]     # a step of hftl against one of a bare Trainer
 
-Both sides get the same weights, rows, transforms, collator, batches and precision, and take turns in one process; who
-goes first changes every repeat. A step lasts from the end of one to the end of the next: data, forward, backward,
-update, and whatever the trainer does between. The table and benchmarks/results.json give seconds a step (median and
-minimum over all steps) and the ratio hftl / bare: of the fastest time of each step over all repeats, since what else a
-machine does only ever adds time; beside it the median of the repeats' own ratios, with the lowest and the highest.
+`--data-root` holds dogs_cats/{train,test}/CLASS/ and movie_snippets/{train,validation,test}.csv (columns text, label);
+without it the built-in digits and movie snippets take their place. Every run is a process of its own (so that memory
+and imports are its own), peers take turns, and who goes first changes every repeat. Data are cut once, before, so that
+all have the same rows. A run is cold when its HFTL_HOME holds the built-in weights and nothing else, warm when another
+training filled it. Written: benchmarks/results.md and results.json (with --scaling: scaling.png and scaling.json; with
+--per-step: steps.json).
+
+The peers: a plain `transformers.Trainer` as in the example scripts, the same tuned by hand, a bare PyTorch loop of the
+same work, features with scikit-learn, `transformers.pipeline`; fastai and AutoGluon where they are installed. These two
+want other versions than hftl does, so give them an environment each, and name its Python:
+
+    python -m venv fastai && fastai/bin/pip install fastai timm safetensors scikit-learn
+    python -m venv autogluon && autogluon/bin/pip install autogluon.multimodal
+    python scripts/benchmark.py --fastai-python fastai/bin/python --autogluon-python autogluon/bin/python
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import datetime
-import importlib.metadata
-import itertools
+import dataclasses
 import json
 import os
-import platform
-import statistics
+import shlex
+import shutil
 import subprocess
+import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-import hftl
-
 ROOT = Path(__file__).resolve().parent.parent
-TASKS = {
-    "image": (hftl.ImageClassification, hftl.ImageArguments, "builtin:efficientnet_lite0", "builtin:digits"),
-    "text": (hftl.TextClassification, hftl.TextArguments, "builtin:minilm", "builtin:movie-snippets"),
-}
+sys.path[:0] = [str(ROOT)]  # this checkout's hftl, whatever is installed
+
+# The folder of the same name beside this file: Python looks for packages before modules.
+from benchmark import report, scaling  # noqa: E402
+from benchmark.comparisons import COMPARISONS, Comparison, Runs, Setting, hftl_train, missing_flags, summarise  # noqa: E402
+from benchmark.jobs import Job, JobError, Runner  # noqa: E402
+from benchmark.prepare import many_images, prepare  # noqa: E402
+
+#: flags that some comparisons set where the checkout has them
+OPTIONAL_FLAGS = {"precision": "fp32", "feature_cache": "on", "head_solver": "sgd"}
+_COUNT = "import torch; print(torch.cuda.device_count())"
 
 
-class StepClock(transformers.TrainerCallback):
-    """The seconds between the ends of consecutive steps, without the first ones."""
-
-    def __init__(self, warmup: int) -> None:
-        """Leave out the first `warmup` steps."""
-        self.warmup, self.ends = warmup, []
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Note the time."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        """One figure a counted step."""
-        return [after - before for before, after in itertools.pairwise(self.ends[self.warmup - 1 :])]
-
-
-class Work:
-    """A task with its data, model and plan, made once; both trainers get copies of the same."""
-
-    def __init__(self, kind: str, options: argparse.Namespace, folder: str) -> None:
-        """Load the data and the model as a recipe does."""
-        task_class, arguments_class, model, data = TASKS[kind]
-        flags = [f"--model={model}", f"--dataset={options.data_root or data}", f"--output_dir={folder}/{kind}"]
-        flags += [
-            f"--max_steps={options.warmup + options.steps}",
-            f"--per_device_train_batch_size={options.batch_size}",
-        ]
-        flags += ["--eval_strategy=no", "--save_strategy=no", "--load_best_model_at_end=false", "--report_to=none"]
-        flags += [
-            "--logging_strategy=no",
-            "--disable_tqdm=true",
-            "--dataloader_num_workers=0",
-            "--learning_rate=1e-5",
-            "--num_train_epochs=1",
-            "--batch_norm=train",  # as the bare Trainer does: equal work
-        ]
-        self.arguments = hftl.parse(arguments_class, flags + (["--bf16"] if options.bf16 else []))
-        self.task = task_class(self.arguments)
-        self.splits = self.task.load_splits()
-        self.plan = hftl.build_plan(self.task.build_model(self.splits), self.arguments)
-        self.rows = self.task.dataset(self.splits.train, training=True)
-
-    def bare(self) -> transformers.Trainer:
-        """Trainer as it is, but in our order of rows, so that step i has the same rows on both sides."""
-        order = self.hftl()._get_train_sampler()
-        order.set_epoch(0)
-
-        class Bare(transformers.Trainer):
-            def _get_train_sampler(self, train_dataset: Any = None) -> list[int]:
-                return list(order)
-
-        return Bare(
-            model=copy.deepcopy(self.plan.model),
-            args=self.arguments,
-            train_dataset=self.rows,
-            data_collator=self.task.collate,
-            compute_loss_func=self.task.loss(self.splits),
-        )
-
-    def hftl(self) -> transformers.Trainer:
-        """The trainer of hftl's own fit."""
-        return hftl.TransferTrainer(
-            stage=self.plan.stages[0],
-            loss=self.task.loss(self.splits),
-            model=copy.deepcopy(self.plan.model),
-            args=self.arguments,
-            train_dataset=self.rows,
-            data_collator=self.task.collate,
-        )
-
-
-def compare(kind: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Let both sides take turns on one task; the figures."""
-    with tempfile.TemporaryDirectory() as folder:
-        work = Work(kind, options, folder)
-        sides = {"bare": work.bare, "hftl": work.bare if options.against_itself else work.hftl}
-        seconds: dict[str, list[list[float]]] = {name: [] for name in sides}
-        for repeat in range(options.repeats):
-            for name in sorted(sides, reverse=bool(repeat % 2)):
-                trainer, clock = sides[name](), StepClock(options.warmup)
-                trainer.add_callback(clock)
-                trainer.train()
-                seconds[name].append(clock.seconds())
-    # Step i has the same rows on both sides; the median shrugs off a step that something else slowed.
-    ratios = [
-        statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True))
-        for ours, theirs in zip(seconds["hftl"], seconds["bare"], strict=True)
-    ]
-    fastest = {name: [min(step) for step in zip(*repeats, strict=True)] for name, repeats in seconds.items()}
-    flat = {name: [value for one in repeats for value in one] for name, repeats in seconds.items()}
-    figures = {name: {"median_s": statistics.median(v), "min_s": min(v), "steps": len(v)} for name, v in flat.items()}
-    return {
-        **figures,
-        "ratio": sum(fastest["hftl"]) / sum(fastest["bare"]),
-        "ratio_median": statistics.median(ratios),
-        "ratio_low": min(ratios),
-        "ratio_high": max(ratios),
-    }
-
-
-def describe() -> dict[str, Any]:
-    """The machine, the versions, the date and the commit."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    versions = {
-        name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "timm", "peft")
-    }
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": git.stdout.strip() or None,
-        "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu},
-        "versions": {"python": platform.python_version(), **versions},
-    }
-
-
-def main() -> None:
-    """Run what was asked for, print the table, write the file."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=("image", "text", "both"), default="both")
-    parser.add_argument("--data-root", help="own data: a folder of class folders, or a table")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=12, help="counted steps a repeat")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before those, at least 1")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--bf16", action="store_true", help="bf16 autocast on both sides")
-    parser.add_argument("--against-itself", action="store_true", help="bare against bare: the noise")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results.json")
-    options = parser.parse_args()
-    if options.data_root and options.task == "both":
-        parser.error("--data-root needs --task image or --task text")
-    if options.warmup < 1:
-        parser.error("--warmup must be at least 1")
-    kinds = list(TASKS) if options.task == "both" else [options.task]
-    results = {kind: compare(kind, options) for kind in kinds}
-    other = "bare again" if options.against_itself else "hftl"
-    print(f"\n{'task':<8}{'bare s/step':>14}{other + ' s/step':>20}{'ratio':>8}   repeats: median, lowest to highest")
-    for kind, figures in results.items():
-        low, high = figures["ratio_low"], figures["ratio_high"]
-        print(
-            f"{kind:<8}{figures['bare']['median_s']:>14.4f}{figures['hftl']['median_s']:>20.4f}{figures['ratio']:>8.3f}"
-            f"   {figures['ratio_median']:.3f}, {low:.3f} to {high:.3f}"
-        )
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    settings = {name: str(value) for name, value in vars(options).items() if name not in ("output", "data_root")}
-    content = {**describe(), "settings": settings, "results": results}
-    options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {options.output}")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--scaling", action="store_true", help="rows, processes and cache instead of the table")
+    modes.add_argument("--per-step", action="store_true", help="seconds a step against a bare Trainer, in one process")
+    modes.add_argument("--list", action="store_true", help="names of the comparisons")
+    parser.add_argument("--only", help="comparisons by name, with commas between")
+    parser.add_argument("--data-root", type=Path, help="own data; without it the built-in data sets")
+    parser.add_argument("--rows", type=int, default=2000, help="training rows for text; of images all are taken")
+    parser.add_argument("--repeats", type=int, help="runs of each (3; with --quick 1; with --per-step 5)")
+    parser.add_argument("--quick", action="store_true", help="a few rows and 64 pixels, to try the script")
+    parser.add_argument("--gpu", action="store_true", help="use the GPU; without it GPUs are hidden")
+    parser.add_argument("--task", choices=("image", "text", "both"), default="both", help="--per-step, --scaling")
+    parser.add_argument("--fastai-python", default=sys.executable, help="interpreter that has fastai")
+    parser.add_argument("--autogluon-python", default=sys.executable, help="interpreter that has AutoGluon")
+    parser.add_argument("--work", type=Path, help="folder for everything that is thrown away (a temporary one)")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder of the results")
+    steps = parser.add_argument_group("--per-step")
+    steps.add_argument("--batch_size", type=int, default=8)
+    steps.add_argument("--steps", type=int, default=12, help="counted steps a repeat")
+    steps.add_argument("--warmup", type=int, default=3, help="steps before those, at least 1")
+    steps.add_argument("--bf16", action="store_true", help="bf16 autocast on both sides")
+    steps.add_argument("--against-itself", action="store_true", help="bare against bare: the noise of this machine")
+    options = parser.parse_args(argv)
+    if options.repeats is None:
+        options.repeats = 5 if options.per_step else 1 if options.quick else 3
+    if min(options.warmup, options.repeats, options.rows) < 1:
+        parser.error("--warmup, --repeats and --rows must be at least 1")
+    for library in ("fastai", "autogluon"):
+        given = getattr(options, f"{library}_python")
+        found = shutil.which(given)
+        if found is None:
+            parser.error(f"--{library}-python {given}: there is no such program")
+        setattr(options, f"{library}_python", os.path.abspath(found))  # jobs run in other folders
+    for folder in (options.data_root, options.work):
+        if folder is not None and not folder.is_dir():
+            parser.error(f"{folder}: there is no such folder")
+    options.names = options.only.split(",") if options.only else list(COMPARISONS)
+    for name in options.names:
+        if name not in COMPARISONS:
+            parser.error(f"--only {name}: there are {', '.join(COMPARISONS)}")
+    if options.gpu and _answer("import torch; print(torch.cuda.is_available())") != "True":
+        parser.error("--gpu: torch finds no GPU on this machine")
+    if options.scaling and not scaling.drawing_is_possible():
+        parser.error("--scaling draws with matplotlib, which is not installed: pip install 'hftl[benchmark]'")
+    return options
+
+
+def _answer(code: str) -> str:
+    """What a few lines of Python print, in their own process: what this one holds would count as its children's."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def make_setting(options: argparse.Namespace, work: Path, notes: list[str]) -> tuple[Setting, Runner]:
+    """Data, weights, and what this checkout and this machine have; what is missing is added to `notes`."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "scripts"), str(ROOT)])}
+    home = work / "home"
+    weights = [sys.executable, "-m", "hftl.builtin", "efficientnet_lite0"]
+    subprocess.run(weights, env={**environment, "HFTL_HOME": str(home)}, check=True, stdout=subprocess.DEVNULL)
+    data = prepare(options.data_root, work, environment, options.rows, options.quick)
+    flags = "import json; from hftl.arguments import *; "
+    flags += "print(json.dumps({'image': [*flag_names(ImageArguments)], 'text': [*flag_names(TextArguments)]}))"
+    many = {}
+    if "memory" in options.names and not options.scaling:
+        for count in (40, 200) if options.quick else (1000, 20000):
+            many[count] = many_images(data, work / f"many-{count}", count)
+    python = {}
+    for name, path in (("fastai", options.fastai_python), ("autogluon", options.autogluon_python)):
+        module = {"fastai": "fastai.vision", "autogluon": "autogluon.multimodal"}[name]
+        code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+        if subprocess.run([path, "-c", code], capture_output=True).returncode == 0:
+            python[name] = path
+        else:
+            notes.append(f"{name}: not installed for {Path(path).name} (--{name}-python names another interpreter)")
+    runner = Runner(work / "jobs", home, options.gpu)
+    from hftl.builtin import builtin_model
+
+    known = json.loads(_answer(flags))
+    setting = Setting(data, many, home, options, known, {}, python, builtin_model("minilm"))
+    for name, value in OPTIONAL_FLAGS.items():
+        for flag in missing_flags(setting, **{name: value}):
+            notes.append(f"{flag} is left out: this checkout does not have the flag")
+    return setting, runner
+
+
+def find_precision(setting: Setting, runner: Runner, names: list[str]) -> None:
+    """What hftl computes in by itself: the peers that do the same work compute in the same."""
+    for task in ("image", "text"):
+        setting.precision[task] = "no"
+        if any(name.startswith(f"full-{task}") for name in names):
+            probe = hftl_train(setting, "probe", task, "--method=full", "--max_steps=2")
+            setting.precision[task] = runner.run(probe)["precision"]
+            print(f"hftl computes in {setting.precision[task]} on {task}s", flush=True)
+
+
+def choose(setting: Setting, options: argparse.Namespace, notes: list[str]) -> dict[str, Comparison]:
+    """The comparisons that were asked for and can be made here; the others are noted."""
+    chosen: dict[str, Comparison] = {}
+    for name in options.names:
+        made = {} if name == "memory" and not setting.many else COMPARISONS[name](setting)
+        if name not in made:
+            notes.append(f"{name}: needs {' and '.join(missing_flags(setting, **OPTIONAL_FLAGS))}")
+        elif name == "two-processes" and options.gpu and int(_answer(_COUNT)) < 2:
+            notes.append(f"{name}: needs two GPUs")
+        else:
+            chosen[name] = made[name]
+    return chosen
+
+
+def measure(
+    chosen: dict[str, Comparison], runner: Runner, options: argparse.Namespace, content: dict[str, Any]
+) -> None:
+    """All jobs in turns, each once a repeat however many comparisons it is in; the files are written after each."""
+    repeats: dict[Job, int] = {}
+    for comparison in chosen.values():
+        for wanted in (comparison.ours, *comparison.theirs):
+            repeats[wanted] = max(repeats.get(wanted, 0), min(options.repeats, comparison.most_repeats))
+    runs: dict[Job, Runs] = {}
+    failed: set[Job] = set()
+    for repeat in range(options.repeats):
+        for wanted in list(repeats)[:: -1 if repeat % 2 else 1]:
+            if repeat >= repeats[wanted] or wanted in failed:
+                continue
+            try:
+                figures = runner.run(wanted)
+            except JobError as error:
+                print(f"FAILED {error}", file=sys.stderr, flush=True)
+                failed.add(wanted)
+                content["notes"].append(f"{wanted.name}: failed: {str(error).splitlines()[-1]}")
+                continue
+            runs.setdefault(wanted, []).append(figures)
+            print(f"repeat {repeat + 1} of {options.repeats}: {wanted.name}: {figures['seconds']:.1f} s", flush=True)
+        content["results"] = {
+            name: summarise(kept, runs)
+            for name, comparison in chosen.items()
+            if (kept := without(comparison, failed)) is not None
+        }
+        report.write(options.output, content)
+    content["failed"] = len(failed)
+
+
+def without(comparison: Comparison, failed: set[Job]) -> Comparison | None:
+    """The comparison without the further peers that failed; None where hftl or a peer of the target did."""
+    if failed & {comparison.ours, *comparison.theirs[: comparison.targets]}:
+        return None
+    return dataclasses.replace(comparison, theirs=tuple(other for other in comparison.theirs if other not in failed))
+
+
+def run_table(options: argparse.Namespace, work: Path) -> int:
+    """The table in the terminal and as files; 1 when a job failed."""
+    notes: list[str] = []
+    setting, runner = make_setting(options, work, notes)
+    find_precision(setting, runner, options.names)
+    chosen = choose(setting, options, notes)
+    content = start_content(options, notes)
+    for note in notes:
+        print(f"note: {note}", flush=True)
+    measure(chosen, runner, options, content)
+    print("\n" + report.as_text(report.table(content["results"])))
+    for name, result in content["results"].items():
+        for check in result["checks"].values():
+            print(f"{name}: {check['text']}")
+    print(f"written to {options.output / 'results.md'} and results.json")
+    return 1 if content["failed"] else 0
+
+
+def start_content(options: argparse.Namespace, notes: list[str]) -> dict[str, Any]:
+    """What stands above the results."""
+    gpu = _answer("import torch; print(torch.cuda.get_device_name(0))") if options.gpu else None
+    hidden = {"--data-root", "--work", "--output", "--fastai-python", "--autogluon-python"}
+    words = [word for word in sys.argv[1:] if word.partition("=")[0] not in hidden]
+    words = [word for word in words if os.sep not in word]  # no path of this machine
+    command = shlex.join(["python", "scripts/benchmark.py", *words])
+    settings = {"command": command, "repeats": options.repeats, "rows": options.rows, "quick": options.quick}
+    settings["data"] = "builtin" if options.data_root is None else options.data_root.name
+    return {**report.describe(gpu), "settings": settings, "notes": notes, "results": {}}
+
+
+def run_scaling(options: argparse.Namespace, work: Path) -> int:
+    """The picture and its figures."""
+    notes: list[str] = []
+    setting, runner = make_setting(options, work, notes)
+    content = start_content(options, notes)
+    for task in ("image", "text") if options.task == "both" else (options.task,):
+        content["results"][task] = scaling.measure(setting, runner, task)
+    scaling.write(options.output, content)
+    print(f"written to {options.output / 'scaling.png'} and scaling.json")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The mode that was asked for."""
+    options = parse(argv)
+    if options.list:
+        print("\n".join(COMPARISONS))
+        return 0
+    if options.per_step:
+        from benchmark import steps
+
+        return steps.run(options)
+    work = Path(tempfile.mkdtemp(prefix="hftl-benchmark-", dir=options.work)).absolute()
+    try:
+        return (run_scaling if options.scaling else run_table)(options, work)
+    except (JobError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The benchmark script: what it writes, that its ratios belong to its times, and that it says what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from benchmark import jobs, prepare, report, scaling  # noqa: E402
+from benchmark.comparisons import Comparison, summarise  # noqa: E402
+
+
+def run_script(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
+
+
+def made_up(name: str, times: list[float], **figures: Any) -> tuple[jobs.Job, list[dict[str, Any]]]:
+    return jobs.job(name, "hftl"), [{"seconds": time, "memory_mb": 500.0, **figures} for time in times]
+
+
+def test_ratio_is_of_the_fastest_runs_and_its_spread_of_the_pairs() -> None:
+    ours, mine = made_up("hftl", [2.0, 4.0, 2.5])
+    theirs, other = made_up("peer", [8.0, 9.0, 10.0])
+    result = summarise(Comparison("", ours, (theirs,), 4.0), {ours: mine, theirs: other})
+    assert result["met"]
+    assert result["hftl"]["min"] == 2.0
+    assert result["hftl"]["median"] == 2.5
+    peer = result["peers"][0]
+    assert peer["ratio"] == 4.0
+    assert (peer["ratio_low"], peer["ratio_median"], peer["ratio_high"]) == (2.25, 4.0, 4.0)
+    assert not summarise(Comparison("", ours, (theirs,), 4.1), {ours: mine, theirs: other})["met"]
+
+
+@pytest.mark.parametrize(
+    ("check", "mine", "other", "holds"),
+    [
+        ("accuracy", 0.9, 0.9, True),
+        ("accuracy", 0.89, 0.9, False),
+        ("losses", [0.7, 0.5], [0.7, 0.50001], True),
+        ("losses", [0.7, 0.5], [0.7, 0.51], False),
+        ("losses", [0.7], [0.7, 0.5], False),
+        ("losses", [], [], False),
+        ("answers", ["a", "b"], ["a", "b"], True),
+        ("answers", ["a", "b"], ["a", "a"], False),
+    ],
+)
+def test_a_faster_run_that_does_other_work_misses_the_target(check: str, mine: Any, other: Any, holds: bool) -> None:
+    ours, our_runs = made_up("hftl", [1.0], **{check: mine})
+    theirs, their_runs = made_up("peer", [9.0], **{check: other})
+    result = summarise(Comparison("", ours, (theirs,), 2.0, checks=(check,)), {ours: our_runs, theirs: their_runs})
+    assert result["checks"][check]["holds"] is holds
+    assert result["met"] is holds
+
+
+def test_figures_of_a_run() -> None:
+    raw = {"imported": 4.0, "ended": 9.0, "steps": [5.0, 6.0, 6.5, 7.0], "rows_a_step": 8}
+    figures = jobs.figures(raw, 10.0)
+    assert figures["work_seconds"] == 5.0
+    assert figures["first_step_seconds"] == 5.0
+    assert figures["step_seconds"] == 0.5
+    assert figures["examples_per_second"] == 16.0
+
+
+def test_a_cut_keeps_the_proportions_of_the_classes() -> None:
+    rows = [(str(number), "ab"[number % 4 == 0]) for number in range(100)]
+    part, rest = prepare._cut(rows, 20)
+    assert sorted(label for _, label in part) == ["a"] * 15 + ["b"] * 5
+    assert sorted([*part, *rest]) == sorted(rows)
+
+
+def test_each_image_of_the_memory_comparison_is_another_one(tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    noise = torch.randint(0, 255, (60, 90, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(noise).save(tmp_path / "one.png")
+    for split in prepare.SPLITS:
+        prepare._write_table(tmp_path / "images" / f"{split}.csv", "image", [(str(tmp_path / "one.png"), "a")])
+    folder = prepare.many_images(tmp_path, tmp_path / "many", 40)
+    files = sorted((folder / "files").iterdir())
+    assert len({file.read_bytes() for file in files}) == len(files) == 40
+    assert len((folder / "train.csv").read_text().splitlines()) == 41
+
+
+def test_unknown_comparison_is_named() -> None:
+    done = run_script("--only", "frozen-cold,full-imgae")
+    assert done.returncode == 2
+    assert "full-imgae" in done.stderr.splitlines()[-1]
+    assert "full-image" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flag", ["--fastai-python", "--data-root"])
+def test_path_that_is_not_there_is_named(flag: str) -> None:
+    done = run_script(flag, "not/there")
+    assert done.returncode == 2
+    assert "not/there" in done.stderr.splitlines()[-1]
+
+
+def test_what_is_missing_is_said_before_anything_runs() -> None:
+    if not torch.cuda.is_available():
+        done = run_script("--gpu")
+        assert done.returncode == 2
+        assert "finds no GPU" in done.stderr
+    if not scaling.drawing_is_possible():
+        done = run_script("--scaling")
+        assert done.returncode == 2
+        assert "matplotlib" in done.stderr
+
+
+def test_failed_job_shows_what_it_printed(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    runner = jobs.Runner(tmp_path / "jobs", tmp_path / "home")
+    argv = ["train", "image-classification", "--method=none"]
+    wanted = jobs.job("wrong", "hftl", argv=argv, run="{output}")
+    with pytest.raises(jobs.JobError, match="exit code 2"):
+        runner.run(wanted)
+
+
+@pytest.mark.slow
+def test_table_on_built_in_data(tmp_path: Path) -> None:
+    done = run_script("--quick", "--repeats=2", "--only=first-step,predict-text", f"--output={tmp_path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_files(tmp_path)
+    assert "ratio" in done.stdout
+
+
+def check_files(folder: Path) -> None:
+    content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert list(content["results"]) == ["first-step", "predict-text"]
+    assert torch.__version__.startswith(content["versions"]["torch"])  # which says nothing of the build
+    assert content["machine"]["cores"] == os.cpu_count()
+    for result in content["results"].values():
+        ours, peer = result["hftl"], result["peers"][0]
+        for side in (ours, peer):
+            values = [run[result["measure"]] for run in side["runs"]]
+            assert len(values) == 2
+            assert side["min"] == min(values) > 0
+            assert side["median"] == pytest.approx(statistics.median(values))
+            for run in side["runs"]:
+                assert run["seconds"] > run[result["measure"]] > 0  # both are parts of the whole
+                assert run["memory_mb"] > 100
+        assert peer["ratio"] == pytest.approx(peer["min"] / ours["min"])
+        assert peer["ratio_low"] <= peer["ratio_median"] <= peer["ratio_high"]
+    assert content["results"]["predict-text"]["checks"]["answers"]["holds"]
+    markdown = (folder / "results.md").read_text(encoding="utf-8")
+    for cell in report.table(content["results"])[1]:
+        assert cell in markdown
+    assert content["machine"]["cpu"] in markdown
+    assert str(ROOT) not in markdown + json.dumps(content)
+
+
+@pytest.mark.slow
+def test_steps_against_a_bare_trainer(tmp_path: Path) -> None:
+    flags = ["--task=text", "--steps=2", "--warmup=1", "--repeats=1", "--batch_size=2", f"--output={tmp_path}"]
+    done = run_script("--per-step", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "steps.json").read_text(encoding="utf-8"))["results"]["text"]
+    assert result["hftl"]["steps"] == result["bare"]["steps"] == 2
+    assert result["hftl"]["min_s"] > 0
+    assert result["ratio"] > 0
