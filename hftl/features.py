@@ -428,7 +428,12 @@ class _Extraction:
         if not torch.isfinite(rounded).all():
             return "float32"
         exact, near = (self.source.outputs(value, carried).argmax(dim=1) for value in (kept, rounded))
-        return "float16" if exact.equal(near) else "float32"
+        return "float16" if exact.equal(near) and not self._is_lost(kept, rounded) else "float32"
+
+    def _is_lost(self, kept: torch.Tensor, rounded: torch.Tensor) -> bool:
+        """Whether rounding hides what tells rows apart: a solved head stretches every feature by its deviation."""
+        error = (rounded.float() - kept).square().mean(dim=0).sqrt()
+        return isinstance(self.source, PooledFeatures) and bool((error > 0.01 * kept.std(dim=0)).any())
 
     def run(self, shards: Shards, dataset: Any, keys: np.ndarray[Any, Any]) -> None:
         """Compute the rows that are missing: this process its share of them, in batches of always the same rows."""
@@ -602,6 +607,8 @@ def keep_features(
                 raise UsageError(f"--{flag} {value} cannot be: {error}.") from error
         say(f"features: not kept, since {error}; the frozen part runs in every epoch")
         return None
+    if first == head:
+        arguments.head_solver = "lbfgs" if isinstance(source, PooledFeatures) else "sgd"  # as the recipe will say
     return KeptFeatures(task, stage, source, kept, time.perf_counter() - started)
 
 
