@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -328,33 +329,33 @@ def test_a_chosen_precision_is_in_the_recipe_and_stays_when_a_run_goes_on(
     assert "bf16" not in yaml.safe_load((resumed.folder / "recipe.yaml").read_text())  # would contradict --precision
 
 
-@pytest.mark.parametrize("flags", [{"precision": "bf16"}, {"precision": "bf16", "torch_compile_backend": "aot_eager"}])
-def test_every_stage_runs_in_half_precision(
-    place: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, str]
-) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_stage_runs_in_half_precision(place: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
     """Accelerate takes a model that it has seen before for prepared, and gives it neither autocast nor compilation."""
-    seen: list[tuple[int, bool]] = []
+    half: list[bool] = []
+    steps: set[tuple[str, str, bool]] = set()
 
-    def watched(model: Any, arguments: Any) -> Plan:
-        plan = METHODS["lp_ft"](model, arguments)
+    def twice(model: Any, arguments: Any) -> Plan:
+        plan = METHODS["full"](model, arguments)
+        model.classifier.register_forward_hook(lambda *_: half.append(torch.is_autocast_enabled("cpu")))
+        stages = [dataclasses.replace(plan.stages[0], name=name) for name in ("first", "second")]
+        return dataclasses.replace(plan, stages=tuple(stages))
 
-        def note(*_: Any) -> None:
-            trained = sum(parameter.requires_grad for parameter in model.parameters())
-            seen.append((trained, torch.is_autocast_enabled("cpu")))
+    step = hftl.trainer.TransferTrainer.training_step
 
-        model.classifier.register_forward_hook(note)
-        return plan
+    def noted(self: Any, model: Any, *others: Any) -> Any:
+        half.clear()
+        loss = step(self, model, *others)
+        steps.add((self.stage.name, type(model).__name__, half[0]))
+        return loss
 
-    watched_methods = {**METHODS, "watched": watched}
-    monkeypatch.setattr("hftl.methods.METHODS", watched_methods)
-    monkeypatch.setitem(hftl.methods.METHOD_ARGUMENTS, "watched", set())
-    if "torch_compile_backend" in flags:
-        graphs = watch_graphs(monkeypatch)
-    train(place, f"stages-{len(flags)}", method="watched", **flags)
-    head, everything = sorted({trained for trained, _ in seen})
-    assert all(any(half for trained, half in seen if trained == count) for count in (head, everything))
-    if "torch_compile_backend" in flags:
-        assert graphs == {"OptimizedModule"}
+    monkeypatch.setattr("hftl.trainer.TransferTrainer.training_step", noted)
+    monkeypatch.setattr("hftl.methods.METHODS", {**METHODS, "twice": twice})
+    monkeypatch.setitem(hftl.methods.METHOD_ARGUMENTS, "twice", set())
+    flags = {"torch_compile_backend": "aot_eager"} if compiled else {}
+    train(place, f"stages-{compiled}", method="twice", precision="bf16", **flags)
+    kind = "OptimizedModule" if compiled else "BertForSequenceClassification"
+    assert steps == {("first", kind, True), ("second", kind, True)}
 
 
 def watch_graphs(monkeypatch: pytest.MonkeyPatch) -> set[str]:
