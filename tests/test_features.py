@@ -188,7 +188,7 @@ def test_a_solved_head_is_the_models_ordinary_one(place: Path, tmp_path: Path, m
     run = train(place, model, tmp_path / "run", "--method=frozen")
     before = load_file(place / model / "model.safetensors")
     after = load_file(run.folder / "model.safetensors")
-    short = {name.split(".", 1)[-1]: value for name, value in after.items()} | after  # the checkpoint may be a body alone
+    short = {name.split(".", 1)[-1]: value for name, value in after.items()} | after  # or a body alone
     same = [name for name, value in before.items() if name in short and short[name].shape == value.shape]
     assert len(same) >= len(after) - 2
     assert [name for name in same if not before[name].equal(short[name])] == []  # the backbone and its statistics
