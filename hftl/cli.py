@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from hftl import __version__
 from hftl.errors import UsageError, did_you_mean
-from hftl.launch import launch
+from hftl.launch import launch, quick_imports
 from hftl.tasks import TASKS, check_task
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ def run_recipe(path: Path, argv: list[str]) -> Run:
     Raises:
         UsageError: there is no such file, or no `main` in it.
     """
-    from hftl.methods import load_file
+    with quick_imports():
+        from hftl.methods import load_file
 
     recipe = load_file(path, "Recipe")
     if not callable(getattr(recipe, "main", None)):
@@ -223,7 +224,8 @@ def _evaluate(argv: list[str]) -> None:
     parser.add_argument("--batch_size", type=_positive, default=32)
     _add_columns(parser, "label", "text", "text_pair", "image")
     options = parser.parse_args(argv)
-    from hftl.run import load_run
+    with quick_imports():
+        from hftl.run import load_run
 
     run = load_run(options.run)
     scores = run.evaluate(
