@@ -198,7 +198,7 @@ def _choose_device() -> None:
 
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
-    share_threads()
+    share_threads(on_cpu=not torch.accelerator.is_available())
 
 
 def _check_output(output: str | None) -> None:
