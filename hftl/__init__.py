@@ -6,6 +6,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from hftl.launch import launch, quick_imports  # the function of that name, before its module can take its place
+
 __version__ = "0.1.0"
 
 # DDP's C++ part prints a warning for each process in the midst of training, which asks nothing of the person.
@@ -28,7 +30,6 @@ _PUBLIC = {
     "build_plan": "hftl.methods",
     "finetune": "hftl.cli",
     "fit": "hftl.fitting",
-    "launch": "hftl.launch",
     "load_run": "hftl.run",
     "parse": "hftl.arguments",
 }
@@ -45,12 +46,13 @@ if TYPE_CHECKING:
     from hftl.tasks.text_classification import TextClassification
     from hftl.trainer import TransferTrainer
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", "launch", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
+        with quick_imports():
+            return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'hftl' has no attribute {name!r}")
 
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftModel
-from timm.models import group_parameters
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -359,6 +358,8 @@ def _timm_blocks(prefix: str, backbone: Any, weights: dict[str, nn.Parameter]) -
     MobileNetV3's `conv_head`, VGG's `pre_logits`) it puts together with the classifier. That is part of the pretrained
     body: it goes to block 0 if registered before all blocks, else to the last block.
     """
+    from timm.models import group_parameters  # here: half a second, which models of transformers need not wait for
+
     groups = [
         list(dict.fromkeys(_join(prefix, _strip(name)) for name in group))
         for _, group in sorted(group_parameters(backbone, backbone.group_matcher(coarse=False)).items())

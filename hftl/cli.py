@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from hftl import __version__
 from hftl.errors import UsageError, did_you_mean
-from hftl.launch import launch
+from hftl.launch import launch, quick_imports
 from hftl.tasks import TASKS, check_task
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ def run_recipe(path: Path, argv: list[str]) -> Run:
     Raises:
         UsageError: there is no such file, or no `main` in it.
     """
-    from hftl.methods import load_file
+    with quick_imports():
+        from hftl.methods import load_file
 
     recipe = load_file(path, "Recipe")
     if not callable(getattr(recipe, "main", None)):
@@ -170,19 +171,34 @@ def _predict(argv: list[str]) -> None:
     parser.add_argument("run", help="folder of a finished run")
     parser.add_argument("input", help="image, folder, table or text file; or a text")
     parser.add_argument("--output", help="CSV file to write (default: print)")
-    parser.add_argument("--batch_size", type=_positive, default=32)
+    parser.add_argument("--batch_size", type=_positive, help="rows through the model at once (default: what is fast)")
     parser.add_argument("--skip_bad_files", action="store_true", help="leave out images that cannot be read")
     _add_columns(parser, "text", "text_pair", "image")
     options = parser.parse_args(argv)
     _check_output(options.output)
-    from hftl.run import load_run
+    with quick_imports():
+        from hftl.predictions import write_predictions
+        from hftl.run import load_run
 
+    _choose_device()
     run = load_run(options.run)
     looks_like_path = Path(options.input).suffix.lower() in (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
     is_file = run.task.modality != "text" or looks_like_path or os.path.exists(options.input)
     source = Path(options.input) if is_file else options.input
-    predictions = run.predict(source, options.batch_size, options.skip_bad_files, **_columns(options, run))
-    _write_predictions(predictions, run.label_names, options.output)
+    output = None if options.output is None else Path(options.output)
+    settings = {"batch_size": options.batch_size, "skip_bad_files": options.skip_bad_files}
+    write_predictions(run, source, output, **settings, **_columns(options, run))
+
+
+def _choose_device() -> None:
+    """Give each process of a launcher a GPU of its own, or on the CPU its share of the cores."""
+    import torch
+
+    from hftl.compute import share_threads
+
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
+    share_threads(on_cpu=not torch.accelerator.is_available())
 
 
 def _check_output(output: str | None) -> None:
@@ -193,26 +209,6 @@ def _check_output(output: str | None) -> None:
         raise UsageError(f"--output {output!r} is a folder: name a file in it.")
 
 
-def _write_predictions(predictions: list[Any], label_names: list[str], output: str | None) -> None:
-    """As CSV, with the columns of a run's predictions.csv but the label; to a file whole or not at all."""
-    import csv
-    import io
-
-    from hftl.folder import explained_disk_errors, write_text
-
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["id", "prediction", *(f"probability_{name}" for name in label_names)])
-    for entry in predictions:
-        writer.writerow([entry.id, entry.label, *(f"{entry.probabilities[name]:.6f}" for name in label_names)])
-    if output is None:
-        print(text.getvalue(), end="")
-        return
-    with explained_disk_errors(Path(output).parent):
-        write_text(Path(output), text.getvalue())
-    print(f"{len(predictions):,} predictions written to {output}")
-
-
 def _evaluate(argv: list[str]) -> None:
     parser = _Parser(prog="hftl evaluate", description="Scores of a finished run on labelled data.")
     parser.add_argument("run", help="folder of a finished run")
@@ -220,10 +216,11 @@ def _evaluate(argv: list[str]) -> None:
     parser.add_argument("--split", help="its name (default: test, else validation, else the only one)")
     parser.add_argument("--dataset_config_name", help="as for hftl train")
     parser.add_argument("--skip_bad_files", action="store_true", help="as for hftl train")
-    parser.add_argument("--batch_size", type=_positive, default=32)
+    parser.add_argument("--batch_size", type=_positive, help="rows through the model at once (default: what is fast)")
     _add_columns(parser, "label", "text", "text_pair", "image")
     options = parser.parse_args(argv)
-    from hftl.run import load_run
+    with quick_imports():
+        from hftl.run import load_run
 
     run = load_run(options.run)
     scores = run.evaluate(

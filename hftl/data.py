@@ -190,9 +190,34 @@ def load_inputs(
     return _texts_without_labels(lines, f"{path} has no text in it")
 
 
-def without_bad_images(rows: Any) -> Any:
-    """The rows of `load_inputs` whose image can be read."""
-    return [row for row in rows if image_problem(row["image"], full=True) is None]
+def iter_folder(path: str | os.PathLike, modality: str) -> Iterator[dict[str, Any]]:
+    """The rows of `load_inputs` for a folder of images or texts, in its order, each found when it is asked for.
+
+    Of a million files only the names of one folder are held at a time, which the order needs.
+
+    Raises:
+        UsageError: there is nothing to predict on in the folder, or a text in another encoding.
+    """
+    place = Path(path).expanduser()
+    if modality == "image":
+        start = os.path.abspath(place)
+        rows = ({"id": _below(start, image), "image": image} for image in _walk_images(place, Counter()))
+        otherwise = f"{place} holds no images ({_suffixes(IMAGE_SUFFIXES)})"
+    else:
+        names = sorted(name for name in os.listdir(place) if name.endswith(".txt"))
+        rows = ({"id": name, "text": decoded(place / name).strip()} for name in names)
+        rows = (row for row in rows if row["text"])
+        otherwise = f"{path}: the folder has no .txt files with text in them"
+    first = next(rows, None)
+    if first is None:
+        raise UsageError(otherwise)
+    yield first
+    yield from rows
+
+
+def _below(start: str, path: str) -> str:
+    """The part of a path below a folder, with / on every system."""
+    return path[len(start) :].lstrip(os.sep).replace(os.sep, "/")
 
 
 def _texts_without_labels(texts: list[tuple[str, str]], otherwise: str) -> datasets.Dataset:

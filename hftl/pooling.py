@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 
 #: how much the mean outweighs the token's own value, which the residual path adds; fp16 still holds the sum
@@ -51,7 +52,8 @@ def pool_by_mean(model: PreTrainedModel) -> PreTrainedModel | None:
     config = copy.deepcopy(model.config)
     config.num_hidden_layers += 1
     config.mean_pooling_layer = True  # says what the last layer is, to a reader and to `backbones`
-    deeper: Any = type(model)(config)
+    with no_init_weights():  # every weight is set below; drawing them first takes a fifth of a second for MiniLM
+        deeper: Any = type(model)(config)
     deeper.load_state_dict(model.state_dict(), strict=False)
     _make_uniform(deeper.base_model.encoder.layer[-1])
     pooler = getattr(deeper.base_model, "pooler", None)

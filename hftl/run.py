@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import shlex
 from collections.abc import Iterator
@@ -13,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments
 
-from hftl import backbones, data
+from hftl import backbones, batches, compute, data
 from hftl.arguments import argument_tokens, parse, read_yaml, stage_arguments
 from hftl.errors import UsageError
 from hftl.folder import CHECKPOINTS, LOGS, METRICS, RECIPE
@@ -28,6 +28,8 @@ from hftl.tasks.classification import ClassificationTask
 _PUSHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", RECIPE, "adapter/*")
 
 
+#: rows that are predicted before the first of them are given out: a few seconds of images on two cores
+_PIECE = 256
 #: what a column can hold
 _ROLES = ("label", "image", "text", "text_pair")
 
@@ -56,6 +58,9 @@ class Run:
         """Keep the folder and the task; the model is loaded when it is needed."""
         self.folder, self.task = folder, task
         self._model = model
+        self._folded: Any = None
+        #: texts that were longer than the model reads, of the inputs that were predicted last
+        self.cut = 0
 
     def __repr__(self) -> str:
         """Folder, task and method."""
@@ -98,56 +103,113 @@ class Run:
         lines.append(f"{'saved in:':<12}{self.folder} (try: hftl predict {shlex.quote(str(self.folder))} INPUT)")
         return "\n".join(lines)
 
-    def logits(self, rows: Any, batch_size: int = 32) -> np.ndarray[Any, Any]:
-        """Logits of shape (rows, classes) for rows as the task reads them."""
-        return np.concatenate(list(self._batches(rows, batch_size)))
+    def logits(self, rows: Any, batch_size: int | None = None) -> np.ndarray[Any, Any]:
+        """Logits of shape (rows, classes) for rows as the task reads them, in their order."""
+        return self._logits(rows, batch_size, skip_bad_files=False)[1]
 
-    def _batches(self, rows: Any, batch_size: int) -> Iterator[np.ndarray[Any, Any]]:
-        loader: DataLoader[Any] = DataLoader(
-            self.task.dataset(rows, training=False), batch_size=batch_size, collate_fn=self.task.collate
-        )
+    def _logits(
+        self, rows: Any, batch_size: int | None, skip_bad_files: bool
+    ) -> tuple[list[int], np.ndarray[Any, Any]]:
+        """Numbers of the rows that could be read, in order, and their logits."""
+        dataset: Any = self.task.dataset(rows, training=False)
+        self.cut += getattr(dataset, "cut", 0)
         device = next(self.model.parameters()).device
-        with torch.inference_mode():
-            for batch in loader:
-                inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-                yield self.model(**inputs).logits.float().cpu().numpy()
+        lengths = getattr(dataset, "lengths", None)
+        chosen = batches.groups(lengths, len(dataset), batch_size, device.type == "cpu")
+        threads = _threads(rows) if lengths is None else 0  # texts are tokenised already
+        kept: list[int] = []
+        logits = [np.zeros((0, len(self.label_names)), np.float32)]
+        for group, examples in batches.prepared(dataset, chosen, threads, skip_bad_files):
+            if not examples:
+                continue
+            batch = self.task.collate(examples)
+            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+            network = self._network(inputs)
+            with torch.inference_mode():
+                logits.append(network(**inputs).logits.float().cpu().numpy())
+            kept += group
+        order = np.argsort(kept, kind="stable")
+        return [kept[index] for index in order], np.concatenate(logits)[order]
+
+    def _network(self, inputs: dict[str, torch.Tensor]) -> Any:
+        """What predicts: the model, or once and for all a copy of it without the work of its BatchNorm layers."""
+        if self._folded is None:
+            convolutional = backbones.is_convolutional(self.model)
+            self._folded = compute.folded(self.model, inputs) if convolutional else self.model
+        return self._folded
 
     def predict(
-        self, inputs: Any, batch_size: int = 32, skip_bad_files: bool = False, **columns: str
+        self, inputs: Any, batch_size: int | None = None, skip_bad_files: bool = False, **columns: str
     ) -> list[Prediction]:
-        """Labels and probabilities of new inputs.
+        """Labels and probabilities of new inputs, in their order.
 
         Args:
             inputs: images as paths, PIL images or arrays, one or a list; texts as strings or pairs of them, one or a
                 list; or a folder or table of either (for texts as a `pathlib.Path`).
-            batch_size: inputs run through the model at once.
-            skip_bad_files: leave out images of a folder or table that cannot be read, instead of stopping.
+            batch_size: inputs run through the model at once; None chooses what is fast.
+            skip_bad_files: name images that cannot be read on stderr and leave them out, instead of stopping.
             columns: `text="review"`, … the columns of a table, where they are not those of the training data.
 
         Raises:
             UsageError: an input cannot be read.
         """
-        rows = self.task.read_inputs(inputs, columns)
-        if skip_bad_files and self.task.modality == "image":
-            rows = data.without_bad_images(rows)
-        if not len(rows):
-            return []
-        probabilities = softmax(self.logits(rows, batch_size))
+        pieces = self.predict_batches(inputs, batch_size, skip_bad_files, (0, 1), **columns)
+        return [prediction for piece in pieces for prediction in piece]
+
+    def predict_batches(
+        self,
+        inputs: Any,
+        batch_size: int | None = None,
+        skip_bad_files: bool = False,
+        share: tuple[int, int] = (0, 1),
+        **columns: str,
+    ) -> Iterator[list[Prediction]]:
+        """As `predict`, a few hundred rows at a time: neither inputs nor predictions pile up in memory.
+
+        The images or text files of a folder are found while others are predicted; a table is read and checked first.
+
+        Args:
+            inputs: as `predict`.
+            batch_size: as `predict`.
+            skip_bad_files: as `predict`.
+            share: (i, n): of the pieces, only every n-th from the i-th on. n processes predict everything once.
+            columns: as `predict`.
+
+        Raises:
+            UsageError: an input cannot be read.
+        """
+        self.cut = 0
+        rows = iter(self.task.iter_inputs(inputs, columns))
+        number, processes = share
+        skip_bad_files = skip_bad_files and self.task.modality == "image"
+        for turn in itertools.count():
+            piece = list(itertools.islice(rows, _PIECE))
+            if not piece:
+                return
+            if turn % processes == number:
+                yield self._predictions(piece, batch_size, skip_bad_files)
+
+    def _predictions(self, rows: list[Any], batch_size: int | None, skip_bad_files: bool) -> list[Prediction]:
+        said, self.task.says_cut = self.task.says_cut, False  # once for all pieces, by whoever asked for them
+        try:
+            kept, logits = self._logits(rows, batch_size, skip_bad_files)
+        finally:
+            self.task.says_cut = said
         return [
             Prediction(
-                id=row["id"],
+                id=rows[index]["id"],
                 label=self.label_names[int(values.argmax())],
                 probability=float(values.max()),
                 probabilities=dict(zip(self.label_names, map(float, values), strict=True)),
             )
-            for row, values in zip((rows[index] for index in range(len(rows))), probabilities, strict=True)
+            for index, values in zip(kept, softmax(logits) if kept else (), strict=True)
         ]
 
     def evaluate(
         self,
         dataset: str,
         split: str | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         dataset_config_name: str | None = None,
         skip_bad_files: bool = False,
         **columns: str,
@@ -157,7 +219,7 @@ class Run:
         Args:
             dataset: as `--dataset`.
             split: its name; test, else validation, else the only one.
-            batch_size: rows run through the model at once.
+            batch_size: as `predict`.
             dataset_config_name: as the flag of that name.
             skip_bad_files: as the flag of that name.
             columns: `label="class"`, `text="review"`, …, where they are not those of the training data.
@@ -217,6 +279,13 @@ class Run:
                 f"with `hftl push {self.folder} {repository}` (a token: `hf auth login`)."
             ) from error
         return str(address)
+
+
+def _threads(rows: Any) -> int:
+    """Threads that decode: on the cores that are left; one for pictures in memory, of which two may be the same."""
+    if not len(rows) or not isinstance(rows[0].get("image"), str | bytes | dict):
+        return 1
+    return max(1, min(4, compute.cores() // compute.local_processes() - 1))
 
 
 def load_run(folder: str | Path, task_class: type[ClassificationTask] | None = None) -> Run:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,6 +39,8 @@ class ClassificationTask:
         """Keep the arguments; `label_names` come with the data or with a finished run."""
         self.arguments = arguments
         self.processor: Any = None
+        #: whether `dataset` says how many texts it cut
+        self.says_cut = True
         self.label_names: list[str] = []
 
     @functools.cached_property
@@ -147,6 +150,18 @@ class ClassificationTask:
     def read_inputs(self, inputs: Any, columns: Mapping[str, str] | None = None) -> Any:
         """What `Run.predict` got, as rows for `dataset`; `columns` names the columns of a table by role."""
         raise NotImplementedError
+
+    def iter_inputs(self, inputs: Any, columns: Mapping[str, str] | None = None) -> Iterator[dict[str, Any]]:
+        """The rows of `read_inputs` one by one; those of a folder are found on the way, so that it may be of any size.
+
+        A task that reads folders in a way of its own overrides this too.
+        """
+        named = isinstance(inputs, Path) or (self.modality == "image" and isinstance(inputs, str | os.PathLike))
+        if named and self.modality in ("image", "text") and Path(inputs).expanduser().is_dir():
+            yield from data.iter_folder(inputs, self.modality)
+            return
+        rows = self.read_inputs(inputs, columns)
+        yield from (rows[index] for index in range(len(rows)))
 
 
 def class_counts(splits: Splits) -> list[int]:

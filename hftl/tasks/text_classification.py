@@ -135,7 +135,7 @@ class TextClassification(ClassificationTask):
     def dataset(self, rows: Any, training: bool) -> Dataset[dict[str, Any]]:
         """Texts, tokenised at once; how many were cut is said."""
         encoded = TextDataset(rows, self.processor)
-        if encoded.cut:
+        if encoded.cut and self.says_cut:
             kind = "training" if training else "evaluation"
             say(
                 f"{encoded.cut:,} of {len(encoded):,} {kind} texts are longer than {self.processor.model_max_length} "

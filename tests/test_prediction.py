@@ -1,0 +1,227 @@
+"""Prediction of any number of rows: in order, in pieces, in several processes, and whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_data
+import tiny_models
+from PIL import Image
+
+import hftl
+from hftl import batches, cli
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "accelerate_configs" / "cpu_2_processes.yaml"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prediction")
+    small_data.write_images(folder / "images", {"train": 4, "val": 2}, size=16)
+    tiny_models.write_timm_folder(folder / "convnet", "tf_efficientnet_lite0")
+    small_data.write_texts(folder / "texts", {"train": 16, "dev": 8})
+    tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
+    random = np.random.default_rng(0)
+    for index in range(600):  # three pieces
+        path = folder / "many" / f"{index % 3}" / f"{index:03}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        words = random.choice(["good", "bad", "film", "day"], size=int(random.integers(1, 20)))
+        for file in (path, folder / "notes" / path.name):
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(" ".join(words))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_run(place: Path) -> hftl.Run:
+    common = {"dataset": place / "texts", "max_steps": 2, "output_dir": place / "text"}
+    return hftl.load_run(hftl.finetune("text-classification", model=place / "bert", **common).folder)
+
+
+@pytest.fixture(scope="module")
+def image_run(place: Path) -> hftl.Run:
+    common = {"dataset": place / "images", "image_size": 32, "max_steps": 2, "output_dir": place / "image"}
+    return hftl.load_run(hftl.finetune("image-classification", model=place / "convnet", **common).folder)
+
+
+def write_pictures(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    random = np.random.default_rng(1)
+    for index in range(count):
+        Image.fromarray(random.integers(0, 255, (8, 8, 3)).astype("uint8")).save(folder / f"{index:04}.png")
+    return folder
+
+
+def hidden(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_texts_keep_their_order_and_their_answers(place: Path, text_run: hftl.Run) -> None:
+    texts = [path.read_text() for path in sorted((place / "notes").iterdir())]
+    alone = [text_run.predict(text, batch_size=1)[0].probability for text in texts[:40]]
+    assert len(set(alone)) > 5
+    together = text_run.predict(texts)
+    assert [entry.id for entry in together] == [str(index) for index in range(600)]
+    assert [entry.probability for entry in together[:40]] == pytest.approx(alone, abs=1e-5)
+    of_folder = text_run.predict(place / "notes")
+    assert [entry.id for entry in of_folder] == [f"{index:03}.txt" for index in range(600)]
+    assert [entry.probability for entry in of_folder] == pytest.approx([e.probability for e in together], abs=1e-5)
+
+
+@pytest.mark.parametrize(("batch_size", "on_cpu"), [(None, True), (None, False), (7, True)])
+def test_groups_hold_every_row_once(batch_size: int | None, on_cpu: bool) -> None:
+    lengths = np.random.default_rng(0).integers(0, 600, 500).tolist()
+    for known in (lengths, None):
+        groups = batches.groups(known, 500, batch_size, on_cpu)
+        assert sorted(itertools.chain(*groups)) == list(range(500))
+        if batch_size:
+            assert max(map(len, groups)) == batch_size
+    if batch_size is None and on_cpu:
+        longest = [max(lengths[row] for row in group) for group in batches.groups(lengths, 500, None, True)]
+        assert longest == sorted(longest, reverse=True)
+        assert all(
+            len(group) == 1 or len(group) * lengths[group[0]] <= 512
+            for group in batches.groups(lengths, 500, None, True)
+        )
+
+
+def test_first_predictions_come_before_the_last_rows_are_read(place: Path, image_run: hftl.Run) -> None:
+    folder = write_pictures(place / "last-is-bad", 300)
+    (folder / "0299.png").write_bytes(b"no image")
+    pieces = image_run.predict_batches(folder)
+    first = next(pieces)
+    assert [entry.id for entry in first] == [f"{index:04}.png" for index in range(256)]
+    with pytest.raises(hftl.UsageError, match=r"0299\.png"):
+        next(pieces)
+    with pytest.raises(hftl.UsageError, match=r"0299\.png"):
+        cli._run(["predict", str(image_run.folder), str(folder), "--output", str(place / "bad.csv")])
+    assert not (place / "bad.csv").exists()
+    assert hidden(place) == []
+
+
+def test_unreadable_images_are_named_and_left_out(place: Path, image_run: hftl.Run, capsys: Any) -> None:
+    folder = write_pictures(place / "some-are-bad", 12)
+    for index in (0, 5, 11):
+        (folder / f"{index:04}.png").write_bytes(b"no image")
+    kept = image_run.predict(folder, skip_bad_files=True)
+    assert [entry.id for entry in kept] == [f"{index:04}.png" for index in (1, 2, 3, 4, 6, 7, 8, 9, 10)]
+    assert capsys.readouterr().err.count("left out: ") == 3
+    alone = [image_run.predict(folder / entry.id)[0].probability for entry in kept]
+    assert [entry.probability for entry in kept] == pytest.approx(alone, abs=1e-5)
+    for path in folder.iterdir():
+        path.write_bytes(b"no image")
+    assert image_run.predict(folder, skip_bad_files=True) == []
+
+
+def test_shares_make_up_the_whole(place: Path, text_run: hftl.Run) -> None:
+    whole = [entry.id for entry in text_run.predict(place / "notes")]
+    shares = [list(text_run.predict_batches(place / "notes", share=(number, 2))) for number in range(2)]
+    joined = itertools.chain(*(piece for pair in itertools.zip_longest(*shares, fillvalue=[]) for piece in pair))
+    assert [entry.id for entry in joined] == whole
+
+
+def test_long_texts_are_counted_once_and_not_in_the_table(place: Path, text_run: hftl.Run, capsys: Any) -> None:
+    table = place / "long.csv"
+    table.write_text("text\n" + "\n".join(["good day " * 400, "a film"] * 300))
+    cli._run(["predict", str(text_run.folder), str(table)])
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == 601
+    assert output.err.count("300 texts") == 1
+
+
+def launch(*flags: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
+    command += ["-m", "hftl", "predict", *flags]
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_table(place: Path, text_run: hftl.Run) -> None:
+    cli._run(["predict", str(text_run.folder), str(place / "notes"), "--output", str(place / "one.csv")])
+    stale = place / ".two.csv.stale"  # of a command that was killed
+    stale.mkdir()
+    (stale / "1.csv").write_text("not of this command")
+    result = launch("text", "notes", "--output", "two.csv", cwd=place)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("600 predictions written to two.csv") == 1
+    assert hidden(place) == [stale.name]
+    (stale / "1.csv").unlink()
+    stale.rmdir()
+    one, two = (list(csv.DictReader((place / name).open(newline=""))) for name in ("one.csv", "two.csv"))
+    assert [row["id"] for row in two] == [row["id"] for row in one]
+    for name in ("probability_bad", "probability_good"):
+        assert [float(row[name]) for row in two] == pytest.approx([float(row[name]) for row in one], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_leaves_no_table(place: Path, text_run: hftl.Run) -> None:
+    for index in range(300):
+        path = place / "broken" / f"{index:03}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("good")
+    table = place / "broken" / "299.txt"
+    table.write_bytes(b"\xff\xfe\xff")
+    result = launch("text", "broken", "--output", "broken.csv", cwd=place)
+    assert result.returncode != 0
+    assert "299.txt" in result.stderr
+    assert not (place / "broken.csv").exists()
+    assert hidden(place) == []
+
+
+@pytest.mark.slow
+def test_sigterm_leaves_no_half_table(place: Path, image_run: hftl.Run) -> None:
+    folder = write_pictures(place / "interrupted", 1500)
+    command = [sys.executable, "-m", "hftl", "predict", "image", folder.name, "--output", "half.csv"]
+    process = subprocess.Popen(command, cwd=place, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    try:
+        waited = time.monotonic() + 120
+        while not any(path.stat().st_size > 2000 for path in place.glob(".half.csv.*")):
+            assert process.poll() is None
+            assert time.monotonic() < waited
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in error
+    assert not (place / "half.csv").exists()
+    assert hidden(place) == []
+
+
+MEMORY = """
+import resource, sys
+import hftl
+run = hftl.load_run(sys.argv[1])
+for folder in sys.argv[2:]:
+    print(sum(len(piece) for piece in run.predict_batches(__import__("pathlib").Path(folder))),
+          resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_folder(place: Path, text_run: hftl.Run) -> None:
+    """1,280 texts of 50 kB: 64 MB, if they were kept."""
+    for name, count in (("few", 256), ("lots", 1280)):
+        (place / name).mkdir()
+        for index in range(count):
+            (place / name / f"{index}.txt").write_text(f"{index} " + "x" * 50_000)
+    command = [sys.executable, "-c", MEMORY, str(text_run.folder), str(place / "few"), str(place / "lots")]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    (few, before), (lots, after) = (map(int, line.split()) for line in result.stdout.splitlines())
+    assert (few, lots) == (256, 1280)
+    kilobytes = 1024 if sys.platform == "darwin" else 1
+    assert (after - before) / kilobytes < 30_000

@@ -1,0 +1,68 @@
+"""What a command imports before it starts to work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small_data
+import tiny_models
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: a method whose loss says what is imported when the first step reaches it, and ends the run there
+FIRST_STEP = """
+import dataclasses, gc, os, sys
+from hftl.methods import METHODS
+
+def loss(outputs, labels, num_items_in_batch=None):
+    print("IMPORTED", *sorted({name.partition(".")[0] for name in sys.modules}))
+    print("HFTL", *sorted(name for name in sys.modules if name.startswith("hftl.")))
+    print("COLLECTOR", gc.isenabled(), gc.get_freeze_count() > 100_000)
+    sys.stdout.flush()
+    os._exit(0)
+
+def stop(model, arguments):
+    plan = METHODS["full"](model, arguments)
+    return dataclasses.replace(plan, stages=(dataclasses.replace(plan.stages[0], loss=loss),))
+"""
+
+
+@pytest.fixture(scope="module")
+def first_step(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    place = tmp_path_factory.mktemp("start")
+    small_data.write_texts(place / "texts", {"train": 16, "dev": 8})
+    tiny_models.write_tiny_text_model(place / "bert", kind="bert")
+    (place / "first_step.py").write_text(FIRST_STEP)
+    command = [sys.executable, "-m", "hftl", "train", "text-classification", "--model=bert", "--dataset=texts"]
+    command += ["--method=first_step.py:stop", "--output_dir=run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, timeout=120)
+    lines = [line.split() for line in result.stdout.splitlines() if line.startswith(("IMPORTED", "HFTL", "COLLECTOR"))]
+    assert len(lines) == 3, result.stdout + result.stderr
+    return {line[0]: line[1:] for line in lines}
+
+
+def test_texts_train_without_what_other_tasks_and_later_steps_use(first_step: dict[str, list[str]]) -> None:
+    """scipy, pandas, torchvision and peft are not among these: transformers imports them wherever they are."""
+    unwanted = {"timm", "sklearn", "evaluate", "tensorflow", "matplotlib"}
+    assert "transformers" in first_step["IMPORTED"]
+    assert unwanted & set(first_step["IMPORTED"]) == set()
+    modules = {"hftl.tasks.image_classification", "hftl.card"}
+    assert "hftl.tasks.text_classification" in first_step["HFTL"]
+    assert modules & set(first_step["HFTL"]) == set()
+
+
+def test_garbage_is_collected_again_once_everything_is_imported(first_step: dict[str, list[str]]) -> None:
+    assert first_step["COLLECTOR"] == ["True", "True"]
+
+
+def test_hftl_in_another_program_leaves_its_collector_alone() -> None:
+    code = "import gc, hftl; hftl.Stage; print(gc.isenabled(), gc.get_freeze_count()); gc.disable(); hftl.fit"
+    command = [sys.executable, "-c", f"{code}; print(gc.isenabled(), hftl.launch.__name__, callable(hftl.launch))"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.split() == ["True", "0", "False", "launch", "True"]
