@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hftl import compute
 from hftl.errors import UsageError
 
 #: rows at once on an accelerator
@@ -43,6 +44,13 @@ def groups(lengths: Sequence[int] | None, rows: int, batch_size: int | None, on_
         result.append(order[start : start + size])
         start += size
     return result
+
+
+def decoding_threads(rows: Any) -> int:
+    """Threads that decode: on the cores that are left; one for pictures in memory, of which two may be the same."""
+    if not len(rows) or not isinstance(rows[0].get("image"), str | bytes | dict):
+        return 1
+    return max(1, min(4, compute.cores() // compute.local_processes() - 1))
 
 
 def prepared(

@@ -29,9 +29,9 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from hftl import __version__, backbones, compute
+from hftl import __version__, backbones, batches, compute
 from hftl.arguments import TransferArguments
 from hftl.builtin import cache_folder
 from hftl.cut import Batch, Cut, NoCut
@@ -43,8 +43,8 @@ from hftl.pretrained import public_name
 from hftl.probes import LinearHead, solve_linear_head
 from hftl.trainer import prepare_modules
 
-#: examples that run through the frozen part together; always the same ones, so that an interruption changes no value
-_ROWS = 64
+#: examples on which it is tried how the activations can be kept
+_ROWS = 32
 #: a shard is published when it holds so many bytes, or after so many seconds: what an interruption can lose
 _SHARD_BYTES = 32_000_000
 _SECONDS_BETWEEN_SHARDS = 30.0
@@ -438,31 +438,29 @@ class _Extraction:
     def run(self, shards: Shards, dataset: Any, keys: np.ndarray[Any, Any]) -> None:
         """Compute the rows that are missing: this process its share of them, in batches of always the same rows."""
         missing = shards.find(keys)[:, 0] < 0
-        order = np.argsort(dataset.lengths, kind="stable") if hasattr(dataset, "lengths") else np.arange(len(dataset))
-        chunks = [order[start : start + _ROWS] for start in range(0, len(order), _ROWS)]
-        chunks = [chunk for chunk in chunks if missing[chunk].any()]
-        chunks = chunks[self.arguments.process_index :: self.arguments.world_size]
-        loader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_sampler=[chunk.tolist() for chunk in chunks],
-            collate_fn=self.task.collate,
-            num_workers=max(0, self.arguments.dataloader_num_workers) if chunks else 0,
-        )
+        lengths = getattr(dataset, "lengths", None)
+        chosen = batches.groups(lengths, len(dataset), None, self.arguments.device.type == "cpu")
+        chosen = [group for group in chosen if missing[group].any()]
+        chosen = chosen[self.arguments.process_index :: self.arguments.world_size]
+        # Texts are tokenised already; augmented views draw random numbers, of which a process has one sequence.
+        threads = 0 if lengths is not None else batches.decoding_threads(getattr(dataset, "rows", ()))
+        threads = min(threads, 1) if getattr(dataset, "view", None) is not None else threads
         pending: list[tuple[int, torch.Tensor]] = []
         size = 0
-        for number, (chunk, batch) in enumerate(zip(chunks, loader, strict=True), start=1):
+        for number, (group, examples) in enumerate(batches.prepared(dataset, chosen, threads, False), start=1):
+            batch = self.task.collate(examples)
             kept = self.capture(self.inputs(batch)).cpu()
             real = batch["attention_mask"].bool() if self.source.ragged else None
-            rows = [kept[row] if real is None else kept[row][real[row]] for row in range(len(chunk))]
-            pending += [(index, row) for index, row in zip(chunk, rows, strict=True) if missing[index]]
+            rows = [kept[row] if real is None else kept[row][real[row]] for row in range(len(group))]
+            pending += [(index, row) for index, row in zip(group, rows, strict=True) if missing[index]]
             size += sum(row.numel() * shards.dtype.itemsize for row in rows)
             due = time.monotonic() - self.last_line > _SECONDS_BETWEEN_SHARDS
-            if due or size >= _SHARD_BYTES or number == len(chunks):
+            if due or size >= _SHARD_BYTES or number == len(chosen):
                 shards.write(keys[[index for index, _ in pending]], [row for _, row in pending])
                 pending, size = [], 0
             if due:
                 self.last_line = time.monotonic()
-                say(f"features: {number} of {len(chunks)} batches")
+                say(f"features: {number} of {len(chosen)} batches")
 
 
 def _keys(dataset: Any, arguments: Any) -> np.ndarray[Any, Any]:
@@ -658,10 +656,10 @@ def _source(task: Any, stage: Stage, model: nn.Module, data: dict[str, Any], sol
     arguments = task.arguments
     model.to(arguments.device)
     frozen = prepare_modules(model, stage)
-    batches = _probes(task, data["train"], arguments.device)
+    probes = _probes(task, data["train"], arguments.device)
     if solves:
         try:
-            pooled = PooledFeatures(model.eval(), batches[0])
+            pooled = PooledFeatures(model.eval(), probes[0])
         except NoCut as error:
             if arguments.head_solver == "lbfgs":
                 raise
@@ -670,7 +668,7 @@ def _source(task: Any, stage: Stage, model: nn.Module, data: dict[str, Any], sol
             names = frozenset(name for name in stage.trainable if pooled.is_trained(name))
             return pooled, dataclasses.replace(stage, trainable=names)
     with compute.autocast(arguments.precision, arguments.device):
-        return Cut(model, stage, frozen, batches), stage
+        return Cut(model, stage, frozen, probes), stage
 
 
 def _probes(task: Any, dataset: Any, device: torch.device) -> tuple[Batch, Batch]:
@@ -678,11 +676,11 @@ def _probes(task: Any, dataset: Any, device: torch.device) -> tuple[Batch, Batch
     order = np.arange(len(dataset))
     if hasattr(dataset, "lengths"):
         order = np.argsort(dataset.lengths, kind="stable")
-    batches = []
+    probes = []
     for rows in (order[:2], order[-3:]):
         batch = task.collate([dataset[int(index)] for index in rows])
-        batches.append({name: value.to(device) for name, value in batch.items() if name != "labels"})
-    short, long = batches
+        probes.append({name: value.to(device) for name, value in batch.items() if name != "labels"})
+    short, long = probes
     if "input_ids" in short and short["input_ids"].shape == (2, long["input_ids"].shape[1]):
         half = short["input_ids"].shape[1] // 2
         short = {name: value[:, :half] for name, value in short.items()}

@@ -116,7 +116,7 @@ class Run:
         device = next(self.model.parameters()).device
         lengths = getattr(dataset, "lengths", None)
         chosen = batches.groups(lengths, len(dataset), batch_size, device.type == "cpu")
-        threads = _threads(rows) if lengths is None else 0  # texts are tokenised already
+        threads = batches.decoding_threads(rows) if lengths is None else 0  # texts are tokenised already
         kept: list[int] = []
         logits = [np.zeros((0, len(self.label_names)), np.float32)]
         for group, examples in batches.prepared(dataset, chosen, threads, skip_bad_files):
@@ -279,13 +279,6 @@ class Run:
                 f"with `hftl push {self.folder} {repository}` (a token: `hf auth login`)."
             ) from error
         return str(address)
-
-
-def _threads(rows: Any) -> int:
-    """Threads that decode: on the cores that are left; one for pictures in memory, of which two may be the same."""
-    if not len(rows) or not isinstance(rows[0].get("image"), str | bytes | dict):
-        return 1
-    return max(1, min(4, compute.cores() // compute.local_processes() - 1))
 
 
 def load_run(folder: str | Path, task_class: type[ClassificationTask] | None = None) -> Run:
