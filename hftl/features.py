@@ -189,6 +189,7 @@ def fingerprint(task: Any, model: nn.Module, source: Source, precision: str) -> 
     versions = [__version__, transformers.__version__, torch.__version__]
     sources = sorted({Path(inspect.getfile(kind)).read_bytes() for kind in _own_classes(type(task))})
     settings = [type(plain).__name__, config, source.entry, precision, versions, task.preprocessing()]
+    settings.append(task.arguments.feature_cache_dtype)
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for code in sources:
         digest.update(code)
@@ -340,10 +341,14 @@ def keep(task: Any, model: nn.Module, source: Source, data: dict[str, list[Any]]
     shards = Shards(folder, extraction.settings)
     _announce(shards, keys, data, arguments.feature_cache_gb)
     for _ in range(2):  # a second time where another run removed shards meanwhile
-        for split, views in data.items():
-            for dataset, dataset_keys in zip(views, keys[split], strict=True):
-                extraction.run(shards, dataset, dataset_keys)
-        _wait_for_all()
+        reason = ""
+        try:
+            for split, views in data.items():
+                for dataset, dataset_keys in zip(views, keys[split], strict=True):
+                    extraction.run(shards, dataset, dataset_keys)
+        except NotKept as error:
+            reason = str(error)
+        _raise_together(reason)
         shards.reload()
         places = {split: np.stack([shards.find(entry) for entry in entries]) for split, entries in keys.items()}
         if all((entry[..., 0] >= 0).all() for entry in places.values()):
@@ -470,9 +475,18 @@ def _keys(dataset: Any, arguments: Any) -> np.ndarray[Any, Any]:
         return np.fromiter(keys, dtype=np.uint64, count=len(dataset))
 
 
-def _wait_for_all() -> None:
+def _raise_together(reason: str) -> None:
+    """Wait for all processes; what kept one of them from writing stops all.
+
+    Raises:
+        NotKept: a process has a reason.
+    """
+    reasons = [reason]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        reasons = [""] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(reasons, reason)
+    for found in filter(None, reasons):
+        raise NotKept(found)
 
 
 # --- a stage on kept activations -------------------------------------------------------------------------------------

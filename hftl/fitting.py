@@ -373,9 +373,10 @@ def _evaluate(
             logits, labels = kept.logits(name)
             results[name] = (logits, labels, _scores(task, trainer, logits, labels))
         elif name in data:
-            output = trainer.predict(data[name], metric_key_prefix=name)
+            output = trainer.evaluation_of_the_best if name == "validation" else None
+            output = output or trainer.predict(data[name], metric_key_prefix=name)
             scores = {
-                key.removeprefix(f"{name}_"): value
+                key.removeprefix(f"{name}_").removeprefix("eval_"): value
                 for key, value in (output.metrics or {}).items()
                 if not key.endswith(("_runtime", "_per_second", "_model_preparation_time"))
             }

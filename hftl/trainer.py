@@ -47,6 +47,7 @@ class TransferTrainer(Trainer):
             cut.install()
         self.frozen_modules = prepare_modules(model, stage)
         self.seeded_step = -1
+        self.evaluations: dict[int, Any] = {}
         _check_checkpointing(model, self.frozen_modules, args)
         with _explained_settings():
             super().__init__(model=model, args=args, compute_loss_func=loss, **others)
@@ -134,7 +135,15 @@ class TransferTrainer(Trainer):
         if isinstance(logits, np.ndarray) and isinstance(labels, np.ndarray):
             loss = self.compute_loss_func({"logits": torch.from_numpy(logits)}, torch.from_numpy(labels))
             output.metrics[f"{settings.get('metric_key_prefix', 'eval')}_loss"] = float(loss)
+        if settings.get("metric_key_prefix") == "eval":
+            best = {step: kept for step, kept in self.evaluations.items() if step == self.state.best_global_step}
+            self.evaluations = {**best, self.state.global_step: output}
         return output
+
+    @property
+    def evaluation_of_the_best(self) -> Any:
+        """What validation gave for the checkpoint that training ended with, if this process evaluated it."""
+        return self.evaluations.get(self.state.best_global_step) if self.args.load_best_model_at_end else None
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         data: Any = train_dataset if train_dataset is not None else self.train_dataset
