@@ -134,8 +134,10 @@ class ReadableProgress(ProgressCallback):
             return
         shown = {"accuracy": "accuracy", "f1_macro": "macro F1", "loss": "loss"}
         parts = [f"{text} {logs[f'eval_{name}']:.4f}" for name, text in shown.items() if f"eval_{name}" in logs]
-        epoch = logs.get("epoch", state.epoch)
-        line = f"{self.stage}: {f'epoch {epoch:.3g}, ' if epoch else ''}validation {', '.join(parts)}"
+        when = f"epoch {logs.get('epoch', state.epoch or 0):.3g}"
+        if "penalty" in logs:
+            when = f"solved in {logs['seconds']:.1f} s with penalty {logs['penalty']:.2g}"
+        line = f"{self.stage}: {when}, validation {', '.join(parts)}"
         self.training_bar.write(line) if self.training_bar is not None else say(line)
 
 

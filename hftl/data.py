@@ -962,7 +962,7 @@ def _digest(source: str | bytes | None) -> bytes | None:
 
 def _class_table(parts: dict[str, datasets.Dataset], label_names: list[str]) -> list[str]:
     """Rows by class and split; imbalance and classes with a single row."""
-    shown = 7  # the whole report stays on one screen
+    shown = 6 if len(label_names) <= 6 else 4  # with the stages that follow the report stays on one screen
     counts = {
         role: np.bincount(np.asarray(part["label"], dtype=int), minlength=len(label_names))
         for role, part in parts.items()

@@ -319,9 +319,9 @@ def _solve_stage(task: ClassificationTask, trainer: TransferTrainer, kept: KeptF
     started = time.perf_counter()
     solution = kept.solve(trainer)
     seconds = time.perf_counter() - started
-    say(f"head: solved in {seconds:.1f} s, penalty {solution.strength:.2g} of {len(solution.path)} tried")
     logits, labels = kept.logits("validation")
-    trainer.log({f"eval_{name}": value for name, value in _scores(task, trainer, logits, labels).items()})
+    scores = {f"eval_{name}": value for name, value in _scores(task, trainer, logits, labels).items()}
+    trainer.log({**scores, "penalty": solution.strength, "seconds": seconds})
     return {
         "name": trainer.stage.name,
         "seconds": seconds + kept.seconds,

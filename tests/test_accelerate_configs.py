@@ -60,6 +60,16 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+@pytest.fixture(autouse=True)
+def _environment():
+    """Accelerate's plugins set variables of the process that makes them."""
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ.update(before)
+
+
 def clean_environment() -> dict[str, str]:
     """This process's environment without what a launcher around the tests, or a user, may have set for Accelerate."""
     dropped = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_")

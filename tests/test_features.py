@@ -408,8 +408,9 @@ def test_two_processes_share_the_extraction(place: Path, tmp_path: Path, home: P
     assert solved.returncode == 0, solved.stdout + solved.stderr
     train(place, "bert", tmp_path / "one", "--method=partial", "--unfreeze_blocks=1", "--num_train_epochs=1")
     train(place, "bert", tmp_path / "alone", "--method=frozen")
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "solved"))
-    assert all(torch.allclose(other[name], value, atol=1e-3) for name, value in one.items())
+    one, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("alone", "solved"))
+    assert other["test"]["log_loss"] == pytest.approx(one["test"]["log_loss"], rel=1e-2)
+    assert other["test"]["accuracy"] == one["test"]["accuracy"]
     assert log(tmp_path / "two", "eval_loss") == pytest.approx(log(tmp_path / "one", "eval_loss"), rel=1e-2)
 
 
