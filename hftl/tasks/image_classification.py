@@ -122,7 +122,8 @@ class ImageClassification(ClassificationTask):
         processor = self.processor
         settings = processor.data_config if hasattr(processor, "data_config") else processor.to_dict()
         decoded = None if self._opens_images_its_own_way() else decoded_side(processor)
-        return [settings, decoded, self.arguments.augmentation, self.arguments.horizontal_flip]
+        augmented = self.arguments.feature_views > 1
+        return [settings, decoded, augmented and [self.arguments.augmentation, self.arguments.horizontal_flip]]
 
     def open_image(self, value: Any) -> Image.Image:
         """The RGB picture of a row, in training and after; a task of one's own may prepare it further here.
