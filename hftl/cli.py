@@ -74,7 +74,7 @@ Fine-tune pretrained models with the Hugging Face stack.
   hftl push RUN REPOSITORY          to the Hub; --private
   hftl ls                           the recipes and configurations that come with hftl
   hftl cp RECIPE my_recipe.py       a copy of a recipe, to change
-  hftl cache ls|size|rm             the features kept of frozen models; rm NAME, rm --all
+  hftl cache ls|size|rm             features and pictures that are kept; rm NAME, rm --all
   hftl --version
 
 tasks: {", ".join(TASKS)}
@@ -290,7 +290,7 @@ def _copy(argv: list[str]) -> None:
 
 
 def _cache(argv: list[str]) -> None:
-    parser = _Parser(prog="hftl cache", description="The activations kept of frozen models.")
+    parser = _Parser(prog="hftl cache", description="The features of frozen models and the pictures that are kept.")
     parser.add_argument("action", choices=("ls", "size", "rm"))
     parser.add_argument("name", nargs="?", help="rm: the beginning of a name that hftl cache ls shows")
     parser.add_argument("--all", action="store_true", help="rm: everything")
@@ -298,37 +298,38 @@ def _cache(argv: list[str]) -> None:
     from hftl.builtin import cache_folder
     from hftl.folder import folder_bytes
 
-    place = cache_folder() / "features"
-    entries = sorted(place.glob("*/")) if place.is_dir() else []
+    entries = [*sorted(cache_folder().glob("features/*/")), *cache_folder().glob("images/")]
     if options.action == "size":
-        print(f"{folder_bytes(place) / 1e6:,.1f} MB in {place}")
+        print(f"{sum(map(folder_bytes, entries)) / 1e6:,.1f} MB in {cache_folder()}")
     elif options.action == "ls":
         for entry in entries:
-            print(_cache_line(entry, folder_bytes(entry)))
-    elif options.all:
-        shutil.rmtree(place, ignore_errors=True)
+            print(f"{entry.name:<32}  {folder_bytes(entry) / 1e6:9,.1f} MB  {_cached(entry)}")
     else:
-        _remove_features(entries, options.name)
+        for entry in entries if options.all else [_named_entry(entries, options.name)]:
+            shutil.rmtree(entry)
 
 
-def _cache_line(entry: Path, size: int) -> str:
-    """Name, size, last use, model and place of what is kept."""
+def _cached(entry: Path) -> str:
+    """What is kept in a folder of the cache: last use, model and place."""
     import datetime
-    import json
+
+    from hftl.arguments import read_yaml
 
     path = entry / "settings.json"
+    if entry.name == "images":
+        return "training pictures at working size"
     if not path.is_file():
-        return f"{entry.name}  {size / 1e6:9,.1f} MB  unfinished"
-    settings = json.loads(path.read_text(encoding="utf-8"))
+        return "unfinished"
+    settings = read_yaml(path)  # JSON is YAML too
     used = datetime.datetime.fromtimestamp(path.stat().st_mtime).isoformat(sep=" ", timespec="minutes")
-    return f"{entry.name}  {size / 1e6:9,.1f} MB  {used}  {settings['model']}, {settings['entry']}"
+    return f"{used}  {settings['model']}, {settings['entry']}"
 
 
-def _remove_features(entries: list[Path], name: str | None) -> None:
+def _named_entry(entries: list[Path], name: str | None) -> Path:
     if not name:
         raise UsageError("hftl cache rm needs a name that hftl cache ls shows, or --all.")
     found = [entry for entry in entries if entry.name.startswith(name)]
     if len(found) != 1:
-        state = "several begin" if found else "there is no name that begins"
+        state = "several names begin" if found else "there is no name that begins"
         raise UsageError(f"hftl cache rm: {state} with {name!r}. See hftl cache ls.")
-    shutil.rmtree(found[0])
+    return found[0]

@@ -1,0 +1,29 @@
+"""Tests keep what they make out of the person's own cache; the built-in weights and data there are only read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from hftl.builtin import cache_folder
+
+#: what trainings write there
+WRITTEN = {"features", "images", "precision.json"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    own, before = tmp_path_factory.mktemp("cache"), os.environ.get("HFTL_HOME")
+    for entry in sorted(cache_folder().glob("*")) if cache_folder().is_dir() else ():
+        if entry.name not in WRITTEN:
+            (own / entry.name).symlink_to(entry.resolve())
+    os.environ["HFTL_HOME"] = str(own)
+    yield
+    if before is None:
+        del os.environ["HFTL_HOME"]
+    else:
+        os.environ["HFTL_HOME"] = before
+    shutil.rmtree(own, ignore_errors=True)
