@@ -431,3 +431,10 @@ def test_the_cache_command(place: Path, tmp_path: Path, home: Path, capsys: pyte
     train(place, "cnn", tmp_path / "run", "--method=frozen")
     cli._run(["cache", "rm", "--all"])
     assert list((home / "features").iterdir()) == []
+
+
+def test_checkpointed_activations_give_the_same_losses(place: Path, tmp_path: Path) -> None:
+    flags = ["--method=partial", "--unfreeze_blocks=1", "--num_train_epochs=1", "--feature_cache=on"]
+    train(place, "bert", tmp_path / "plain", *flags)
+    train(place, "bert", tmp_path / "checkpointed", *flags, "--activation_checkpointing")
+    assert log(tmp_path / "checkpointed", "loss") == pytest.approx(log(tmp_path / "plain", "loss"), rel=1e-5)
