@@ -167,11 +167,14 @@ def _measured(model: nn.Module, batch: dict[str, torch.Tensor], training: bool) 
             return {"precision": "fp32", "reason": reason}
         copied = copy.deepcopy(model)  # in the modes of the work to come
         seconds: dict[str, list[float]] = {"fp32": [], "bf16": []}
-        for _ in range(_PASSES):
-            for precision, times in seconds.items():
-                started = time.perf_counter()
-                _pass(copied, inputs, labels, precision, training)
-                times.append(time.perf_counter() - started)
+        try:
+            for _ in range(_PASSES):
+                for precision, times in seconds.items():
+                    started = time.perf_counter()
+                    _pass(copied, inputs, labels, precision, training)
+                    times.append(time.perf_counter() - started)
+        except RuntimeError as error:  # no gradient in bf16, or no memory for two models
+            return {"precision": "fp32", "reason": f"the measurement failed: {' '.join(str(error).split())[:200]}"}
     fastest = {precision: min(times) for precision, times in seconds.items()}
     chosen, other = ("bf16", "fp32") if fastest["bf16"] < _GAIN * fastest["fp32"] else ("fp32", "bf16")
     step = f"{len(labels)} rows {'trained' if training else 'predicted'} in {fastest[chosen]:.2g} s"

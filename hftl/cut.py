@@ -73,7 +73,7 @@ class Cut:
         sizes = [_sizes(batch) for batch in batches]
         if sizes[0]["rows"] == sizes[1]["rows"] or sizes[0].get("tokens") == sizes[1].get("tokens", -1):
             raise NoCut("there are too few rows to find out how the model treats them")
-        with self._as_trained():
+        with self._as_trained(), explained_probe():
             traces = [_trace(model, batch) for batch in batches]
             self._blocks = backbones.parameter_blocks(model)
             self._first = min(self._blocks[name] for name in stage.trainable)
@@ -85,14 +85,15 @@ class Cut:
                 name: _merged(*(trace.outputs[name] for trace in traces), *sizes)
                 for name in _before(model, self._name, traces[0])
             }
-            for batch in batches:
-                self._check(batch)
-        kept = [self.capture(self.model, batch) for batch in batches]
-        shape = _merged(*map(_described, kept), *sizes).shape
-        if shape[0] != "rows" or any(isinstance(size, str) for size in shape[2:]):
-            raise NoCut(f"what enters {self.entry} has no row for each example")
-        self.ragged = len(shape) > 1 and shape[1] == "tokens"
-        self.dtype = kept[0].dtype
+            kept = [self.capture(self.model, batch) for batch in batches]
+            shape = _merged(*map(_described, kept), *sizes).shape
+            if shape[0] != "rows" or any(isinstance(size, str) for size in shape[2:]):
+                raise NoCut(f"what enters {self.entry} has no row for each example")
+            self.ragged, self.dtype = len(shape) > 1 and shape[1] == "tokens", kept[0].dtype
+            if self.ragged and "attention_mask" not in self.carried:
+                raise NoCut("without an attention mask padding cannot be told from texts")
+            for values, batch in zip(kept, batches, strict=True):
+                self._check(values, batch)
 
     def is_trained(self, name: str) -> bool:
         """Whether an entry of the model's state dict belongs to the trained part."""
@@ -185,24 +186,35 @@ class Cut:
             for module, mode in modes.items():
                 module.training = mode
 
-    def _check(self, batch: Batch) -> None:
+    def _check(self, kept: torch.Tensor, batch: Batch) -> None:
         """Compare logits in training mode, with the same random numbers.
 
         Raises:
             NoCut: they differ, or the model does not run.
         """
-        kept = self.capture(self.model, batch)
-        self.dtype = kept.dtype
+        if self.ragged:  # padding is not kept
+            real = batch["attention_mask"].bool()
+            kept = kept.masked_fill(~real.view(*real.shape, *[1] * (kept.ndim - 2)), 0.0)
         with _seeded(), torch.no_grad():
             expected = self.model(**batch)["logits"]
-        try:
-            with _seeded():
-                found = self.outputs(kept, {name: batch[name] for name in self.carried})
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-            raise NoCut(f"the layers from {self.entry} on do not run by themselves ({error})") from error
+        with _seeded():
+            found = self.outputs(kept, {name: batch[name] for name in self.carried})
         difference = float((found - expected).abs().max())
         if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
             raise NoCut(f"the layers from {self.entry} on need more than what enters there")
+
+
+@contextlib.contextmanager
+def explained_probe() -> Iterator[None]:
+    """A model that does not run on a small batch, or without its first part, cannot be cut.
+
+    Raises:
+        NoCut: with what the model raised.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        raise NoCut(f"the model does not run in parts ({' '.join(str(error).split())[:200]})") from error
 
 
 class _Stub:

@@ -9,9 +9,11 @@ may fill one cache, and an interrupted extraction goes on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import inspect
 import json
 import os
@@ -20,21 +22,20 @@ import time
 import uuid
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import nn
 from torch.utils.data import Dataset
 
 from hftl import __version__, backbones, batches, compute
 from hftl.arguments import TransferArguments
 from hftl.builtin import cache_folder
-from hftl.cut import Batch, Cut, NoCut
+from hftl.cut import Batch, Cut, NoCut, explained_probe
 from hftl.errors import UsageError
 from hftl.folder import folder_bytes, say, write_json
 from hftl.losses import CrossEntropyLoss
@@ -48,6 +49,7 @@ _ROWS = 32
 #: a shard is published when it holds so many bytes, or after so many seconds: what an interruption can lose
 _SHARD_BYTES = 32_000_000
 _SECONDS_BETWEEN_SHARDS = 30.0
+_A_DAY = 86_400
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 #: numpy has no bfloat16: the bits are kept as whole numbers
 _STORED: dict[str, np.dtype[Any]] = {
@@ -85,6 +87,7 @@ class Shards:
             if not path.is_file():
                 write_json(path, settings())
             os.utime(path)  # last used
+            _remove_orphans(folder)
             self.settings = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise NotKept(f"{folder} cannot be used: {error}") from error
@@ -121,8 +124,10 @@ class Shards:
             if len(values) == ends[-1] and zlib.crc32(values.data) == checksum:
                 return values, keys, ends
             reason = "its checksum is another"
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             reason = str(error)
+        except OSError as error:  # too many open files, say: that is no fault of the shard
+            raise NotKept(f"{data} cannot be read: {error.strerror}") from error
         say(f"feature cache: a shard in {self.folder} is damaged ({reason}): its rows are computed again")
         path.unlink(missing_ok=True)
         data.unlink(missing_ok=True)
@@ -170,6 +175,15 @@ class Shards:
                 (self.folder / f".{name}.{suffix}").unlink(missing_ok=True)
 
 
+def _remove_orphans(folder: Path) -> None:
+    """Remove what a killed process left half-written a day ago."""
+    for path in (*folder.glob(".*.bin"), *folder.glob(".*.npz"), *folder.glob("*.bin")):
+        with contextlib.suppress(FileNotFoundError):  # another process removes it too
+            left = path.name.startswith(".") or not path.with_suffix(".npz").is_file()
+            if left and time.time() - path.stat().st_mtime > _A_DAY:
+                path.unlink()
+
+
 # --- what determines the values --------------------------------------------------------------------------------------
 
 
@@ -177,7 +191,7 @@ def fingerprint(task: Any, model: nn.Module, source: Source, precision: str) -> 
     """A name for everything that determines an activation but the example.
 
     Args:
-        task: its class, with those above it, and its processor.
+        task: its class, with those above it (one of a person's own may prepare data in another way), and its processor.
         model: the model; of its weights those of the frozen part count, and of its settings all but the labels.
         source: where the activations are taken.
         precision: fp32, bf16 or fp16.
@@ -186,8 +200,13 @@ def fingerprint(task: Any, model: nn.Module, source: Source, precision: str) -> 
     plain: Any = backbones.without_adapters(model)
     config = plain.config.to_dict() if hasattr(plain, "config") else {}
     config = {name: value for name, value in config.items() if name not in _NOT_THE_BODY}
-    versions = [__version__, transformers.__version__, torch.__version__]
-    sources = sorted({Path(inspect.getfile(kind)).read_bytes() for kind in _own_classes(type(task))})
+    libraries = ("torch", "transformers", "timm", "torchvision", "pillow")
+    versions = [__version__, *map(importlib.metadata.version, libraries)]
+    kinds = [kind for kind in (*type(task).__mro__, type(plain)) if kind.__module__ != "builtins"]
+    try:
+        sources = sorted({Path(inspect.getfile(kind)).read_bytes() for kind in kinds})
+    except (OSError, TypeError) as error:  # a class that somebody typed in
+        raise NotKept(f"the code of the task is in no file ({error})") from error
     settings = [type(plain).__name__, config, source.entry, precision, versions, task.preprocessing()]
     settings.append(task.arguments.feature_cache_dtype)
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -205,11 +224,6 @@ _NOT_THE_BODY = {
     "id2label", "label2id", "num_labels", "label_names", "num_classes", "problem_type", "pretrained_cfg",
     "_name_or_path",
 }  # fmt: skip
-
-
-def _own_classes(kind: type) -> list[type]:
-    """A task's classes: one of a person's own may prepare its data in another way."""
-    return [base for base in kind.__mro__ if base.__module__ != "builtins"]
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------
@@ -237,9 +251,10 @@ class PooledFeatures:
         if len(head) > 1 or type(layer) is not nn.Linear:
             raise NoCut("the head is more than one linear layer")
         self.name, self.layer = head[0], layer
-        kept = self.capture(model, batch)
-        with torch.no_grad():
-            expected = model(**batch)["logits"]
+        with explained_probe():
+            kept = self.capture(model, batch)
+            with torch.no_grad():
+                expected = model(**batch)["logits"]
         if kept.shape != (len(expected), layer.in_features) or not torch.allclose(
             self.outputs(kept, {}), expected, rtol=1e-4, atol=1e-4
         ):
@@ -335,23 +350,22 @@ def keep(task: Any, model: nn.Module, source: Source, data: dict[str, list[Any]]
         NotKept: the cache cannot be written, or the activations do not fit into it.
     """
     arguments = task.arguments
-    folder = cache_folder() / "features" / fingerprint(task, model, source, arguments.precision)
     keys = {split: [_keys(dataset, arguments) for dataset in views] for split, views in data.items()}
     extraction = _Extraction(task, model, source, data["train"][0])
-    shards = Shards(folder, extraction.settings)
-    _announce(shards, keys, data, arguments.feature_cache_gb)
+    with _together():
+        folder = cache_folder() / "features" / fingerprint(task, model, source, arguments.precision)
+        shards = Shards(folder, extraction.settings)
+        _announce(shards, keys, data, arguments.feature_cache_gb)
     for _ in range(2):  # a second time where another run removed shards meanwhile
-        reason = ""
-        try:
+        with _together():
             for split, views in data.items():
                 for dataset, dataset_keys in zip(views, keys[split], strict=True):
                     extraction.run(shards, dataset, dataset_keys)
-        except NotKept as error:
-            reason = str(error)
-        _raise_together(reason)
-        shards.reload()
+        with _together():
+            shards.reload()
         places = {split: np.stack([shards.find(entry) for entry in entries]) for split, entries in keys.items()}
-        if all((entry[..., 0] >= 0).all() for entry in places.values()):
+        missing = any((entry[..., 0] < 0).any() for entry in places.values())
+        if not any(_of_all(missing)):
             return {
                 split: KeptDataset(shards, places[split], views[0], source.carried) for split, views in data.items()
             }
@@ -372,7 +386,7 @@ def _announce(shards: Shards, keys: dict[str, list[Any]], data: dict[str, list[A
     row_bytes = float(numbers * _STORED[settings["dtype"]].itemsize)
     needed, used = missing * row_bytes, folder_bytes(shards.folder.parent)
     free = shutil.disk_usage(shards.folder).free
-    if needed + used > budget * 1e9 or needed * 1.05 > free:
+    if missing and (needed + used > budget * 1e9 or needed * 1.05 > free):
         raise NotKept(
             f"they need {needed / 1e9:.2f} GB beside the {used / 1e9:.2f} GB there, more than --feature_cache_gb "
             f"{budget:g} or the {free / 1e9:.2f} GB free allow (hftl cache rm makes room)"
@@ -409,8 +423,9 @@ class _Extraction:
 
     def capture(self, batch: Batch) -> torch.Tensor:
         """The activations of a batch in the run's precision."""
+        fast = self.fast  # folded, and compared with the model, in float32
         with compute.autocast(self.arguments.precision, self.arguments.device):
-            return self.source.capture(self.fast, batch)
+            return self.source.capture(fast, batch)
 
     def settings(self) -> dict[str, Any]:
         """How rows are kept: in 16 bits where that changes no prediction of the first rows."""
@@ -451,18 +466,17 @@ class _Extraction:
         threads = 0 if lengths is not None else batches.decoding_threads(getattr(dataset, "rows", ()))
         threads = min(threads, 1) if getattr(dataset, "view", None) is not None else threads
         pending: list[tuple[int, torch.Tensor]] = []
-        size = 0
         for number, (group, examples) in enumerate(batches.prepared(dataset, chosen, threads, False), start=1):
             batch = self.task.collate(examples)
             kept = self.capture(self.inputs(batch)).cpu()
             real = batch["attention_mask"].bool() if self.source.ragged else None
             rows = [kept[row] if real is None else kept[row][real[row]] for row in range(len(group))]
             pending += [(index, row) for index, row in zip(group, rows, strict=True) if missing[index]]
-            size += sum(row.numel() * shards.dtype.itemsize for row in rows)
+            size = sum(row.numel() for _, row in pending) * shards.dtype.itemsize
             due = time.monotonic() - self.last_line > _SECONDS_BETWEEN_SHARDS
             if due or size >= _SHARD_BYTES or number == len(chosen):
                 shards.write(keys[[index for index, _ in pending]], [row for _, row in pending])
-                pending, size = [], 0
+                pending = []
             if due:
                 self.last_line = time.monotonic()
                 say(f"features: {number} of {len(chosen)} batches")
@@ -475,18 +489,29 @@ def _keys(dataset: Any, arguments: Any) -> np.ndarray[Any, Any]:
         return np.fromiter(keys, dtype=np.uint64, count=len(dataset))
 
 
-def _raise_together(reason: str) -> None:
-    """Wait for all processes; what kept one of them from writing stops all.
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Wait for all processes at the end; what stops one of them stops all.
 
     Raises:
         NotKept: a process has a reason.
     """
-    reasons = [reason]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        reasons = [""] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(reasons, reason)
-    for found in filter(None, reasons):
+    reason = ""
+    try:
+        yield
+    except NotKept as error:
+        reason = str(error)
+    for found in filter(None, _of_all(reason)):
         raise NotKept(found)
+
+
+def _of_all(value: Any) -> list[Any]:
+    """The value of every process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values = [value] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 # --- a stage on kept activations -------------------------------------------------------------------------------------
@@ -653,6 +678,8 @@ def _check_possible(task: Any, data: dict[str, Any], solves: bool) -> None:
         raise NotKept(
             f"--augmentation {augmentation} changes the images every epoch (--feature_views 4 keeps 4 of each)"
         )
+    if getattr(arguments, "n_gpu", 1) > 1 and not solves:
+        raise NotKept("one process has several GPUs (start one for each with accelerate launch)")
     if arguments.torch_compile and not solves:
         raise NotKept("--torch_compile compiles the whole model")
     if any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED")):

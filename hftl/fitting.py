@@ -188,28 +188,45 @@ def _run_stages(
         kept = keep_features(task, stage, model, splits, data, alone=len(stages) == 1)
         stage = stage if kept is None else kept.stage
         rows = data if kept is None else kept.data
-        trainer = _stage_trainer(task, stage, model, splits, rows, index, kept)
-        if _is_sharded(trainer) and hasattr(model, "peft_config"):
-            raise UsageError("--method lora does not work with FSDP or DeepSpeed yet: use multi_gpu.yaml.")
-        trainer.add_callback(signals)
-        final = Path(str(trainer.args.output_dir), "final")
-        if not final.is_dir():
-            say(_announcement(stage, model, index, len(stages), task.arguments.max_steps, kept))
-            if kept is not None and kept.solved:
-                record = _solve_stage(task, trainer, kept)
-            else:
-                record = _train_stage(trainer, stage, task.arguments.resume)
-            _keep_result(trainer, record, final)
-        else:
-            trainer._load_from_checkpoint(str(final))
-        if is_last:
-            results = _evaluate(task, trainer, rows, kept)
-        if kept is not None:
-            kept.release()
+        try:
+            trainer, record, results = _run_stage(task, stage, model, splits, rows, index, len(stages), kept, signals)
+        finally:
+            if kept is not None:
+                kept.release()
         if not is_last:
             trainer.bare_model()  # the next trainer puts its own around the model
-        records.append(json.loads((final / "stage.json").read_text(encoding="utf-8")))
+        records.append(record)
     return trainer, records, results
+
+
+def _run_stage(
+    task: ClassificationTask,
+    stage: Stage,
+    model: nn.Module,
+    splits: Splits,
+    data: dict[str, Any],
+    index: int,
+    count: int,
+    kept: KeptFeatures | None,
+    signals: StopSignals,
+) -> tuple[TransferTrainer, dict[str, Any], dict[str, Any]]:
+    """Train one stage unless it is finished; its record and, of the last one, its results."""
+    trainer = _stage_trainer(task, stage, model, splits, data, index, kept)
+    if _is_sharded(trainer) and hasattr(model, "peft_config"):
+        raise UsageError("--method lora does not work with FSDP or DeepSpeed yet: use multi_gpu.yaml.")
+    trainer.add_callback(signals)
+    final = Path(str(trainer.args.output_dir), "final")
+    if not final.is_dir():
+        say(_announcement(stage, model, index, count, task.arguments.max_steps, kept))
+        if kept is not None and kept.solved:
+            record = _solve_stage(task, trainer, kept)
+        else:
+            record = _train_stage(trainer, stage, task.arguments.resume)
+        _keep_result(trainer, record, final)
+    else:
+        trainer._load_from_checkpoint(str(final))
+    results = _evaluate(task, trainer, data, kept) if index + 1 == count else {}
+    return trainer, json.loads((final / "stage.json").read_text(encoding="utf-8")), results
 
 
 def _announcement(
@@ -329,7 +346,7 @@ def _solve_stage(task: ClassificationTask, trainer: TransferTrainer, kept: KeptF
         "steps": solution.steps,
         "epochs": 1,
         "penalty": solution.strength,
-        "best_metric": max(score for _, score, _ in solution.path),
+        "best_metric": scores[f"eval_{trainer.args.metric_for_best_model}"],
         **_parameters(trainer),
     }
 

@@ -7,6 +7,7 @@ read, not mapped: mapped pages would count as memory of the process, and it read
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -42,15 +43,16 @@ class ImageCache:
     What it gives does not depend on what is kept: a picture is resized to the same pixels where it is decoded anew.
     """
 
-    def __init__(self, side: int, open_image: Callable[[Any], Image.Image], folder: Path | None) -> None:
+    def __init__(self, side: int, decoded: int, open_image: Callable[[Any], Image.Image], folder: Path | None) -> None:
         """Nothing is read or written yet.
 
         Args:
             side: shorter side of the pictures in pixels; smaller ones stay as they are.
+            decoded: shorter side that `open_image` decodes to at least.
             open_image: an RGB image from a path, bytes or a `{"bytes", "path"}` dict.
             folder: where they are kept; None where they are not.
         """
-        self.side, self.open_image, self.folder = side, open_image, folder
+        self.side, self.decoded, self.open_image, self.folder = side, decoded, open_image, folder
 
     def picture(self, value: Any) -> np.ndarray[Any, Any]:
         """The picture of a path, bytes or a `{"bytes", "path"}` dict, uint8 of shape (height, width, 3).
@@ -60,7 +62,7 @@ class ImageCache:
         """
         if self.folder is None:
             return self._decoded(value)
-        path = _place(self.folder, picture_key(value, self.side))
+        path = _place(self.folder, picture_key(value, self.side, self.decoded))
         pixels = _read(path)
         if pixels is None:
             pixels = self._decoded(value)
@@ -84,16 +86,18 @@ class ImageCache:
         except OSError as error:
             say(f"images: no more are kept in {self.folder}: {error.strerror or error}")
             self.folder = None
-            beside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # whatever keeps it from being written may keep it from being removed
+                beside.unlink()
 
 
-def picture_key(value: Any, side: int) -> bytes:
-    """16 bytes that name a picture's content at a working size, wherever its file lies (`content_key`).
+def picture_key(value: Any, side: int, decoded: int) -> bytes:
+    """16 bytes that name a picture's content, decoded and at a working size, wherever its file lies (`content_key`).
 
     Raises:
         UsageError: there is no such file.
     """
-    return hashlib.blake2b(_MARK + side.to_bytes(4, "little") + content_key(value), digest_size=16).digest()
+    sizes = struct.pack("<II", side, decoded)
+    return hashlib.blake2b(_MARK + sizes + content_key(value), digest_size=16).digest()
 
 
 def _place(folder: Path, digest: bytes) -> Path:
@@ -115,6 +119,9 @@ def _read(path: Path) -> np.ndarray[Any, Any] | None:
         content = np.fromfile(path, dtype=np.uint8)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        say(f"images: the kept picture {path} cannot be read ({error.strerror}) and is made again")
+        return None
     if len(content) > _HEADER.size:
         mark, height, width, checksum = _HEADER.unpack_from(content.data)
         pixels = content[_HEADER.size :]
@@ -132,7 +139,13 @@ def _checksum(pixels: np.ndarray[Any, Any]) -> int:
 
 
 def plan_cache(
-    rows: Any, side: int, open_image: Callable[[Any], Image.Image], mode: str, epochs: float, limit_gb: float
+    rows: Any,
+    side: int,
+    decoded: int,
+    open_image: Callable[[Any], Image.Image],
+    mode: str,
+    epochs: float,
+    limit_gb: float,
 ) -> ImageCache | None:
     """The cache for the training pictures `rows`, or None where they are to be decoded every time.
 
@@ -142,6 +155,7 @@ def plan_cache(
     Args:
         rows: rows with an "image".
         side: working size, the shorter side in pixels.
+        decoded: see `ImageCache`.
         open_image: see `ImageCache`.
         mode: auto, on or off. `auto`: for more than one epoch of photos that are much larger than they are used.
         epochs: passes over the rows.
@@ -159,7 +173,7 @@ def plan_cache(
     each = float(
         np.mean([3 * width * height for width, height in (_working_size(size, side) for size in sizes.values())])
     )
-    missing = np.mean([not _place(folder, picture_key(sample[row], side)).is_file() for row in sizes])
+    missing = np.mean([not _place(folder, picture_key(sample[row], side, decoded)).is_file() for row in sizes])
     needed = each * len(rows) * float(missing)
     room = min(limit_gb * 1e9 - _bytes_kept(folder), shutil.disk_usage(_existing(folder)).free / 2)
     if needed > room:
@@ -167,10 +181,10 @@ def plan_cache(
             f"images: decoded in every epoch; keeping them takes {needed / 1e9:.2g} GB and there is room for "
             f"{max(0, room) / 1e9:.2g} GB in {folder} (--image_cache_gb {limit_gb:g}, half of the free space)"
         )
-        return ImageCache(side, open_image, None)
+        return ImageCache(side, decoded, open_image, None)
     state = "kept from before" if not missing else f"kept for later epochs, {each * len(rows) / 1e9:.2g} GB"
     say(f"images: {state}, at {side} pixels in {folder} (--image_cache off: decoded every time)")
-    return ImageCache(side, open_image, folder)
+    return ImageCache(side, decoded, open_image, folder)
 
 
 def _bytes_kept(folder: Path) -> int:

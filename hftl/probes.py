@@ -73,15 +73,19 @@ def solve_linear_head(
     mean = mean if intercept else torch.zeros_like(mean)
     scale = torch.where(deviation > 1e-6, 1 / deviation.clamp(min=1e-6), 0.0)
     features = (features.to(dtype) - mean) * scale
+    held_out = validation[0].to(dtype)
     problem = _Problem(features, labels, classes, loss, intercept)
     parameters = features.new_zeros(classes, features.shape[1] + intercept)
     path, best, best_key = [], parameters, (-math.inf, -math.inf)
+    chosen = STRENGTHS[0]
     for strength in STRENGTHS:
         with _one_thread_if(features.numel() * classes < _SMALL):
             parameters = problem.solve(parameters, strength)
         weight, bias = _unscaled(parameters, mean, scale, intercept)
-        logits = validation[0].to(dtype) @ weight.T + (0.0 if bias is None else bias)
-        key = (score(logits, validation[1]), -float(loss({"logits": logits}, validation[1])))
+        logits = held_out @ weight.T + (0.0 if bias is None else bias)
+        found = score(logits, validation[1])
+        # A metric that is no number (one class alone in validation, say) chooses nothing.
+        key = (-math.inf if math.isnan(found) else found, -float(loss({"logits": logits}, validation[1])))
         path.append((strength, key[0], -key[1]))
         if key > best_key:
             best, best_key, chosen = parameters, key, strength

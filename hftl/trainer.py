@@ -43,8 +43,6 @@ class TransferTrainer(Trainer):
     ) -> None:
         """Set which parameters train, and find the modules that do not."""
         self.stage, self.cut = stage, cut
-        if cut is not None:
-            cut.install()
         self.frozen_modules = prepare_modules(model, stage)
         self.seeded_step = -1
         self.evaluations: dict[int, Any] = {}
@@ -56,6 +54,8 @@ class TransferTrainer(Trainer):
         self.start: dict[str, torch.Tensor] | None = None
         if self.train_dataset is not None:
             self.add_callback(_EpochOfData(self))
+        if cut is not None:
+            cut.install()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer over the stage's parameter groups."""

@@ -438,3 +438,39 @@ def test_checkpointed_activations_give_the_same_losses(place: Path, tmp_path: Pa
     train(place, "bert", tmp_path / "plain", *flags)
     train(place, "bert", tmp_path / "checkpointed", *flags, "--activation_checkpointing")
     assert log(tmp_path / "checkpointed", "loss") == pytest.approx(log(tmp_path / "plain", "loss"), rel=1e-5)
+
+
+def test_a_failed_stage_leaves_an_ordinary_model(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the same plan, fitted again, would keep what the stubs give."""
+    from hftl import fitting
+
+    models: list[Any] = []
+
+    def fail(trainer: Any, *others: Any) -> None:
+        models.append(trainer.model)
+        assert any("forward" in vars(module) for module in trainer.model.modules())
+        raise hftl.UsageError("the loss is nan")
+
+    monkeypatch.setattr(fitting, "_train_stage", fail)
+    with pytest.raises(hftl.UsageError, match="nan"):
+        train(place, "bert", tmp_path / "run", "--method=partial", "--unfreeze_blocks=1")
+    assert not any("forward" in vars(module) for module in models[0].modules())
+    assert not any(module._forward_pre_hooks for module in models[0].modules())
+
+
+def test_a_cached_run_needs_no_room(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(place, "cnn", tmp_path / "run", "--method=frozen")
+    train(place, "cnn", tmp_path / "run", "--method=frozen", "--feature_cache_gb=0.000001", "--feature_cache=on")
+    assert "all in the cache" in capsys.readouterr().out
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day(home: Path) -> None:
+    settings = {"dtype": "float32", "shape": [1], "ragged": False}
+    shards = Shards(home / "one", lambda: settings)
+    shards.write(np.array([1], dtype=np.uint64), [torch.ones(1)])
+    for name in (".a.bin", ".a.npz", "b.bin", "new.bin"):
+        (home / "one" / name).write_bytes(b"half")
+        os.utime(home / "one" / name, (0, 0) if name != "new.bin" else None)
+    shards = Shards(home / "one", lambda: settings)
+    assert (shards.find(np.array([1], dtype=np.uint64))[:, 0] == 0).all()
+    assert {path.name for path in (home / "one").iterdir()} & {".a.bin", ".a.npz", "b.bin", "new.bin"} == {"new.bin"}

@@ -299,24 +299,24 @@ def test_a_damaged_picture_is_made_again(
 def test_the_key_is_the_content(place: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     shutil.copy2(place / "large.jpg", path)
-    key = picture_key(str(place / "large.jpg"), 317)
-    assert picture_key(str(path), 317) == key
-    assert picture_key(str(path), 318) != key
+    key = picture_key(str(place / "large.jpg"), 317, 634)
+    assert picture_key(str(path), 317, 634) == key
+    assert picture_key(str(path), 318, 634) != key
     state = path.stat()
     for position in (10, -10):
         changed = bytearray((place / "large.jpg").read_bytes())
         changed[position] ^= 1
         path.write_bytes(changed)
         os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-        assert picture_key(str(path), 317) != key
+        assert picture_key(str(path), 317, 634) != key
     shutil.copy2(place / "large.jpg", path)
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
-    assert picture_key(str(path), 317) != key
+    assert picture_key(str(path), 317, 634) != key
     content = (place / "large.jpg").read_bytes()
-    assert picture_key(content, 317) == picture_key({"bytes": content, "path": "x.jpg"}, 317)
+    assert picture_key(content, 317, 634) == picture_key({"bytes": content, "path": "x.jpg"}, 317, 634)
     middle = bytearray(content)
     middle[len(middle) // 2] ^= 1
-    assert picture_key(bytes(middle), 317) != picture_key(content, 317)
+    assert picture_key(bytes(middle), 317, 634) != picture_key(content, 317, 634)
 
 
 def test_a_full_disk_ends_the_keeping_not_the_training(

@@ -147,8 +147,9 @@ class ImageClassification(ClassificationTask):
             return None
         arguments = self.arguments
         epochs = (arguments.num_train_epochs or 0) + (arguments.head_epochs or 0)
-        side = training_side(self.processor)
-        return plan_cache(rows, side, self._opener(), arguments.image_cache, epochs, arguments.image_cache_gb)
+        side, decoded = training_side(self.processor), decoded_side(self.processor) or 0
+        opener, mode, limit = self._opener(), arguments.image_cache, arguments.image_cache_gb
+        return plan_cache(rows, side, decoded, opener, mode, epochs, limit)
 
     def _plain_transform(self, image: Any) -> torch.Tensor:
         """The processor's own transform, so that plain transformers sees the same pixels; shape (3, height, width)."""
