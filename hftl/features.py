@@ -682,7 +682,8 @@ def _check_possible(task: Any, data: dict[str, Any], solves: bool) -> None:
         raise NotKept("one process has several GPUs (start one for each with accelerate launch)")
     if arguments.torch_compile and not solves:
         raise NotKept("--torch_compile compiles the whole model")
-    if any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED")):
+    wished = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+    if wished and arguments.device.type != "cpu":  # on a CPU Accelerate shards nothing, whatever it was asked
         raise NotKept("the model is sharded")
     if not all(hasattr(rows, name) for rows in data.values() for name in ("key", "labels")):
         raise NotKept("the task's data sets have no `key` and `labels`")
