@@ -322,21 +322,6 @@ class KeptDataset(Dataset[dict[str, Any]]):
         return values, torch.tensor(self.labels).repeat(len(self.places))
 
 
-def collate(task: Any, source: Source, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch of kept rows: `kept` of shape (rows, …), padded with zeros where the tokens are, and what is carried."""
-    kept = [example["kept"] for example in examples]
-    if source.carried:
-        batch = task.collate([{k: v for k, v in example.items() if k != "kept"} for example in examples])
-    else:
-        batch = {"labels": torch.tensor([example["labels"] for example in examples])} if "labels" in examples[0] else {}
-    if not source.ragged:
-        return {"kept": torch.stack(kept), **batch}
-    real = batch["attention_mask"].bool()
-    padded = kept[0].new_zeros(*real.shape, *kept[0].shape[1:])
-    padded[real] = torch.cat(kept)
-    return {"kept": padded, **batch}
-
-
 def keep(task: Any, model: nn.Module, source: Source, data: dict[str, list[Any]]) -> dict[str, KeptDataset]:
     """The activations of all splits, from the cache or computed now.
 
@@ -542,8 +527,18 @@ class KeptFeatures:
         return self.source if isinstance(self.source, Cut) else None
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """A batch for the trained part."""
-        return collate(self.task, self.source, examples)
+        """A batch of kept rows: `kept` of shape (rows, …), with zeros for padding, and what is carried."""
+        kept = [example["kept"] for example in examples]
+        if self.source.carried:
+            batch = self.task.collate([{k: v for k, v in example.items() if k != "kept"} for example in examples])
+        else:
+            batch = {"labels": torch.tensor([row["labels"] for row in examples])} if "labels" in examples[0] else {}
+        if not self.source.ragged:
+            return {"kept": torch.stack(kept), **batch}
+        real = batch["attention_mask"].bool()
+        padded = kept[0].new_zeros(*real.shape, *kept[0].shape[1:])
+        padded[real] = torch.cat(kept)
+        return {"kept": padded, **batch}
 
     def release(self) -> None:
         """Make the model whole again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -188,45 +189,29 @@ def _run_stages(
         kept = keep_features(task, stage, model, splits, data, alone=len(stages) == 1)
         stage = stage if kept is None else kept.stage
         rows = data if kept is None else kept.data
-        try:
-            trainer, record, results = _run_stage(task, stage, model, splits, rows, index, len(stages), kept, signals)
-        finally:
+        with contextlib.ExitStack() as after:
             if kept is not None:
-                kept.release()
+                after.callback(kept.release)  # also where the stage fails, or a second fit would keep what stubs give
+            trainer = _stage_trainer(task, stage, model, splits, rows, index, kept)
+            if _is_sharded(trainer) and hasattr(model, "peft_config"):
+                raise UsageError("--method lora does not work with FSDP or DeepSpeed yet: use multi_gpu.yaml.")
+            trainer.add_callback(signals)
+            final = Path(str(trainer.args.output_dir), "final")
+            if final.is_dir():
+                trainer._load_from_checkpoint(str(final))
+            else:
+                say(_announcement(stage, model, index, len(stages), task.arguments.max_steps, kept))
+                if kept is not None and kept.solved:
+                    record = _solve_stage(task, trainer, kept)
+                else:
+                    record = _train_stage(trainer, stage, task.arguments.resume)
+                _keep_result(trainer, record, final)
+            if is_last:
+                results = _evaluate(task, trainer, rows, kept)
         if not is_last:
             trainer.bare_model()  # the next trainer puts its own around the model
-        records.append(record)
+        records.append(json.loads((final / "stage.json").read_text(encoding="utf-8")))
     return trainer, records, results
-
-
-def _run_stage(
-    task: ClassificationTask,
-    stage: Stage,
-    model: nn.Module,
-    splits: Splits,
-    data: dict[str, Any],
-    index: int,
-    count: int,
-    kept: KeptFeatures | None,
-    signals: StopSignals,
-) -> tuple[TransferTrainer, dict[str, Any], dict[str, Any]]:
-    """Train one stage unless it is finished; its record and, of the last one, its results."""
-    trainer = _stage_trainer(task, stage, model, splits, data, index, kept)
-    if _is_sharded(trainer) and hasattr(model, "peft_config"):
-        raise UsageError("--method lora does not work with FSDP or DeepSpeed yet: use multi_gpu.yaml.")
-    trainer.add_callback(signals)
-    final = Path(str(trainer.args.output_dir), "final")
-    if not final.is_dir():
-        say(_announcement(stage, model, index, count, task.arguments.max_steps, kept))
-        if kept is not None and kept.solved:
-            record = _solve_stage(task, trainer, kept)
-        else:
-            record = _train_stage(trainer, stage, task.arguments.resume)
-        _keep_result(trainer, record, final)
-    else:
-        trainer._load_from_checkpoint(str(final))
-    results = _evaluate(task, trainer, data, kept) if index + 1 == count else {}
-    return trainer, json.loads((final / "stage.json").read_text(encoding="utf-8")), results
 
 
 def _announcement(

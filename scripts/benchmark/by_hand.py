@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from benchmark.common import CORES, Clock, Settings, model_folder, open_image, read_data
+from benchmark.common import CORES, Clock, Settings, accuracy_of, model_folder, open_image, read_data
 
 # ---- the same work as hftl, on its own objects -----------------------------------------------------------------------
 
@@ -108,7 +108,6 @@ def bare_loop(settings: Settings, clock: Clock) -> dict[str, Any]:
 
 def trainer_same_blocks(settings: Settings, clock: Clock) -> dict[str, Any]:
     """`transformers.Trainer` on hftl's model, order, rates and frozen modules: losses are comparable step by step."""
-    import numpy as np
     import torch
     import transformers
 
@@ -163,7 +162,7 @@ def trainer_same_blocks(settings: Settings, clock: Clock) -> dict[str, Any]:
         train_dataset=data["train"],
         eval_dataset=data["validation"],
         data_collator=collate,
-        compute_metrics=lambda result: {"accuracy": float(np.mean(result.predictions.argmax(-1) == result.label_ids))},
+        compute_metrics=accuracy_of,
         callbacks=[Epochs()],
         optimizers=(optimizer, None),
     )

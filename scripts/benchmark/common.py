@@ -92,3 +92,8 @@ def model_folder(settings: Settings) -> Path:
     from hftl.builtin import builtin_model
 
     return builtin_model("efficientnet_lite0" if settings["task"] == "image" else "minilm")
+
+
+def accuracy_of(result: Any) -> dict[str, float]:
+    """For `transformers.Trainer(compute_metrics=…)`."""
+    return {"accuracy": float((result.predictions.argmax(-1) == result.label_ids).mean())}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.by_hand import bare_loop, features_by_hand, tensor_steps, trainer_same_blocks
-from benchmark.common import CORES, Clock, Settings, model_folder, open_image, read_data, read_table
+from benchmark.common import CORES, Clock, Settings, accuracy_of, model_folder, open_image, read_data, read_table
 
 # ---- hftl ----------------------------------------------------------------------------------------------------------
 
@@ -66,7 +66,6 @@ def _read_run(run: Path) -> dict[str, Any]:
 
 def trainer(settings: Settings, clock: Clock) -> dict[str, Any]:
     """A script as in the examples of transformers; `tuned` settings change what a person may tune by hand."""
-    import numpy as np
     import torch
     import transformers
 
@@ -114,7 +113,7 @@ def trainer(settings: Settings, clock: Clock) -> dict[str, Any]:
         train_dataset=data["train"],
         eval_dataset=data["validation"],
         data_collator=collate,
-        compute_metrics=lambda result: {"accuracy": float(np.mean(result.predictions.argmax(-1) == result.label_ids))},
+        compute_metrics=accuracy_of,
         optimizers=(optimizer, None),
     )
     trains.train()
