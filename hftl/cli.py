@@ -113,7 +113,7 @@ def run_recipe(path: Path, argv: list[str]) -> Run:
         UsageError: there is no such file, or no `main` in it.
     """
     with quick_imports():
-        from hftl.methods import load_file
+        from hftl.loading import load_file
 
     recipe = load_file(path, "Recipe")
     if not callable(getattr(recipe, "main", None)):

@@ -1,0 +1,89 @@
+"""Methods of transfer: functions from a pretrained model to a plan of stages."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from hftl.arguments import TransferArguments
+from hftl.errors import UsageError, did_you_mean
+from hftl.loading import import_function
+from hftl.methods.adapters import lora
+from hftl.methods.parts import frozen, full, lp_ft, partial
+from hftl.methods.plan import Plan, Stage
+
+__all__ = ["METHODS", "METHOD_ARGUMENTS", "Plan", "Stage", "build_plan", "check_method", "find_method"]
+
+METHODS: dict[str, Callable[[Any, Any], Plan]] = {
+    "full": full,
+    "frozen": frozen,
+    "partial": partial,
+    "lora": lora,
+    "lp_ft": lp_ft,
+}
+
+#: the method arguments that each method uses; any other that is given is an error
+METHOD_ARGUMENTS = {
+    "full": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm"},
+    "frozen": {"learning_rate", "head_learning_rate"},
+    "partial": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "unfreeze_blocks"},
+    "lora": {
+        "learning_rate", "head_learning_rate", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
+        "lora_blocks",
+    },
+    "lp_ft": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "head_epochs"},
+}  # fmt: skip
+
+
+def build_plan(model: nn.Module, arguments: TransferArguments) -> Plan:
+    """The plan of `--method` for a model.
+
+    Raises:
+        UsageError: no such method, or an argument that it does not use.
+    """
+    check_method(arguments)
+    method = find_method(arguments.method)
+    try:
+        inspect.signature(method).bind(model, arguments)
+    except TypeError as error:
+        raise UsageError(f"--method {arguments.method}: the function must take (model, arguments): {error}.") from error
+    plan = method(model, arguments)
+    if not isinstance(plan, Plan):
+        raise UsageError(f"--method {arguments.method}: the function must return a Plan, not {type(plan).__name__}.")
+    names = {name for name, _ in plan.model.named_parameters()}
+    for stage in plan.stages:
+        unknown = sorted(stage.trainable - names)
+        if unknown:
+            near = did_you_mean(unknown[0], names)
+            raise UsageError(f"--method {arguments.method}: the model has no parameter {unknown[0]!r}.{near}")
+    return plan
+
+
+def check_method(arguments: TransferArguments) -> None:
+    """Refuse an unknown method, and arguments that it would ignore; needs no model.
+
+    Raises:
+        UsageError: as said.
+    """
+    find_method(arguments.method)
+    if arguments.method not in METHODS:
+        return  # a method of the person's own may use any argument
+    known = set().union(*METHOD_ARGUMENTS.values())
+    for name in sorted(known - METHOD_ARGUMENTS[arguments.method]):
+        if name in arguments.given and getattr(arguments, name) is not None:
+            users = ", ".join(method for method, used in METHOD_ARGUMENTS.items() if name in used)
+            raise UsageError(f"--method {arguments.method} does not use --{name} (used by: {users}). Leave it out.")
+
+
+def find_method(name: str) -> Callable[[Any, Any], Plan]:
+    """A built-in method by name, or the function named by `module:function` or `file.py:function`."""
+    if name in METHODS:
+        return METHODS[name]
+    if ":" in name:
+        return import_function(name, "--method")
+    raise UsageError(
+        f"Unknown method {name!r}.{did_you_mean(name, METHODS)} There are: {', '.join(METHODS)}, and module:function."
+    )

@@ -1,0 +1,56 @@
+"""Methods that train parts of the model as it is: everything, the head, the last blocks, one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from hftl import backbones
+from hftl.arguments import TransferArguments
+from hftl.errors import UsageError
+from hftl.methods.plan import LEAST_STEPS, Plan, all_parameters, default_rates, make_stage, resolved_rates
+
+
+def full(model: nn.Module, arguments: TransferArguments) -> Plan:
+    """Everything trains, the new head faster than the backbone.
+
+    Running statistics of BatchNorm stay the pretrained ones: small batches of a small data set estimate them badly
+    (cats against dogs: 0.971 frozen, 0.961 trained).
+    """
+    rates = resolved_rates(model, arguments)
+    stage = make_stage(arguments, "all", all_parameters(model), rates.backbone, rates.head)
+    return Plan(model, (stage,), {"learning_rate": rates.backbone, "head_learning_rate": rates.head})
+
+
+def frozen(model: nn.Module, arguments: TransferArguments) -> Plan:
+    """The head alone trains, on fixed features (linear probing). Five epochs: the problem is small and convex."""
+    rate = arguments.head_learning_rate or arguments.learning_rate or default_rates(model).head
+    stage = make_stage(arguments, "head", backbones.head_parameters(model), rate, rate)
+    stage = replace(stage, epochs=arguments.num_train_epochs or 5.0, batch_norm="frozen", layer_decay=1.0)
+    return Plan(model, (stage,), {"head_learning_rate": rate})
+
+
+def partial(model: nn.Module, arguments: TransferArguments) -> Plan:
+    """The last k blocks and the head train (Yosinski et al. 2014: late features are the specific ones)."""
+    count = arguments.unfreeze_blocks if arguments.unfreeze_blocks is not None else 2
+    blocks = backbones.parameter_blocks(model)
+    head = max(blocks.values())
+    if not 1 <= count <= head:
+        raise UsageError(f"--unfreeze_blocks must lie between 1 and the model's {head} blocks, not {count}.")
+    names = [name for name, block in blocks.items() if block >= head - count]
+    rates = resolved_rates(model, arguments)
+    stage = make_stage(arguments, f"last {count} blocks", names, rates.backbone, rates.head)
+    settings = {"learning_rate": rates.backbone, "head_learning_rate": rates.head, "unfreeze_blocks": count}
+    return Plan(model, (stage,), settings)
+
+
+def lp_ft(model: nn.Module, arguments: TransferArguments) -> Plan:
+    """First the head, then everything at half the rate (Kumar et al. 2022: a fitted head distorts features less)."""
+    rates = resolved_rates(model, arguments)
+    first = make_stage(arguments, "head", backbones.head_parameters(model), rates.head, rates.head)
+    first = replace(first, epochs=arguments.head_epochs or 2.0, batch_norm="frozen", layer_decay=1.0)
+    first = replace(first, least_steps=0 if arguments.head_epochs else LEAST_STEPS // 2)
+    second = make_stage(arguments, "all", all_parameters(model), rates.backbone / 2, rates.head / 2)
+    settings = {"learning_rate": rates.backbone, "head_learning_rate": rates.head, "head_epochs": first.epochs}
+    return Plan(model, (first, second), settings)
