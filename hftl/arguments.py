@@ -87,6 +87,13 @@ class TransferArguments(TrainingArguments):
         choices=("frozen", "train"),
     )
 
+    time_budget: str | None = _argument(
+        None, "auto: what it may take from start to end, as 200s, 10m or 1h (default: that of --preset)."
+    )
+    preset: str | None = _argument(
+        None, "auto: a budget by name: fast is 1m, medium 10m (default), best 1h.", choices=("fast", "medium", "best")
+    )
+
     # Frozen parts: run once an example, and a head that is solved
     feature_cache: str = _argument(
         "auto",
@@ -484,6 +491,10 @@ def _check_ranges(arguments: TransferArguments) -> None:
         raise UsageError(f"--max_steps must be above 0, not {arguments.max_steps}.")
     if arguments.keep_head and str(arguments.model_name_or_path).startswith("random:"):
         raise UsageError("--keep_head: a model that is not pretrained has no trained head. Leave it out.")
+    if arguments.time_budget is not None:
+        seconds_of(arguments.time_budget)
+        if arguments.preset is not None:
+            raise UsageError("--time_budget and --preset exclude each other: leave one out.")
     if not 0 <= arguments.seed < 2**32:
         raise UsageError(f"--seed must lie between 0 and {2**32 - 1}, not {arguments.seed}.")
     if arguments.lora_dropout is not None and not 0 <= arguments.lora_dropout < 1:
@@ -510,6 +521,19 @@ def _check_ranges(arguments: TransferArguments) -> None:
     _check_trackers(arguments)
     if arguments.world_size != int(os.environ.get("WORLD_SIZE", "1")):
         raise _separate_processes()
+
+
+def seconds_of(duration: str) -> float:
+    """Seconds of a duration such as 200s, 10m, 1.5h, or 200.
+
+    Raises:
+        UsageError: it is none, or not above 0.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([smh]?)", duration.strip())
+    seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    if not seconds > 0:
+        raise UsageError(f"--time_budget must be a time above 0 such as 200s, 10m or 1h, not {duration!r}.")
+    return seconds
 
 
 def _separate_processes() -> UsageError:

@@ -117,7 +117,7 @@ def choose_precision(
     Returns:
         "fp32", "bf16" or "fp16".
     """
-    if arguments.precision != "auto":
+    if arguments.precision != "auto" or arguments.mixed_precision != "no":  # fp8, which the launcher asks for
         return arguments.precision
     answer = [""]
     if not _distributed() or torch.distributed.get_rank() == 0:
@@ -125,6 +125,24 @@ def choose_precision(
     if _distributed():
         torch.distributed.broadcast_object_list(answer, src=0)
     return answer[0]
+
+
+def seconds_a_row(model: nn.Module, batch: dict[str, torch.Tensor], training: bool, precision: str) -> float:
+    """What a row takes forward, in training also backward; the second of two passes.
+
+    Args:
+        model: on the device of the batch, in the modes of the work to come.
+        batch: what `forward` takes, and `labels`.
+        training: whether gradients are computed.
+        precision: of the computation.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        _pass(model, inputs, batch["labels"], precision, training)
+        seconds = time.perf_counter() - started
+    return seconds / len(batch["labels"])
 
 
 def _distributed() -> bool:

@@ -13,6 +13,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +29,11 @@ from hftl.callbacks import LogFile, ReadableProgress, StopSignals
 from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.features import KeptFeatures, check_wishes, keep_features, mostly_frozen
-from hftl.folder import CHECKPOINTS, LOGS, METRICS, PARTIAL, RECIPE, say
+from hftl.folder import CHECKPOINTS, LOGS, METRICS, PARTIAL, PREDICTIONS, RECIPE, say
 from hftl.methods import Plan, Stage
 from hftl.metrics import softmax
 from hftl.pretrained import save_model
-from hftl.run import Run
+from hftl.run import Run, load_run
 from hftl.tasks.classification import ClassificationTask
 from hftl.trainer import TransferTrainer, diverged, prepare_modules
 
@@ -61,6 +62,55 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
         UsageError: something that was asked for cannot be done.
         Interrupted: SIGTERM or Ctrl-C; a checkpoint to go on from is written.
     """
+    if arguments.method == "auto":
+        run = _search(task, plan, splits, arguments)
+    else:
+        run = Run(_train_plan(task, plan, splits, arguments), task, _inner_model(plan.model))
+    say(run.summary())
+    if arguments.push_to_hub and folder.is_main_process():
+        run.push(
+            arguments.hub_model_id or run.folder.name, private=arguments.hub_private_repo, token=arguments.hub_token
+        )
+    return run
+
+
+def _search(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Run:
+    """`--method auto`: the best run that fits into the time, scored on test once it is chosen."""
+    from hftl.auto import TRIALS, search
+    from hftl.card import write_card
+
+    settings = folder.resume_settings(arguments)
+    path = Path(str(arguments.output_dir))
+    signals = StopSignals()
+    try:
+        with folder.explained_disk_errors(path):
+            folder.start_folder(arguments, settings)
+            try:
+                search(_train_plan, task, plan, splits, arguments)
+            except UsageError:
+                if not (path / METRICS).is_file():  # not even the first rung
+                    shutil.rmtree(path / TRIALS, ignore_errors=True)
+                    folder.discard_start(path)
+                raise
+            run = load_run(path, type(task))
+            if splits.test is not None:
+                logits, labels = run.logits(splits.test), np.asarray(splits.test["label"])
+                scores = _scores(task, task.loss(splits), logits, labels)
+                _write_predictions(path / PREDICTIONS, task.label_names, splits, "test", (logits, labels, scores))
+                run.metrics["test"] = scores
+                folder.write_json(path / METRICS, run.metrics)
+                write_card(path, run.task, run.task.arguments, splits, run.metrics)
+            (path / CHECKPOINTS / RECIPE).unlink()
+            shutil.rmtree(path / CHECKPOINTS)
+    finally:
+        signals.close()
+    return run
+
+
+def _train_plan(
+    task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments, callbacks: Sequence[Any] = ()
+) -> Path:
+    """Run the stages of a plan, evaluate, and write the run folder, which is returned."""
     task.arguments = arguments
     check_wishes(plan, arguments)
     settings = folder.resume_settings(arguments)
@@ -85,7 +135,7 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
     try:
         with folder.explained_disk_errors(path):
             try:
-                trainer, records, results = _run_stages(task, stages, plan.model, splits, data, signals)
+                trainer, records, results = _run_stages(task, stages, plan.model, splits, data, [signals, *callbacks])
             except UsageError:
                 folder.discard_start(path)
                 raise
@@ -94,11 +144,7 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
             _wait_for_all()
     finally:
         signals.close()
-    run = Run(path, task, _inner_model(plan.model))
-    say(run.summary())
-    if arguments.push_to_hub and folder.is_main_process():
-        run.push(arguments.hub_model_id or path.name, private=arguments.hub_private_repo, token=arguments.hub_token)
-    return run
+    return path
 
 
 def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> list[Stage]:
@@ -180,7 +226,7 @@ def _run_stages(
     model: nn.Module,
     splits: Splits,
     data: dict[str, Any],
-    signals: StopSignals,
+    callbacks: Sequence[Any],
 ) -> tuple[TransferTrainer, list[dict[str, Any]], dict[str, Any]]:
     """Train every stage that is not finished yet; the results are those of the last one."""
     records = []
@@ -195,7 +241,8 @@ def _run_stages(
             trainer = _stage_trainer(task, stage, model, splits, rows, index, kept)
             if _is_sharded(trainer) and hasattr(model, "peft_config"):
                 raise UsageError("--method lora does not work with FSDP or DeepSpeed yet: use multi_gpu.yaml.")
-            trainer.add_callback(signals)
+            for callback in callbacks:
+                trainer.add_callback(callback)
             final = Path(str(trainer.args.output_dir), "final")
             if final.is_dir():
                 trainer._load_from_checkpoint(str(final))
@@ -301,8 +348,9 @@ def _train_stage(trainer: TransferTrainer, stage: Stage, resume: bool) -> dict[s
     started = time.perf_counter()
     output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - started
-    if trainer.state.global_step < trainer.state.max_steps:
-        say(f"{stage.name}: stopped early, no better evaluation in {trainer.args.early_stopping_patience}")
+    patience = trainer.args.early_stopping_patience
+    if patience and trainer.state.global_step < trainer.state.max_steps:
+        say(f"{stage.name}: stopped early, no better evaluation in {patience}")
     return {
         "name": stage.name,
         "seconds": seconds,
@@ -322,7 +370,7 @@ def _solve_stage(task: ClassificationTask, trainer: TransferTrainer, kept: KeptF
     solution = kept.solve(trainer)
     seconds = time.perf_counter() - started
     logits, labels = kept.logits("validation")
-    scores = {f"eval_{name}": value for name, value in _scores(task, trainer, logits, labels).items()}
+    scores = {f"eval_{name}": value for name, value in _scores(task, trainer.compute_loss_func, logits, labels).items()}
     trainer.log({**scores, "penalty": solution.strength, "seconds": seconds})
     return {
         "name": trainer.stage.name,
@@ -343,10 +391,10 @@ def _parameters(trainer: TransferTrainer) -> dict[str, int]:
     }
 
 
-def _scores(task: ClassificationTask, trainer: TransferTrainer, logits: Any, labels: Any) -> dict[str, float]:
+def _scores(task: ClassificationTask, loss: Any, logits: Any, labels: Any) -> dict[str, float]:
     """The task's scores and the loss of a whole split."""
-    loss = trainer.compute_loss_func({"logits": torch.from_numpy(logits)}, torch.from_numpy(labels))
-    return {"loss": float(loss), **task.score(logits, labels)}
+    value = loss({"logits": torch.from_numpy(logits)}, torch.from_numpy(labels))
+    return {"loss": float(value), **task.score(logits, labels)}
 
 
 def _keep_result(trainer: TransferTrainer, record: dict[str, Any], final: Path) -> None:
@@ -373,7 +421,7 @@ def _evaluate(
     for name in ("validation", "test"):
         if name in data and kept is not None and kept.solved:
             logits, labels = kept.logits(name)
-            results[name] = (logits, labels, _scores(task, trainer, logits, labels))
+            results[name] = (logits, labels, _scores(task, trainer.compute_loss_func, logits, labels))
         elif name in data:
             output = trainer.evaluation_of_the_best if name == "validation" else None
             output = output or trainer.predict(data[name], metric_key_prefix=name)
@@ -406,7 +454,7 @@ def _write_run(
     _save_checked(task, _whole_model(task, trainer, path), batch, partial)
     folder.write_text(partial / RECIPE, yaml.safe_dump(to_recipe(arguments), sort_keys=False, allow_unicode=True))
     split = "test" if "test" in results else "validation"
-    _write_predictions(partial / "predictions.csv", task.label_names, splits, split, results[split])
+    _write_predictions(partial / PREDICTIONS, task.label_names, splits, split, results[split])
     metrics = {
         "train": {
             "seconds": sum(record["seconds"] for record in records),

@@ -20,6 +20,7 @@ from hftl.errors import UsageError
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.json"
+PREDICTIONS = "predictions.csv"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 #: where the files of a run stand until all of them are there

@@ -12,6 +12,8 @@ from typing import Any
 
 from hftl.errors import UsageError
 
+#: when hftl was first imported: in a command of its own, when the process began
+_imported = time.time()
 #: whether this process is a command of hftl's own, rather than somebody's notebook
 _is_command = False
 
@@ -33,6 +35,11 @@ def quick_imports() -> Iterator[None]:
             gc.freeze()
         if collects:
             gc.enable()
+
+
+def started() -> float:
+    """When the work of this process began, as `time.time()` counts: in somebody's notebook, now."""
+    return _imported if _is_command else time.time()
 
 
 def launch(main: Callable[..., Any], *arguments: Any) -> None:

@@ -222,6 +222,15 @@ METHODS = [
         f"{TEXT} --method full --lora_r 4",
         ("--method full does not use --lora_r", "used by: lora"),
     ),
+    Bad("budget for another method", f"{TEXT} --time_budget 10s", ("--method full does not use --time_budget", "auto")),
+    Bad("budget that is no time", f"{TEXT} --method auto --time_budget soon", ("--time_budget", "200s, 10m", "'soon'")),
+    Bad("two budgets", f"{TEXT} --method auto --time_budget 1m --preset fast", ("--time_budget and --preset exclude",)),
+    Bad("budget too short", f"{TEXT} --method auto --time_budget 1s", ("too short for anything", "Give at least that")),
+    Bad(
+        "epochs for auto",
+        f"{TEXT} --method auto --num_train_epochs 2",
+        ("--method auto chooses --num_train_epochs itself",),
+    ),
     Bad(
         "key that the method does not use",
         f"{TEXT} --config c.yaml",

@@ -23,6 +23,7 @@ METHODS: dict[str, Callable[[Any, Any], Plan]] = {
     "partial": partial,
     "lora": lora,
     "lp_ft": lp_ft,
+    "auto": frozen,  # the first rung of its ladder, see hftl.auto
 }
 
 #: the method arguments that each method uses; any other that is given is an error
@@ -35,6 +36,7 @@ METHOD_ARGUMENTS = {
         "lora_blocks",
     },
     "lp_ft": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "head_epochs"},
+    "auto": {"time_budget", "preset"},
 }  # fmt: skip
 
 

@@ -1,0 +1,332 @@
+"""`--method auto`: a ladder of methods within a time limit, on which nothing that was done is lost.
+
+The first rung solves the head on features that run once: a usable model after seconds, and what the features cost says
+what a pass over the rows costs. What trains more of the model follows where a step, measured, fits into the time left:
+short trials of several ways where there is much time, the most promising one alone where there is little, then that one
+for longer. Each rung is a finished run of its own, and the best so far stands in the run folder at every moment.
+Validation alone decides; the test split is touched once, at the end.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import TrainerCallback
+
+from hftl import compute, folder
+from hftl.arguments import TransferArguments, read_yaml, seconds_of, set_precision, stage_arguments
+from hftl.data import Splits
+from hftl.errors import UsageError
+from hftl.folder import CHECKPOINTS, METRICS, PREDICTIONS, RECIPE, say
+from hftl.launch import started
+from hftl.methods import Plan, build_plan
+from hftl.tasks.classification import ClassificationTask
+
+#: trains a plan: `(task, plan, splits, arguments, callbacks)`, and writes its run folder
+Train = Callable[..., Any]
+
+#: the table of what was tried, in the run folder, and the folder of the trial that trains
+TABLE, TRIALS = "trials.csv", "trials"
+#: budgets, and nothing else
+PRESETS = {"fast": "1m", "medium": "10m", "best": "1h"}
+#: ways to train more than the head, the one that is taken unseen first: its first stage is the probe, done already
+_WAYS = ("lp_ft", "full", "lora")
+#: what the ladder sets itself
+_CHOSEN = {"num_train_epochs", "max_steps", "head_solver", "early_stopping_patience"}
+#: of the time left, what planned work may take: machines are noisy, and the limit is to be kept
+_PLANNED = 0.85
+#: more epochs gained nothing on a few thousand rows (MiniLM on movie reviews), and overfit on fewer
+_MOST_EPOCHS = 8.0
+#: with fewer epochs of the whole model left than this, trials would eat what the last training needs
+_EPOCHS_FOR_TRIALS = 12.0
+#: a training shorter than this is not worth its start
+_LEAST_EPOCHS = 0.5
+#: seconds for the files of a run and for reading them back
+_WRITING = 3.0
+#: `partial` runs the frozen part once, as the probe did, and trains the last blocks on what it gave
+_PARTIAL_COSTS = 2.0
+
+
+@dataclass
+class Trial:
+    """One training of the ladder, and what came out.
+
+    Attributes:
+        rung: probe, trial or final.
+        method: as `--method`.
+        epochs: passes over the training rows; 0 where the head was solved.
+        score: on validation, of `--metric_for_best_model`.
+        seconds: from its start to its saved run.
+        best: whether it took the place of the best before it.
+    """
+
+    rung: str
+    method: str
+    epochs: float
+    score: float
+    seconds: float
+    best: bool
+
+
+class Budget:
+    """The time limit; what was spent before an interruption counts."""
+
+    def __init__(self, seconds: float, spent: float = 0.0) -> None:
+        """Start the clock: in a command of hftl's own it has been running since the process began."""
+        self.seconds, self.started = seconds, started() - spent
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the start."""
+        return time.time() - self.started
+
+    @property
+    def ends(self) -> float:
+        """The limit, as `time.time()` counts."""
+        return self.started + self.seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds to the limit."""
+        return self.ends - time.time()
+
+
+class TimeLimit(TrainerCallback):
+    """Ends a training at a moment, as if an epoch ended there: the model is evaluated, and kept if it is the best."""
+
+    def __init__(self, until: float) -> None:
+        """Keep the moment, as `time.time()` counts."""
+        self.until = until
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Stop when the time is up."""
+        if time.time() > self.until and state.global_step < state.max_steps:
+            say("auto: the time is up")
+            control.should_training_stop = True
+            control.should_evaluate = args.eval_strategy == "steps"
+            control.should_save = args.save_strategy == "steps"
+        return control
+
+
+class Ladder:
+    """The rungs of one run."""
+
+    def __init__(self, train: Train, task: ClassificationTask, model: nn.Module, splits: Splits) -> None:
+        """Start, or go on where an interrupted run stopped.
+
+        Args:
+            train: what trains a plan.
+            task: the task; its arguments are those of the whole run.
+            model: as it was loaded; every trial trains a copy.
+            splits: the data; the trials do not see the test split.
+        """
+        self.train, self.task, self.model, self.arguments = train, task, model, task.arguments
+        self.splits = dataclasses.replace(splits, test=None)
+        self.path = Path(str(self.arguments.output_dir))
+        self.trials, spent = _read_table(self.path / TABLE) if self.arguments.resume else ([], 0.0)
+        self.budget = Budget(budget_seconds(self.arguments), spent)
+        #: seconds that come after the last step of training: evaluations, and writing
+        self.reserve = _WRITING
+
+    @property
+    def left(self) -> float:
+        """Seconds that a rung may plan with."""
+        return (self.budget.left - self.reserve) * _PLANNED
+
+    def climb(self, test_rows: int) -> None:
+        """Every rung that the time allows; those of an interrupted run are not climbed again."""
+        training, prediction = self._measure()
+        self._finish_interrupted()
+        if self._of("final"):
+            return
+        self.reserve += 1.2 * prediction * (test_rows + len(self.splits.validation))
+        if not self._of("probe"):
+            self._check_probe_fits(prediction)
+            self._train("probe", "frozen", 0.0)
+        epoch = training * len(self.splits.train) + prediction * len(self.splits.validation)
+        say(f"auto: an epoch of the whole model takes about {epoch:.0f} s, {max(0, self.budget.left):.0f} s are left")
+        if self.left / epoch >= _EPOCHS_FOR_TRIALS:
+            for method in _WAYS:
+                if method not in [trial.method for trial in self._of("trial")]:
+                    self._train("trial", method, 1.0)
+        epochs = min(_MOST_EPOCHS, self.left / epoch)
+        if epochs >= _LEAST_EPOCHS:
+            # Whole epochs: a part of one at the end would see some rows more often than others.
+            self._train("final", self._most_promising(), math.floor(epochs) if epochs >= 2 else round(epochs, 2))
+        elif self.left > _PARTIAL_COSTS * self._of("probe")[0].seconds:
+            self._train("final", "partial", 3.0)
+
+    def _check_probe_fits(self, prediction: float) -> None:
+        """Refuse a budget in which not even the head alone can be fitted.
+
+        Raises:
+            UsageError: as said.
+        """
+        needed = prediction * len(self.splits.train) + self.reserve
+        if self.budget.left < needed:
+            least = math.ceil(1.2 * (self.budget.spent + needed))
+            raise UsageError(
+                f"--time_budget: {self.budget.seconds:g} s are too short for anything: running every row through the "
+                f"model once, scoring and writing take about {least} s. Give at least that, or --max_train_samples."
+            )
+
+    def _of(self, rung: str) -> list[Trial]:
+        return [trial for trial in self.trials if trial.rung == rung]
+
+    def _most_promising(self) -> str:
+        """The best of the short trials, or without them the first of the ways."""
+        sign = 1 if self.arguments.greater_is_better else -1
+        trials = sorted(self._of("trial"), key=lambda trial: -sign * trial.score)
+        return trials[0].method if trials else _WAYS[0]
+
+    def _finish_interrupted(self) -> None:
+        """Go on with the trial in the midst of which an interrupted run was stopped."""
+        for recipe in sorted((self.path / TRIALS).glob(f"*/{CHECKPOINTS}/{RECIPE}")):
+            _, rung, method = recipe.parents[1].name.split("-")
+            self._train(rung, method, float(read_yaml(recipe).get("num_train_epochs") or 0.0))
+
+    def _train(self, rung: str, method: str, epochs: float) -> None:
+        """Train one way; where it is better than the run so far it takes its place."""
+        started = time.time()
+        place = self.path / TRIALS / f"{len(self.trials) + 1}-{rung}-{method}"
+        length = f" for {epochs:g} epoch{'' if epochs == 1 else 's'}" if epochs else ""
+        say(f"\nauto: {rung}, {method}{length}; {self.budget.left:.0f} of {self.budget.seconds:.0f} s left")
+        arguments = stage_arguments(
+            self.arguments,
+            method=method,
+            output_dir=str(place),
+            num_train_epochs=epochs or None,
+            time_budget=None,
+            preset=None,
+            overwrite=False,
+            resume=(place / CHECKPOINTS / RECIPE).is_file(),
+        )
+        plan = build_plan(copy.deepcopy(self.model), arguments)
+        self.train(self.task, plan, self.splits, arguments, [TimeLimit(self.budget.ends - self.reserve)])
+        trial = Trial(rung, method, epochs, self._score(place), time.time() - started, self._is_better(place))
+        if trial.best:
+            self._promote(place)
+        shutil.rmtree(place)
+        self.trials.append(trial)
+        _write_table(self.path / TABLE, self.trials, self.budget.spent)
+
+    def _score(self, place: Path) -> float:
+        metric = str(self.arguments.metric_for_best_model)
+        return float(json.loads((place / METRICS).read_text(encoding="utf-8"))["validation"][metric])
+
+    def _is_better(self, place: Path) -> bool:
+        """Whether a trial beats the run so far by more than chance would.
+
+        By more than one standard error of the paired difference on validation, counted over the rows on which the two
+        disagree (McNemar 1947): of nearly equal ones the earlier, which trains less of the model, is kept (the
+        one-standard-error rule, Breiman et al. 1984).
+        """
+        if not (self.path / METRICS).is_file():
+            return True
+        sign = 1 if self.arguments.greater_is_better else -1
+        gain = sign * (self._score(place) - self._score(self.path))
+        before, now = (_correct(path / PREDICTIONS) for path in (self.path, place))
+        return gain > math.sqrt(np.sum(now != before)) / len(now) + 1e-9  # what rounding leaves is no gain
+
+    def _promote(self, place: Path) -> None:
+        """Put a finished trial in the place of the run."""
+        partial = self.path / folder.PARTIAL
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(place, partial)
+        if not (partial / "adapter").is_dir():
+            shutil.rmtree(self.path / "adapter", ignore_errors=True)
+        folder.publish(self.path)
+
+    def _measure(self) -> tuple[float, float]:
+        """Seconds to train the whole model on a row, and to predict one, in the precision that every rung will have."""
+        model = copy.deepcopy(self.model).to(self.arguments.device).train()
+        batch = compute.typical_batch(self.task.dataset(self.splits.train, training=True), self.task.collate)
+        batch = {name: value.to(self.arguments.device) for name, value in batch.items()}
+        rows = _MOST_EPOCHS * len(self.splits.train)
+        precision = compute.choose_precision(model, batch, training=True, rows=rows, arguments=self.arguments)
+        if precision != self.arguments.precision:
+            set_precision(self.arguments, precision)
+        training = compute.seconds_a_row(model, batch, True, precision)
+        return training, compute.seconds_a_row(model.eval(), batch, False, precision)
+
+
+def search(train: Train, task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Path:
+    """Climb the ladder; the best run on validation stands in the run folder, which is returned.
+
+    Raises:
+        UsageError: a setting that the ladder chooses itself was given, or several processes were started.
+    """
+    for name in sorted(_CHOSEN & arguments.given):
+        raise UsageError(f"--method auto chooses --{name} itself. Leave it out, or name a method.")
+    if arguments.world_size > 1:
+        raise UsageError("--method auto works in one process. Start it without accelerate launch, or name a method.")
+    task.arguments = arguments
+    arguments.metric_for_best_model, better = task.best_metric(splits)
+    arguments.greater_is_better = better  # type: ignore[assignment]
+    ladder = Ladder(train, task, plan.model, splits)
+    ladder.climb(0 if splits.test is None else len(splits.test))
+    task.arguments = arguments
+    shutil.rmtree(ladder.path / TRIALS, ignore_errors=True)
+    say(f"\n{_table(ladder.trials, str(arguments.metric_for_best_model))}")
+    return ladder.path
+
+
+def budget_seconds(arguments: TransferArguments) -> float:
+    """Seconds of `--time_budget`, else of `--preset`."""
+    return seconds_of(arguments.time_budget or PRESETS[arguments.preset or "medium"])
+
+
+def _correct(path: Path) -> np.ndarray[Any, Any]:
+    """Whether each prediction of a run is right, shape (rows,), as 0 and 1."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return np.array([float(row["label"] == row["prediction"]) for row in csv.DictReader(file)])
+
+
+def _table(trials: list[Trial], metric: str) -> str:
+    """What was tried, one line each."""
+    lines = [f"{'rung':<8}{'method':<10}{'epochs':>7}{'validation ' + metric:>24}{'seconds':>9}"]
+    kept = max(number for number, trial in enumerate(trials) if trial.best)
+    for number, trial in enumerate(trials):
+        epochs = f"{trial.epochs:g}" if trial.epochs else "solved"
+        mark = "  kept" if number == kept else ""
+        lines.append(f"{trial.rung:<8}{trial.method:<10}{epochs:>7}{trial.score:>24.4f}{trial.seconds:>9.0f}{mark}")
+    return "\n".join(lines)
+
+
+def _write_table(path: Path, trials: list[Trial], spent: float) -> None:
+    names = [item.name for item in dataclasses.fields(Trial)]
+    rows = [[str(getattr(trial, name)) for name in names] for trial in trials]
+    rows = [[*row, ""] for row in rows[:-1]] + [[*rows[-1], f"{spent:.1f}"]]
+    folder.write_text(path, "\n".join(",".join(row) for row in [[*names, "spent"], *rows]) + "\n")
+
+
+def _read_table(path: Path) -> tuple[list[Trial], float]:
+    """The finished trials of an interrupted run, and the seconds that they took in all."""
+    if not path.is_file():
+        return [], 0.0
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    trials = [
+        Trial(
+            row["rung"],
+            row["method"],
+            float(row["epochs"]),
+            float(row["score"]),
+            float(row["seconds"]),
+            row["best"] == "True",
+        )
+        for row in rows
+    ]
+    return trials, float(rows[-1]["spent"])

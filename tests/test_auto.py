@@ -1,0 +1,151 @@
+"""`--method auto`: what it tries, what it keeps, how it is interrupted, and that the test split is touched once."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_data import write_texts
+from tiny_models import write_tiny_text_model
+from transformers import AutoModelForSequenceClassification, TrainerControl, TrainerState
+
+import hftl
+from hftl import auto, cli
+from hftl.folder import PREDICTIONS
+from hftl.run import Run
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_tiny_text_model(folder / "bert")
+    write_texts(folder / "texts", {"train": 48, "validation": 24, "test": 20})
+    return folder
+
+
+def train(world: Path, run: Path, *flags: str) -> None:
+    settings = [f"--model={world / 'bert'}", f"--dataset={world / 'texts'}", f"--output_dir={run}", "--method=auto"]
+    cli._run(["train", "text-classification", *settings, "--report_to=none", *flags])
+
+
+def tried(run: Path) -> list[tuple[str, str]]:
+    with (run / "trials.csv").open() as file:
+        return [(row["rung"], row["method"]) for row in csv.DictReader(file)]
+
+
+def test_the_whole_ladder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short trials, the best of them longer, the winner in the run folder, and test seen by it alone."""
+    predicted: list[int] = []
+    logits = Run.logits
+    monkeypatch.setattr(Run, "logits", lambda self, rows: predicted.append(len(rows)) or logits(self, rows))
+    train(world, tmp_path / "run", "--time_budget=100s")
+    rungs = tried(tmp_path / "run")
+    assert rungs[:-1] == [("probe", "frozen"), ("trial", "lp_ft"), ("trial", "full"), ("trial", "lora")]
+    assert rungs[-1][0] == "final"
+    assert predicted == [20]
+
+    run = hftl.load_run(tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} & {"trials", "checkpoints"} == set()
+    with (tmp_path / "run" / "trials.csv").open() as file:
+        kept = [row for row in csv.DictReader(file) if row["best"] == "True"][-1]
+    assert float(kept["score"]) == run.metrics["validation"]["accuracy"]
+    assert run.task.arguments.method == kept["method"]
+    assert (tmp_path / "run" / "adapter").is_dir() == (kept["method"] == "lora")
+    monkeypatch.undo()
+    rows = [row["text"] for row in csv.DictReader((world / "texts" / "test.csv").open())]
+    with (tmp_path / "run" / "predictions.csv").open() as file:
+        written = [row["prediction"] for row in csv.DictReader(file)]
+    assert [prediction.label for prediction in run.predict(rows)] == written
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+    encoded = run.task.processor(rows, padding=True, return_tensors="pt")
+    assert [plain.config.id2label[int(row)] for row in plain(**encoded).logits.argmax(dim=1)] == written
+    assert f"{run.metrics['test']['accuracy']:.3f}" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_an_interrupted_ladder_leaves_a_run_and_goes_on(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = auto.Ladder._train
+
+    def stop(self: Any, rung: str, method: str, epochs: float) -> None:
+        if rung != "probe":
+            raise KeyboardInterrupt
+        whole(self, rung, method, epochs)
+
+    monkeypatch.setattr(auto.Ladder, "_train", stop)
+    monkeypatch.setattr(auto, "_EPOCHS_FOR_TRIALS", 1e9)
+    with pytest.raises(KeyboardInterrupt):
+        train(world, tmp_path / "run", "--preset=fast")
+    usable = hftl.load_run(tmp_path / "run")
+    assert usable.predict("a good film").pop().label in ("bad", "good")
+
+    monkeypatch.setattr(auto.Ladder, "_train", whole)
+    capsys.readouterr()
+    train(world, tmp_path / "run", "--preset=fast", "--resume")
+    assert tried(tmp_path / "run") == [("probe", "frozen"), ("final", "lp_ft")]
+    assert "auto: probe" not in capsys.readouterr().out
+    assert "test" in hftl.load_run(tmp_path / "run").metrics
+
+
+def test_a_trial_goes_on_from_its_checkpoint(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An interruption in the midst of the last training: it is finished with the epochs that were planned for it."""
+    monkeypatch.setattr(auto, "_EPOCHS_FOR_TRIALS", 1e9)
+    seen: list[int] = []
+
+    def after(self: Any, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        seen.append(state.global_step)
+        if state.global_step == 4:  # in the second epoch of two steps each
+            raise KeyboardInterrupt
+
+    limit = auto.TimeLimit.on_step_end
+    monkeypatch.setattr(auto.TimeLimit, "on_step_end", after)
+    with pytest.raises(KeyboardInterrupt):
+        train(world, tmp_path / "run", "--preset=fast", "--per_device_train_batch_size=16")
+    monkeypatch.setattr(auto.TimeLimit, "on_step_end", limit)
+    capsys.readouterr()
+    train(world, tmp_path / "run", "--preset=fast", "--per_device_train_batch_size=16", "--resume")
+    printed = capsys.readouterr().out
+    assert "going on from checkpoint-3 of stage 'all'" in printed
+    assert tried(tmp_path / "run") == [("probe", "frozen"), ("final", "lp_ft")]
+
+
+def test_the_time_limit_ends_a_training_with_an_evaluated_model(world: Path, tmp_path: Path) -> None:
+    arguments = hftl.parse(
+        hftl.TextArguments,
+        [f"--model={world / 'bert'}", f"--dataset={world / 'texts'}", f"--output_dir={tmp_path / 'run'}",
+         "--num_train_epochs=3", "--report_to=none"],
+    )  # fmt: skip
+    from hftl.fitting import _train_plan
+
+    task = hftl.TextClassification(arguments)
+    splits = task.load_splits()
+    plan = hftl.build_plan(task.build_model(splits), arguments)
+    _train_plan(task, plan, splits, arguments, [auto.TimeLimit(until=0.0)])
+    entries = [json.loads(line) for line in (tmp_path / "run" / "logs" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "eval_loss" in entry] == [1]
+
+
+def run_folder(folder: Path, accuracy: float, right: list[int]) -> Path:
+    """What a comparison of two runs reads: a score, and which predictions are right."""
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps({"validation": {"accuracy": accuracy}}))
+    rows = [f"{row},good,{'good' if entry else 'bad'}" for row, entry in enumerate(right)]
+    (folder / PREDICTIONS).write_text("\n".join(["id,label,prediction", *rows]) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(("gains", "losses", "better"), [(1, 0, False), (2, 0, True), (3, 2, False), (9, 2, True)])
+def test_only_more_than_chance_takes_the_place(tmp_path: Path, gains: int, losses: int, better: bool) -> None:
+    before = np.array([0] * gains + [1] * losses + [1] * (40 - gains - losses))
+    now = np.array([1] * gains + [0] * losses + [1] * (40 - gains - losses))
+    ladder = object.__new__(auto.Ladder)
+    ladder.path = run_folder(tmp_path / "run", before.mean(), before.tolist())
+    arguments: Any = type("Arguments", (), {"metric_for_best_model": "accuracy", "greater_is_better": True})
+    ladder.arguments = arguments
+    assert ladder._is_better(run_folder(tmp_path / "trial", now.mean(), now.tolist())) == better
