@@ -21,17 +21,17 @@ SMALL = ["--max_train_samples=24", "--max_eval_samples=20", "--num_train_epochs=
 SMALL += ["--per_device_train_batch_size=8", "--report_to=none"]
 
 
-def small_flags(task: str) -> list[str]:
-    return [*SMALL, "--image_size=64"] if task.startswith("image") else SMALL
+def small_flags(task: str, method: str) -> list[str]:
+    flags = [*SMALL, "--image_size=64"] if task.startswith("image") else SMALL
+    return [flag for flag in flags if method != "auto" or "num_train_epochs" not in flag]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configuration_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = yaml.safe_load(path.read_text())
-    flags = [*small_flags(settings["task"]), f"--output_dir={tmp_path / 'run'}"]
+    flags = [*small_flags(settings["task"], settings["method"]), f"--output_dir={tmp_path / 'run'}"]
     flags += ["--head_epochs=1"] if settings["method"] == "lp_ft" else []
-    flags = [flag for flag in flags if settings["method"] != "auto" or "num_train_epochs" not in flag]
     cli._run(["train", "--config", str(path), *flags])
     printed = capsys.readouterr().out
     assert (
@@ -93,7 +93,7 @@ def test_shown_command_works(words: list[str], tmp_path: Path, monkeypatch: pyte
         # A model of the Hub, or data of the reader's: what can be checked here is that the flags are right.
         hftl.parse(hftl.ImageArguments if "ImageArguments" in text else hftl.TextArguments, flags)
         return
-    small = small_flags("image" if "ImageArguments" in text else "text")
+    small = small_flags("image" if "ImageArguments" in text else "text", "auto" if "auto" in flags else "")
     run = cli.run_recipe(path, [*flags, *small, f"--output_dir={tmp_path / 'run'}"])
     assert (run.folder / "metrics.json").is_file()
 

@@ -19,7 +19,7 @@ Runs = list[Figures]
 RECIPE_NAMES = ["ImageArguments", "ImageClassification", "TextClassification", "build_plan", "fit", "parse"]
 IMAGE_MODEL, TEXT_MODEL = "builtin:efficientnet_lite0", "builtin:minilm"
 #: default rates of hftl for these models, for the peers that are tuned by hand
-IMAGE_RATES = {"learning_rate": 1e-4, "head_learning_rate": 3e-3}
+IMAGE_RATES = {"learning_rate": 2e-4, "head_learning_rate": 3e-3}
 TEXT_RATES = {"learning_rate": 1e-4, "head_learning_rate": 1e-3}
 
 
