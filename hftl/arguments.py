@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -323,6 +324,8 @@ def quiet_libraries() -> None:
 
 def _take_config(tokens: list[str]) -> tuple[str | None, list[str]]:
     """The value of `--config` and the other tokens."""
+    if sum(token == "--config" or token.startswith("--config=") for token in tokens) > 1:
+        raise UsageError("--config is given more than once: put all settings into one file, or behind it as flags.")
     for position, token in enumerate(tokens):
         if token.startswith("--config="):
             return token.partition("=")[2], tokens[:position] + tokens[position + 1 :]
@@ -347,7 +350,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it takes `1e-5` for a string; this one takes it for the number that it is."""
+    """PyYAML takes `1e-5` for a string, and the last of two equal keys; here it is a number, and they are an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys are all different."""
+        twice = [name for name, count in Counter(key.value for key, _ in node.value).items() if count > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands there twice")
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -491,6 +501,8 @@ def _check_ranges(arguments: TransferArguments) -> None:
         raise UsageError(f"--max_steps must be above 0, not {arguments.max_steps}.")
     if arguments.keep_head and str(arguments.model_name_or_path).startswith("random:"):
         raise UsageError("--keep_head: a model that is not pretrained has no trained head. Leave it out.")
+    if arguments.output_dir is not None and not arguments.output_dir.strip():
+        raise UsageError("--output_dir is empty: name a folder, or leave it out.")
     if arguments.time_budget is not None:
         seconds_of(arguments.time_budget)
         if arguments.preset is not None:

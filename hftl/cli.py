@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import inspect
 import os
 import shutil
 import sys
@@ -116,8 +117,12 @@ def run_recipe(path: Path, argv: list[str]) -> Run:
         from hftl.loading import load_file
 
     recipe = load_file(path, "Recipe")
-    if not callable(getattr(recipe, "main", None)):
-        raise UsageError(f"Recipe {str(path)!r} has no function main(argv): copy one with `hftl cp` to see its shape.")
+    main = getattr(recipe, "main", None)
+    try:
+        inspect.signature(main).bind(argv)  # type: ignore[arg-type]
+    except TypeError as error:
+        advice = "copy one with `hftl cp` to see its shape"
+        raise UsageError(f"Recipe {str(path)!r} has no function main(argv): {advice}.") from error
     return recipe.main(argv)
 
 

@@ -903,6 +903,9 @@ def _content_notes(parts: dict[str, datasets.Dataset], modality: str) -> list[st
     notes = []
     if modality == "text":
         counts = {role: sum(not text.strip() for text in part["text"]) for role, part in parts.items()}
+        for role, count in counts.items():
+            if count == len(parts[role]):
+                raise UsageError(f"every text of {role} is empty: is it the right column? (--text_column NAME)")
         found = [f"{count} in {role}" for role, count in counts.items() if count]
         notes += [f"warning: empty texts: {', '.join(found)}"] if found else []
     keys = _text_keys(parts) if modality == "text" else _image_keys(parts)
@@ -990,6 +993,11 @@ def _class_table(parts: dict[str, datasets.Dataset], label_names: list[str]) -> 
             label_names[int(np.where(train > 0, train, train.max()).argmin())],
         )
         lines.append(f"imbalance in train: {ratio:.1f} to 1 ({most!r} to {least!r})")
+    spellings: dict[str, list[str]] = {}
+    for name in label_names:
+        spellings.setdefault(" ".join(name.casefold().split()), []).append(repr(name))
+    alike = [", ".join(names) for names in spellings.values() if len(names) > 1]
+    lines += [f"warning: labels that differ in case or spaces alone: {'; '.join(alike[:3])}"] if alike else []
     for count, what in ((0, "no row"), (1, "only one row")):
         few = [label_names[row] for row in np.flatnonzero(train == count)]
         if few:

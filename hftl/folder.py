@@ -71,7 +71,10 @@ def check_output_folder(arguments: TransferArguments) -> None:
         raise UsageError(f"--output_dir {str(folder)!r}: {str(existing)!r} is a file: name another folder.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"--output_dir {str(folder)!r}: writing into {str(existing)!r} is not allowed.")
-    interrupted = (folder / CHECKPOINTS / RECIPE).is_file()
+    try:
+        interrupted = (folder / CHECKPOINTS / RECIPE).is_file()
+    except OSError as error:
+        raise UsageError(f"--output_dir {str(folder)!r}: {error.strerror}: name another folder.") from error
     if arguments.resume:
         if not interrupted:
             state = "holds a finished run" if (folder / METRICS).is_file() else "holds no interrupted run"
@@ -91,7 +94,7 @@ def check_output_folder(arguments: TransferArguments) -> None:
 
 def _existing(path: Path) -> Path:
     """The path itself, or the nearest folder above it that is there."""
-    return next(place for place in (path, *path.absolute().parents) if place.exists())
+    return next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
 
 
 def _check_same_settings(path: Path, arguments: TransferArguments) -> None:

@@ -35,6 +35,8 @@ def load_file(path: Path, what: str) -> Any:
     Raises:
         UsageError: there is no such file, or it is not Python.
     """
+    if path.is_dir():
+        raise UsageError(f"{what}: {str(path)!r} is a folder, not a file of Python code.")
     if not path.is_file():
         siblings = [str(sibling) for sibling in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise UsageError(f"{what}: there is no file {str(path)!r}.{did_you_mean(str(path), siblings)}")
@@ -52,9 +54,13 @@ def load_file(path: Path, what: str) -> Any:
     sys.modules[name] = module  # dataclasses look up the types of their fields there
     try:
         spec.loader.exec_module(module)
-    except SyntaxError as error:
+    except BaseException as error:
         del sys.modules[name]
-        raise UsageError(f"{what}: {error.filename}, line {error.lineno}: {error.msg}.") from error
+        if isinstance(error, SyntaxError):
+            raise UsageError(f"{what}: {error.filename}, line {error.lineno}: {error.msg}.") from error
+        if isinstance(error, ImportError):
+            raise UsageError(f"{what}: {path} cannot be imported: {error}.") from error
+        raise
     return module
 
 

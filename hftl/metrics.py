@@ -112,5 +112,5 @@ def _load_metric(name: str) -> Any:
     except (OSError, ImportError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(
             f"Metric {name!r} is none of hftl's own ({', '.join(METRIC_NAMES)}), and evaluate.load cannot load it: "
-            f"{str(error).splitlines()[0]}"
+            f"{(str(error) or type(error).__name__).splitlines()[0]}"
         ) from error

@@ -37,9 +37,11 @@ def decoded(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        content = path.read_bytes()
+        line = content[: error.start].count(b"\n") + 1
+        encoding = "UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "CP1252"  # its byte order mark
         raise UsageError(
-            f"{path} is not UTF-8 (line {line}): convert it, for example with iconv -f CP1252 -t UTF-8"
+            f"{path} is not UTF-8 (line {line}): convert it, for example with iconv -f {encoding} -t UTF-8"
         ) from error
 
 
@@ -54,17 +56,21 @@ def _read_csv(path: Path, delimiter: str) -> dict[str, list]:
     twice = [name for name, count in Counter(header).items() if count > 1]
     if twice:
         raise UsageError(f"{path}: the header has the column {twice[0]!r} more than once")
+    other = next((mark for mark in ";\t|," if mark in header[0]), None) if len(header) == 1 else None
+    if other:
+        raise UsageError(
+            f"{path}: the only column is {header[0]!r}: the separator seems to be {other!r}, and a "
+            f"{path.suffix.lower()} file has {delimiter!r}"
+        )
     rows = []
     try:
         for row in reader:
             if not row:
                 continue
             if len(row) != len(header):
-                semicolons = len(header) == 1 and ";" in header[0]
-                advice = "the separator seems to be ';'" if semicolons else "texts with it or line breaks need quotes"
                 raise UsageError(
                     f"{path}: line {reader.line_num} has {len(row)} fields, the header {len(header)}: "
-                    f"the separator is {delimiter!r}; {advice}"
+                    f"the separator is {delimiter!r}; texts with it or line breaks need quotes"
                 )
             rows.append(row)
     except csv.Error as error:
@@ -88,6 +94,8 @@ def _read_json(path: Path) -> dict[str, list]:
         except json.JSONDecodeError as error:
             line = number + error.lineno - 1
             raise UsageError(f"{path}: line {line} is not valid JSON: {error.msg} (column {error.colno})") from error
+        except RecursionError as error:
+            raise UsageError(f"{path}: line {number} is nested too deeply to be rows of a table") from error
         found = value if whole else [value]
         rows += found
         if not all(isinstance(row, dict) for row in found):

@@ -136,6 +136,15 @@ FLAGS = [
     Bad("no config file", f"{TEXT} --config no.yaml", ("'no.yaml' does not exist",)),
     Bad("config without its path", f"{TEXT} --config", ("--config needs the path",)),
     Bad("config that is no YAML", f"{TEXT} --config c.yaml", ("'c.yaml' cannot be read",), {"c.yaml": "a: [1\n"}),
+    Bad("two configs", f"{TEXT} --config a.yaml --config b.yaml", ("--config is given more than once",)),
+    Bad(
+        "one key twice",
+        f"{TEXT} --config c.yaml",
+        ("'c.yaml'", "'seed' stands there"),
+        {"c.yaml": "seed: 1\nseed: 2\n"},
+    ),
+    Bad("output folder without a name", f"{TEXT} --output_dir ''", ("--output_dir is empty",)),
+    Bad("output folder with too long a name", f"{TEXT} --output_dir {'x' * 300}", ("xxx", "too long")),
     Bad("config that is a list", f"{TEXT} --config c.yaml", ("'c.yaml' must hold",), {"c.yaml": "- a\n"}),
     Bad(
         "unknown key",
@@ -216,6 +225,18 @@ METHODS = [
         ("must take (model, arguments)",),
         {"my.py": "def my_method():\n    return 7\n"},
     ),
+    Bad(
+        "method with an empty plan",
+        f"{TEXT} --method my.py:my_method",
+        ("my.py:my_method", "a plan needs stages"),
+        {"my.py": METHOD.replace("return 7", "return hftl.Plan(model, ())")},
+    ),
+    Bad(
+        "method file that imports what is not there",
+        f"{TEXT} --method my.py:my_method",
+        ("my.py cannot be imported", "'nosuchmodule'"),
+        {"my.py": "import nosuchmodule\n"},
+    ),
     Bad("unknown method", f"{TEXT} --method frozzen", ("Unknown method 'frozzen'", "Did you mean 'frozen'")),
     Bad(
         "flag that the method does not use",
@@ -262,6 +283,8 @@ METHODS = [
         ("--lora_target_modules", "'qery'", "Did you mean 'query'"),
     ),
     Bad("no recipe file", "train my.py", ("Recipe", "no file 'my.py'"), {"your.py": "main = print\n"}),
+    Bad("folder for a recipe", "train my.py", ("'my.py' is a folder",), {"my.py": FOLDER}),
+    Bad("main without its argument", "train my.py", ("no function main(argv)",), {"my.py": "def main(): pass\n"}),
     Bad("recipe without main", "train nomain.py", ("'nomain.py' has no function main",), {"nomain.py": "a = 1\n"}),
 ]
 

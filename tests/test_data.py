@@ -289,6 +289,12 @@ ROWS = ["one,a", "two,b", "three,a"]
         (CSV, b"", {}, "data.csv is empty"),
         (CSV, b"text,label\n", {}, "data.csv has no rows"),
         (CSV, "text,label\ncaf\xe9,a\n".encode("latin-1"), {}, "not UTF-8 (line 2): convert it"),
+        (CSV, "text,label\none,a\n".encode("utf-16"), {}, "iconv -f UTF-16"),
+        (CSV, b"text;label\none;a\ntwo, too;b\n", {}, "the separator seems to be ';', and a .csv file has ','"),
+        (CSV, b"text\tlabel\none\ta\n", {}, r"the separator seems to be '\t', and a .csv file has ','"),
+        ("data.tsv", b"text,label\none,a\n", {}, r"the separator seems to be ',', and a .tsv file has '\t'"),
+        (CSV, b'text,label\n" ",a\n"",b\n' + b" ,a\n ,b\n ,a\n ,b\n", {}, "every text of train is empty"),
+        ("data.json", b"[" * 100_000, {}, "nested too deeply"),
         (CSV, b"text,label\none,a\ntwo, too,b\n", {}, "line 3 has 3 fields, the header 2"),
         (CSV, b"text,label\none,a\ntwo\n", {}, "line 3 has 1 fields, the header 2"),
         (CSV, b"text,label,text\none,a,b\n", {}, "'text' more than once"),
@@ -380,6 +386,12 @@ def test_test_without_labels_is_left_out(tmp_path):
     assert "test.csv has no column 'label', which train has" in message_of(tmp_path, test_split="test")
 
 
+def test_labels_spelled_in_two_ways(tmp_path):
+    write_table(tmp_path / "train.csv", [f"text {row},{label}" for row in range(4) for label in ("Pos", "pos", "neg")])
+    warning = "warning: labels that differ in case or spaces alone: 'Pos', 'pos'"
+    assert report_line(splits_of(tmp_path), "warning: labels") == warning
+
+
 def test_report(tmp_path):
     rows = [f"text {row},big" for row in range(40)] + [f"other {row},small" for row in range(4)] + ["alone,lone"]
     write_table(tmp_path / "train.csv", [*rows, " ,big"])
@@ -387,6 +399,7 @@ def test_report(tmp_path):
     write_table(tmp_path / "test.csv", ["text 1,big", "text 2,big", "newer,small"])
     report = splits_of(tmp_path).report
     assert "warning: empty texts: 1 in train, 1 in validation" in report
+    assert "labels that differ" not in report
     assert (
         "warning: duplicates: 1 of validation also in train, 2 of test also in train, 1 of test also in validation"
         in report

@@ -56,6 +56,8 @@ def build_plan(model: nn.Module, arguments: TransferArguments) -> Plan:
     if not isinstance(plan, Plan):
         raise UsageError(f"--method {arguments.method}: the function must return a Plan, not {type(plan).__name__}.")
     names = {name for name, _ in plan.model.named_parameters()}
+    if not plan.stages or not all(stage.trainable for stage in plan.stages):
+        raise UsageError(f"--method {arguments.method}: a plan needs stages, and each of them parameters that train.")
     for stage in plan.stages:
         unknown = sorted(stage.trainable - names)
         if unknown:

@@ -40,6 +40,10 @@ class Stage:
     least_steps: int = 0
     loss: Callable[..., Any] | None = None
 
+    def __post_init__(self) -> None:
+        """Take any collection of names."""
+        object.__setattr__(self, "trainable", frozenset(self.trainable))
+
 
 @dataclass(frozen=True)
 class Plan:
