@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from hftl.errors import UsageError
 
@@ -42,14 +43,25 @@ def started() -> float:
     return _imported if _is_command else time.time()
 
 
+class _Terminated(BaseException):
+    """SIGTERM, where nothing was begun that could be gone on with."""
+
+
+def _stop(number: int, frame: Any) -> NoReturn:
+    raise _Terminated
+
+
 def launch(main: Callable[..., Any], *arguments: Any) -> None:
     """Run a command's `main`; on bad input print one error line and exit with 2, on a signal with 130 or 143."""
     global _is_command
     _is_command = True
+    signal.signal(signal.SIGTERM, _stop)  # a training has its own way to stop, and gives the signal back after it
     try:
         main(*arguments)
     except UsageError as error:
         _end(f"error: {error}", 2)
+    except _Terminated:
+        _end("Stopped by SIGTERM.", 143)
     except KeyboardInterrupt:
         _end("Stopped by Ctrl-C.", 130)
     except BrokenPipeError:  # `hftl ls | head`: the reader has what it wanted

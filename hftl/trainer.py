@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +151,13 @@ class TransferTrainer(Trainer):
         """What validation gave for the checkpoint that training ended with, if this process evaluated it."""
         return self.evaluations.get(self.state.best_global_step) if self.args.load_best_model_at_end else None
 
+    def _get_dataloader(self, *others: Any, **settings: Any) -> Any:
+        """Trainer's, with workers that a signal to all processes of a run does not end: the main process decides."""
+        loader = super()._get_dataloader(*others, **settings)
+        inner = getattr(loader, "base_dataloader", loader)  # below Accelerate's
+        inner.worker_init_fn = functools.partial(_start_worker, inner.worker_init_fn)
+        return loader
+
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         data: Any = train_dataset if train_dataset is not None else self.train_dataset
         rows = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
@@ -157,6 +168,25 @@ class TransferTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing, see `_save_rng_state`."""
+
+
+def _start_worker(seed: Callable[[int], None] | None, worker: int) -> None:
+    """Make a data worker deaf to every SIGTERM but its parent's; a job scheduler sends it to all processes at once.
+
+    The main process needs its workers for the step that it still does before it writes a checkpoint. macOS does not
+    tell who sent a signal; there the workers end at once, and with them the run.
+    """
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    if seed is not None:
+        seed(worker)
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _smaller(batch_size: int, rows: int) -> int:

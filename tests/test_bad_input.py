@@ -124,6 +124,7 @@ FLAGS = [
     Bad("no task", "train --dataset {table}", ("Name the task", "image-classification", "text-classification")),
     Bad("unknown flag", f"{TEXT} --learning_rat 1e-4", ("Unknown flag --learning_rat", "'learning_rate'")),
     Bad("flag of another task", f"{TEXT} --image_size 64", ("Unknown flag --image_size",)),
+    Bad("no room for a text", f"{TEXT} --max_length 2", ("--max_length 2 leaves no room", "2 special tokens")),
     Bad("no steps", f"{TEXT} --max_steps 0", ("--max_steps", "above 0")),
     Bad("a GPU that is not there", f"{TEXT} --use_cpu false", ("--use_cpu false", "GPU"), patch=no_gpu),
     Bad("flag without its value", f"{TEXT} --seed", ("--seed", "expected one argument")),

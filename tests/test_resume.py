@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A method that is lp_ft (or full), and that ends its own process at a chosen moment: `stage:step:signal`, the step
 # counted over calls of the loss in training, or `writing:N`, in the middle of the N-th checkpoint.
 METHOD = """
-import dataclasses, os, signal
+import dataclasses, os, signal, subprocess
 import torch, transformers
 from hftl.losses import CrossEntropyLoss
 from hftl.methods import METHODS
@@ -47,7 +47,11 @@ class Stopping(CrossEntropyLoss):
         if torch.is_grad_enabled():
             self.calls += 1
             if WHEN.rpartition(":")[0] == f"{self.stage}:{self.calls}":
-                os.kill(os.getpid(), int(WHEN.rpartition(":")[2]))
+                number = WHEN.rpartition(":")[2]
+                if number == "group":  # as a job scheduler does: from outside, to every process
+                    subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"])
+                else:
+                    os.kill(os.getpid(), int(number))
         return super().__call__(outputs, labels, num_items_in_batch)
 
 def stopping(model, arguments):
@@ -94,7 +98,7 @@ def run(
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, start_new_session=True)
 
 
 def assert_equal_weights(first: Path, second: Path) -> None:
@@ -135,17 +139,38 @@ def test_killed_and_resumed(place: Path, undisturbed: dict[str, Path], task: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_write_a_checkpoint(place: Path, undisturbed: dict[str, Path], number: int, code: int) -> None:
+@pytest.mark.parametrize(
+    ("task", "number", "code"),
+    [
+        ("text-classification", "15", 143),
+        ("text-classification", "2", 130),
+        ("image-classification", "group", 143),  # data workers too
+    ],
+)
+def test_signals_write_a_checkpoint(
+    place: Path, undisturbed: dict[str, Path], task: str, number: str, code: int
+) -> None:
     name = f"stopped-{number}"
-    stopped = run(place, name, "text-classification", f"1:2:{int(number)}")
-    assert stopped.returncode == code
+    workers = ["--dataloader_num_workers=1"] if task == "image-classification" else []
+    stopped = run(place, name, task, f"1:2:{number}", "lp_ft", *workers)
+    assert stopped.returncode == code, stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert "--resume" in stopped.stderr.strip().splitlines()[-1]
     assert list((place / name / "checkpoints").glob("2-*/checkpoint-2/model.safetensors"))  # in the middle of an epoch
-    resumed = run(place, name, "text-classification", "", "lp_ft", "--resume")
+    resumed = run(place, name, task, "", "lp_ft", *workers, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert_equal_weights(undisturbed["text-classification"], place / name)
+    assert_equal_weights(undisturbed[task], place / name)
+
+
+def test_a_signal_before_there_is_anything_to_keep(tmp_path: Path) -> None:
+    """While the imports run, say: a line, the usual exit code, and no folder."""
+    recipe = "import os, signal\n\n\ndef main(argv):\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+    (tmp_path / "recipe.py").write_text(recipe)
+    command = [sys.executable, "-m", "hftl", "train", "recipe.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    stopped = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (stopped.returncode, stopped.stderr) == (143, "Stopped by SIGTERM.\n")
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["recipe.py"]
 
 
 @pytest.mark.slow

@@ -71,7 +71,11 @@ class TextClassification(ClassificationTask):
             # RoBERTa's position ids start behind the padding id.
             if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
                 positions -= module.padding_idx + 1
-        self.processor.model_max_length = min(self.arguments.max_length, positions, self.processor.model_max_length)
+        limit = min(self.arguments.max_length, positions, self.processor.model_max_length)
+        special = self.processor.num_special_tokens_to_add(pair=self.arguments.text_pair_column is not None)
+        if limit <= special:
+            raise UsageError(f"--max_length {limit} leaves no room for a text beside {special} special tokens.")
+        self.processor.model_max_length = limit
 
     def _pooled_by_mean(self, model: PreTrainedModel) -> PreTrainedModel:
         pooled = pooling.pool_by_mean(model)
