@@ -80,6 +80,6 @@ def write_card(
     text = _TEXT.format(
         title=title, base=base, task=task.name, dataset=dataset, method=method, split=split,
         results="\n".join(rows), classes="\n".join(classes),
-        example='"image.jpg"' if task.modality == "image" else '"A text."',
+        example='"image.jpg"' if task.modality == "image" else '"A text.", truncation=True',
     )  # fmt: skip
     ModelCard(f"---\n{header.to_yaml()}\n---\n\n{text}").save(target / "README.md")

@@ -180,7 +180,7 @@ def _predict(argv: list[str]) -> None:
     parser.add_argument("--skip_bad_files", action="store_true", help="leave out images that cannot be read")
     _add_columns(parser, "text", "text_pair", "image")
     options = parser.parse_args(argv)
-    _check_output(options.output)
+    _check_output(options.output, options.input)
     with quick_imports():
         from hftl.predictions import write_predictions
         from hftl.run import load_run
@@ -206,8 +206,10 @@ def _choose_device() -> None:
     share_threads(on_cpu=not torch.accelerator.is_available())
 
 
-def _check_output(output: str | None) -> None:
-    """Refuse a place that cannot be written before anything is computed."""
+def _check_output(output: str | None, source: str) -> None:
+    """Refuse a place that cannot be written, or must not be, before anything is computed."""
+    if output is not None and os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source):
+        raise UsageError(f"--output {output!r} is the input itself: name another file.")
     if output is not None and not Path(output).parent.is_dir():
         raise UsageError(f"--output {output!r}: there is no folder {str(Path(output).parent)!r}.")
     if output is not None and Path(output).is_dir():

@@ -428,7 +428,7 @@ def _evaluate(
             scores = {
                 key.removeprefix(f"{name}_").removeprefix("eval_"): value
                 for key, value in (output.metrics or {}).items()
-                if not key.endswith(("_runtime", "_per_second", "_model_preparation_time"))
+                if not key.endswith(("_runtime", "_per_second", "_model_preparation_time")) and key != "epoch"
             }
             results[name] = (output.predictions, output.label_ids, scores)
     return results

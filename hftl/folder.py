@@ -53,6 +53,8 @@ def default_output_dir(arguments: TransferArguments) -> str:
     """`runs/DATASET-MODEL-METHOD`, from the last part of each name."""
     parts = (arguments.dataset_name, arguments.model_name_or_path, arguments.method)
     names = [re.split(r"[/\\:]", str(part).rstrip("/\\"))[-1] for part in parts]
+    if set(names[0]) <= {"."}:  # this folder, or one above it
+        names[0] = Path(str(arguments.dataset_name)).resolve().name
     names[0] = re.sub(r"\.(csv|tsv|jsonl?|parquet)$", "", names[0])
     return os.path.join("runs", re.sub(r"[^\w.-]+", "_", "-".join(names)))
 

@@ -21,7 +21,7 @@ from hftl.arguments import argument_tokens, parse, read_yaml, stage_arguments
 from hftl.errors import UsageError
 from hftl.folder import CHECKPOINTS, LOGS, METRICS, RECIPE
 from hftl.metrics import softmax
-from hftl.tasks import find_task
+from hftl.tasks import TASKS, find_task
 from hftl.tasks.classification import ClassificationTask
 
 #: what of a run folder goes to the Hub
@@ -100,7 +100,10 @@ class Run:
             f"{train['peak_memory_mb']:,.0f} MB, {train['trainable_parameters']:,} of {train['total_parameters']:,} "
             "parameters"
         )
-        lines.append(f"{'saved in:':<12}{self.folder} (try: hftl predict {shlex.quote(str(self.folder))} INPUT)")
+        place = str(self.folder)
+        own = f"hftl.load_run({place!r}, {type(self.task).__name__}).predict(…)"  # the command line does not know it
+        advice = f"hftl predict {shlex.quote(place)} INPUT" if self.task.name in TASKS else own
+        lines.append(f"{'saved in:':<12}{place} (try: {advice})")
         return "\n".join(lines)
 
     def logits(self, rows: Any, batch_size: int | None = None) -> np.ndarray[Any, Any]:

@@ -463,6 +463,9 @@ RUNS = [
     Bad("predict on no image", "predict {image_run} fake.png", ("fake.png", "not an image"), {"fake.png": "a"}),
     Bad("predict on a folder of nothing", "predict {image_run} data", ("data holds no images",), {"data/a.txt": "a"}),
     Bad("no folder for the output", "predict {run} fine --output no/out.csv", ("--output", "there is no folder 'no'")),
+    Bad(
+        "output that is the input", "predict {run} t.csv --output ./t.csv", ("is the input itself",), {"t.csv": table()}
+    ),
     Bad("output that is a folder", "predict {run} fine --output data", ("--output", "'data'"), {"data/a.txt": "a"}),
     Bad("batch of none in predict", "predict {run} fine --batch_size 0", ("--batch_size", "above 0")),
     Bad(

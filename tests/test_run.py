@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 import hftl
 from hftl import cli
-from hftl.folder import check_output_folder, resume_settings
+from hftl.folder import check_output_folder, default_output_dir, resume_settings
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,7 @@ def test_folder_is_whole(place: Path, image_run: hftl.Run) -> None:
         "logs",
     }
     metrics = json.loads((image_run.folder / "metrics.json").read_text())
+    assert set(metrics["validation"]) == set(metrics["test"])  # scores, and nothing of the training beside them
     wanted = {"seconds", "samples_per_second", "peak_memory_mb", "trainable_parameters", "total_parameters"}
     assert wanted <= metrics["train"].keys()
     assert {"accuracy", "f1_macro", "loss"} <= metrics["validation"].keys() & metrics["test"].keys()
@@ -88,6 +89,19 @@ def test_folder_is_whole(place: Path, image_run: hftl.Run) -> None:
     accuracy = np.mean([row["label"] == row["prediction"] for row in rows])
     assert accuracy == pytest.approx(metrics["test"]["accuracy"])
     assert list((image_run.folder / "logs").glob("events.out.tfevents*"))
+
+
+def test_the_default_folder_has_a_name(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    for dataset, name in ((".", place.name), ("../", place.parent.name), ("a/b.csv", "b")):
+        arguments = hftl.parse(hftl.ImageArguments, ["--model=some/model", f"--dataset={dataset}"])
+        assert default_output_dir(arguments) == f"runs/{name}-model-full"
+
+
+def test_a_task_of_ones_own_is_loaded_in_python(image_run: hftl.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert f"(try: hftl predict {image_run.folder} INPUT)" in image_run.summary()
+    monkeypatch.setattr(image_run.task, "name", "even-light")
+    assert f"(try: hftl.load_run('{image_run.folder}', ImageClassification).predict(…))" in image_run.summary()
 
 
 def test_plain_transformers_and_timm_agree(place: Path, image_run: hftl.Run) -> None:
