@@ -114,6 +114,12 @@ class TransferArguments(TrainingArguments):
         "How files are recognised. fast: by size, time, beginning and end; full: by all of their content.",
         choices=("fast", "full"),
     )
+    head: str | None = _argument(
+        None,
+        "frozen: the classifier fitted on the features. svm, ridge, nearest_mean: linear, as logistic (default); the "
+        "model's own output layer holds them.",
+        choices=("logistic", "svm", "ridge", "nearest_mean"),
+    )
     head_solver: str = _argument(
         "auto",
         "How a head alone is fitted. lbfgs: solved on kept features, the penalty chosen on validation; sgd: trained; "

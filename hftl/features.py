@@ -41,7 +41,7 @@ from hftl.folder import folder_bytes, say, write_json
 from hftl.losses import CrossEntropyLoss
 from hftl.methods import Plan, Stage
 from hftl.pretrained import public_name
-from hftl.probes import LinearHead, solve_linear_head
+from hftl.probes import LinearHead, fit_linear_head
 from hftl.trainer import prepare_modules
 
 #: examples on which it is tried how the activations can be kept
@@ -555,10 +555,11 @@ class KeptFeatures:
             scores = {"loss": float(trainer.compute_loss_func({"logits": logits}, labels))}
             return sign * (scores | self.task.score(logits.numpy(), labels.numpy()))[metric]
 
-        solution = solve_linear_head(
+        solution = fit_linear_head(
+            self.task.arguments.head or "logistic",
             self.data["train"].matrix(),
             self.data["validation"].matrix(),
-            len(self.task.label_names),
+            self.task.label_names,
             trainer.compute_loss_func,
             score,
             intercept=layer.bias is not None,
@@ -582,7 +583,8 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
     """Refuse flags that no stage of a plan can follow.
 
     Raises:
-        UsageError: `--feature_cache on` where everything trains, `--head_solver lbfgs` where no head is fitted alone.
+        UsageError: `--feature_cache on` where everything trains, `--head_solver lbfgs` where no head is fitted alone,
+            `--head` of another kind than logistic where it would be trained, or another method than frozen.
     """
     blocks = backbones.parameter_blocks(plan.model)
     first = [min(blocks[name] for name in stage.trainable) for stage in plan.stages]
@@ -594,6 +596,25 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
         )
     if arguments.head_solver == "lbfgs" and arguments.feature_cache == "off":
         raise UsageError("--head_solver lbfgs needs kept features: leave out --feature_cache off.")
+    if arguments.head is not None:
+        _check_head(arguments)
+
+
+def _check_head(arguments: TransferArguments) -> None:
+    kind = arguments.head
+    if arguments.method != "frozen":
+        raise UsageError(f"--head {kind} belongs to --method frozen, not to {arguments.method}. Leave it out.")
+    if kind == "logistic":
+        return
+    for name, value in (("head_solver", "sgd"), ("feature_cache", "off")):
+        if getattr(arguments, name) == value:
+            raise UsageError(f"--head {kind} is fitted on kept features: leave out --{name} {value}.")
+    for name in sorted(_of_training(alone=True) & arguments.given if arguments.head_solver == "auto" else ()):
+        raise UsageError(f"--head {kind} is fitted, not trained: leave out --{name}.")
+    if arguments.label_smoothing_factor:
+        raise UsageError(f"--head {kind} has no targets to smooth: leave out --label_smoothing_factor.")
+    if arguments.class_weights != "none" and kind not in ("svm", "ridge"):
+        raise UsageError(f"--head {kind} weighs no classes: leave out --class_weights, or use logistic, svm or ridge.")
 
 
 def mostly_frozen(stage: Stage, model: nn.Module) -> bool:
@@ -634,9 +655,8 @@ def keep_features(
         views["train"] = task.views(splits.train, arguments.feature_views, data["train"])
         kept = keep(task, model.eval(), source, views)
     except (NoCut, NotKept) as error:
-        for flag, value in (("feature_cache", "on"), ("head_solver", "lbfgs")):
-            if getattr(arguments, flag) == value:
-                raise UsageError(f"--{flag} {value} cannot be: {error}.") from error
+        for flag, value in _insists(arguments):
+            raise UsageError(f"--{flag} {value} cannot be: {error}.") from error
         say(f"features: not kept, since {error}; the frozen part runs in every epoch")
         return None
     if first == head:
@@ -644,8 +664,21 @@ def keep_features(
     return KeptFeatures(task, stage, source, kept, time.perf_counter() - started)
 
 
+def _insists(arguments: TransferArguments) -> list[tuple[str, str]]:
+    """Flags, with their values, that allow nothing but kept features."""
+    flags = {"feature_cache": "on", "head_solver": "lbfgs"}
+    if arguments.head not in (None, "logistic"):
+        flags = {"head": str(arguments.head), **flags}
+    return [(flag, value) for flag, value in flags.items() if getattr(arguments, flag) == value]
+
+
 #: what only matters to a head that is trained: whoever gives it wants that
 _OF_TRAINING = {"num_train_epochs", "learning_rate", "head_learning_rate", "weight_decay", "lr_scheduler_type", "optim"}
+
+
+def _of_training(alone: bool) -> set[str]:
+    """Flags of the training of a head, which is all that trains or comes before something else."""
+    return {"max_steps", *(_OF_TRAINING if alone else {"head_epochs"})}
 
 
 def _may_solve(task: Any, stage: Stage, splits: Any, alone: bool) -> bool:
@@ -653,8 +686,7 @@ def _may_solve(task: Any, stage: Stage, splits: Any, alone: bool) -> bool:
     arguments = task.arguments
     if arguments.head_solver != "auto":
         return arguments.head_solver == "lbfgs"
-    of_training = {"max_steps", *(_OF_TRAINING if alone else {"head_epochs"})}
-    given = sorted(of_training & arguments.given)
+    given = sorted(_of_training(alone) & arguments.given)
     if given:
         say(f"head: trained by SGD, as --{given[0]} asks (--head_solver lbfgs solves it)")
     return not given and stage.loss is None and type(task.loss(splits)) is CrossEntropyLoss
@@ -698,7 +730,7 @@ def _source(task: Any, stage: Stage, model: nn.Module, data: dict[str, Any], sol
         try:
             pooled = PooledFeatures(model.eval(), probes[0])
         except NoCut as error:
-            if arguments.head_solver == "lbfgs":
+            if any(flag != "feature_cache" for flag, _ in _insists(arguments)):
                 raise
             say(f"head: trained by SGD, since {error}")
         else:

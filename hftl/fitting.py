@@ -378,7 +378,9 @@ def _solve_stage(task: ClassificationTask, trainer: TransferTrainer, kept: KeptF
         "samples_per_second": len(kept.data["train"]) / (seconds + kept.seconds),
         "steps": solution.steps,
         "epochs": 1,
+        "head": task.arguments.head or "logistic",
         "penalty": solution.strength,
+        **({} if solution.temperature is None else {"temperature": solution.temperature}),
         "best_metric": scores[f"eval_{trainer.args.metric_for_best_model}"],
         **_parameters(trainer),
     }

@@ -244,6 +244,8 @@ METHODS = [
         f"{TEXT} --method full --lora_r 4",
         ("--method full does not use --lora_r", "used by: lora"),
     ),
+    Bad("head of another method", f"{TEXT} --head svm", ("--method full does not use --head", "used by: frozen")),
+    Bad("unknown head", f"{TEXT} --method frozen --head swm", ("--head", "'swm'", "nearest_mean")),
     Bad("budget for another method", f"{TEXT} --time_budget 10s", ("--method full does not use --time_budget", "auto")),
     Bad("budget that is no time", f"{TEXT} --method auto --time_budget soon", ("--time_budget", "200s, 10m", "'soon'")),
     Bad("two budgets", f"{TEXT} --method auto --time_budget 1m --preset fast", ("--time_budget and --preset exclude",)),

@@ -1,15 +1,23 @@
-"""The solved head: the minimum that scikit-learn finds, its penalty chosen on validation."""
+"""Heads fitted on features: what scikit-learn finds, the settings chosen on validation; whole runs with each kind."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import small_data
+import tiny_models
 import torch
-from sklearn.linear_model import LogisticRegression
+from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.neighbors import NearestCentroid
+from sklearn.svm import LinearSVC
 
-from hftl import probes
+import hftl
+from hftl import cli
 from hftl.losses import CrossEntropyLoss, balanced_class_weights
-from hftl.probes import solve_linear_head
+from hftl.probes import fit_linear_head, linear, logistic, solve_linear_head
 
 
 def clusters(rows: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,7 +38,7 @@ def test_every_penalty_is_solved_as_scikit_learn_does(classes: int, monkeypatch:
     features, labels = clusters(300, classes)
     mean, deviation = features.mean(0), features.std(0, correction=0)
     for strength in (0.1, 0.001):
-        monkeypatch.setattr(probes, "STRENGTHS", (strength,))
+        monkeypatch.setattr(logistic, "STRENGTHS", (strength,))
         head = solve_linear_head((features, labels), (features, labels), classes, CrossEntropyLoss(), accuracy)
         # Two classes have one row of weights there, for the difference, and with it half of the penalty.
         peer = LogisticRegression(C=(2 if classes == 2 else 1) / (strength * 300), max_iter=5000, tol=1e-10)
@@ -57,7 +65,7 @@ def test_pieces_of_rows_give_the_same_head(monkeypatch: pytest.MonkeyPatch) -> N
     weights = balanced_class_weights(np.bincount(train[1], minlength=4).tolist())
     loss = CrossEntropyLoss(weights, label_smoothing=0.1)
     whole = solve_linear_head(train, validation, 4, loss, accuracy)
-    monkeypatch.setattr(probes, "_LOGITS", 4 * 7)
+    monkeypatch.setattr(logistic, "_LOGITS", 4 * 7)
     pieces = solve_linear_head(train, validation, 4, loss, accuracy)
     assert torch.allclose(whole.weight, pieces.weight, atol=1e-4)
     assert whole.strength == pieces.strength
@@ -87,8 +95,8 @@ def test_class_weights_move_the_border() -> None:
 
 
 def test_the_logits_of_all_rows_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "_LOGITS", 10_000)
-    monkeypatch.setattr(probes, "STRENGTHS", (0.1,))
+    monkeypatch.setattr(logistic, "_LOGITS", 10_000)
+    monkeypatch.setattr(logistic, "STRENGTHS", (0.1,))
     classes, rows = 50, 2_000
     labels = torch.arange(rows) % classes
     features = torch.nn.functional.one_hot(labels % 16, 16).float() + torch.randn(rows, 16) * 0.1
@@ -103,3 +111,122 @@ def test_the_logits_of_all_rows_are_never_held(monkeypatch: pytest.MonkeyPatch) 
     solve_linear_head((features, labels), few, classes, Counting(), accuracy)
     assert max(sizes) == 10_000
     assert sum(sizes) > 5 * rows * classes  # all rows, several times
+
+
+# --- other linear heads ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("kind", ["svm", "ridge", "nearest_mean"])
+def test_a_linear_head_decides_as_scikit_learn(kind: str, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, validation = clusters(200, classes), clusters(300, classes, seed=1)
+    monkeypatch.setattr(linear, "STRENGTHS", (0.01,))
+    head = fit_linear_head(kind, train, validation, list("abcd")[:classes], CrossEntropyLoss(), accuracy)
+    peers = {"svm": LinearSVC(C=0.5, random_state=0, max_iter=10_000), "ridge": RidgeClassifier(alpha=2.0)}
+    peer = peers.get(kind, NearestCentroid())
+    mean, deviation = train[0].mean(0), train[0].std(0, correction=0)
+    peer.fit(((train[0] - mean) / deviation).numpy(), train[1].numpy())
+    assert head.bias is not None
+    found = (validation[0] @ head.weight.T + head.bias).argmax(dim=1).numpy()
+    expected = peer.predict(((validation[0] - mean) / deviation).numpy())
+    assert (found == expected).mean() > 0.99
+    assert len(set(found)) == classes
+
+
+@pytest.mark.parametrize("kind", ["svm", "ridge", "nearest_mean"])
+def test_a_linear_head_without_bias(kind: str) -> None:
+    train, validation = clusters(200, 3), clusters(300, 3, seed=1)
+    centre = train[0].mean(0)  # there is nowhere to put it
+    train, validation = (train[0] - centre, train[1]), (validation[0] - centre, validation[1])
+    head = fit_linear_head(kind, train, validation, list("abc"), CrossEntropyLoss(), accuracy, intercept=False)
+    assert head.bias is None
+    assert accuracy(validation[0] @ head.weight.T, validation[1]) > 0.5
+
+
+def test_class_weights_reach_the_ridge() -> None:
+    features, labels = clusters(2000, 2)
+    keep = (labels == 0) | (torch.arange(2000) % 20 == 0)
+    train = features[keep], labels[keep]
+    loss = CrossEntropyLoss(balanced_class_weights(torch.bincount(train[1]).tolist()))
+    shares = []
+    for each in (CrossEntropyLoss(), loss):
+        head = fit_linear_head("ridge", train, train, ["a", "b"], each, accuracy)
+        assert head.bias is not None
+        shares.append(float((features @ head.weight.T + head.bias).argmax(dim=1).float().mean()))
+    assert shares[0] < 0.3 < shares[1]
+
+
+def test_a_temperature_makes_scores_probabilities() -> None:
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(4000, 3, generator=random, dtype=torch.float64) * 2
+    labels = torch.multinomial(logits.softmax(dim=1), 1, generator=random)[:, 0]
+    assert linear.fit_temperature(logits * 7.0, labels) == pytest.approx(7.0, rel=0.1)
+    right = torch.eye(3, dtype=torch.float64)
+    assert 0.01 < linear.fit_temperature(right, torch.arange(3)) < 10  # not 0, though every row is right
+
+
+def test_a_class_without_rows_is_named() -> None:
+    train = clusters(50, 2)
+    with pytest.raises(hftl.UsageError, match="no training row is left of the class 'c'"):
+        fit_linear_head("svm", train, train, list("abc"), CrossEntropyLoss(), accuracy)
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("probes")
+    small_data.write_images(folder / "images", {"train": 8, "val": 3, "test": 5})
+    small_data.write_texts(folder / "texts", {"train": 32, "dev": 11, "test": 13})
+    tiny_models.write_timm_folder(folder / "cnn", "resnet18")
+    tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
+    tiny_models.write_tiny_text_model(folder / "gpt2", kind="gpt2")
+    tiny_models.write_tiny_text_model(folder / "roberta", kind="roberta")
+    return folder
+
+
+def command(place: Path, model: str, run: Path, *flags: str) -> list[str]:
+    task = "image" if model == "cnn" else "text"
+    data = place / f"{task}s"
+    words = ["train", f"{task}-classification", f"--model={place / model}", f"--dataset={data}", "--report_to=none"]
+    return [*words, "--method=frozen", "--precision=fp32", f"--output_dir={run}", *flags]
+
+
+@pytest.mark.parametrize(("model", "kind"), [("cnn", "svm"), ("bert", "ridge"), ("gpt2", "nearest_mean")])
+def test_a_linear_head_is_the_models_ordinary_one(place: Path, tmp_path: Path, model: str, kind: str) -> None:
+    cli._run(command(place, model, tmp_path / "run", f"--head={kind}", "--feature_cache_dtype=float32"))
+    run = hftl.load_run(tmp_path / "run")
+    stage = run.metrics["train"]["stages"][0]
+    assert stage["head"] == kind
+    assert stage["temperature"] > 0
+    before, after = (load_file(path / "model.safetensors") for path in (place / model, run.folder))
+    short = {name.split(".", 1)[-1]: value for name, value in after.items()} | after  # or a body alone
+    same = [name for name, value in before.items() if name in short and short[name].shape == value.shape]
+    assert len(same) >= len(after) - 2
+    assert [name for name in same if not before[name].equal(short[name])] == []  # the backbone and its statistics
+    data = str(place / ("images" if model == "cnn" else "texts"))
+    scores = run.evaluate(data, "test")  # by the plain model
+    assert scores["accuracy"] == run.metrics["test"]["accuracy"]
+    assert scores["log_loss"] == pytest.approx(run.metrics["test"]["log_loss"], abs=2e-3)
+    cli._run(["train", f"--config={run.folder / 'recipe.yaml'}", f"--output_dir={tmp_path / 'again'}"])
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(value.equal(after[name]) for name, value in again.items())
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "message"),
+    [
+        ("bert", ["--method=full", "--head=svm"], "--method full does not use --head"),
+        ("bert", ["--head=svm", "--num_train_epochs=2"], "--head svm is fitted, not trained: leave out --num_train"),
+        ("bert", ["--head=svm", "--feature_cache=off"], "leave out --feature_cache off"),
+        ("bert", ["--head=ridge", "--head_solver=sgd"], "leave out --head_solver sgd"),
+        ("bert", ["--head=ridge", "--label_smoothing_factor=0.1"], "no targets to smooth"),
+        ("bert", ["--head=nearest_mean", "--class_weights=balanced"], "weighs no classes"),
+        ("roberta", ["--head=svm"], "--head svm cannot be: the head is more than one linear layer"),
+    ],
+)
+def test_heads_that_cannot_be(place: Path, tmp_path: Path, model: str, flags: list[str], message: str) -> None:
+    with pytest.raises(hftl.UsageError, match=message):
+        cli._run(command(place, model, tmp_path / "run", *flags))
+    assert not (tmp_path / "run").exists()

@@ -29,7 +29,7 @@ METHODS: dict[str, Callable[[Any, Any], Plan]] = {
 #: the method arguments that each method uses; any other that is given is an error
 METHOD_ARGUMENTS = {
     "full": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm"},
-    "frozen": {"learning_rate", "head_learning_rate"},
+    "frozen": {"learning_rate", "head_learning_rate", "head"},
     "partial": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "unfreeze_blocks"},
     "lora": {
         "learning_rate", "head_learning_rate", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",

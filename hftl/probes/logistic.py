@@ -1,4 +1,4 @@
-"""Heads fitted on features: a linear output layer solved instead of trained."""
+"""Multinomial logistic regression: a linear output layer solved instead of trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hftl.losses import CrossEntropyLoss
 #: (Radford et al. 2021, appendix A.3, sweep as widely)
 STRENGTHS = tuple(10.0 ** (-half / 2) for half in range(11))
 #: the path ends when validation loss was worse than before so many penalties in a row
-_WORSE = 3
+WORSE = 3
 #: below so many products a pass, threads wait for each other longer than they work (1,007 rows of 1,280 features, two
 #: classes, on two cores with something else running: 1.1 s with one thread, 13.7 s with two)
 _SMALL = 1e8
@@ -35,7 +35,8 @@ class LinearHead:
         bias: shape (classes,), or None for a layer without.
         strength: the λ that validation chose.
         path: λ, validation score and validation log loss of every candidate.
-        steps: evaluations of the loss over all rows, for the whole path.
+        steps: evaluations of the loss over all rows, or fits, for the whole path.
+        temperature: what the scores were divided by to become log probabilities; None where they were made as such.
     """
 
     weight: torch.Tensor
@@ -43,6 +44,7 @@ class LinearHead:
     strength: float
     path: tuple[tuple[float, float, float], ...]
     steps: int
+    temperature: float | None = None
 
 
 def solve_linear_head(
@@ -68,10 +70,7 @@ def solve_linear_head(
     """
     features, labels = train
     dtype = torch.float64 if features.numel() < _DOUBLE else torch.float32
-    deviation, mean = torch.std_mean(features.to(dtype), dim=0, correction=0)
-    # A layer without a bias has nowhere to put the mean; a feature that never changes says nothing.
-    mean = mean if intercept else torch.zeros_like(mean)
-    scale = torch.where(deviation > 1e-6, 1 / deviation.clamp(min=1e-6), 0.0)
+    mean, scale = standardisation(features.to(dtype), intercept)
     features = (features.to(dtype) - mean) * scale
     held_out = validation[0].to(dtype)
     problem = _Problem(features, labels, classes, loss, intercept)
@@ -81,7 +80,7 @@ def solve_linear_head(
     for strength in STRENGTHS:
         with _one_thread_if(features.numel() * classes < _SMALL):
             parameters = problem.solve(parameters, strength)
-        weight, bias = _unscaled(parameters, mean, scale, intercept)
+        weight, bias = unscaled(parameters, mean, scale, intercept)
         logits = held_out @ weight.T + (0.0 if bias is None else bias)
         found = score(logits, validation[1])
         # A metric that is no number (one class alone in validation, say) chooses nothing.
@@ -89,10 +88,18 @@ def solve_linear_head(
         path.append((strength, key[0], -key[1]))
         if key > best_key:
             best, best_key, chosen = parameters, key, strength
-        if len(path) > _WORSE and all(loss > path[-_WORSE - 1][2] for _, _, loss in path[-_WORSE:]):
+        if len(path) > WORSE and all(loss > path[-WORSE - 1][2] for _, _, loss in path[-WORSE:]):
             break  # weaker penalties overfit more, and take the longest
-    weight, bias = _unscaled(best, mean, scale, intercept)
+    weight, bias = unscaled(best, mean, scale, intercept)
     return LinearHead(weight.float(), None if bias is None else bias.float(), chosen, tuple(path), problem.steps)
+
+
+def standardisation(features: torch.Tensor, intercept: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is taken off each of the features, shape (rows, features), and what the rest is multiplied by."""
+    deviation, mean = torch.std_mean(features, dim=0, correction=0)
+    # A layer without a bias has nowhere to put the mean; a feature that never changes says nothing.
+    mean = mean if intercept else torch.zeros_like(mean)
+    return mean, torch.where(deviation > 1e-6, 1 / deviation.clamp(min=1e-6), 0.0)
 
 
 @contextlib.contextmanager
@@ -105,7 +112,7 @@ def _one_thread_if(small: bool) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _unscaled(
+def unscaled(
     parameters: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor, intercept: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The layer for features as they are, from one for standardised features."""
