@@ -65,6 +65,10 @@ class TransferArguments(TrainingArguments):
     label_column: str | None = _argument(None, "Column of the labels (guessed when not given).")
     max_train_samples: int | None = _argument(None, "Train on a seeded, stratified part of this many rows.")
     max_eval_samples: int | None = _argument(None, "Evaluate on a seeded, stratified part of this many rows.")
+    shots: int | None = _argument(
+        None, "Train on so many rows of each class, drawn by the seed, and validate on no more of each."
+    )
+    repeats: int = _argument(1, "Run so often, with the seeds from --seed on; scores get a mean and a 95 % interval.")
     skip_bad_files: bool = _argument(False, "Leave out files that cannot be read, instead of stopping.")
 
     # Method
@@ -497,7 +501,7 @@ def _check_ranges(arguments: TransferArguments) -> None:
     """Values that argparse lets through and that mean nothing."""
     positive = ["num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "head_epochs"]
     positive += ["max_train_samples", "max_eval_samples", "learning_rate", "head_learning_rate", "lora_r", "lora_alpha"]
-    positive += ["lora_blocks", "feature_views", "feature_cache_gb"]
+    positive += ["shots", "repeats", "lora_blocks", "feature_views", "feature_cache_gb"]
     positive += ["image_size", "image_cache_gb", "max_length", "gradient_accumulation_steps", "early_stopping_patience"]
     for name in positive:
         value = getattr(arguments, name, None)
@@ -513,8 +517,16 @@ def _check_ranges(arguments: TransferArguments) -> None:
         seconds_of(arguments.time_budget)
         if arguments.preset is not None:
             raise UsageError("--time_budget and --preset exclude each other: leave one out.")
-    if not 0 <= arguments.seed < 2**32:
-        raise UsageError(f"--seed must lie between 0 and {2**32 - 1}, not {arguments.seed}.")
+    if not 0 <= arguments.seed <= 2**32 - arguments.repeats:
+        raise UsageError(f"--seed must lie between 0 and {2**32 - arguments.repeats}, not {arguments.seed}.")
+    if arguments.shots is not None:
+        # Of the fraction only a changed one is refused: the recipe of a run holds every setting.
+        changed = {"max_train_samples": None, "validation_fraction": 0.1}
+        for name, default in changed.items():
+            if getattr(arguments, name) != default:
+                raise UsageError(f"--shots and --{name} exclude each other: leave one out.")
+    if arguments.repeats > 1 and arguments.method == "auto":
+        raise UsageError("--repeats: --method auto chooses a method for each seed anew. Name a method.")
     if arguments.lora_dropout is not None and not 0 <= arguments.lora_dropout < 1:
         raise UsageError(f"--lora_dropout must lie between 0 and 1, not {arguments.lora_dropout}.")
     if not 0 < arguments.validation_fraction < 1:

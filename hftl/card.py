@@ -21,7 +21,7 @@ _TEXT = """# {title}
 | split | accuracy | macro F1 | loss |
 | --- | --- | --- | --- |
 {results}
-
+{repeats}
 ## Classes
 
 | class | training rows | F1 on {split} |
@@ -79,7 +79,20 @@ def write_card(
     ]
     text = _TEXT.format(
         title=title, base=base, task=task.name, dataset=dataset, method=method, split=split,
-        results="\n".join(rows), classes="\n".join(classes),
+        results="\n".join(rows), repeats=_repeats(metrics, split), classes="\n".join(classes),
         example='"image.jpg"' if task.modality == "image" else '"A text.", truncation=True',
     )  # fmt: skip
     ModelCard(f"---\n{header.to_yaml()}\n---\n\n{text}").save(target / "README.md")
+
+
+def _repeats(metrics: dict[str, Any], split: str) -> str:
+    """What the other seeds gave, where there were any."""
+    if "repeats" not in metrics:
+        return ""
+    repeats = metrics["repeats"]
+    accuracy = repeats[split]["accuracy"]
+    return (
+        f"\nOver {len(repeats['seeds'])} seeds the accuracy on {split} is {accuracy['mean']:.4f} ± "
+        f"{accuracy['half_width_95']:.4f} (mean and 95 % interval). This is the model of seed {repeats['best_seed']}, "
+        "chosen on validation.\n"
+    )

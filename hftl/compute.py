@@ -270,6 +270,12 @@ def _remember(known: dict[str, dict[str, str]]) -> None:
 # --- folding ---------------------------------------------------------------------------------------------------------
 
 
+def wait_for_all() -> None:
+    """Wait until every process of this run has come here."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def folded(model: nn.Module, example: dict[str, torch.Tensor]) -> nn.Module:
     """A copy in eval mode for prediction, with every BatchNorm that can be folded into the layer before it.
 

@@ -131,7 +131,10 @@ def load_splits(arguments: Any, modality: str) -> Splits:
         # Before anything is drawn: the draw is then the same as if the bad files had not been there.
         parts = _check_images(parts, bool(_option(arguments, "skip_bad_files", False)), notes)
         _require_two_classes(np.asarray(parts["train"]["label"]), label_names, rows["train"].origin)
-    if "validation" not in parts:
+    shots = _option(arguments, "shots")
+    if shots is not None:
+        parts |= _take_shots(parts, shots, label_names, seed, notes)
+    elif "validation" not in parts:
         parts |= _take_validation(parts["train"], _option(arguments, "validation_fraction", 0.1), seed, notes)
     for role in parts:
         limit = _option(arguments, "max_train_samples" if role == "train" else "max_eval_samples")
@@ -437,6 +440,43 @@ def _take_validation(train: datasets.Dataset, fraction: float, seed: int, notes:
     kept = np.setdiff1d(np.arange(len(labels)), taken)
     notes.append(f"validation: {len(taken)} of {len(labels)} train rows, the same share of each class (seed {seed})")
     return {"train": train.select(kept), "validation": train.select(taken)}
+
+
+def _take_shots(
+    parts: dict[str, datasets.Dataset], shots: int, label_names: list[str], seed: int, notes: list[str]
+) -> dict[str, datasets.Dataset]:
+    """So many rows of each class to train on, and no more to validate on.
+
+    A validation split of the usual size would be the larger part of the labels (Gao et al. 2021 take as many as train
+    has; Perez et al. 2021 show what larger ones pretend). Without one, validation is drawn from what train has left.
+    """
+    train = parts["train"]
+    drawn = _draw_of_each_class(train, shots, len(label_names), seed)
+    for name, rows in zip(label_names, drawn, strict=True):
+        if len(rows) < shots:
+            count = len(rows)
+            raise UsageError(
+                f"--shots {shots}: train has {count} row{'' if count == 1 else 's'} of the class {name!r}. Take fewer, "
+                "or add rows."
+            )
+    taken = np.sort(np.concatenate(drawn))
+    source = parts.get("validation", train.select(np.setdiff1d(np.arange(len(train)), taken)))
+    held_out = np.sort(np.concatenate(_draw_of_each_class(source, shots, len(label_names), seed)))
+    if not len(held_out):
+        raise UsageError(f"--shots {shots}: train has no rows left for validation. Take fewer, or add rows.")
+    origin = "the validation split" if "validation" in parts else "the other train rows"
+    notes.append(
+        f"few-shot: {shots} rows of each class to train on, and to validate {len(held_out)} of {origin}, at most "
+        f"{shots} of each class too (seed {seed})"
+    )
+    return {"train": train.select(taken), "validation": source.select(held_out)}
+
+
+def _draw_of_each_class(part: datasets.Dataset, count: int, classes: int, seed: int) -> list[np.ndarray]:
+    """Positions of at most `count` rows of each class; more rows a class begin with those that fewer would have."""
+    labels = np.asarray(part["label"], dtype=np.int64)
+    generator = np.random.default_rng(seed)
+    return [generator.permutation(np.flatnonzero(labels == index))[:count] for index in range(classes)]
 
 
 def _limited(part: datasets.Dataset, limit: int | None, seed: int) -> datasets.Dataset:

@@ -26,6 +26,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from hftl import backbones, compute, folder
 from hftl.arguments import TransferArguments, set_precision, stage_arguments, to_recipe
 from hftl.callbacks import LogFile, ReadableProgress, StopSignals
+from hftl.compute import wait_for_all
 from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.features import KeptFeatures, check_wishes, keep_features, mostly_frozen
@@ -64,6 +65,8 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
     """
     if arguments.method == "auto":
         run = _search(task, plan, splits, arguments)
+    elif arguments.repeats > 1:
+        run = _repeat(task, plan, splits, arguments)
     else:
         run = Run(_train_plan(task, plan, splits, arguments), task, _inner_model(plan.model))
     say(run.summary())
@@ -107,6 +110,23 @@ def _search(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tra
     return run
 
 
+def _repeat(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Run:
+    """`--repeats`: the best run on validation, with the scores of all."""
+    from hftl.card import write_card
+    from hftl.repeats import repeat
+
+    path = Path(str(arguments.output_dir))
+    with folder.explained_disk_errors(path):
+        repeat(_train_plan, task, plan, splits, arguments)
+        run = load_run(path, type(task))
+        if folder.is_main_process():
+            write_card(path, run.task, run.task.arguments, splits, run.metrics)
+            (path / CHECKPOINTS / RECIPE).unlink()  # first: with it the run counts as interrupted
+            shutil.rmtree(path / CHECKPOINTS)
+    wait_for_all()
+    return run
+
+
 def _train_plan(
     task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments, callbacks: Sequence[Any] = ()
 ) -> Path:
@@ -126,11 +146,11 @@ def _train_plan(
         plan.model.to(memory_format=torch.channels_last)
     path = Path(str(arguments.output_dir))
     settings[folder.CHOSEN_PRECISION] = _settle_precision(task, stages[-1], plan.model, data["train"], path)
-    _wait_for_all()  # every process has checked the folder before the first one writes into it
+    wait_for_all()  # every process has checked the folder before the first one writes into it
     if folder.is_main_process():
         with folder.explained_disk_errors(path):
             folder.start_folder(arguments, settings)
-    _wait_for_all()
+    wait_for_all()
     signals = StopSignals()
     try:
         with folder.explained_disk_errors(path):
@@ -141,7 +161,7 @@ def _train_plan(
                 raise
             if folder.is_main_process():
                 _write_run(task, trainer, splits, data, records, results)
-            _wait_for_all()
+            wait_for_all()
     finally:
         signals.close()
     return path
@@ -340,9 +360,9 @@ def _first(logits: Any, labels: Any) -> torch.Tensor:
 def _train_stage(trainer: TransferTrainer, stage: Stage, resume: bool) -> dict[str, Any]:
     """Train one stage, from its last whole checkpoint if there is one."""
     place = Path(str(trainer.args.output_dir))
-    _wait_for_all()
+    wait_for_all()
     checkpoint = folder.last_checkpoint(place) if resume and place.is_dir() else None
-    _wait_for_all()  # nobody may write a new checkpoint while another still looks for the last
+    wait_for_all()  # nobody may write a new checkpoint while another still looks for the last
     if checkpoint is not None:
         say(f"going on from {checkpoint.name} of stage {stage.name!r}")
     started = time.perf_counter()
@@ -404,7 +424,7 @@ def _keep_result(trainer: TransferTrainer, record: dict[str, Any], final: Path) 
     partial = final.with_name("final.partial")
     if folder.is_main_process():
         shutil.rmtree(partial, ignore_errors=True)
-    _wait_for_all()
+    wait_for_all()
     trainer.save_model(str(partial))
     if folder.is_main_process():
         folder.write_json(partial / "stage.json", record)
@@ -412,7 +432,7 @@ def _keep_result(trainer: TransferTrainer, record: dict[str, Any], final: Path) 
         for checkpoint in final.parent.glob("checkpoint-*"):
             if not trainer.args.keep_checkpoints:
                 shutil.rmtree(checkpoint)
-    _wait_for_all()
+    wait_for_all()
 
 
 def _evaluate(
@@ -546,8 +566,3 @@ def _peak_memory_mb() -> float:
         return torch.cuda.max_memory_allocated() / 1e6
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
-def _wait_for_all() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()

@@ -94,6 +94,8 @@ class Run:
                     f"accuracy {scores['accuracy']:.4f}, macro F1 {scores['f1_macro']:.4f}, loss {scores['loss']:.4f}"
                 )
                 lines.append(f"{split + ':':<12}{text}")
+        if "repeats" in self.metrics:
+            lines.append(self._repeats_line())
         train = self.metrics["train"]
         lines.append(
             f"{'training:':<12}{train['seconds']:.0f} s, {train['samples_per_second']:.1f} rows/s, "
@@ -105,6 +107,19 @@ class Run:
         advice = f"hftl predict {shlex.quote(place)} INPUT" if self.task.name in TASKS else own
         lines.append(f"{'saved in:':<12}{place} (try: {advice})")
         return "\n".join(lines)
+
+    def _repeats_line(self) -> str:
+        """Mean and interval over the seeds, and whose model this is."""
+        repeats = self.metrics["repeats"]
+        split = "test" if "test" in repeats else "validation"
+        scores = [
+            f"{text} {repeats[split][name]['mean']:.4f} ± {repeats[split][name]['half_width_95']:.4f}"
+            for name, text in (("accuracy", "accuracy"), ("f1_macro", "macro F1"))
+        ]
+        return (
+            f"{'repeats:':<12}{split} {', '.join(scores)} (mean and 95 % interval of {len(repeats['seeds'])} seeds; "
+            f"this is the model of seed {repeats['best_seed']}, the best on validation)"
+        )
 
     def logits(self, rows: Any, batch_size: int | None = None) -> np.ndarray[Any, Any]:
         """Logits of shape (rows, classes) for rows as the task reads them, in their order."""

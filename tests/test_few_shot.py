@@ -1,0 +1,134 @@
+"""A few rows of each class, drawn by the seed; several seeds, their mean, and the best of them on validation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_data
+import tiny_models
+from safetensors.torch import load_file
+from scipy import stats
+
+import hftl
+from hftl import cli, data, repeats
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("few_shot")
+    small_data.write_texts(folder / "texts", {"train": 32, "dev": 21, "test": 25})
+    small_data.write_texts(folder / "no_validation", {"train": 32, "test": 25})
+    tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
+    return folder
+
+
+# --- shots -----------------------------------------------------------------------------------------------------------
+
+
+def drawn(folder: Path, shots: int, seed: int = 1) -> data.Splits:
+    return data.load_splits({"dataset_name": str(folder), "shots": shots, "seed": seed}, "text")
+
+
+@pytest.mark.parametrize("name", ["texts", "no_validation"])
+def test_so_many_rows_of_each_class_are_drawn(place: Path, name: str) -> None:
+    splits = drawn(place / name, 4)
+    assert np.bincount(splits.train["label"]).tolist() == [4, 4]
+    assert np.bincount(splits.validation["label"]).tolist() == [4, 4]
+    assert splits.test is not None
+    assert len(splits.test) == 25  # whole
+    assert not set(splits.train["text"]) & set(splits.validation["text"])
+    assert any("at most 4 of each class too" in line for line in splits.report)
+
+
+def test_the_seed_draws(place: Path) -> None:
+    one, same, other = (drawn(place / "no_validation", 4, seed) for seed in (1, 1, 2))
+    assert one.train["id"] == same.train["id"]
+    assert one.validation["id"] == same.validation["id"]
+    assert one.train["id"] != other.train["id"]
+    assert set(one.train["id"]) < set(drawn(place / "no_validation", 6, 1).train["id"])  # more hold those of fewer
+
+
+def test_validation_takes_what_is_left(place: Path) -> None:
+    splits = drawn(place / "no_validation", 13)
+    assert np.bincount(splits.train["label"]).tolist() == [13, 13]
+    assert np.bincount(splits.validation["label"]).tolist() == [3, 3]
+    with pytest.raises(hftl.UsageError, match="train has 16 rows of the class 'bad'"):
+        drawn(place / "no_validation", 17)
+
+
+# --- repeats ---------------------------------------------------------------------------------------------------------
+
+
+def command(place: Path, run: Path, *flags: str) -> list[str]:
+    words = ["train", "text-classification", f"--model={place / 'bert'}", f"--dataset={place / 'texts'}"]
+    words += ["--shots=4", "--repeats=3", "--seed=5", "--report_to=none", "--precision=fp32", f"--output_dir={run}"]
+    return [*words, *flags]
+
+
+FLAGS = ["--method=full", "--num_train_epochs=2", "--learning_rate=1e-3", "--per_device_train_batch_size=4"]
+
+
+def read(run: Path) -> dict[str, Any]:
+    return json.loads((run / "metrics.json").read_text())
+
+
+def test_seeds_are_summed_up_and_the_best_on_validation_is_kept(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli._run(command(place, tmp_path / "run", *FLAGS))
+    assert "(mean and 95 % interval of 3 seeds" in capsys.readouterr().out
+    metrics = read(tmp_path / "run")
+    every = {seed: read(tmp_path / "run" / "repeats" / str(seed)) for seed in (5, 6, 7)}
+    found = metrics["repeats"]["test"]["log_loss"]
+    values = [scores["test"]["log_loss"] for scores in every.values()]
+    assert found["values"] == values
+    assert len(set(values)) == 3
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+    assert (found["mean"] - found["half_width_95"], found["mean"] + found["half_width_95"]) == pytest.approx(
+        (low, high)
+    )
+    best = max(every, key=lambda seed: (every[seed]["validation"]["accuracy"], -every[seed]["validation"]["loss"]))
+    assert metrics["repeats"]["best_seed"] == best
+    assert metrics["test"] == every[best]["test"]
+    assert not list((tmp_path / "run" / "repeats").rglob("*.safetensors"))
+    # Its model is the one that a single run with this seed gives, and so are its scores.
+    cli._run(command(place, tmp_path / "alone", *FLAGS, "--repeats=1", f"--seed={best}"))
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "alone"))
+    assert all(value.equal(other[name]) for name, value in one.items())
+    assert f"the model of seed {best}" in (tmp_path / "run" / "README.md").read_text()
+    # The recipe repeats all of them.
+    cli._run(["train", f"--config={tmp_path / 'run' / 'recipe.yaml'}", f"--output_dir={tmp_path / 'again'}"])
+    assert read(tmp_path / "again")["repeats"] == metrics["repeats"]
+    run = hftl.load_run(tmp_path / "run")
+    assert run.evaluate(str(place / "texts"))["log_loss"] == pytest.approx(metrics["test"]["log_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("moment", ["_run_seed", "_keep_best", "_finish"])
+def test_interrupted_repeats_go_on(place: Path, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--method=frozen"]
+    cli._run(command(place, tmp_path / "whole", *flags))
+    work, calls = getattr(repeats, moment), []
+
+    def stops(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == (1 if moment == "_finish" else 2):
+            raise KeyboardInterrupt
+        return work(*arguments)
+
+    monkeypatch.setattr(repeats, moment, stops)
+    with pytest.raises(KeyboardInterrupt):
+        cli._run(command(place, tmp_path / "run", *flags))
+    monkeypatch.setattr(repeats, moment, work)
+    with pytest.raises(hftl.UsageError, match="holds an interrupted run"):
+        cli._run(command(place, tmp_path / "run", *flags))
+    cli._run(command(place, tmp_path / "run", *flags, "--resume"))
+    one, other = (read(tmp_path / name) for name in ("whole", "run"))
+    assert one["repeats"] == other["repeats"]
+    assert one["test"] == other["test"]
+    weights = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
+    assert all(value.equal(other) for value, other in zip(*(entry.values() for entry in weights), strict=True))
+    assert not (tmp_path / "run" / "checkpoints").exists()
