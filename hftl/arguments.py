@@ -121,8 +121,8 @@ class TransferArguments(TrainingArguments):
     head: str | None = _argument(
         None,
         "frozen: the classifier fitted on the features. svm, ridge, nearest_mean: linear, as logistic (default); the "
-        "model's own output layer holds them.",
-        choices=("logistic", "svm", "ridge", "nearest_mean"),
+        "model's own output layer holds them. knn, mlp, tip (Tip-Adapter's cache): beside the model, for hftl alone.",
+        choices=("logistic", "svm", "ridge", "nearest_mean", "knn", "mlp", "tip"),
     )
     head_solver: str = _argument(
         "auto",

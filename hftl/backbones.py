@@ -12,10 +12,11 @@ means about the same share of any of them. Every parameter belongs to the head o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
@@ -72,6 +73,17 @@ def structure(model: nn.Module) -> Structure:
     if not weights:
         raise UsageError(f"{type(plain).__name__} has nothing but its output layer: there is no backbone to adapt.")
     return Structure(head, _shortest_prefixes(_group(plain, backbone, weights), outside), pooler)
+
+
+def head_input(model: nn.Module, name: str, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the output layer of that name reads, shape (rows, features)."""
+    layer: Any = model.get_submodule(name)
+    layer.forward = lambda features: features
+    try:
+        with torch.no_grad():
+            return model(**batch)["logits"]
+    finally:
+        del layer.forward
 
 
 def parameter_blocks(model: nn.Module) -> dict[str, int]:

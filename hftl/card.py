@@ -35,10 +35,16 @@ from transformers import pipeline
 classify = pipeline("{task}", "{title}")
 print(classify({example}))
 ```
-
+{probe}
 ## Training
 
 `recipe.yaml` repeats the training: `hftl train {task} --config recipe.yaml`.
+"""
+
+_PROBE = """
+This is the ordinary model with a logistic head, whose scores are those of `ordinary_head`. The other scores are
+those of the `{head}` head in `probe/`, which plain libraries do not know: `hftl predict`, `hftl evaluate` and
+`hftl.load_run(FOLDER).predict` answer by it.
 """
 
 
@@ -52,10 +58,11 @@ def write_card(
     method = f"{public_name(where)}:{function}" if colon else function
     title = arguments.hub_model_id or Path(str(arguments.output_dir)).name
     on_hub = not Path(str(arguments.model_name_or_path)).exists() and ":" not in str(arguments.model_name_or_path)
+    plain = metrics.get(f"ordinary_head_{split}", metrics[split])  # of what plain libraries load
     results = [
         EvalResult(
             task_type=task.name, dataset_type=dataset, dataset_name=dataset, dataset_split=split,
-            metric_type=kind, metric_name=name, metric_value=round(metrics[split][key], 4),
+            metric_type=kind, metric_name=name, metric_value=round(plain[key], 4),
         )
         for kind, name, key in (("accuracy", "Accuracy", "accuracy"), ("f1", "Macro F1", "f1_macro"))
     ]  # fmt: skip
@@ -70,7 +77,7 @@ def write_card(
     )
     rows = [
         f"| {name} | {metrics[name]['accuracy']:.4f} | {metrics[name]['f1_macro']:.4f} | {metrics[name]['loss']:.4f} |"
-        for name in ("validation", "test")
+        for name in ("validation", "test", "ordinary_head_validation", "ordinary_head_test")
         if name in metrics
     ]
     classes = [
@@ -80,6 +87,7 @@ def write_card(
     text = _TEXT.format(
         title=title, base=base, task=task.name, dataset=dataset, method=method, split=split,
         results="\n".join(rows), repeats=_repeats(metrics, split), classes="\n".join(classes),
+        probe=_PROBE.format(head=arguments.head) if f"ordinary_head_{split}" in metrics else "",
         example='"image.jpg"' if task.modality == "image" else '"A text.", truncation=True',
     )  # fmt: skip
     ModelCard(f"---\n{header.to_yaml()}\n---\n\n{text}").save(target / "README.md")

@@ -41,7 +41,7 @@ from hftl.folder import folder_bytes, say, write_json
 from hftl.losses import CrossEntropyLoss
 from hftl.methods import Plan, Stage
 from hftl.pretrained import public_name
-from hftl.probes import LinearHead, fit_linear_head
+from hftl.probes import BESIDE, LinearHead, Probe, check_every_class, fit_linear_head, fit_probe
 from hftl.trainer import prepare_modules
 
 #: examples on which it is tried how the activations can be kept
@@ -266,13 +266,7 @@ class PooledFeatures:
 
     def capture(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Features of shape (rows, features)."""
-        layer: Any = model.get_submodule(self.name)
-        layer.forward = lambda features: features
-        try:
-            with torch.no_grad():
-                return model(**batch)["logits"]
-        finally:
-            del layer.forward
+        return backbones.head_input(model, self.name, batch)
 
     def outputs(self, kept: torch.Tensor, carried: Batch) -> torch.Tensor:
         """Logits of shape (rows, classes) from features."""
@@ -510,7 +504,10 @@ class KeptFeatures:
         data: the splits as kept activations.
         source: where they were taken.
         seconds: what it took to have them.
+        probe: a head of `--head` that the model cannot hold; None where its own answers.
     """
+
+    probe: Probe | None = None
 
     def __init__(self, task: Any, stage: Stage, source: Source, data: dict[str, KeptDataset], seconds: float) -> None:
         """Keep all of it."""
@@ -546,7 +543,7 @@ class KeptFeatures:
             self.cut.remove()
 
     def solve(self, trainer: Any) -> LinearHead:
-        """Solve the output layer of the model, once for all processes."""
+        """Solve the output layer of the model, once for all processes; and what `--head` puts beside it."""
         layer: Any = self.source.layer  # type: ignore[union-attr]
         metric = trainer.args.metric_for_best_model
         sign = 1 if trainer.args.greater_is_better else -1
@@ -555,10 +552,12 @@ class KeptFeatures:
             scores = {"loss": float(trainer.compute_loss_func({"logits": logits}, labels))}
             return sign * (scores | self.task.score(logits.numpy(), labels.numpy()))[metric]
 
+        kind = self.task.arguments.head or "logistic"
+        train, validation = (self.data[split].matrix() for split in ("train", "validation"))
         solution = fit_linear_head(
-            self.task.arguments.head or "logistic",
-            self.data["train"].matrix(),
-            self.data["validation"].matrix(),
+            "logistic" if kind in BESIDE else kind,
+            train,
+            validation,
             self.task.label_names,
             trainer.compute_loss_func,
             score,
@@ -570,13 +569,24 @@ class KeptFeatures:
                 layer.bias.copy_(solution.bias)
             for parameter in layer.parameters() if trainer.args.world_size > 1 else ():
                 torch.distributed.broadcast(parameter, src=0)
+        if kind in BESIDE:
+            if kind == "mlp":
+                check_every_class(kind, train[1], self.task.label_names)
+            linear = self.source.outputs(validation[0].to(layer.weight.device), {}).cpu()
+            self.probe = fit_probe(kind, train, validation, linear, score, trainer.args.seed)
         return solution
 
-    def logits(self, split: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Logits of shape (rows, classes) and class ids of shape (rows,) of a whole split."""
+    def logits(self, split: str, ordinary: bool = False) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Logits of shape (rows, classes) and class ids of shape (rows,) of a whole split.
+
+        They are the probe's where there is one, unless those of the model's ordinary head are asked for.
+        """
         features, labels = self.data[split].matrix()
         layer = next(self.source.layer.parameters())  # type: ignore[union-attr]
-        return self.source.outputs(features.to(layer.device), {}).cpu().numpy(), labels.numpy()
+        logits = self.source.outputs(features.to(layer.device), {}).cpu()
+        if self.probe is not None and not ordinary:
+            logits = self.probe.logits(features, logits)
+        return logits.numpy(), labels.numpy()
 
 
 def check_wishes(plan: Plan, arguments: TransferArguments) -> None:

@@ -34,6 +34,8 @@ from hftl.folder import CHECKPOINTS, LOGS, METRICS, PARTIAL, PREDICTIONS, RECIPE
 from hftl.methods import Plan, Stage
 from hftl.metrics import softmax
 from hftl.pretrained import save_model
+from hftl.probes.beside import FOLDER as PROBE
+from hftl.probes.beside import Probe, load_probe
 from hftl.run import Run, load_run
 from hftl.tasks.classification import ClassificationTask
 from hftl.trainer import TransferTrainer, diverged, prepare_modules
@@ -266,13 +268,15 @@ def _run_stages(
             final = Path(str(trainer.args.output_dir), "final")
             if final.is_dir():
                 trainer._load_from_checkpoint(str(final))
+                if kept is not None:
+                    kept.probe = load_probe(final / PROBE)
             else:
                 say(_announcement(stage, model, index, len(stages), task.arguments.max_steps, kept))
                 if kept is not None and kept.solved:
                     record = _solve_stage(task, trainer, kept)
                 else:
                     record = _train_stage(trainer, stage, task.arguments.resume)
-                _keep_result(trainer, record, final)
+                _keep_result(trainer, record, final, None if kept is None else kept.probe)
             if is_last:
                 results = _evaluate(task, trainer, rows, kept)
         if not is_last:
@@ -401,6 +405,7 @@ def _solve_stage(task: ClassificationTask, trainer: TransferTrainer, kept: KeptF
         "head": task.arguments.head or "logistic",
         "penalty": solution.strength,
         **({} if solution.temperature is None else {"temperature": solution.temperature}),
+        **({} if kept.probe is None else {"probe": kept.probe.settings}),
         "best_metric": scores[f"eval_{trainer.args.metric_for_best_model}"],
         **_parameters(trainer),
     }
@@ -419,7 +424,7 @@ def _scores(task: ClassificationTask, loss: Any, logits: Any, labels: Any) -> di
     return {"loss": float(value), **task.score(logits, labels)}
 
 
-def _keep_result(trainer: TransferTrainer, record: dict[str, Any], final: Path) -> None:
+def _keep_result(trainer: TransferTrainer, record: dict[str, Any], final: Path, probe: Probe | None) -> None:
     """Keep the weights that a stage ends with: the next one starts from them, also after an interruption."""
     partial = final.with_name("final.partial")
     if folder.is_main_process():
@@ -427,6 +432,8 @@ def _keep_result(trainer: TransferTrainer, record: dict[str, Any], final: Path) 
     wait_for_all()
     trainer.save_model(str(partial))
     if folder.is_main_process():
+        if probe is not None:
+            probe.save(partial / PROBE)
         folder.write_json(partial / "stage.json", record)
         os.replace(partial, final)
         for checkpoint in final.parent.glob("checkpoint-*"):
@@ -444,6 +451,10 @@ def _evaluate(
         if name in data and kept is not None and kept.solved:
             logits, labels = kept.logits(name)
             results[name] = (logits, labels, _scores(task, trainer.compute_loss_func, logits, labels))
+            if kept.probe is not None:
+                logits, _ = kept.logits(name, ordinary=True)
+                scores = _scores(task, trainer.compute_loss_func, logits, labels)
+                results[f"ordinary_head_{name}"] = (logits, labels, scores)
         elif name in data:
             output = trainer.evaluation_of_the_best if name == "validation" else None
             output = output or trainer.predict(data[name], metric_key_prefix=name)
@@ -474,6 +485,9 @@ def _write_run(
     partial.mkdir()
     batch = task.collate([data["validation"][index] for index in range(min(8, len(data["validation"])))])
     _save_checked(task, _whole_model(task, trainer, path), batch, partial)
+    probe = Path(str(trainer.args.output_dir), "final", PROBE)
+    if probe.is_dir():
+        shutil.copytree(probe, partial / PROBE)
     folder.write_text(partial / RECIPE, yaml.safe_dump(to_recipe(arguments), sort_keys=False, allow_unicode=True))
     split = "test" if "test" in results else "validation"
     _write_predictions(partial / PREDICTIONS, task.label_names, splits, split, results[split])

@@ -94,9 +94,10 @@ def tune_on_pairs(task: Any, model: Any, splits: Splits, steps: int, learning_ra
             callbacks=[ReadableProgress(stage.name)],
         )
         trainer.remove_callback(PrinterCallback)
-        head.layer.forward = lambda features: features  # what the model calls logits are the features, then
+        layer: Any = head.layer
+        layer.forward = lambda features: features  # what the model calls logits are the features, then
         try:
             trainer.train()
         finally:
-            del head.layer.forward
+            del layer.forward
     return trainer.bare_model().eval()

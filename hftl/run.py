@@ -21,11 +21,13 @@ from hftl.arguments import argument_tokens, parse, read_yaml, stage_arguments
 from hftl.errors import UsageError
 from hftl.folder import CHECKPOINTS, LOGS, METRICS, RECIPE
 from hftl.metrics import softmax
+from hftl.probes.beside import FOLDER as PROBE
+from hftl.probes.beside import Probe, load_probe
 from hftl.tasks import TASKS, find_task
 from hftl.tasks.classification import ClassificationTask
 
 #: what of a run folder goes to the Hub
-_PUSHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", RECIPE, "adapter/*")
+_PUSHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", RECIPE, "adapter/*", "probe/*")
 
 
 #: rows that are predicted before the first of them are given out: a few seconds of images on two cores
@@ -94,6 +96,13 @@ class Run:
                     f"accuracy {scores['accuracy']:.4f}, macro F1 {scores['f1_macro']:.4f}, loss {scores['loss']:.4f}"
                 )
                 lines.append(f"{split + ':':<12}{text}")
+        if self.probe is not None:
+            kind, split = self.probe.kind, split if split in self.metrics else "validation"
+            scores = self.metrics[f"ordinary_head_{split}"]
+            lines.append(
+                f"{'head:':<12}these are answers of {kind}, which hftl alone gives; plain transformers has a "
+                f"logistic head ({split} accuracy {scores['accuracy']:.4f})"
+            )
         if "repeats" in self.metrics:
             lines.append(self._repeats_line())
         train = self.metrics["train"]
@@ -144,10 +153,23 @@ class Run:
             inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
             network = self._network(inputs)
             with torch.inference_mode():
-                logits.append(network(**inputs).logits.float().cpu().numpy())
+                logits.append(self._answers(network, inputs).float().cpu().numpy())
             kept += group
         order = np.argsort(kept, kind="stable")
         return [kept[index] for index in order], np.concatenate(logits)[order]
+
+    @functools.cached_property
+    def probe(self) -> Probe | None:
+        """The head of `--head knn`, `mlp` or `tip`, which answers in the place of the model's own; else None."""
+        return load_probe(self.folder / PROBE)
+
+    def _answers(self, network: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logits of shape (rows, classes)."""
+        if self.probe is None:
+            return network(**inputs).logits
+        name = backbones.structure(self.model).head[0]
+        features = backbones.head_input(network, name, inputs)
+        return self.probe.logits(features, network.get_submodule(name)(features))
 
     def _network(self, inputs: dict[str, torch.Tensor]) -> Any:
         """What predicts: the model, or once and for all a copy of it without the work of its BatchNorm layers."""

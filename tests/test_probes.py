@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +14,13 @@ import tiny_models
 import torch
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
-from sklearn.neighbors import NearestCentroid
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.svm import LinearSVC
 
 import hftl
-from hftl import cli
+from hftl import cli, fitting
 from hftl.losses import CrossEntropyLoss, balanced_class_weights
-from hftl.probes import fit_linear_head, linear, logistic, solve_linear_head
+from hftl.probes import beside, fit_linear_head, fit_probe, linear, load_probe, logistic, solve_linear_head
 
 
 def clusters(rows: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,6 +174,77 @@ def test_a_class_without_rows_is_named() -> None:
         fit_linear_head("svm", train, train, list("abc"), CrossEntropyLoss(), accuracy)
 
 
+# --- heads beside the model ------------------------------------------------------------------------------------------
+
+
+def rings(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Four directions, opposite ones of one class: nothing that a linear head could tell apart."""
+    random = np.random.default_rng(seed)
+    corner = random.integers(4, size=rows)
+    angles = corner * np.pi / 2 + random.normal(size=rows) * 0.2
+    features = np.stack([np.cos(angles), np.sin(angles)], axis=1) * random.uniform(0.5, 2, size=(rows, 1))
+    return torch.tensor(features, dtype=torch.float32), torch.tensor(corner % 2)
+
+
+@pytest.mark.parametrize("kind", ["knn", "mlp", "tip"])
+def test_a_probe_sees_what_a_linear_head_cannot(kind: str, tmp_path: Path) -> None:
+    train, validation, test = rings(200, 0), rings(100, 1), rings(300, 2)
+    head = solve_linear_head(train, validation, 2, CrossEntropyLoss(), accuracy)
+    assert head.bias is not None
+    assert accuracy(test[0] @ head.weight.T + head.bias, test[1]) < 0.7
+    probe = fit_probe(kind, train, validation, validation[0] @ head.weight.T + head.bias, accuracy, seed=0)
+    logits = probe.logits(test[0], test[0] @ head.weight.T + head.bias)
+    assert accuracy(logits, test[1]) > 0.95
+    probe.save(tmp_path / "probe")
+    assert {path.suffix for path in (tmp_path / "probe").iterdir()} == {".safetensors", ".json"}
+    loaded = load_probe(tmp_path / "probe")
+    assert loaded is not None
+    assert loaded.logits(test[0], test[0] @ head.weight.T + head.bias).equal(logits)
+
+
+def test_neighbours_vote_as_scikit_learn_lets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = clusters(150, 3), clusters(80, 3, seed=1)
+    monkeypatch.setattr(beside, "_NEIGHBOURS", (7,))
+    probe = fit_probe("knn", train, test, torch.zeros(80, 3), accuracy, seed=0)
+    monkeypatch.setattr(beside, "_PIECE", 1000)  # in pieces, too
+
+    def weights(distances: np.ndarray) -> np.ndarray:
+        return np.exp(-(distances - distances[:, :1]) / 0.07)
+
+    peer = KNeighborsClassifier(7, metric="cosine", weights=weights).fit(train[0].numpy(), train[1].numpy())
+    found = probe.logits(test[0], torch.zeros(80, 3))
+    assert found.exp().sum(dim=1) == pytest.approx(np.ones(80), abs=1e-5)
+    assert (found.argmax(dim=1).numpy() == peer.predict(test[0].numpy())).mean() > 0.98
+
+
+def test_the_cache_is_that_of_tip_adapter() -> None:
+    train, test = clusters(12, 3), clusters(5, 3, seed=1)
+    linear_logits = torch.randn(5, 3)
+    values = torch.nn.functional.one_hot(train[1], 3).float()
+    arrays = {"keys": torch.nn.functional.normalize(train[0], dim=1), "values": values / values.sum(dim=0)}
+    found = beside.Probe("tip", arrays, {"alpha": 2.0, "beta": 5.5}).logits(test[0], linear_logits)
+    for row in range(5):
+        for index in range(3):
+            similar = [
+                np.exp(-5.5 * (1 - float(torch.cosine_similarity(test[0][row], key, dim=0))))
+                for key in train[0][train[1] == index]
+            ]
+            assert float(found[row, index] - linear_logits[row, index]) == pytest.approx(2 * np.mean(similar), abs=1e-4)
+
+
+def test_the_settings_are_chosen_on_validation() -> None:
+    train, validation = clusters(40, 3), clusters(400, 3, seed=1)
+    scores = []
+
+    def score(logits: torch.Tensor, labels: torch.Tensor) -> float:
+        scores.append(accuracy(logits, labels))
+        return scores[-1]
+
+    probe = fit_probe("knn", train, validation, torch.zeros(400, 3), score, seed=0)
+    assert len(set(scores)) > 1
+    assert accuracy(probe.logits(validation[0], torch.zeros(400, 3)), validation[1]) == max(scores)
+
+
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +288,47 @@ def test_a_linear_head_is_the_models_ordinary_one(place: Path, tmp_path: Path, m
     assert all(value.equal(after[name]) for name, value in again.items())
 
 
+@pytest.mark.parametrize(("model", "kind"), [("cnn", "knn"), ("bert", "mlp"), ("gpt2", "tip")])
+def test_a_probe_answers_beside_an_ordinary_head(
+    place: Path, tmp_path: Path, model: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = (f"--head={kind}", "--feature_cache_dtype=float32")
+    monkeypatch.setattr(beside, "_BLENDS", (3.0,))  # not 0, which would be the linear head
+    write = fitting._write_run
+
+    def stops(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fitting, "_write_run", stops)  # the head is fitted, the run is not written
+    with pytest.raises(KeyboardInterrupt):
+        cli._run(command(place, model, tmp_path / "run", *flags))
+    monkeypatch.setattr(fitting, "_write_run", write)
+    cli._run(command(place, model, tmp_path / "run", *flags, "--resume"))
+    run = hftl.load_run(tmp_path / "run")
+    assert run.probe is not None
+    assert run.metrics["train"]["stages"][0]["probe"] == run.probe.settings
+    data = place / ("images" if model == "cnn" else "texts")
+    scores = run.evaluate(str(data), "test")
+    assert scores["log_loss"] == pytest.approx(run.metrics["test"]["log_loss"], abs=1e-3)
+    assert scores["log_loss"] != pytest.approx(run.metrics["ordinary_head_test"]["log_loss"], abs=1e-6)
+    assert f"`{kind}` head in `probe/`" in (run.folder / "README.md").read_text()
+    # predictions.csv, hftl predict and Run.predict say the same.
+    with (run.folder / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    inputs = data / "test" if model == "cnn" else data / "test.csv"
+    cli._run(["predict", str(run.folder), str(inputs), f"--output={tmp_path / 'out.csv'}"])
+    with (tmp_path / "out.csv").open() as file:
+        predicted = list(csv.DictReader(file))
+    name = f"probability_{run.label_names[0]}"
+    assert sorted(float(row[name]) for row in predicted) == pytest.approx(
+        sorted(float(row[name]) for row in rows), abs=1e-3
+    )
+    # Without the probe it is an ordinary run with the logistic head.
+    shutil.rmtree(run.folder / "probe")
+    ordinary = hftl.load_run(run.folder).evaluate(str(data), "test")
+    assert ordinary["log_loss"] == pytest.approx(run.metrics["ordinary_head_test"]["log_loss"], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("model", "flags", "message"),
     [
@@ -222,6 +337,7 @@ def test_a_linear_head_is_the_models_ordinary_one(place: Path, tmp_path: Path, m
         ("bert", ["--head=svm", "--feature_cache=off"], "leave out --feature_cache off"),
         ("bert", ["--head=ridge", "--head_solver=sgd"], "leave out --head_solver sgd"),
         ("bert", ["--head=ridge", "--label_smoothing_factor=0.1"], "no targets to smooth"),
+        ("bert", ["--head=knn", "--class_weights=balanced"], "weighs no classes"),
         ("bert", ["--head=nearest_mean", "--class_weights=balanced"], "weighs no classes"),
         ("roberta", ["--head=svm"], "--head svm cannot be: the head is more than one linear layer"),
     ],

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from hftl.probes.linear import fit_linear_head
+from hftl.probes.beside import BESIDE, Probe, fit_probe, load_probe
+from hftl.probes.linear import check_every_class, fit_linear_head
 from hftl.probes.logistic import LinearHead, solve_linear_head
 
-__all__ = ["LinearHead", "fit_linear_head", "solve_linear_head"]
+__all__ = [
+    "BESIDE",
+    "LinearHead",
+    "Probe",
+    "check_every_class",
+    "fit_linear_head",
+    "fit_probe",
+    "load_probe",
+    "solve_linear_head",
+]

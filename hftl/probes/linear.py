@@ -56,9 +56,7 @@ def fit_linear_head(
     if kind == "logistic":
         return solve_linear_head(train, validation, classes, loss, score, intercept)
     features, labels = train[0].double(), train[1].numpy()
-    for name, count in zip(label_names, np.bincount(labels, minlength=classes), strict=True):
-        if not count:
-            raise UsageError(f"--head {kind}: no training row is left of the class {name!r}. Use --head logistic.")
+    check_every_class(kind, train[1], label_names)
     mean, scale = standardisation(features, intercept)
     rows = ((features - mean) * scale).numpy()
     weights = None if loss.class_weights is None else loss.class_weights.double().numpy()[labels]
@@ -84,6 +82,17 @@ def fit_linear_head(
     assert best is not None
     weight, bias, strength, temperature = best
     return LinearHead(weight, bias, strength, tuple(path), len(path), temperature)
+
+
+def check_every_class(kind: str, labels: torch.Tensor, label_names: list[str]) -> None:
+    """Refuse rows of which a class has none.
+
+    Raises:
+        UsageError: as said.
+    """
+    for name, count in zip(label_names, torch.bincount(labels, minlength=len(label_names)).tolist(), strict=True):
+        if not count:
+            raise UsageError(f"--head {kind}: no training row is left of the class {name!r}. Use --head logistic.")
 
 
 def _svm(strength: float, rows: int, intercept: bool) -> Any:
