@@ -14,7 +14,7 @@ from hftl.tasks.classification import ClassificationTask, class_counts
 
 _TEXT = """# {title}
 
-{base} adapted to {task} on `{dataset}` with the method `{method}`, using hftl.
+{base} adapted to {task} on `{dataset}` with the method `{method}`{preparation}, using hftl.
 
 ## Results
 
@@ -86,6 +86,7 @@ def write_card(
     ]
     text = _TEXT.format(
         title=title, base=base, task=task.name, dataset=dataset, method=method, split=split,
+        preparation=f" {task.preparation}" if task.preparation else "",
         results="\n".join(rows), repeats=_repeats(metrics, split), classes="\n".join(classes),
         probe=_PROBE.format(head=arguments.head) if f"ordinary_head_{split}" in metrics else "",
         example='"image.jpg"' if task.modality == "image" else '"A text.", truncation=True',

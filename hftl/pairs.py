@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ def tune_on_pairs(task: Any, model: Any, splits: Splits, steps: int, learning_ra
     Raises:
         UsageError: the head is not one linear layer on the features of a text.
     """
+    started = time.perf_counter()
     dataset = task.dataset(splits.train, training=True)
     rows = [dataset[index] for index in range(len(dataset))]  # drawn at random, not with those of like length
     probe = {name: value.to(model.device) for name, value in task.collate(rows[:2]).items() if name != "labels"}
@@ -67,7 +69,8 @@ def tune_on_pairs(task: Any, model: Any, splits: Splits, steps: int, learning_ra
     fixed = (head.name, *backbones.pooling_layer(model))  # the mean stays a mean
     names = [name for name, _ in model.named_parameters() if not backbones.is_below_any(name, fixed)]
     stage = Stage("pairs", frozenset(names), learning_rate, learning_rate, epochs=1)
-    say(f"pairs: {steps} steps on every pair of {task.batch_size} texts, rate {learning_rate:.2g}")
+    batch_size = task.arguments.per_device_train_batch_size or task.batch_size
+    say(f"pairs: {steps} steps on every pair of {batch_size} texts, rate {learning_rate:.2g}")
     with tempfile.TemporaryDirectory() as folder:
         settings = stage_arguments(
             task.arguments,
@@ -75,7 +78,7 @@ def tune_on_pairs(task: Any, model: Any, splits: Splits, steps: int, learning_ra
             max_steps=steps,
             num_train_epochs=1,
             learning_rate=learning_rate,
-            per_device_train_batch_size=task.arguments.per_device_train_batch_size or task.batch_size,
+            per_device_train_batch_size=batch_size,
             dataloader_num_workers=0,
             eval_strategy="no",  # the head that would be scored has learned nothing yet
             save_strategy="no",
@@ -100,4 +103,5 @@ def tune_on_pairs(task: Any, model: Any, splits: Splits, steps: int, learning_ra
             trainer.train()
         finally:
             del layer.forward
+    say(f"pairs: done in {time.perf_counter() - started:.0f} s")
     return trainer.bare_model().eval()

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import small_data
 import tiny_models
+import torch
 from safetensors.torch import load_file
 from scipy import stats
 
 import hftl
-from hftl import cli, data, repeats
+from hftl import backbones, cli, data, pairs, repeats
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +133,72 @@ def test_interrupted_repeats_go_on(place: Path, tmp_path: Path, moment: str, mon
     weights = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
     assert all(value.equal(other) for value, other in zip(*(entry.values() for entry in weights), strict=True))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# --- tuned on pairs --------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_that_of_all_pairs() -> None:
+    torch.manual_seed(0)
+    features, labels = torch.randn(5, 4), torch.tensor([0, 1, 0, 2, 1])
+    errors = [
+        (float(torch.cosine_similarity(features[one], features[other], dim=0)) - float(labels[one] == labels[other]))
+        ** 2
+        for one in range(5)
+        for other in range(one)
+    ]
+    loss = pairs.CosinePairLoss()
+    assert float(loss({"logits": features}, labels)) == pytest.approx(np.mean(errors), rel=1e-5)
+    parts = sum(float(loss({"logits": features}, labels, 10)) for _ in range(2))  # two accumulated parts
+    assert parts == pytest.approx(np.mean(errors), rel=1e-5)
+    assert float(loss({"logits": features[:1]}, labels[:1])) == 0.0
+
+
+def few_shot(place: Path, run: Path, *flags: str) -> hftl.Run:
+    words = [f"--model={place / 'bert'}", f"--dataset={place / 'texts'}", "--shots=8", f"--output_dir={run}"]
+    words += ["--report_to=none", "--precision=fp32", "--pair_learning_rate=1e-2", "--pooling=mean", *flags]
+    return cli.run_recipe(cli.find_recipe("text_few_shot"), words)
+
+
+def test_pairs_tune_the_encoder_and_then_the_head_is_solved(place: Path, tmp_path: Path) -> None:
+    run = few_shot(place, tmp_path / "run", "--pair_steps=12")
+    probe = few_shot(place, tmp_path / "probe", "--pair_steps=0")
+    tuned, before = (load_file(entry.folder / "model.safetensors") for entry in (run, probe))
+    moved = {name for name, value in tuned.items() if not value.equal(before[name])}
+    last = max(int(name.split(".layer.")[1].split(".")[0]) for name in tuned if ".layer." in name)
+    assert any("layer.0." in name for name in moved)
+    assert not any(f".layer.{last}." in name for name in moved)  # the mean of the tokens stays it
+    assert {"classifier.weight", "classifier.bias"} <= moved
+    assert "penalty" in run.metrics["train"]["stages"][0]
+    assert "after its encoder was tuned on pairs" in (run.folder / "README.md").read_text()
+    assert "tuned on pairs" not in (probe.folder / "README.md").read_text()
+    rows = drawn(place / "texts", 8, run.task.arguments.seed).train
+    assert separation(run, rows) > separation(probe, rows) + 0.05
+    plain = hftl.load_run(run.folder)  # by the task's own class, without the recipe
+    assert plain.evaluate(str(place / "texts"))["log_loss"] == pytest.approx(run.metrics["test"]["log_loss"], abs=1e-3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hftl.fitting._write_run", stop)
+        with pytest.raises(KeyboardInterrupt):
+            few_shot(place, tmp_path / "again", "--pair_steps=12")
+    few_shot(place, tmp_path / "again", "--pair_steps=12", "--resume")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(value.equal(again[name]) for name, value in tuned.items())
+
+
+def stop(*arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def separation(run: hftl.Run, rows: Any) -> float:
+    """How much closer texts of one class are than those of two, by the cosine of what the head reads."""
+    batch = run.task.collate([run.task.dataset(rows, training=False)[index] for index in range(len(rows))])
+    labels = batch.pop("labels")
+    features = torch.nn.functional.normalize(backbones.head_input(run.model.cpu(), "classifier", batch), dim=1)
+    cosines, same = features @ features.T, labels.unsqueeze(0) == labels.unsqueeze(1)
+    return float(cosines[same].mean() - cosines[~same].mean())
+
+
+def test_a_model_without_one_vector_a_text_makes_no_pairs(place: Path, tmp_path: Path) -> None:
+    tiny_models.write_tiny_text_model(tmp_path / "roberta", kind="roberta")
+    with pytest.raises(hftl.UsageError, match="no pairs can be made, since the head is more than one linear layer"):
+        few_shot(place, tmp_path / "run", f"--model={tmp_path / 'roberta'}", "--pooling=architecture")

@@ -32,6 +32,8 @@ class ClassificationTask:
     modality: ClassVar[str]
     auto_class: ClassVar[Any]
     arguments_class: ClassVar[type[TransferArguments]]
+    #: what a recipe did to the model before its method, for the card: "after …"
+    preparation: str = ""
     #: rows a step and device when nothing is said
     batch_size: ClassVar[int]
 
