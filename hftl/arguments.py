@@ -159,6 +159,16 @@ class TransferArguments(TrainingArguments):
 
     # Training: fields of our own
     class_weights: str = _argument("none", "Weigh the loss by class frequency.", choices=("none", "balanced"))
+    loss: str = _argument(
+        "cross_entropy",
+        "cross_entropy; focal: sure rows count less; logit_adjusted: as if all classes were alike frequent; or "
+        "module:function.",
+    )
+    sampler: str = _argument(
+        "random",
+        "random: each row once an epoch; balanced: each class equally often, rare rows repeated.",
+        choices=("random", "balanced"),
+    )
     precision: str = _argument(
         "auto",
         "Of the computation; weights stay in float32. auto: bf16 on a GPU that has it, and on a CPU where a short "
@@ -210,6 +220,12 @@ class ImageArguments(TransferArguments):
         "light",
         "light: random crop of at least half and flip; strong: RandAugment and erasing too.",
         choices=("none", "light", "strong"),
+    )
+    mixup: float | None = _argument(
+        None, "Mix training images and their labels in pairs, weights from Beta(a, a): 0.2 to 1 are usual."
+    )
+    cutmix: float | None = _argument(
+        None, "Paste a part of one training image into another, labels by area from Beta(a, a): 1 is usual."
     )
     horizontal_flip: bool = _argument(True, "Mirror training images at random; false for digits and text.")
     image_cache: str = _argument(
@@ -405,6 +421,10 @@ def argument_tokens(name: str, value: Any) -> list[str]:
     return [f"--{name}={value}"]
 
 
+#: image flags that people look for with texts too
+_IMAGES_ONLY = ("mixup", "cutmix")
+
+
 def _check_names(tokens: Sequence[str], names: dict[str, str]) -> set[str]:
     """The fields that the tokens name; an unknown flag is an error with the nearest name."""
     given = set()
@@ -414,6 +434,8 @@ def _check_names(tokens: Sequence[str], names: dict[str, str]) -> set[str]:
         name = token[2:].partition("=")[0].replace("-", "_")
         field_name = names.get(name) or names.get(name.removeprefix("no_"))
         if field_name is None:
+            if name in _IMAGES_ONLY:
+                raise UsageError(f"--{name} mixes pixels; mixing the embeddings of texts is not supported.")
             raise UsageError(f"Unknown flag --{name}.{did_you_mean(name, [*names, 'config', 'help'])}")
         given.add(field_name)
     return given
@@ -501,7 +523,7 @@ def _check_ranges(arguments: TransferArguments) -> None:
     """Values that argparse lets through and that mean nothing."""
     positive = ["num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "head_epochs"]
     positive += ["max_train_samples", "max_eval_samples", "learning_rate", "head_learning_rate", "lora_r", "lora_alpha"]
-    positive += ["shots", "repeats", "lora_blocks", "feature_views", "feature_cache_gb"]
+    positive += ["shots", "repeats", "lora_blocks", "feature_views", "feature_cache_gb", "mixup", "cutmix"]
     positive += ["image_size", "image_cache_gb", "max_length", "gradient_accumulation_steps", "early_stopping_patience"]
     for name in positive:
         value = getattr(arguments, name, None)

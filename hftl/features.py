@@ -38,7 +38,7 @@ from hftl.builtin import cache_folder
 from hftl.cut import Batch, Cut, NoCut, explained_probe
 from hftl.errors import UsageError
 from hftl.folder import folder_bytes, say, write_json
-from hftl.losses import CrossEntropyLoss
+from hftl.losses import LOSSES, CrossEntropyLoss, LogitAdjustedLoss
 from hftl.methods import Plan, Stage
 from hftl.pretrained import public_name
 from hftl.probes import BESIDE, LinearHead, Probe, check_every_class, fit_linear_head, fit_probe
@@ -604,6 +604,9 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
         raise UsageError(
             f"--head_solver {arguments.head_solver}: --method {arguments.method} fits no head alone. Leave it out."
         )
+    if arguments.head_solver == "lbfgs":
+        for flag in _unsolved(arguments):
+            raise UsageError(f"--head_solver lbfgs: {flag} is for a head that is trained. Leave one of them out.")
     if arguments.head_solver == "lbfgs" and arguments.feature_cache == "off":
         raise UsageError("--head_solver lbfgs needs kept features: leave out --feature_cache off.")
     if arguments.head is not None:
@@ -621,6 +624,8 @@ def _check_head(arguments: TransferArguments) -> None:
             raise UsageError(f"--head {kind} is fitted on kept features: leave out --{name} {value}.")
     for name in sorted(_of_training(alone=True) & arguments.given if arguments.head_solver == "auto" else ()):
         raise UsageError(f"--head {kind} is fitted, not trained: leave out --{name}.")
+    for flag in _unsolved(arguments) or (["--loss logit_adjusted"] if arguments.loss == "logit_adjusted" else []):
+        raise UsageError(f"--head {kind} is fitted in its own way: leave out {flag}.")
     if arguments.label_smoothing_factor:
         raise UsageError(f"--head {kind} has no targets to smooth: leave out --label_smoothing_factor.")
     if arguments.class_weights != "none" and kind not in ("svm", "ridge"):
@@ -696,10 +701,23 @@ def _may_solve(task: Any, stage: Stage, splits: Any, alone: bool) -> bool:
     arguments = task.arguments
     if arguments.head_solver != "auto":
         return arguments.head_solver == "lbfgs"
-    given = sorted(_of_training(alone) & arguments.given)
-    if given:
+    given, unsolved = sorted(_of_training(alone) & arguments.given), _unsolved(arguments)
+    if unsolved:
+        say(f"head: trained by SGD, as {unsolved[0]} asks")
+    elif given:
         say(f"head: trained by SGD, as --{given[0]} asks (--head_solver lbfgs solves it)")
-    return not given and stage.loss is None and type(task.loss(splits)) is CrossEntropyLoss
+    return (
+        not given
+        and not unsolved
+        and stage.loss is None
+        and type(task.loss(splits)) in (CrossEntropyLoss, LogitAdjustedLoss)
+    )
+
+
+def _unsolved(arguments: TransferArguments) -> list[str]:
+    """Settings under which a head is trained rather than solved."""
+    found = [] if LOSSES.get(arguments.loss) else [f"--loss {arguments.loss}"]
+    return found + (["--sampler balanced"] if arguments.sampler == "balanced" else [])
 
 
 def _check_possible(task: Any, data: dict[str, Any], solves: bool) -> None:
@@ -715,6 +733,8 @@ def _check_possible(task: Any, data: dict[str, Any], solves: bool) -> None:
         raise NotKept(
             f"--augmentation {augmentation} changes the images every epoch (--feature_views 4 keeps 4 of each)"
         )
+    if task.mixing() is not None:
+        raise NotKept("the rows of a batch are mixed anew in every step")
     if getattr(arguments, "n_gpu", 1) > 1 and not solves:
         raise NotKept("one process has several GPUs (start one for each with accelerate launch)")
     if arguments.torch_compile and not solves:

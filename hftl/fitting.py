@@ -339,6 +339,7 @@ def _stage_trainer(
         eval_dataset=data["validation"],
         data_collator=kept.collate if kept else task.collate,
         cut=kept.cut if kept else None,
+        mixing=task.mixing(),
         compute_metrics=lambda result: _finite_scores(task, stage, place, result),
         preprocess_logits_for_metrics=_first,
         callbacks=callbacks,

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from hftl.arguments import TransferArguments
+from hftl.errors import UsageError, did_you_mean
+from hftl.loading import import_function
+
+#: `(outputs, labels, num_items_in_batch=None) -> scalar`
+Loss = Callable[..., torch.Tensor]
+
 
 class CrossEntropyLoss:
-    """Cross entropy over class ids, with class weights and label smoothing.
+    """Cross entropy over class ids or soft labels, with class weights and label smoothing.
 
     Trainer passes `num_items_in_batch`, the number of rows over all accumulated parts and processes. Dividing the sum
     by it gives the same loss and gradient for 1 part of 16 rows, 4 parts of 4 and 2 processes; the loss inside the
@@ -29,15 +37,110 @@ class CrossEntropyLoss:
     def __call__(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """The loss of `outputs["logits"]`, shape (rows, classes), against `labels`, shape (rows,)."""
+        """The loss of `outputs["logits"]`, shape (rows, classes).
+
+        `labels` are class ids of shape (rows,), or of mixed rows a share of each class, shape (rows, classes).
+        """
         logits = outputs["logits"]
         if logits.dtype is not torch.float64:  # half precision loses the small differences between large logits
             logits = logits.float()
+        labels = labels.to(logits) if labels.is_floating_point() else labels
+        return self._total(logits, labels) / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    def _total(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The sum over the rows."""
         weights = None if self.class_weights is None else self.class_weights.to(logits)
-        total = nn.functional.cross_entropy(
+        return nn.functional.cross_entropy(
             logits, labels, weight=weights, label_smoothing=self.label_smoothing, reduction="sum"
         )
-        return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+
+
+class FocalLoss(CrossEntropyLoss):
+    """Cross entropy in which a row counts the less, the surer the model is of its class (Lin et al. 2017).
+
+    -w (1 - p)^gamma log p, with p the probability of the row's class and w its weight; gamma 2, their best. Soft labels
+    mix the losses of their classes, as mixup does with any loss. Label smoothing is not defined for it.
+    """
+
+    def __init__(self, class_weights: torch.Tensor | None = None, gamma: float = 2.0) -> None:
+        """Keep the settings."""
+        super().__init__(class_weights)
+        self.gamma = gamma
+
+    def _total(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logs = logits.log_softmax(dim=1)
+        modulated = (1 - logs.exp()).clamp(min=0) ** self.gamma * logs
+        weights = None if self.class_weights is None else self.class_weights.to(logits)
+        if labels.is_floating_point():
+            return -(labels * (modulated if weights is None else modulated * weights)).sum()
+        return nn.functional.nll_loss(modulated, labels, weight=weights, reduction="sum")
+
+
+class LogitAdjustedLoss(CrossEntropyLoss):
+    """Cross entropy of logits raised by tau times the log of the class's frequency (Menon et al. 2021, equation 10).
+
+    The model learns what it would say of classes that are alike frequent: its own logits, without the addition,
+    predict. tau 1, for which balanced error is minimal. Convex in the logits, as cross entropy is.
+
+    Args:
+        counts: training rows of each class; a class without any counts as one row.
+        label_smoothing: as for `CrossEntropyLoss`.
+        tau: the weight of the addition.
+    """
+
+    def __init__(self, counts: Sequence[int], label_smoothing: float = 0.0, tau: float = 1.0) -> None:
+        """Keep the settings."""
+        super().__init__(None, label_smoothing)
+        rows = torch.tensor(counts, dtype=torch.float64).clamp(min=1)
+        self.addition = tau * (rows / rows.sum()).log()
+
+    def _total(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return super()._total(logits + self.addition.to(logits), labels)
+
+
+#: names of `--loss`, and whether a linear head under it is a convex problem, which L-BFGS solves
+LOSSES = {"cross_entropy": True, "focal": False, "logit_adjusted": True}
+
+
+def check_loss(arguments: TransferArguments) -> None:
+    """Refuse an unknown loss, and settings that it cannot be combined with.
+
+    Raises:
+        UsageError: as said.
+    """
+    name, weights = arguments.loss, arguments.class_weights != "none"
+    if name not in LOSSES and ":" not in name:
+        raise UsageError(
+            f"Unknown loss {name!r}.{did_you_mean(name, LOSSES)} There are: {', '.join(LOSSES)}, and module:function."
+        )
+    if ":" in name:
+        import_function(name, "--loss")
+    if arguments.label_smoothing_factor and (name == "focal" or ":" in name):
+        raise UsageError(f"--label_smoothing_factor: not defined for --loss {name}. Leave one of them out.")
+    if weights and ":" in name:
+        raise UsageError(f"--class_weights: --loss {name} weighs classes itself. Leave it out.")
+    corrections = ["--class_weights balanced"] if weights else []
+    corrections += ["--loss logit_adjusted"] if name == "logit_adjusted" else []
+    corrections += ["--sampler balanced"] if arguments.sampler == "balanced" else []
+    if len(corrections) > 1:
+        raise UsageError(f"{' and '.join(corrections)} each make up for rare classes: leave all but one out.")
+
+
+def make_loss(arguments: TransferArguments, counts: list[int]) -> Loss:
+    """The loss of `--loss` with the class weights and label smoothing that were asked for.
+
+    Args:
+        arguments: the settings.
+        counts: training rows of each class.
+    """
+    if ":" in arguments.loss:
+        return import_function(arguments.loss, "--loss")
+    weights = balanced_class_weights(counts) if arguments.class_weights == "balanced" else None
+    if arguments.loss == "focal":
+        return FocalLoss(weights)
+    if arguments.loss == "logit_adjusted":
+        return LogitAdjustedLoss(counts, arguments.label_smoothing_factor)
+    return CrossEntropyLoss(weights, arguments.label_smoothing_factor)
 
 
 def balanced_class_weights(counts: list[int]) -> torch.Tensor:

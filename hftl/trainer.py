@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hftl import backbones, folder, optim
+from hftl.arguments import TransferArguments
 from hftl.cut import Cut
 from hftl.errors import UsageError
 from hftl.methods import Stage
@@ -32,6 +33,7 @@ class TransferTrainer(Trainer):
         loss: `(outputs, labels, num_items_in_batch=None) -> scalar`; it reads `outputs["logits"]`.
         cut: where the model is cut; the data sets then hold kept activations, and the model runs from there on until
             `cut.remove()`.
+        mixing: mixes the rows of a training batch; its draws are a function of (seed, step, process).
         others: as `transformers.Trainer`.
     """
 
@@ -41,12 +43,13 @@ class TransferTrainer(Trainer):
         stage: Stage,
         loss: Any,
         model: nn.Module,
-        args: TrainingArguments,
+        args: TransferArguments,
         cut: Cut | None = None,
+        mixing: Callable[[Any], Any] | None = None,
         **others: Any,
     ) -> None:
         """Set which parameters train, and find the modules that do not."""
-        self.stage, self.cut = stage, cut
+        self.stage, self.cut, self.mixing, self.balanced = stage, cut, mixing, args.sampler == "balanced"
         self.frozen_modules = prepare_modules(model, stage)
         self.seeded_step = -1
         self.evaluations: dict[int, Any] = {}
@@ -117,6 +120,7 @@ class TransferTrainer(Trainer):
             # On a CPU torch.manual_seed would also queue the seed for every accelerator that is not there: 0.5 ms.
             seed_all = torch.default_generator.manual_seed if self.args.use_cpu else torch.manual_seed
             seed_all(self.args.seed + 1_000_003 * self.state.global_step + self.args.process_index)
+        inputs = self.mixing(inputs) if self.mixing is not None else inputs
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             what = f"The loss is {float(loss)} at step {self.state.global_step + 1} of stage {self.stage.name!r}"
@@ -161,7 +165,12 @@ class TransferTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         data: Any = train_dataset if train_dataset is not None else self.train_dataset
         rows = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        return EpochSampler(len(data), self.args.seed, lengths=getattr(data, "lengths", None), batch_size=rows)
+        labels = None
+        if self.balanced:
+            labels = getattr(data, "labels", None)
+            if labels is None:
+                raise UsageError("--sampler balanced: the task's training data set has no `labels`. Leave it out.")
+        return EpochSampler(len(data), self.args.seed, getattr(data, "lengths", None), rows, labels)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Nothing: order, augmentation and dropout are functions of seed, epoch and step."""
@@ -268,9 +277,19 @@ class EpochSampler(Sampler[int]):
     With lengths, rows of like length come together: shuffled, cut into pieces of 50 batches, each piece sorted by
     length, its batches shuffled (as `group_by_length` of transformers, but with the batches in random order, so that
     the lengths do not fall within each piece).
+
+    With labels, as many rows are drawn as there are, of each class equally many: of frequent classes others each epoch,
+    of rare ones every row before any is repeated.
     """
 
-    def __init__(self, rows: int, seed: int, lengths: list[int] | None = None, batch_size: int = 1) -> None:
+    def __init__(
+        self,
+        rows: int,
+        seed: int,
+        lengths: Sequence[int] | None = None,
+        batch_size: int = 1,
+        labels: Sequence[int] | None = None,
+    ) -> None:
         """Start in epoch 0.
 
         Args:
@@ -278,9 +297,11 @@ class EpochSampler(Sampler[int]):
             seed: of the order.
             lengths: one length a row, or None.
             batch_size: rows of one optimizer step over all processes.
+            labels: the class ids to balance, or None.
         """
         self.rows, self.seed, self.batch_size, self.epoch = rows, seed, batch_size, 0
         self.lengths = None if lengths is None else np.asarray(lengths)
+        self.labels = None if labels is None else np.asarray(labels)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next pass."""
@@ -290,10 +311,24 @@ class EpochSampler(Sampler[int]):
         """Number of rows."""
         return self.rows
 
+    def _order(self, random: np.random.Generator) -> np.ndarray[Any, Any]:
+        """Row numbers, shuffled: each once, or each class equally often."""
+        if self.labels is None:
+            return random.permutation(self.rows)
+        members = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)]
+        counts = np.full(len(members), self.rows // len(members))
+        counts[random.permutation(len(members))[: self.rows % len(members)]] += 1
+        drawn = [
+            np.concatenate([random.permutation(rows) for _ in range(-(-count // len(rows)))])[:count]
+            for rows, count in zip(members, counts, strict=True)
+            if count
+        ]
+        return random.permutation(np.concatenate(drawn))
+
     def __iter__(self) -> Iterator[int]:
-        """Row numbers, each once."""
+        """Row numbers, each once unless classes are balanced."""
         random = np.random.default_rng((self.seed, self.epoch))
-        order = random.permutation(self.rows)
+        order = self._order(random)
         if self.lengths is None:
             return iter(order.tolist())
         batches = []

@@ -12,7 +12,7 @@ from tiny_models import TINY, tiny_inputs
 from tiny_training import TinyData, tiny_arguments, tiny_trainer
 from transformers import PreTrainedModel
 
-from hftl.losses import CrossEntropyLoss, balanced_class_weights
+from hftl.losses import CrossEntropyLoss, FocalLoss, LogitAdjustedLoss, balanced_class_weights
 from hftl.methods import build_plan
 
 WEIGHTS = torch.tensor([0.2, 1.0, 3.0])
@@ -21,6 +21,10 @@ LOSSES = {
     "weighted": CrossEntropyLoss(WEIGHTS),
     "smoothed": CrossEntropyLoss(label_smoothing=0.1),
     "both": CrossEntropyLoss(WEIGHTS, 0.1),
+    "focal": FocalLoss(),
+    "weighted focal": FocalLoss(WEIGHTS),
+    "logit-adjusted": LogitAdjustedLoss([6, 3, 1]),
+    "smoothed logit-adjusted": LogitAdjustedLoss([6, 3, 1], 0.1),
 }
 
 
@@ -50,7 +54,7 @@ def train(name: str, loss: CrossEntropyLoss, folder: Path, *flags: str) -> dict[
     }
 
 
-@pytest.mark.parametrize("loss", list(LOSSES))
+@pytest.mark.parametrize("loss", ["plain", "weighted", "smoothed", "both", "weighted focal", "smoothed logit-adjusted"])
 @pytest.mark.parametrize("name", ["bert", "vit"])
 def test_accumulated_parts_give_the_loss_and_the_gradient_of_the_whole(name: str, loss: str, tmp_path: Path) -> None:
     whole = train(name, LOSSES[loss], tmp_path, "--per_device_train_batch_size=16", "--per_device_eval_batch_size=22")
@@ -84,14 +88,34 @@ def test_the_logged_loss_is_the_mean_over_the_rows(tmp_path: Path) -> None:
 
 def by_hand(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None, smoothing: float) -> torch.Tensor:
     """Row by row: the weighted cross entropy against a target that is spread by `smoothing`."""
+    targets = torch.nn.functional.one_hot(labels, logits.shape[1]) if labels.ndim == 1 else labels
     rows = []
-    for row, label in zip(logits.double(), labels.tolist(), strict=True):
+    for row, target in zip(logits.double(), targets.double(), strict=True):
         probabilities = row.exp() / row.exp().sum()
-        target = torch.full_like(row, smoothing / len(row))
-        target[label] += 1 - smoothing
+        target = target * (1 - smoothing) + smoothing / len(row)
         spread = target if weights is None else target * weights.double()
         rows.append(-(spread * probabilities.log()).sum())
     return torch.stack(rows).mean()
+
+
+def focal_by_hand(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Equation 5 of Lin et al. with gamma 2; a row of several classes has the mean of their losses, by share."""
+    targets = torch.nn.functional.one_hot(labels, logits.shape[1]) if labels.ndim == 1 else labels
+    rows = []
+    for row, target in zip(logits.double(), targets.double(), strict=True):
+        probabilities = row.exp() / row.exp().sum()
+        losses = [-((1 - p) ** 2) * torch.log(p) for p in probabilities]
+        each = torch.ones(len(row)) if weights is None else weights
+        rows.append(sum(float(t * w) * value for t, w, value in zip(target, each, losses, strict=True)))
+    return torch.stack(rows).mean()
+
+
+def expected_loss(loss: CrossEntropyLoss, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    if isinstance(loss, FocalLoss):
+        return focal_by_hand(logits, labels, loss.class_weights)
+    if isinstance(loss, LogitAdjustedLoss):
+        logits = logits.double() + torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64).log()
+    return by_hand(logits, labels, loss.class_weights, loss.label_smoothing)
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
@@ -100,8 +124,21 @@ def test_formula(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(10, 3, generator=generator) * 2
     labels = torch.randint(0, 3, (10,), generator=generator)
-    expected = by_hand(logits, labels, loss.class_weights, loss.label_smoothing)
+    expected = expected_loss(loss, logits, labels)
     assert float(loss({"logits": logits}, labels)) == pytest.approx(float(expected), rel=1e-6)
+    soft = torch.rand(10, 3, generator=generator).softmax(dim=1)
+    expected = expected_loss(loss, logits, soft)
+    assert float(loss({"logits": logits}, soft)) == pytest.approx(float(expected), rel=1e-6)
+    hard = torch.nn.functional.one_hot(labels, 3).float()
+    assert float(loss({"logits": logits}, hard)) == pytest.approx(float(loss({"logits": logits}, labels)), rel=1e-6)
+
+
+def test_the_focal_loss_of_a_certain_row_has_a_gradient_that_is_a_number() -> None:
+    logits = torch.tensor([[200.0, 0.0], [0.0, 200.0]], requires_grad=True)
+    FocalLoss()({"logits": logits}, torch.tensor([0, 0])).backward()
+    assert torch.isfinite(logits.grad).all()
+    assert logits.grad[0].abs().max() == 0.0
+    torch.testing.assert_close(logits.grad[1], torch.tensor([-0.5, 0.5]))  # cross entropy's, of a row that is wrong
 
 
 @pytest.mark.parametrize("name", list(LOSSES))

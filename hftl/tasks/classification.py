@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,8 +17,11 @@ from hftl import data, folder, methods, pretrained
 from hftl.arguments import TransferArguments
 from hftl.data import Splits
 from hftl.errors import UsageError, did_you_mean
-from hftl.losses import CrossEntropyLoss, balanced_class_weights
+from hftl.losses import Loss, check_loss, make_loss
 from hftl.metrics import LOWER_IS_BETTER, METRIC_NAMES, ExtraMetrics, classification_metrics
+
+#: a training batch, mixed: `(batch) -> batch`, with `labels` of shape (rows, classes)
+Mixing = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 class ClassificationTask:
@@ -59,6 +62,7 @@ class ClassificationTask:
             raise UsageError("--dataset is missing: name a folder, a table, a Hub id or builtin:NAME.")
         folder.check_output_folder(self.arguments)
         methods.check_method(self.arguments)
+        check_loss(self.arguments)
         pretrained.check_model_name(self.arguments.model_name_or_path)
         self._extra_metrics  # noqa: B018 - a metric that cannot be loaded is an error now, not after training
         splits = data.load_splits(self.arguments, self.modality)
@@ -76,12 +80,9 @@ class ClassificationTask:
         set_seed(self.arguments.seed)  # before the head is drawn
         return self.load_model(splits)
 
-    def loss(self, splits: Splits) -> CrossEntropyLoss:
-        """Cross entropy with the class weights and label smoothing that were asked for."""
-        weights = None
-        if self.arguments.class_weights == "balanced":
-            weights = balanced_class_weights(class_counts(splits))
-        return CrossEntropyLoss(weights, self.arguments.label_smoothing_factor)
+    def loss(self, splits: Splits) -> Loss:
+        """The loss that was asked for, of outputs and labels."""
+        return make_loss(self.arguments, class_counts(splits))
 
     def score(self, logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> dict[str, float]:
         """Scores of a whole split; logits of shape (rows, classes), labels of shape (rows,)."""
@@ -140,6 +141,10 @@ class ClassificationTask:
         if count > 1:
             raise UsageError(f"--feature_views: the task {self.name} has no augmentation. Leave it out.")
         return [training]
+
+    def mixing(self) -> Mixing | None:
+        """What mixes the rows of a training batch, where that was asked for."""
+        return None
 
     def preprocessing(self) -> Any:
         """What determines a row's inputs beside its content and this class, for the key of kept activations."""

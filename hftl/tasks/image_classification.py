@@ -23,7 +23,8 @@ from hftl.arguments import ImageArguments
 from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.image_cache import ImageCache, plan_cache
-from hftl.tasks.classification import ClassificationTask
+from hftl.mixing import MixedImages
+from hftl.tasks.classification import ClassificationTask, Mixing
 
 
 class ImageClassification(ClassificationTask):
@@ -116,6 +117,12 @@ class ImageClassification(ClassificationTask):
             return [self.dataset(rows, training=False)]
         transform = training_transform(self.processor, self.arguments.augmentation, self.arguments.horizontal_flip)
         return [ImageDataset(rows, self._opener(), transform, view=view) for view in range(count)]
+
+    def mixing(self) -> Mixing | None:
+        """mixup, cutmix, or one of them for each batch."""
+        if self.arguments.mixup is None and self.arguments.cutmix is None:
+            return None
+        return MixedImages(len(self.label_names), self.arguments.mixup, self.arguments.cutmix)
 
     def preprocessing(self) -> Any:
         """The processor's settings, the size at which files are decoded, and the augmentation of kept views."""
