@@ -175,6 +175,16 @@ class TransferArguments(TrainingArguments):
         "measurement finds it faster. Same as --bf16, --fp16.",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
+    average: str = _argument(
+        "none",
+        "Weights averaged in the last stage. ema: over the steps; swa: over the last epochs; soup: over the best "
+        "checkpoints, as far as that helps on validation.",
+        choices=("none", "ema", "swa", "soup"),
+    )
+    ema_decay: float | None = _argument(None, "ema: what is left of the average at each step (default 0.999).")
+    wise_ft: bool = _argument(
+        False, "Mix the pretrained and the fine-tuned backbone as is best on validation; goes well with lp_ft."
+    )
     early_stopping_patience: int | None = _argument(None, "Stop after so many evaluations without a better one.")
     metrics: list[str] | None = _argument(None, "Further metrics for evaluate.load: a Hub id or a local folder.")
     resume: bool = _argument(False, "Go on with the interrupted run in the output folder.")
@@ -561,6 +571,7 @@ def _check_ranges(arguments: TransferArguments) -> None:
         raise UsageError("--hub_strategy must be end: the finished run is pushed in one commit.")
     if arguments.resume_from_checkpoint:
         raise UsageError("--resume_from_checkpoint is not used: --resume finds the checkpoint in --output_dir.")
+    _check_averaging(arguments)
     if arguments.early_stopping_patience and arguments.eval_strategy == "no":
         raise UsageError("--early_stopping_patience needs evaluations: --eval_strategy epoch, or steps.")
     if arguments.auto_find_batch_size and arguments.world_size > 1:
@@ -573,6 +584,22 @@ def _check_ranges(arguments: TransferArguments) -> None:
     _check_trackers(arguments)
     if arguments.world_size != int(os.environ.get("WORLD_SIZE", "1")):
         raise _separate_processes()
+
+
+def _check_averaging(arguments: TransferArguments) -> None:
+    """What an average needs of the training."""
+    if arguments.ema_decay is not None:
+        if arguments.average != "ema":
+            raise UsageError("--ema_decay is for --average ema: add that, or leave it out.")
+        if not 0 < arguments.ema_decay < 1:
+            raise UsageError(f"--ema_decay must lie between 0 and 1, not {arguments.ema_decay}.")
+    if arguments.average == "swa" and arguments.early_stopping_patience:
+        raise UsageError(
+            "--average swa takes the last part of a training whose length is known: leave out "
+            "--early_stopping_patience, or use --average ema."
+        )
+    if arguments.average == "soup" and arguments.eval_strategy == "no":
+        raise UsageError("--average soup needs evaluations: --eval_strategy epoch, or steps.")
 
 
 def seconds_of(duration: str) -> float:

@@ -270,6 +270,9 @@ def search(train: Train, task: ClassificationTask, plan: Plan, splits: Splits, a
     """
     for name in sorted(_CHOSEN & arguments.given):
         raise UsageError(f"--method auto chooses --{name} itself. Leave it out, or name a method.")
+    for name in ("average", "wise_ft"):
+        if getattr(arguments, name) not in ("none", False):
+            raise UsageError(f"--{name} does not go with --method auto, whose time it would use up. Name a method.")
     if arguments.world_size > 1:
         raise UsageError("--method auto works in one process. Start it without accelerate launch, or name a method.")
     task.arguments = arguments

@@ -605,7 +605,7 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
             f"--head_solver {arguments.head_solver}: --method {arguments.method} fits no head alone. Leave it out."
         )
     if arguments.head_solver == "lbfgs":
-        for flag in _unsolved(arguments):
+        for flag in _unsolved(arguments, last=first[-1] == max(blocks.values())):
             raise UsageError(f"--head_solver lbfgs: {flag} is for a head that is trained. Leave one of them out.")
     if arguments.head_solver == "lbfgs" and arguments.feature_cache == "off":
         raise UsageError("--head_solver lbfgs needs kept features: leave out --feature_cache off.")
@@ -624,7 +624,7 @@ def _check_head(arguments: TransferArguments) -> None:
             raise UsageError(f"--head {kind} is fitted on kept features: leave out --{name} {value}.")
     for name in sorted(_of_training(alone=True) & arguments.given if arguments.head_solver == "auto" else ()):
         raise UsageError(f"--head {kind} is fitted, not trained: leave out --{name}.")
-    for flag in _unsolved(arguments) or (["--loss logit_adjusted"] if arguments.loss == "logit_adjusted" else []):
+    for flag in _unsolved(arguments, last=True) or (["--loss logit_adjusted"] if arguments.loss == "logit_adjusted" else []):
         raise UsageError(f"--head {kind} is fitted in its own way: leave out {flag}.")
     if arguments.label_smoothing_factor:
         raise UsageError(f"--head {kind} has no targets to smooth: leave out --label_smoothing_factor.")
@@ -639,7 +639,7 @@ def mostly_frozen(stage: Stage, model: nn.Module) -> bool:
 
 
 def keep_features(
-    task: Any, stage: Stage, model: nn.Module, splits: Any, data: dict[str, Any], alone: bool
+    task: Any, stage: Stage, model: nn.Module, splits: Any, data: dict[str, Any], alone: bool, last: bool
 ) -> KeptFeatures | None:
     """The frozen part's activations for a stage, or None where it trains on the inputs; why is said.
 
@@ -650,6 +650,7 @@ def keep_features(
         splits: the data with its labels.
         data: the data sets of the splits.
         alone: whether the plan has no other stage.
+        last: whether no stage follows.
 
     Raises:
         UsageError: `--feature_cache on`, or `--head_solver lbfgs`, and it cannot be.
@@ -661,7 +662,7 @@ def keep_features(
     worth = mostly_frozen(stage, model) or arguments.feature_cache == "on"
     if arguments.feature_cache == "off" or first == 0 or not worth:
         return None
-    solves = first == head and _may_solve(task, stage, splits, alone)
+    solves = first == head and _may_solve(task, stage, splits, alone, last)
     try:
         _check_possible(task, data, solves)
         started = time.perf_counter()
@@ -696,12 +697,12 @@ def _of_training(alone: bool) -> set[str]:
     return {"max_steps", *(_OF_TRAINING if alone else {"head_epochs"})}
 
 
-def _may_solve(task: Any, stage: Stage, splits: Any, alone: bool) -> bool:
+def _may_solve(task: Any, stage: Stage, splits: Any, alone: bool, last: bool) -> bool:
     """Whether a stage of the head alone is to be solved, as far as the settings say."""
     arguments = task.arguments
     if arguments.head_solver != "auto":
         return arguments.head_solver == "lbfgs"
-    given, unsolved = sorted(_of_training(alone) & arguments.given), _unsolved(arguments)
+    given, unsolved = sorted(_of_training(alone) & arguments.given), _unsolved(arguments, last)
     if unsolved:
         say(f"head: trained by SGD, as {unsolved[0]} asks")
     elif given:
@@ -714,10 +715,11 @@ def _may_solve(task: Any, stage: Stage, splits: Any, alone: bool) -> bool:
     )
 
 
-def _unsolved(arguments: TransferArguments) -> list[str]:
-    """Settings under which a head is trained rather than solved."""
+def _unsolved(arguments: TransferArguments, last: bool) -> list[str]:
+    """Settings under which a head is trained rather than solved, in the last stage or before it."""
     found = [] if LOSSES.get(arguments.loss) else [f"--loss {arguments.loss}"]
-    return found + (["--sampler balanced"] if arguments.sampler == "balanced" else [])
+    found += ["--sampler balanced"] if arguments.sampler == "balanced" else []
+    return found + ([f"--average {arguments.average}"] if last and arguments.average != "none" else [])
 
 
 def _check_possible(task: Any, data: dict[str, Any], solves: bool) -> None:

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, SchedulerType
 
 from hftl import backbones, compute, folder
 from hftl.arguments import TransferArguments, set_precision, stage_arguments, to_recipe
+from hftl.averaging import check_averaging, interpolate, pretrained_weights
 from hftl.callbacks import LogFile, ReadableProgress, StopSignals
 from hftl.compute import wait_for_all
 from hftl.data import Splits
@@ -135,9 +136,10 @@ def _train_plan(
     """Run the stages of a plan, evaluate, and write the run folder, which is returned."""
     task.arguments = arguments
     check_wishes(plan, arguments)
+    check_averaging(plan, arguments)
     settings = folder.resume_settings(arguments)
     stages = _resolve(task, plan, splits, arguments)
-    folder.check_space(Path(str(arguments.output_dir)), _bytes_needed(plan))
+    folder.check_space(Path(str(arguments.output_dir)), _bytes_needed(plan, arguments.average != "none"))
     AcceleratorState._reset_state()  # or another run in this process would dictate its precision
     compute.share_threads(on_cpu=arguments.device.type == "cpu")
     data = {"train": task.dataset(splits.train, training=True)}
@@ -186,6 +188,9 @@ def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tr
     for name, value in plan.settings.items():
         setattr(arguments, name, value)
     arguments.num_train_epochs = stages[-1].epochs
+    if arguments.average == "swa" and "lr_scheduler_type" not in arguments.given:
+        # A rate that falls to nothing would leave nothing to average (Izmailov et al. 2018, section 3.2).
+        arguments.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
     if arguments.head_epochs is not None:
         arguments.head_epochs = stages[0].epochs
     for role, column in splits.columns.items():
@@ -232,14 +237,15 @@ def _workers(task: ClassificationTask) -> int:
     return min(8, max(1, cores // 4) if task.arguments.use_cpu else cores - 1)
 
 
-def _bytes_needed(plan: Plan) -> int:
+def _bytes_needed(plan: Plan, averaged: bool) -> int:
     """Disk for three checkpoints (best, last, the one being written) with two moments each, and two whole models."""
     parameters = list(plan.model.parameters())
     everything = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     names = set().union(*(stage.trainable for stage in plan.stages))
     trained = sum(4 * parameter.numel() for name, parameter in plan.model.named_parameters() if name in names)
     kept = trained if hasattr(plan.model, "peft_config") else everything
-    return 3 * (kept + 2 * trained) + 2 * everything
+    averages = 3 * trained if averaged else 0  # in each checkpoint, or the three of a soup
+    return 3 * (kept + 2 * trained) + 2 * everything + averages
 
 
 def _run_stages(
@@ -252,17 +258,17 @@ def _run_stages(
 ) -> tuple[TransferTrainer, list[dict[str, Any]], dict[str, Any]]:
     """Train every stage that is not finished yet; the results are those of the last one."""
     records = []
+    start = pretrained_weights(Plan(model, tuple(stages))) if task.arguments.wise_ft else {}
     for index, stage in enumerate(stages):
         is_last = index + 1 == len(stages)
-        kept = keep_features(task, stage, model, splits, data, alone=len(stages) == 1)
+        kept = keep_features(task, stage, model, splits, data, alone=len(stages) == 1, last=is_last)
         stage = stage if kept is None else kept.stage
         rows = data if kept is None else kept.data
         with contextlib.ExitStack() as after:
             if kept is not None:
                 after.callback(kept.release)  # also where the stage fails, or a second fit would keep what stubs give
-            trainer = _stage_trainer(task, stage, model, splits, rows, index, kept)
-            if _is_sharded(trainer) and hasattr(model, "peft_config"):
-                raise UsageError("--method lora does not work with FSDP or DeepSpeed yet: use multi_gpu.yaml.")
+            trainer = _stage_trainer(task, stage, model, splits, rows, index, kept, is_last)
+            _check_sharding(task.arguments, trainer, model)
             for callback in callbacks:
                 trainer.add_callback(callback)
             final = Path(str(trainer.args.output_dir), "final")
@@ -275,7 +281,7 @@ def _run_stages(
                 if kept is not None and kept.solved:
                     record = _solve_stage(task, trainer, kept)
                 else:
-                    record = _train_stage(trainer, stage, task.arguments.resume)
+                    record = _train_stage(trainer, stage, task.arguments.resume, start if is_last else {})
                 _keep_result(trainer, record, final, None if kept is None else kept.probe)
             if is_last:
                 results = _evaluate(task, trainer, rows, kept)
@@ -306,6 +312,7 @@ def _stage_trainer(
     data: dict[str, Any],
     index: int,
     kept: KeptFeatures | None,
+    is_last: bool,
 ) -> TransferTrainer:
     arguments = task.arguments
     name = re.sub(r"[^A-Za-z0-9]+", "-", stage.name)
@@ -340,6 +347,7 @@ def _stage_trainer(
         data_collator=kept.collate if kept else task.collate,
         cut=kept.cut if kept else None,
         mixing=task.mixing(),
+        average=arguments.average if is_last else "none",
         compute_metrics=lambda result: _finite_scores(task, stage, place, result),
         preprocess_logits_for_metrics=_first,
         callbacks=callbacks,
@@ -362,8 +370,13 @@ def _first(logits: Any, labels: Any) -> torch.Tensor:
     return logits[0] if isinstance(logits, tuple | list) else logits
 
 
-def _train_stage(trainer: TransferTrainer, stage: Stage, resume: bool) -> dict[str, Any]:
-    """Train one stage, from its last whole checkpoint if there is one."""
+def _train_stage(
+    trainer: TransferTrainer, stage: Stage, resume: bool, start: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Train one stage, from its last whole checkpoint if there is one.
+
+    Weights are averaged behind it: those of its steps or epochs, then with the pretrained ones in `start`, if any.
+    """
     place = Path(str(trainer.args.output_dir))
     wait_for_all()
     checkpoint = folder.last_checkpoint(place) if resume and place.is_dir() else None
@@ -372,6 +385,8 @@ def _train_stage(trainer: TransferTrainer, stage: Stage, resume: bool) -> dict[s
         say(f"going on from {checkpoint.name} of stage {stage.name!r}")
     started = time.perf_counter()
     output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    averaged = {} if trainer.average is None else trainer.average.finish()
+    averaged |= interpolate(trainer, start) if start else {}
     seconds = time.perf_counter() - started
     patience = trainer.args.early_stopping_patience
     if patience and trainer.state.global_step < trainer.state.max_steps:
@@ -385,6 +400,7 @@ def _train_stage(trainer: TransferTrainer, stage: Stage, resume: bool) -> dict[s
         "learning_rate": stage.learning_rate,
         "head_learning_rate": stage.head_learning_rate,
         "best_metric": trainer.state.best_metric,
+        **averaged,
         **_parameters(trainer),
     }
 
@@ -509,6 +525,23 @@ def _write_run(
     (path / CHECKPOINTS / RECIPE).unlink()  # first: with it the run counts as interrupted
     if not arguments.keep_checkpoints:
         shutil.rmtree(path / CHECKPOINTS)
+
+
+def _check_sharding(arguments: TransferArguments, trainer: TransferTrainer, model: nn.Module) -> None:
+    """Refuse what needs whole weights in each process, where they are sharded.
+
+    Raises:
+        UsageError: as said.
+    """
+    if not _is_sharded(trainer):
+        return
+    if hasattr(model, "peft_config"):
+        raise UsageError("--method lora does not work with FSDP or DeepSpeed yet: use multi_gpu.yaml.")
+    if arguments.average != "none" or arguments.wise_ft:
+        flag = "--wise_ft" if arguments.wise_ft else f"--average {arguments.average}"
+        raise UsageError(
+            f"{flag} needs whole weights in each process, not those of FSDP or DeepSpeed: use multi_gpu.yaml."
+        )
 
 
 def _is_sharded(trainer: TransferTrainer) -> bool:

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hftl import backbones, folder, optim
 from hftl.arguments import TransferArguments
+from hftl.averaging import AVERAGES, Averaging
 from hftl.cut import Cut
 from hftl.errors import UsageError
 from hftl.methods import Stage
@@ -34,6 +35,7 @@ class TransferTrainer(Trainer):
         cut: where the model is cut; the data sets then hold kept activations, and the model runs from there on until
             `cut.remove()`.
         mixing: mixes the rows of a training batch; its draws are a function of (seed, step, process).
+        average: none, ema, swa or soup; `average.finish()` after the training puts it in the place of the weights.
         others: as `transformers.Trainer`.
     """
 
@@ -46,6 +48,7 @@ class TransferTrainer(Trainer):
         args: TransferArguments,
         cut: Cut | None = None,
         mixing: Callable[[Any], Any] | None = None,
+        average: str = "none",
         **others: Any,
     ) -> None:
         """Set which parameters train, and find the modules that do not."""
@@ -53,6 +56,7 @@ class TransferTrainer(Trainer):
         self.frozen_modules = prepare_modules(model, stage)
         self.seeded_step = -1
         self.evaluations: dict[int, Any] = {}
+        self.chosen_evaluation: Any = None
         _check_checkpointing(model, self.frozen_modules, args)
         with _explained_settings():
             super().__init__(model=model, args=args, compute_loss_func=loss, **others)
@@ -61,6 +65,10 @@ class TransferTrainer(Trainer):
         self.start: dict[str, torch.Tensor] | None = None
         if self.train_dataset is not None:
             self.add_callback(_EpochOfData(self))
+        self.average: Averaging | None = None
+        if average != "none":
+            self.average = AVERAGES[average](self)
+            self.add_callback(self.average)
         if cut is not None:
             cut.install()
 
@@ -107,6 +115,8 @@ class TransferTrainer(Trainer):
             self.args.gradient_accumulation_steps = self.rows_together // batch_size
             if batch_size < self.args.train_batch_size:
                 folder.say(f"batch: {batch_size} rows, {self.args.gradient_accumulation_steps} times a step")
+        if self.average is not None:
+            self.average.start(resumed=settings.get("resume_from_checkpoint") is not None)
         return super()._inner_training_loop(batch_size, **settings)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -140,7 +150,8 @@ class TransferTrainer(Trainer):
 
     def evaluation_loop(self, *others: Any, **settings: Any) -> Any:
         """Trainer's, with the loss of the whole split: its own mean over processes counts the rows that pad a batch."""
-        output = super().evaluation_loop(*others, **settings)
+        with contextlib.nullcontext() if self.average is None else self.average.shown():
+            output = super().evaluation_loop(*others, **settings)
         logits, labels = output.predictions, output.label_ids
         if isinstance(logits, np.ndarray) and isinstance(labels, np.ndarray):
             loss = self.compute_loss_func({"logits": torch.from_numpy(logits)}, torch.from_numpy(labels))
@@ -152,7 +163,9 @@ class TransferTrainer(Trainer):
 
     @property
     def evaluation_of_the_best(self) -> Any:
-        """What validation gave for the checkpoint that training ended with, if this process evaluated it."""
+        """What validation gave for the weights that training ended with, if this process evaluated them."""
+        if self.chosen_evaluation is not None:
+            return self.chosen_evaluation
         return self.evaluations.get(self.state.best_global_step) if self.args.load_best_model_at_end else None
 
     def _get_dataloader(self, *others: Any, **settings: Any) -> Any:
@@ -161,6 +174,25 @@ class TransferTrainer(Trainer):
         inner = getattr(loader, "base_dataloader", loader)  # below Accelerate's
         inner.worker_init_fn = functools.partial(_start_worker, inner.worker_init_fn)
         return loader
+
+    def validate(self) -> tuple[float, float]:
+        """Evaluate the weights as they are on validation: the score that chooses, and the loss.
+
+        `chosen_evaluation` becomes what this gave.
+        """
+        output = self.predict(self.eval_dataset, metric_key_prefix="validation")
+        self.chosen_evaluation, metrics = output, output.metrics or {}
+        return metrics[f"validation_{self.args.metric_for_best_model}"], metrics["validation_loss"]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.average is not None:
+            self.average.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.average is not None and checkpoint is not None:
+            self.average.load(Path(checkpoint))
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         data: Any = train_dataset if train_dataset is not None else self.train_dataset

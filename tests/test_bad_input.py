@@ -134,6 +134,28 @@ FLAGS = [
     Bad("unknown choice of when", f"{TEXT} --eval_strategy sometimes", ("sometimes", "--eval_strategy", "epoch")),
     Bad("mixup of texts", f"{TEXT} --mixup 0.2", ("--mixup mixes pixels", "embeddings", "not supported")),
     Bad("mixup of nothing", f"{IMAGE} --mixup 0", ("--mixup must be above 0",)),
+    Bad("decay without its average", f"{TEXT} --ema_decay 0.9", ("--ema_decay is for --average ema",)),
+    Bad("decay of two", f"{TEXT} --average ema --ema_decay 2", ("--ema_decay", "between 0 and 1")),
+    Bad("mean of one epoch", f"{TEXT} --average swa --num_train_epochs 1", ("--average swa", "--num_train_epochs 2")),
+    Bad(
+        "mean of an unknown length",
+        f"{TEXT} --average swa --early_stopping_patience 2",
+        ("--average swa", "leave out --early_stopping_patience"),
+    ),
+    Bad(
+        "soup without evaluations",
+        f"{TEXT} --average soup --eval_strategy no --load_best_model_at_end false",
+        ("--average soup", "--eval_strategy epoch"),
+    ),
+    Bad(
+        "solved head averaged",
+        f"{TEXT} --method frozen --average ema --head_solver lbfgs",
+        ("--head_solver lbfgs", "--average ema"),
+    ),
+    Bad("average within auto", f"{TEXT} --method auto --average soup", ("--average", "--method auto")),
+    Bad("mix without a start", with_model("random:bert") + " --wise_ft", ("--wise_ft", "random:", "Leave it out")),
+    Bad("mix of adapters", f"{TEXT} --method lora --wise_ft", ("--wise_ft", "--method lora", "lp_ft")),
+    Bad("mix of what is frozen", f"{TEXT} --method frozen --wise_ft", ("--wise_ft", "none of the backbone")),
     Bad("unknown loss", f"{TEXT} --loss focl", ("Unknown loss 'focl'", "Did you mean 'focal'", "logit_adjusted")),
     Bad("no loss file", f"{TEXT} --loss my.py:mine", ("--loss", "no file 'my.py'")),
     Bad(

@@ -1,0 +1,340 @@
+"""Weights averaged: over the steps of a training, over its epochs, and with those of the pretrained model.
+
+What is averaged are the parameters that train in the last stage, adapters included, and the running statistics of
+BatchNorm layers where those train (`--batch_norm train`): the mean of statistics stands for those of the mean, which
+needs no further pass over the rows and is close for weights of one training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
+
+from hftl import backbones
+from hftl.arguments import TransferArguments
+from hftl.compute import wait_for_all
+from hftl.errors import UsageError
+from hftl.folder import is_main_process, say
+from hftl.methods import Plan, Stage
+
+if TYPE_CHECKING:
+    from hftl.trainer import TransferTrainer
+
+Tensors = dict[str, torch.Tensor]
+
+#: about the last thousand steps; in shorter trainings the warm-up of the decay rules
+EMA_DECAY = 0.999
+#: the last quarter of the epochs (Izmailov et al. 2018, who train for 75 % of the time before they average) …
+_SWA_PART = 0.25
+#: … but no fewer than two
+_SWA_LEAST = 2
+#: checkpoints that a soup may be made of, as AutoGluon's top_k
+_INGREDIENTS = 3
+#: mixes of the pretrained and the fine-tuned backbone that are tried, as in the paper
+_MIXES = tuple(round(tenth / 10, 1) for tenth in range(11))
+
+
+class Averaging(TrainerCallback):
+    """What the three averages of a stage share: which tensors, and a file beside those of a checkpoint.
+
+    Attributes:
+        values: the average so far by name, or empty.
+        count: the weights that are in it.
+    """
+
+    #: where `values` stand in a checkpoint
+    file: ClassVar[str] = "average.safetensors"
+    #: whether evaluations during the training see the average, so that the best checkpoint is that of the average
+    evaluated: ClassVar[bool] = False
+
+    def __init__(self, trainer: TransferTrainer) -> None:
+        """Keep the trainer."""
+        self.trainer = trainer
+        self.values: Tensors = {}
+        self.count = 0
+
+    @property
+    def tensors(self) -> Tensors:
+        """What is averaged, as it stands in the model."""
+        return averaged_tensors(self.trainer.model, self.trainer.stage, self.trainer.frozen_modules)
+
+    def start(self, resumed: bool) -> None:
+        """Forget what a training before this one left."""
+        self.values, self.count = {}, 0
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the average into a checkpoint."""
+        if is_main_process() and self.values:
+            values = {name: value.contiguous() for name, value in self.values.items()}
+            save_file(values, checkpoint / self.file, metadata={"count": str(self.count)})
+
+    def load(self, checkpoint: Path) -> None:
+        """Read the average from a checkpoint; before the first average there is none."""
+        path = checkpoint / self.file
+        if path.is_file():
+            now = self.tensors
+            self.values = {name: torch.empty_like(now[name]).copy_(value) for name, value in load_file(path).items()}
+            with safe_open(path, "pt") as content:
+                self.count = int(content.metadata()["count"])
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """The average in the place of the weights."""
+        shown = self.evaluated and bool(self.values)
+        if shown:
+            self._swap()
+        try:
+            yield
+        finally:
+            if shown:
+                self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, tensor in self.tensors.items():
+            weights = tensor.clone()
+            tensor.copy_(self.values[name])
+            self.values[name].copy_(weights)
+
+    def finish(self) -> dict[str, Any]:
+        """Put the average into the trained model for good; what was chosen, for the record of the stage."""
+        raise NotImplementedError
+
+
+class ExponentialAverage(Averaging):
+    """A moving average over the steps (Polyak and Juditsky 1992), its decay warmed up: min(d, (1 + t) / (10 + t)).
+
+    The warm-up is that of TensorFlow's ExponentialMovingAverage: t steps in, about the last ninth of them count.
+    """
+
+    evaluated = True
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the average towards the weights."""
+        step, now = state.global_step, self.tensors
+        if not self.values:
+            self.values = {name: tensor.detach().clone() for name, tensor in now.items()}
+        decay = min(args.ema_decay or EMA_DECAY, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.values.values()), [now[name] for name in self.values], 1 - decay)
+        self.count = step
+
+    def finish(self) -> dict[str, Any]:
+        """The average of the best checkpoint, or without one of the last step."""
+        trainer = self.trainer
+        best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        if best is not None:
+            self.load(Path(best))
+        _put(self.tensors, self.values)
+        self.values = {}
+        which = "the best evaluation" if best is not None else "the last step"
+        say(f"average: the moving average up to step {self.count}, {which}")
+        return {"average": {"kind": "ema", "step": self.count}}
+
+
+class StochasticAverage(Averaging):
+    """The mean of the weights at the ends of the last epochs (SWA, Izmailov et al. 2018)."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse a training that is too short.
+
+        Raises:
+            UsageError: it has fewer than two epochs.
+        """
+        if state.num_train_epochs < _SWA_LEAST:
+            raise UsageError("--average swa is the mean over several epochs: give --num_train_epochs 2 or more.")
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the weights where an epoch ends; here rather than in `on_epoch_end`, before which a signal may stop."""
+        last = state.global_step == state.max_steps
+        if not last and abs(state.epoch - round(state.epoch)) > 1e-6:
+            return
+        epochs = state.epoch * state.max_steps / state.global_step
+        wanted = max(_SWA_LEAST, math.ceil(_SWA_PART * epochs - 1e-6))
+        if epochs - state.epoch > wanted - 1 + 1e-6:
+            return
+        now = self.tensors
+        if not self.values:
+            self.values = {name: torch.zeros_like(tensor) for name, tensor in now.items()}
+        self.count += 1
+        torch._foreach_lerp_(list(self.values.values()), [now[name] for name in self.values], 1 / self.count)
+
+    def finish(self) -> dict[str, Any]:
+        """The mean; the best checkpoint does not matter."""
+        _put(self.tensors, self.values)
+        score = self.trainer.validate()[0]
+        say(f"average: the mean of the weights after the last {self.count} epochs, {_shown(self.trainer, score)}")
+        return {"average": {"kind": "swa", "epochs": self.count, "score": score}}
+
+
+class GreedySoup(Averaging):
+    """The mean of the best checkpoints, as long as adding one does not harm on validation (Wortsman et al. 2022).
+
+    Of the checkpoints of one training, as AutoGluon makes it. The weights of the three best evaluations stay on disk,
+    without their optimizer; in memory there are the model and the sum.
+    """
+
+    @property
+    def place(self) -> Path:
+        """The folder of the ingredients."""
+        return Path(str(self.trainer.args.output_dir), "soup")
+
+    def start(self, resumed: bool) -> None:
+        """Throw away what a training before this one cooked."""
+        if not resumed and is_main_process():
+            shutil.rmtree(self.place, ignore_errors=True)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Keep the weights if they are among the best; a resumed training repeats what it had done."""
+        if not is_main_process():
+            return
+        sign = 1 if args.greater_is_better else -1
+        score = sign * float(metrics[f"eval_{args.metric_for_best_model}"])
+        self.place.mkdir(exist_ok=True)
+        path = self.place / f"{state.global_step}.safetensors"
+        beside = path.with_suffix(".partial")
+        values = {name: tensor.detach().contiguous() for name, tensor in self.tensors.items()}
+        save_file(values, beside, metadata={"score": repr(score)})
+        os.replace(beside, path)
+        for unneeded in self._ingredients()[_INGREDIENTS:]:
+            unneeded.unlink()
+
+    def _ingredients(self) -> list[Path]:
+        """The kept weights, the best first, of equal ones the earlier."""
+        ranked = []
+        for path in self.place.glob("*.safetensors"):
+            with safe_open(path, "pt") as content:
+                ranked.append((-float(content.metadata()["score"]), int(path.stem), path))
+        return [path for _, _, path in sorted(ranked)]
+
+    def finish(self) -> dict[str, Any]:
+        """Cook: the best, and each further one that keeps or raises the score."""
+        wait_for_all()
+        trainer, tried = self.trainer, self._ingredients()
+        best, evaluation = -math.inf, None
+        chosen: list[int] = []
+        mean: Tensors = {}
+        for path in tried:
+            values = load_file(path, device=str(trainer.args.device))
+            share = 1 / (len(chosen) + 1)
+            candidate = {name: torch.lerp(mean.get(name, value), value, share) for name, value in values.items()}
+            _put(self.tensors, candidate)
+            score = trainer.validate()[0] * (1 if trainer.args.greater_is_better else -1)
+            if score >= best:
+                best, mean, evaluation = score, candidate, trainer.chosen_evaluation
+                chosen.append(int(path.stem))
+        _put(self.tensors, mean)
+        trainer.chosen_evaluation = evaluation
+        score = best if trainer.args.greater_is_better else -best
+        steps = ", ".join(map(str, chosen))
+        say(f"average: a soup of {len(chosen)} of {len(tried)} checkpoints (steps {steps}), {_shown(trainer, score)}")
+        return {"average": {"kind": "soup", "steps": chosen, "tried": len(tried), "score": score}}
+
+
+AVERAGES = {"ema": ExponentialAverage, "swa": StochasticAverage, "soup": GreedySoup}
+
+
+def averaged_tensors(model: Any, stage: Stage, frozen: list[nn.Module]) -> Tensors:
+    """Parameters that train in a stage, and statistics of its BatchNorm layers that do, by name."""
+    tensors = {name: tensor.data for name, tensor in model.named_parameters() if name in stage.trainable}
+    still = {id(module) for module in frozen}
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) not in still:
+            buffers = {"running_mean": module.running_mean, "running_var": module.running_var}
+            tensors |= {f"{prefix}.{name}": value for name, value in buffers.items() if value is not None}
+    return tensors
+
+
+@torch.no_grad()
+def _put(tensors: Tensors, values: Tensors) -> None:
+    for name, tensor in tensors.items():
+        tensor.copy_(values[name])
+
+
+def _shown(trainer: TransferTrainer, score: float) -> str:
+    return f"validation {trainer.args.metric_for_best_model} {score:.4f}"
+
+
+# --- with the pretrained weights -------------------------------------------------------------------------------------
+
+
+def check_averaging(plan: Plan, arguments: TransferArguments) -> None:
+    """Refuse averages of what there is not.
+
+    Raises:
+        UsageError: as said.
+    """
+    if not arguments.wise_ft:
+        return
+    if str(arguments.model_name_or_path).startswith("random:"):
+        raise UsageError("--wise_ft mixes in the pretrained weights, and --model random: has none. Leave it out.")
+    if hasattr(plan.model, "peft_config"):
+        raise UsageError(
+            f"--wise_ft: --method {arguments.method} leaves the backbone's weights alone, and a mix of adapters is no "
+            "mix of weights. Use it with full, partial or lp_ft."
+        )
+    if not pretrained_weights(plan):
+        raise UsageError(
+            f"--wise_ft: --method {arguments.method} trains none of the backbone. Use it with full, partial or lp_ft."
+        )
+
+
+def pretrained_weights(plan: Plan) -> Tensors:
+    """Copies of the backbone's parameters that any stage trains, and of its BatchNorm statistics that do."""
+    blocks = backbones.parameter_blocks(plan.model)
+    head = max(blocks.values())
+    trained = set().union(*(stage.trainable for stage in plan.stages))
+    names = {name for name in trained if blocks[name] < head}
+    values: Tensors = {name: tensor for name, tensor in plan.model.named_parameters() if name in names}
+    if names and any(stage.batch_norm == "train" for stage in plan.stages):
+        norms = backbones.normalisation_modules(plan.model)
+        values |= {
+            name: tensor
+            for name, tensor in plan.model.named_buffers()
+            if name.rpartition(".")[0] in norms and name.endswith(("running_mean", "running_var"))
+        }
+    return {name: tensor.detach().clone() for name, tensor in values.items()}
+
+
+def interpolate(trainer: TransferTrainer, start: Tensors) -> dict[str, Any]:
+    """Mix the pretrained with the fine-tuned backbone, the mix chosen on validation (WiSE-FT, Wortsman et al. 2022).
+
+    The head is the fine-tuned one: the paper mixes in a zero-shot head, which new classes do not have. It was fitted to
+    the fine-tuned features, so that the mix helps most after `lp_ft`, whose head starts from the pretrained ones. Of
+    equal scores the one of least validation loss is taken.
+
+    Args:
+        trainer: of the last stage; its model holds the fine-tuned weights.
+        start: the pretrained weights, as `pretrained_weights` gave them.
+    """
+    model: Any = trainer.model
+    everything = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {name: everything[name].data for name in start}
+    end = {name: tensor.clone() for name, tensor in tensors.items()}
+    start = {name: start[name].to(tensor) for name, tensor in tensors.items()}
+    sign = 1 if trainer.args.greater_is_better else -1
+    best, tried = (-math.inf, -math.inf), []
+    mix, evaluation = 1.0, None
+    for share in _MIXES:
+        _put(tensors, {name: torch.lerp(start[name], end[name], share) for name in tensors})
+        score, loss = trainer.validate()
+        tried.append({"mix": share, "score": score, "loss": loss})
+        if (sign * score, -loss) > best:
+            best, mix, evaluation = (sign * score, -loss), share, trainer.chosen_evaluation
+    _put(tensors, {name: torch.lerp(start[name], end[name], mix) for name in tensors})
+    trainer.chosen_evaluation = evaluation
+    parts = f"{mix:g} of the fine-tuned and {1 - mix:g} of the pretrained backbone"
+    say(f"wise_ft: {parts}, {_shown(trainer, sign * best[0])}")
+    return {"wise_ft": {"mix": mix, "tried": tried}}

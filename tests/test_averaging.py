@@ -1,0 +1,261 @@
+"""Averaged weights are the averages that the papers say, of what trains alone, and what is scored and saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_data
+import tiny_models
+import torch
+from safetensors.torch import load_file
+from tiny_models import TINY
+from tiny_training import TinyData, every_tensor, tiny_arguments, tiny_trainer
+from transformers import TrainerCallback
+
+import hftl
+from hftl import cli, methods
+from hftl.trainer import TransferTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HFTL_HOME", str(tmp_path / "home"))
+
+
+# --- the averages, by hand -------------------------------------------------------------------------------------------
+
+
+class Steps(TrainerCallback):
+    """The model's tensors after each step."""
+
+    def __init__(self) -> None:
+        self.kept: list[dict[str, torch.Tensor]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.kept.append(every_tensor(model))
+
+
+def trained(name: str, folder: Path, *flags: str, average: str, scores: list[float] | None = None) -> tuple[Any, Any]:
+    """A trainer after training on six rows, two a step, and what the model was after each step.
+
+    `scores` are what its evaluations give, one after the other, in place of its accuracy.
+    """
+    model = TINY[name]()
+    common = ["--learning_rate=1e-2", f"--average={average}", "--batch_norm=train"]
+    common += ["--eval_strategy=epoch", "--save_strategy=epoch", "--load_best_model_at_end=true"]
+    common += ["--metric_for_best_model=accuracy", "--greater_is_better=true", "--save_total_limit=1"]
+    flags = (*common, *flags)
+    (stage,) = methods.build_plan(model, tiny_arguments(model, *flags)).stages
+    given = iter(scores or [])
+
+    def metrics(result: Any) -> dict[str, float]:
+        return {"accuracy": next(given) if scores else float((result.predictions.argmax(1) == result.label_ids).mean())}
+
+    trainer = tiny_trainer(
+        model,
+        stage,
+        folder,
+        *flags,
+        rows=6,
+        average=average,
+        eval_dataset=TinyData(model, 6),
+        compute_metrics=metrics,
+    )
+    steps = Steps()
+    trainer.callback_handler.callbacks.insert(0, steps)
+    trainer.train()
+    return trainer, steps.kept
+
+
+def averaged_names(trainer: TransferTrainer) -> set[str]:
+    buffers = {name for name, _ in trainer.model.named_buffers() if name.endswith(("running_mean", "running_var"))}
+    return set(trainer.stage.trainable) | buffers
+
+
+def assert_model_is(trainer: TransferTrainer, expected: dict[str, torch.Tensor]) -> None:
+    found = every_tensor(trainer.model)
+    for name in averaged_names(trainer):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", ["bert", "timm_resnet18"])
+@pytest.mark.parametrize(("decay", "best"), [(0.999, 2), (0.2, 3)])
+def test_moving_average(name: str, decay: float, best: int, tmp_path: Path) -> None:
+    scores = [0.1 * (epoch == best) for epoch in (1, 2, 3)]
+    flags = ["--num_train_epochs=3", f"--ema_decay={decay}"]
+    trainer, steps = trained(name, tmp_path, *flags, average="ema", scores=scores)
+    assert trainer.state.best_global_step == 3 * best
+    expected = {key: value.clone().double() for key, value in steps[0].items() if value.is_floating_point()}
+    for number, step in enumerate(steps[: 3 * best], start=1):
+        share = min(decay, (1 + number) / (10 + number))
+        expected = {key: share * value + (1 - share) * step[key].double() for key, value in expected.items()}
+    trainer.average.finish()
+    assert_model_is(trainer, {key: value.float() for key, value in expected.items()})
+
+
+def test_evaluations_see_the_moving_average_and_training_does_not(tmp_path: Path) -> None:
+    plain, plain_steps = trained("bert", tmp_path / "plain", "--num_train_epochs=2", average="none")
+    moving, moving_steps = trained("bert", tmp_path / "ema", "--num_train_epochs=2", average="ema")
+    for one, other in zip(plain_steps, moving_steps, strict=True):
+        assert [name for name in one if not one[name].equal(other[name])] == []
+    losses = [[e["eval_loss"] for e in t.state.log_history if "eval_loss" in e] for t in (plain, moving)]
+    assert losses[0] != losses[1]
+    best = moving.state.best_global_step
+    moving.average.finish()
+    assert moving.validate()[1] == pytest.approx(losses[1][best // 3 - 1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "timm_resnet18"])
+@pytest.mark.parametrize(("epochs", "last"), [(2, [3, 6]), (3, [6, 9]), (9, [21, 24, 27])])
+def test_mean_of_the_last_epochs(name: str, epochs: int, last: list[int], tmp_path: Path) -> None:
+    if name == "timm_resnet18" and epochs == 9:
+        pytest.skip("one model is enough for the count")
+    trainer, steps = trained(name, tmp_path, f"--num_train_epochs={epochs}", average="swa")
+    assert len(steps) == 3 * epochs
+    assert trainer.average.finish()["average"]["epochs"] == len(last)
+    mean = {key: sum(steps[step - 1][key] for step in last) / len(last) for key in averaged_names(trainer)}
+    assert_model_is(trainer, mean)
+
+
+def test_a_mean_of_one_epoch_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(hftl.UsageError, match="num_train_epochs 2 or more"):
+        trained("bert", tmp_path, "--num_train_epochs=1", average="swa")
+
+
+@pytest.mark.parametrize("name", ["bert", "timm_resnet18"])
+def test_soup(name: str, tmp_path: Path) -> None:
+    # Five epochs, then the three best of them one after the other: 4 alone, with 2 (worse: left out), with 3 (as good).
+    scores = [0.1, 0.6, 0.5, 0.9, 0.2, 0.9, 0.8, 0.9, 0.9]
+    trainer, steps = trained(name, tmp_path, "--num_train_epochs=5", average="soup", scores=scores)
+    assert sorted(int(path.stem) for path in trainer.average.place.iterdir()) == [6, 9, 12]
+    record = trainer.average.finish()["average"]
+    assert record == {"kind": "soup", "steps": [12, 9], "tried": 3, "score": 0.9}
+    mean = {key: (steps[11][key] + steps[8][key]) / 2 for key in averaged_names(trainer)}
+    assert_model_is(trainer, mean)
+    logits = trainer.evaluation_of_the_best.predictions
+    np.testing.assert_allclose(logits, trainer.predict(trainer.eval_dataset).predictions, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_statistics_are_left_alone(tmp_path: Path) -> None:
+    flags = ["--num_train_epochs=2", "--batch_norm=frozen"]
+    before = every_tensor(TINY["timm_resnet18"]())
+    trainer, _ = trained("timm_resnet18", tmp_path, *flags, average="swa")
+    trainer.average.finish()
+    after = every_tensor(trainer.model)
+    assert [name for name, _ in trainer.model.named_buffers() if not before[name].equal(after[name])] == []
+    assert all(not before[name].equal(after[name]) for name in trainer.stage.trainable)
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("averaging")
+    small_data.write_images(folder / "images", {"train": 8, "val": 3, "test": 5})
+    small_data.write_texts(folder / "texts", {"train": 32, "dev": 11, "test": 13})
+    tiny_models.write_timm_folder(folder / "cnn", "resnet18", channels=[8, 16, 16, 32], stem_width=8)
+    tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
+    return folder
+
+
+def train(place: Path, model: str, run: Path, *flags: str) -> hftl.Run:
+    task = "text" if model == "bert" else "image"
+    common = [f"--dataset={place / f'{task}s'}", f"--model={place / model}", f"--output_dir={run}", "--overwrite"]
+    common += ["--per_device_train_batch_size=8", "--report_to=none", "--precision=fp32", "--num_train_epochs=3"]
+    return cli.run_recipe(ROOT / "recipes" / f"{task}_classification.py", [*common, *flags])
+
+
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        ("bert", ["--average=ema", "--method=lora", "--learning_rate=0.05"]),
+        ("bert", ["--average=swa", "--method=partial", "--unfreeze_blocks=1"]),  # on kept features
+        ("cnn", ["--average=soup", "--wise_ft", "--method=lp_ft", "--batch_norm=train"]),
+        ("bert", ["--average=soup", "--method=frozen"]),  # a head that would be solved
+    ],
+)
+def test_the_average_is_scored_saved_and_repeated(
+    place: Path, tmp_path: Path, model: str, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(place, model, tmp_path / "run", *flags)
+    output = capsys.readouterr().out
+    assert output.count("average: ") == 1
+    (kind,) = (flag.partition("=")[2] for flag in flags if flag.startswith("--average"))
+    stage = run.metrics["train"]["stages"][-1]
+    assert stage["average"]["kind"] == kind
+    assert ("lr_scheduler_type: constant_with_warmup" in (tmp_path / "run" / "recipe.yaml").read_text()) == (
+        kind == "swa"
+    )
+    loaded = hftl.load_run(tmp_path / "run")
+    data = str(place / ("texts" if model == "bert" else "images"))
+    for split, name in (("validation", {"bert": "dev", "cnn": "val"}[model]), ("test", "test")):
+        scores = loaded.evaluate(data, split=name)
+        assert scores["accuracy"] == run.metrics[split]["accuracy"]
+    again = cli.run_recipe(
+        ROOT / "recipes" / f"{'text' if model == 'bert' else 'image'}_classification.py",
+        [f"--config={tmp_path / 'run' / 'recipe.yaml'}", f"--output_dir={tmp_path / 'again'}"],
+    )
+    assert again.metrics["train"]["stages"][-1]["average"] == stage["average"]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "again"))
+    assert [name for name in one if not one[name].equal(other[name])] == []
+
+
+# --- with the pretrained weights -------------------------------------------------------------------------------------
+
+
+def test_the_mix_is_the_best_on_validation(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--seed=1", "--keep_checkpoints", "--method=full"]
+    plain = train(place, "cnn", tmp_path / "plain", *flags)
+    mixed = train(place, "cnn", tmp_path / "mixed", *flags, "--wise_ft")
+    assert "of the fine-tuned and" in capsys.readouterr().out
+    record = mixed.metrics["train"]["stages"][0]["wise_ft"]
+    assert [entry["mix"] for entry in record["tried"]] == [round(number / 10, 1) for number in range(11)]
+    best = max(record["tried"], key=lambda entry: (entry["score"], -entry["loss"]))
+    assert record["mix"] == best["mix"]
+    assert mixed.metrics["validation"]["accuracy"] == best["score"]
+    assert mixed.metrics["validation"]["loss"] == pytest.approx(best["loss"], rel=1e-5)
+    end = record["tried"][-1]
+    assert plain.metrics["validation"]["loss"] == pytest.approx(end["loss"], rel=1e-4)
+    start = load_file(place / "cnn" / "model.safetensors")
+    tuned, mix = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "mixed"))
+    for name, value in mix.items():
+        share = 1.0 if name.startswith(("fc.", "timm_model.fc.")) else record["mix"]
+        first = start.get(name.removeprefix("timm_model."), value)
+        expected = value if first.shape != value.shape else torch.lerp(first.float(), tuned[name].float(), share)
+        if name.startswith(("fc.", "timm_model.fc.")):
+            expected = tuned[name]
+        torch.testing.assert_close(value.float(), expected.float(), rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_any_mix_can_win(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever validation prefers is what the model becomes: here 0.3."""
+    validate = TransferTrainer.validate
+    calls = []
+
+    def preferring(self: Any) -> tuple[float, float]:
+        validate(self)
+        calls.append(1)
+        return (1.0 if len(calls) == 4 else 0.5), 0.1
+
+    plain = train(place, "bert", tmp_path / "plain")
+    monkeypatch.setattr(TransferTrainer, "validate", preferring)
+    run = train(place, "bert", tmp_path / "mixed", "--wise_ft")
+    assert run.metrics["train"]["stages"][0]["wise_ft"]["mix"] == 0.3
+    start = load_file(place / "bert" / "model.safetensors")
+    one, tuned = (load_file(tmp_path / name / "model.safetensors") for name in ("mixed", "plain"))
+    moved = 0
+    for name, value in one.items():
+        first = start.get(name.removeprefix("bert."), start.get(name))
+        if name.startswith(("classifier.", "bert.pooler.")):  # the pooler counts as head
+            assert value.equal(tuned[name])
+        else:
+            torch.testing.assert_close(value, torch.lerp(first, tuned[name], 0.3), rtol=1e-6, atol=1e-7)
+            moved += not first.equal(tuned[name])
+    assert moved > 10
+    assert plain.metrics["validation"]["loss"] != run.metrics["validation"]["loss"]
