@@ -228,8 +228,11 @@ class ImageArguments(TransferArguments):
     # Light by default: timm's own training crop (scale 0.08 to 1) and colour jitter are made for ImageNet from scratch.
     augmentation: str = _argument(
         "light",
-        "light: random crop of at least half and flip; strong: RandAugment and erasing too.",
-        choices=("none", "light", "strong"),
+        "light: random crop of at least half and flip; strong: RandAugment and erasing too; trivial: TrivialAugment.",
+        choices=("none", "light", "strong", "trivial"),
+    )
+    random_erasing: float | None = _argument(
+        None, "Part of the training images of which a rectangle is erased (default 0, with strong 0.25)."
     )
     mixup: float | None = _argument(
         None, "Mix training images and their labels in pairs, weights from Beta(a, a): 0.2 to 1 are usual."
@@ -238,6 +241,9 @@ class ImageArguments(TransferArguments):
         None, "Paste a part of one training image into another, labels by area from Beta(a, a): 1 is usual."
     )
     horizontal_flip: bool = _argument(True, "Mirror training images at random; false for digits and text.")
+    test_time_flip: bool = _argument(
+        False, "Average the logits of an image and its mirror image in the final scores and in hftl predict."
+    )
     image_cache: str = _argument(
         "auto",
         "Keep training images on disk at the size that they are used in, so that later epochs decode nothing; "
@@ -261,6 +267,9 @@ class TextArguments(TransferArguments):
         "auto",
         "mean: of the token features; architecture: leave it as it is; auto: what the checkpoint was trained with.",
         choices=("auto", "mean", "architecture"),
+    )
+    word_dropout: float | None = _argument(
+        None, "Part of the tokens of a training text that are masked, others in each epoch: 0.1 is usual."
     )
 
 
@@ -571,6 +580,14 @@ def _check_ranges(arguments: TransferArguments) -> None:
         raise UsageError("--hub_strategy must be end: the finished run is pushed in one commit.")
     if arguments.resume_from_checkpoint:
         raise UsageError("--resume_from_checkpoint is not used: --resume finds the checkpoint in --output_dir.")
+    for name in ("random_erasing", "word_dropout"):
+        value = getattr(arguments, name, None)
+        if value is not None and not 0 < value < 1:
+            raise UsageError(f"--{name} must lie between 0 and 1, not {value}.")
+    if getattr(arguments, "random_erasing", None) and getattr(arguments, "augmentation", None) == "none":
+        raise UsageError("--random_erasing and --augmentation none contradict each other: leave one out.")
+    if getattr(arguments, "test_time_flip", False) and not getattr(arguments, "horizontal_flip", True):
+        raise UsageError("--test_time_flip and --horizontal_flip false contradict each other: leave one out.")
     _check_averaging(arguments)
     if arguments.early_stopping_patience and arguments.eval_strategy == "no":
         raise UsageError("--early_stopping_patience needs evaluations: --eval_strategy epoch, or steps.")

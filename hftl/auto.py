@@ -45,6 +45,8 @@ PRESETS = {"fast": "1m", "medium": "10m", "best": "1h"}
 _WAYS = ("lp_ft", "full", "lora")
 #: what the ladder sets itself
 _CHOSEN = {"num_train_epochs", "max_steps", "head_solver", "early_stopping_patience"}
+#: what changes the rows in each epoch: the probe, whose rows run once, does without
+_PLAIN = {"mixup": None, "cutmix": None, "random_erasing": None, "word_dropout": None}
 #: of the time left, what planned work may take: machines are noisy, and the limit is to be kept
 _PLANNED = 0.85
 #: more epochs gained nothing on a few thousand rows (MiniLM on movie reviews), and overfit on fewer
@@ -212,6 +214,7 @@ class Ladder:
             preset=None,
             overwrite=False,
             resume=(place / CHECKPOINTS / RECIPE).is_file(),
+            **(_PLAIN if rung == "probe" else {}),
         )
         plan = build_plan(copy.deepcopy(self.model), arguments)
         self.train(self.task, plan, self.splits, arguments, [TimeLimit(self.budget.ends - self.reserve)])

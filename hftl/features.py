@@ -626,6 +626,8 @@ def _check_head(arguments: TransferArguments) -> None:
         raise UsageError(f"--head {kind} is fitted, not trained: leave out --{name}.")
     for flag in _unsolved(arguments, last=True) or (["--loss logit_adjusted"] if arguments.loss == "logit_adjusted" else []):
         raise UsageError(f"--head {kind} is fitted in its own way: leave out {flag}.")
+    if kind in BESIDE and getattr(arguments, "test_time_flip", False):
+        raise UsageError(f"--head {kind} answers for the plain view alone: leave out --test_time_flip.")
     if arguments.label_smoothing_factor:
         raise UsageError(f"--head {kind} has no targets to smooth: leave out --label_smoothing_factor.")
     if arguments.class_weights != "none" and kind not in ("svm", "ridge"):
@@ -735,6 +737,10 @@ def _check_possible(task: Any, data: dict[str, Any], solves: bool) -> None:
         raise NotKept(
             f"--augmentation {augmentation} changes the images every epoch (--feature_views 4 keeps 4 of each)"
         )
+    if getattr(arguments, "random_erasing", None) and "feature_views" not in arguments.given:
+        raise NotKept("--random_erasing changes the images every epoch (--feature_views 4 keeps 4 of each)")
+    if getattr(arguments, "word_dropout", None):
+        raise NotKept("--word_dropout changes the texts every epoch")
     if task.mixing() is not None:
         raise NotKept("the rows of a batch are mixed anew in every step")
     if getattr(arguments, "n_gpu", 1) > 1 and not solves:

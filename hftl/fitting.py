@@ -283,7 +283,10 @@ def _run_stages(
                 else:
                     record = _train_stage(trainer, stage, task.arguments.resume, start if is_last else {})
                 _keep_result(trainer, record, final, None if kept is None else kept.probe)
-            if is_last:
+            if is_last and getattr(task.arguments, "test_time_flip", False):
+                after.close()
+                results = _evaluate_views(task, trainer, data)
+            elif is_last:
                 results = _evaluate(task, trainer, rows, kept)
         if not is_last:
             trainer.bare_model()  # the next trainer puts its own around the model
@@ -457,6 +460,15 @@ def _keep_result(trainer: TransferTrainer, record: dict[str, Any], final: Path, 
             if not trainer.args.keep_checkpoints:
                 shutil.rmtree(checkpoint)
     wait_for_all()
+
+
+def _evaluate_views(
+    task: ClassificationTask, trainer: TransferTrainer, data: dict[str, Any]
+) -> dict[str, tuple[Any, Any, dict[str, float]]]:
+    """As `_evaluate`, of several views of each row, which need the whole model and the inputs."""
+    trainer.cut, trainer.data_collator, trainer.test_views = None, task.collate, task.test_views
+    trainer.evaluations, trainer.chosen_evaluation = {}, None
+    return _evaluate(task, trainer, data, None)
 
 
 def _evaluate(

@@ -153,7 +153,8 @@ class Run:
             inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
             network = self._network(inputs)
             with torch.inference_mode():
-                logits.append(self._answers(network, inputs).float().cpu().numpy())
+                views = [self._answers(network, view).float().cpu() for view in self.task.test_views(inputs)]
+            logits.append(torch.stack(views).mean(dim=0).numpy())
             kept += group
         order = np.argsort(kept, kind="stable")
         return [kept[index] for index in order], np.concatenate(logits)[order]

@@ -57,6 +57,8 @@ class TransferTrainer(Trainer):
         self.seeded_step = -1
         self.evaluations: dict[int, Any] = {}
         self.chosen_evaluation: Any = None
+        #: inputs whose logits are averaged in an evaluation, for a batch of it
+        self.test_views: Callable[[Any], list[Any]] = lambda inputs: [inputs]
         _check_checkpointing(model, self.frozen_modules, args)
         with _explained_settings():
             super().__init__(model=model, args=args, compute_loss_func=loss, **others)
@@ -160,6 +162,18 @@ class TransferTrainer(Trainer):
             best = {step: kept for step, kept in self.evaluations.items() if step == self.state.best_global_step}
             self.evaluations = {**best, self.state.global_step: output}
         return output
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *others: Any, **settings: Any) -> Any:
+        """Trainer's, with the mean logits of all `test_views`."""
+        results = [
+            super(TransferTrainer, self).prediction_step(model, view, *others, **settings)
+            for view in self.test_views(inputs)
+        ]
+        loss, logits, labels = results[0]
+        if len(results) == 1:
+            return loss, logits, labels
+        each = [result[1][0] if isinstance(result[1], tuple) else result[1] for result in results]
+        return loss, torch.stack(each).mean(dim=0), labels
 
     @property
     def evaluation_of_the_best(self) -> Any:

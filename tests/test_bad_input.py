@@ -156,6 +156,23 @@ FLAGS = [
     Bad("mix without a start", with_model("random:bert") + " --wise_ft", ("--wise_ft", "random:", "Leave it out")),
     Bad("mix of adapters", f"{TEXT} --method lora --wise_ft", ("--wise_ft", "--method lora", "lp_ft")),
     Bad("mix of what is frozen", f"{TEXT} --method frozen --wise_ft", ("--wise_ft", "none of the backbone")),
+    Bad("erasing of two", f"{IMAGE} --random_erasing 2", ("--random_erasing", "between 0 and 1")),
+    Bad(
+        "erasing of nothing",
+        f"{IMAGE} --random_erasing 0.2 --augmentation none",
+        ("--random_erasing and --augmentation none contradict",),
+    ),
+    Bad(
+        "flip of what is not flipped",
+        f"{IMAGE} --test_time_flip --horizontal_flip false",
+        ("--test_time_flip and --horizontal_flip false contradict",),
+    ),
+    Bad("dropout of all words", f"{TEXT} --word_dropout 1", ("--word_dropout", "between 0 and 1")),
+    Bad(
+        "no token for a dropped word",
+        f"{with_model('{gpt2}')} --word_dropout 0.1",
+        ("--word_dropout", "mask or unknown"),
+    ),
     Bad("unknown loss", f"{TEXT} --loss focl", ("Unknown loss 'focl'", "Did you mean 'focal'", "logit_adjusted")),
     Bad("no loss file", f"{TEXT} --loss my.py:mine", ("--loss", "no file 'my.py'")),
     Bad(
@@ -585,6 +602,7 @@ def world(tmp_path_factory):
     names["timm"] = write_timm_folder(folder / "timm", "resnet18", channels=[8, 8, 8, 8], stem_width=8)
     names["renamed"] = rename_tensors(copied(names["bert"], folder / "renamed"))
     names["renamed_timm"] = rename_tensors(copied(names["timm"], folder / "renamed_timm"))
+    names["gpt2"] = write_tiny_text_model(folder / "gpt2", kind="gpt2")
     names["weightless"] = copied(names["bert"], folder / "weightless")
     (names["weightless"] / "model.safetensors").unlink()
     names["torn"] = copied(names["bert"], folder / "torn")

@@ -186,3 +186,114 @@ def test_the_logit_adjusted_loss_lifts_rare_classes(tmp_path: Path, place: Path)
         run = train(place, "bert", tmp_path / loss, *flags)
         shares[loss] = run.predict("the film was day")[0].probabilities["good"]
     assert shares["cross_entropy"] < 0.25 < 0.35 < shares["logit_adjusted"] < 0.65
+
+
+# --- augmentation ----------------------------------------------------------------------------------------------------
+
+
+def image_task(place: Path, *flags: str) -> tuple[Any, Any]:
+    argv = [f"--model={place / 'cnn'}", f"--dataset={place / 'images'}", "--output_dir=unused", *flags]
+    task = hftl.ImageClassification(hftl.parse(hftl.ImageArguments, argv))
+    splits = task.load_splits()
+    task.build_model(splits)
+    return task, splits
+
+
+@pytest.mark.parametrize(
+    ("flags", "erased"), [([], 0.0), (["--random_erasing=0.6"], 0.6), (["--augmentation=strong"], 0.25)]
+)
+def test_a_part_of_the_images_is_erased(place: Path, flags: list[str], erased: float) -> None:
+    from torchvision.transforms import v2
+
+    task, splits = image_task(place, *flags)
+    steps = task.dataset(splits.train, training=True).transform.transforms
+    assert [step.p for step in steps if isinstance(step, v2.RandomErasing)] == ([erased] if erased else [])
+    assert not any(isinstance(step, v2.RandomErasing) for step in task_steps(task.dataset(splits.train, False)))
+
+
+def task_steps(dataset: Any) -> list[Any]:
+    return list(getattr(dataset.transform, "transforms", []))
+
+
+def test_trivial_augment_is_a_function_of_seed_epoch_and_row(place: Path) -> None:
+    task, splits = image_task(place, "--augmentation=trivial", "--random_erasing=0.5")
+    one, other = (task.dataset(splits.train, training=True) for _ in range(2))
+    light, _ = image_task(place)
+    plain = light.dataset(splits.train, training=True)
+    for row in (0, 5):
+        assert one[row]["pixel_values"].equal(other[row]["pixel_values"])
+        assert one[row]["pixel_values"].shape == plain[row]["pixel_values"].shape
+    assert any(not one[row]["pixel_values"].equal(plain[row]["pixel_values"]) for row in range(8))
+    first = one[0]["pixel_values"]
+    one.set_epoch(1)
+    assert not one[0]["pixel_values"].equal(first)
+
+
+def test_erasing_needs_the_pictures_unless_views_are_kept(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--method=frozen", "--random_erasing=0.5", "--num_train_epochs=1"]
+    train(place, "cnn", tmp_path / "run", *flags)
+    assert "features: not kept, since --random_erasing changes the images every epoch" in capsys.readouterr().out
+    train(place, "cnn", tmp_path / "run", *flags, "--feature_views=2")
+    assert "the frozen part runs once" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["full", "frozen", "partial"])
+def test_mirror_images_are_scored_and_predicted(
+    place: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = (
+        [f"--method={method}", "--learning_rate=1e-4", "--max_steps=3"] if method != "frozen" else ["--method=frozen"]
+    )
+    plain = train(place, "cnn", tmp_path / "plain", *flags)
+    flipped = train(place, "cnn", tmp_path / "flipped", *flags, "--test_time_flip")
+    assert ("the frozen part runs once" in capsys.readouterr().out) is (method != "full")  # nothing changes each epoch
+    one, other = (weights(tmp_path / name) for name in ("plain", "flipped"))
+    assert [name for name in one if not one[name].equal(other[name])] == []
+    run = hftl.load_run(tmp_path / "flipped")
+    rows = run.task.read_inputs(str(place / "images" / "test"))
+    pixels = torch.stack([run.task.dataset(rows, training=False)[row]["pixel_values"] for row in range(len(rows))])
+    with torch.inference_mode():
+        expected = (run.model(pixel_values=pixels).logits + run.model(pixel_values=pixels.flip(-1)).logits) / 2
+    np.testing.assert_allclose(run.logits(rows), expected.numpy(), rtol=1e-3, atol=1e-4)
+    assert not np.allclose(hftl.load_run(tmp_path / "plain").logits(rows), expected.numpy(), rtol=1e-3, atol=1e-4)
+    for split, name in (("validation", "val"), ("test", "test")):
+        scores = run.evaluate(str(place / "images"), split=name)
+        assert scores["accuracy"] == flipped.metrics[split]["accuracy"]
+        assert flipped.metrics[split]["loss"] != plain.metrics[split]["loss"]
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def test_words_are_masked_anew_in_each_epoch(place: Path) -> None:
+    argv = [f"--model={place / 'bert'}", f"--dataset={place / 'texts'}", "--output_dir=unused", "--word_dropout=0.3"]
+    task = hftl.TextClassification(hftl.parse(hftl.TextArguments, argv))
+    splits = task.load_splits()
+    task.build_model(splits)
+    training, whole = task.dataset(splits.train, training=True), task.dataset(splits.train, training=False)
+    mask, special = task.processor.mask_token_id, set(task.processor.all_special_ids)
+    masked = total = 0
+    for row in range(len(whole)):
+        before, now = whole[row]["input_ids"], training[row]["input_ids"]
+        assert now == training[row]["input_ids"]
+        for old, new in zip(before, now, strict=True):
+            assert new == old or (new == mask and old not in special)
+        masked += sum(new != old for old, new in zip(before, now, strict=True))
+        total += sum(old not in special for old in before)
+        assert {key: value for key, value in training[row].items() if key != "input_ids"} == {
+            key: value for key, value in whole[row].items() if key != "input_ids"
+        }
+    assert 0.2 < masked / total < 0.4
+    first = [training[row]["input_ids"] for row in range(len(whole))]
+    training.set_epoch(1)
+    assert [training[row]["input_ids"] for row in range(len(whole))] != first
+    again = task.dataset(splits.train, training=True)
+    assert [again[row]["input_ids"] for row in range(len(whole))] == first
+
+
+def test_masked_words_need_the_texts(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(place, "bert", tmp_path / "run", "--method=frozen", "--word_dropout=0.2", "--num_train_epochs=1")
+    output = capsys.readouterr().out
+    assert "features: not kept, since --word_dropout changes the texts every epoch" in output

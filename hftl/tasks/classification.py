@@ -146,6 +146,10 @@ class ClassificationTask:
         """What mixes the rows of a training batch, where that was asked for."""
         return None
 
+    def test_views(self, inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """What is predicted of a batch in the final scores and after: inputs whose logits are averaged."""
+        return [inputs]
+
     def preprocessing(self) -> Any:
         """What determines a row's inputs beside its content and this class, for the key of kept activations."""
         return None

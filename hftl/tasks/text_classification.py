@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import (
@@ -139,6 +140,8 @@ class TextClassification(ClassificationTask):
     def dataset(self, rows: Any, training: bool) -> Dataset[dict[str, Any]]:
         """Texts, tokenised at once; how many were cut is said."""
         encoded = TextDataset(rows, self.processor)
+        if training and self.arguments.word_dropout:
+            encoded.drop_words(self.arguments.word_dropout, masking_token(self.processor), self.arguments.seed)
         if encoded.cut and self.says_cut:
             kind = "training" if training else "evaluation"
             say(
@@ -176,12 +179,15 @@ class TextDataset(Dataset[dict[str, Any]]):
     Attributes:
         lengths: tokens of each row.
         cut: rows that were longer than the tokenizer's `model_max_length`.
+        word_dropout: part of the tokens that are masked.
     """
 
     def __init__(self, rows: Any, tokenizer: Any) -> None:
         """Tokenise all rows."""
         self.examples: list[dict[str, Any]] = []
-        self.cut = 0
+        self.cut, self.word_dropout = 0, 0.0
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
+        self.special = np.array(tokenizer.all_special_ids)
         columns = [name for name in ("text", "text_pair") if len(rows) and name in rows[0]]
         for start in range(0, len(rows), _CHUNK):
             chunk = [rows[index] for index in range(start, min(start + _CHUNK, len(rows)))]
@@ -198,6 +204,17 @@ class TextDataset(Dataset[dict[str, Any]]):
                     example["labels"] = row["label"]
                 self.examples.append(example)
         self.lengths = [len(example["input_ids"]) for example in self.examples]
+
+    def drop_words(self, part: float, mask: int, seed: int) -> None:
+        """From now on give `part` of the tokens, never special ones, as `mask`: others in each epoch.
+
+        Which is a function of (seed, epoch, row), for any number of processes and after an interruption.
+        """
+        self.word_dropout, self.mask, self.seed = part, mask, seed
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the tokens that are masked in the next pass."""
+        self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
         """Number of texts."""
@@ -217,7 +234,26 @@ class TextDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Token ids and what else the tokenizer gives, and `labels` where the row has one."""
-        return self.examples[index]
+        example = self.examples[index]
+        if not self.word_dropout:
+            return example
+        tokens = np.array(example["input_ids"])
+        draws = np.random.default_rng((self.seed, int(self.epoch), index)).random(len(tokens))
+        dropped = (draws < self.word_dropout) & ~np.isin(tokens, self.special)
+        return {**example, "input_ids": np.where(dropped, self.mask, tokens).tolist()}
+
+
+def masking_token(tokenizer: Any) -> int:
+    """The id that stands for a word left out: the mask token, else the unknown one.
+
+    Raises:
+        UsageError: the tokenizer has neither, or only one that also ends or pads texts.
+    """
+    taken = {tokenizer.pad_token_id, tokenizer.eos_token_id}
+    for token in (tokenizer.mask_token_id, tokenizer.unk_token_id):
+        if token is not None and token not in taken:
+            return token
+    raise UsageError("--word_dropout: the model's tokenizer has no mask or unknown token of its own. Leave it out.")
 
 
 def train_tokenizer(texts: Iterable[str], max_length: int, vocabulary: int = 8_000) -> PreTrainedTokenizerFast:
