@@ -615,6 +615,8 @@ def _check_averaging(arguments: TransferArguments) -> None:
             "--average swa takes the last part of a training whose length is known: leave out "
             "--early_stopping_patience, or use --average ema."
         )
+    if arguments.average in ("ema", "swa") and arguments.save_only_model:
+        raise UsageError(f"--save_only_model leaves the average of --average {arguments.average} out: leave out one.")
     if arguments.average == "soup" and arguments.eval_strategy == "no":
         raise UsageError("--average soup needs evaluations: --eval_strategy epoch, or steps.")
 

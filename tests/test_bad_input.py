@@ -135,6 +135,7 @@ FLAGS = [
     Bad("mixup of texts", f"{TEXT} --mixup 0.2", ("--mixup mixes pixels", "embeddings", "not supported")),
     Bad("mixup of nothing", f"{IMAGE} --mixup 0", ("--mixup must be above 0",)),
     Bad("decay without its average", f"{TEXT} --ema_decay 0.9", ("--ema_decay is for --average ema",)),
+    Bad("average that is not saved", f"{TEXT} --average ema --save_only_model", ("--save_only_model", "--average ema")),
     Bad("decay of two", f"{TEXT} --average ema --ema_decay 2", ("--ema_decay", "between 0 and 1")),
     Bad("mean of one epoch", f"{TEXT} --average swa --num_train_epochs 1", ("--average swa", "--num_train_epochs 2")),
     Bad(

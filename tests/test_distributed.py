@@ -93,6 +93,11 @@ TRAININGS = {
         "--image_size=64 --max_train_samples=64 --max_eval_samples=20 --learning_rate=1e-5 --head_learning_rate=1e-4"
     ),
     "texts": "text_classification.py --dataset=texts --model=bert",
+    "averaged texts": (
+        "text_classification.py --dataset=texts --model=bert --average=soup --wise_ft --sampler=balanced "
+        "--loss=focal --word_dropout=0.2"
+    ),
+    "moving average of texts": "text_classification.py --dataset=texts --model=bert --average=ema",
 }
 
 
@@ -116,6 +121,30 @@ def test_two_processes_train_as_one(place: Path, kind: str) -> None:
     assert len(rows) == len((one / "predictions.csv").read_text().splitlines())
     assert output.count("saved in:") == 1  # one set of messages
     assert output.count("stage: all") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_mix_their_own_rows(place: Path) -> None:
+    (place / "shares.py").write_text(
+        "import os\n"
+        "import torch\n"
+        "from hftl.losses import CrossEntropyLoss\n"
+        "def loss(outputs, labels, num_items_in_batch=None):\n"
+        "    if torch.is_grad_enabled():\n"
+        "        with open(f\"shares-{os.environ.get('RANK', '0')}\", 'a') as file:\n"
+        "            file.write(f'{float(labels.max()):.4f} {labels.shape} {int(num_items_in_batch)}\\n')\n"
+        "    return CrossEntropyLoss()(outputs, labels, num_items_in_batch)\n"
+    )
+    flags = ["--dataset=images", "--model=convnet", "--mixup=0.4", "--max_steps=2", "--loss=shares.py:loss"]
+    flags += ["--per_device_train_batch_size=4", "--logging_steps=1", "--test_time_flip"]
+    launch(place, 2, "image_classification.py", *flags, "--output_dir=mixed-1")
+    first, second = ((place / f"shares-{rank}").read_text().splitlines() for rank in (0, 1))
+    assert len(first) == len(second) == 2
+    assert all(line.endswith("torch.Size([4, 3]) 8") for line in first + second)
+    assert len({line.split()[0] for line in first + second}) == 4  # another weight in each step and process
+    launch(place, 2, "image_classification.py", *flags, "--output_dir=mixed-2")
+    one, two = (load_file(place / name / "model.safetensors") for name in ("mixed-1", "mixed-2"))
+    assert [name for name in one if not one[name].equal(two[name])] == []
 
 
 @pytest.mark.slow

@@ -191,6 +191,32 @@ def test_early_stopping_goes_on_counting(place: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "flags"),
+    [
+        ("text-classification", ("--average=ema", "--wise_ft", "--sampler=balanced", "--word_dropout=0.2")),
+        ("text-classification", ("--average=swa",)),
+        ("image-classification", ("--average=soup", "--mixup=0.4", "--cutmix=1", "--augmentation=trivial")),
+    ],
+)
+def test_averages_and_draws_killed_and_resumed(place: Path, task: str, flags: tuple[str, ...]) -> None:
+    name = flags[0].rpartition("=")[2]
+    whole = run(place, f"{name}-whole", task, "", "six", *flags)
+    assert whole.returncode == 0, whole.stderr
+    killed = run(place, f"{name}-killed", task, "0:17:9", "six", *flags)  # in the last epoch
+    assert killed.returncode == -signal.SIGKILL
+    resumed = run(place, f"{name}-killed", task, "", "six", *flags, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_equal_weights(place / f"{name}-whole", place / f"{name}-killed")
+    stages = [
+        json.loads((place / f"{name}-{kind}" / "metrics.json").read_text())["train"]["stages"][0]
+        for kind in ("whole", "killed")
+    ]
+    assert stages[0]["average"] == stages[1]["average"]
+    assert stages[0].get("wise_ft") == stages[1].get("wise_ft")
+
+
+@pytest.mark.slow
 def test_lora_killed_and_resumed(place: Path) -> None:
     whole = run(place, "lora-whole", "text-classification", "", "lora")
     assert whole.returncode == 0, whole.stderr
