@@ -80,6 +80,8 @@ def write_card(
         for name in ("validation", "test", "ordinary_head_validation", "ordinary_head_test")
         if name in metrics
     ]
+    if getattr(arguments, "test_time_flip", False):
+        rows.append("\nOf each image and its mirror image (`--test_time_flip`); plain transformers takes it alone.")
     classes = [
         f"| {name} | {count:,} | {metrics[split].get(f'f1/{name}', 0.0):.4f} |"
         for name, count in zip(splits.label_names, class_counts(splits), strict=True)

@@ -251,6 +251,7 @@ def test_mirror_images_are_scored_and_predicted(
     assert ("the frozen part runs once" in capsys.readouterr().out) is (method != "full")  # nothing changes each epoch
     one, other = (weights(tmp_path / name) for name in ("plain", "flipped"))
     assert [name for name in one if not one[name].equal(other[name])] == []
+    assert "plain transformers takes it alone" in (tmp_path / "flipped" / "README.md").read_text()
     run = hftl.load_run(tmp_path / "flipped")
     rows = run.task.read_inputs(str(place / "images" / "test"))
     pixels = torch.stack([run.task.dataset(rows, training=False)[row]["pixel_values"] for row in range(len(rows))])
