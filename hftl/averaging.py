@@ -227,7 +227,7 @@ class GreedySoup(Averaging):
         chosen: list[int] = []
         mean: Tensors = {}
         for path in tried:
-            values = load_file(path, device=str(trainer.args.device))
+            values = {name: value.to(trainer.args.device) for name, value in load_file(path).items()}
             share = 1 / (len(chosen) + 1)
             candidate = {name: torch.lerp(mean.get(name, value), value, share) for name, value in values.items()}
             _put(self.tensors, candidate)
