@@ -127,10 +127,9 @@ def test_two_processes_train_as_one(place: Path, kind: str) -> None:
 def test_two_processes_mix_their_own_rows(place: Path) -> None:
     (place / "shares.py").write_text(
         "import os\n"
-        "import torch\n"
         "from hftl.losses import CrossEntropyLoss\n"
         "def loss(outputs, labels, num_items_in_batch=None):\n"
-        "    if torch.is_grad_enabled():\n"
+        "    if labels.ndim == 2:\n"
         "        with open(f\"shares-{os.environ.get('RANK', '0')}\", 'a') as file:\n"
         "            file.write(f'{float(labels.max()):.4f} {labels.shape} {int(num_items_in_batch)}\\n')\n"
         "    return CrossEntropyLoss()(outputs, labels, num_items_in_batch)\n"
