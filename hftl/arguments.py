@@ -77,10 +77,15 @@ class TransferArguments(TrainingArguments):
     )
     unfreeze_blocks: int | None = _argument(None, "partial: how many of the last blocks train (default 2).")
     layer_decay: float | None = _argument(
-        None, "full, lp_ft, partial: each block learns at this times the rate of the next."
+        None, "Of methods that train several blocks: each learns at this times the rate of the next."
     )
     head_learning_rate: float | None = _argument(None, "Learning rate of the new output layer.")
-    head_epochs: float | None = _argument(None, "lp_ft: epochs of the first stage, in which the head trains alone.")
+    head_epochs: float | None = _argument(
+        None, "lp_ft, gradual, surgical: epochs of the first stage, in which the head trains alone."
+    )
+    reinit_blocks: int | None = _argument(
+        None, "full, partial, lp_ft, gradual: start the last so many blocks anew, with the model's own initialisation."
+    )
     lora_r: int | None = _argument(None, "lora: rank of the adapters (default 8).")
     lora_alpha: int | None = _argument(None, "lora: scale of the adapters (default twice the rank).")
     lora_dropout: float | None = _argument(None, "lora: dropout on the adapters' input (default 0).")
@@ -88,9 +93,16 @@ class TransferArguments(TrainingArguments):
     lora_target_modules: list[str] | None = _argument(None, "lora: names of the adapted layers (default: chosen).")
     batch_norm: str | None = _argument(
         None,
-        "Statistics of the trained BatchNorm layers: frozen keeps those of the pretrained model (default for it).",
-        choices=("frozen", "train"),
+        "Statistics of the BatchNorm layers: frozen keeps those of the pretrained model (default for it), adapt takes "
+        "those of the training images once, before training, train updates those of the layers that train.",
+        choices=("frozen", "adapt", "train"),
     )
+    penalty: str | None = _argument(
+        None,
+        "Added to the loss in training: l2_sp, delta (near to the pretrained weights, features), bss, r_drop, or "
+        "module:function, or file.py:function.",
+    )
+    penalty_weight: float | None = _argument(None, "Weight of the penalty (default: by penalty).")
 
     time_budget: str | None = _argument(
         None, "auto: what it may take from start to end, as 200s, 10m or 1h (default: that of --preset)."

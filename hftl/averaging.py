@@ -286,6 +286,8 @@ def check_averaging(plan: Plan, arguments: TransferArguments) -> None:
         return
     if str(arguments.model_name_or_path).startswith("random:"):
         raise UsageError("--wise_ft mixes in the pretrained weights, and --model random: has none. Leave it out.")
+    if arguments.reinit_blocks:
+        raise UsageError("--wise_ft mixes in what --reinit_blocks throws away: leave one of them out.")
     if hasattr(plan.model, "peft_config"):
         raise UsageError(
             f"--wise_ft: --method {arguments.method} leaves the backbone's weights alone, and a mix of adapters is no "

@@ -121,6 +121,18 @@ def normalisation_modules(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if _is_normalisation(module)]
 
 
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """All BatchNorm layers that keep running statistics."""
+    layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [layer for layer in layers if layer.running_mean is not None]
+
+
+def is_random(module: nn.Module) -> bool:
+    """Whether a module is dropout or stochastic depth that does anything."""
+    rate = getattr(module, "p", None) or getattr(module, "drop_prob", None) or 0.0
+    return "drop" in type(module).__name__.lower() and rate > 0.0
+
+
 def no_decay_parameters(model: nn.Module) -> set[str]:
     """The names of the parameters that weight decay should leave alone.
 

@@ -281,17 +281,13 @@ def _entry(model: nn.Module, blocks: dict[str, int], first: int, frozen: list[nn
     for name in sorted(trace.entered, key=trace.entered.__getitem__):
         module = model.get_submodule(name)
         depths = [blocks.get(f"{name}.{key}" if name else key, first) for key, _ in module.named_parameters()]
-        if min(depths, default=-1) >= first or (not depths and id(module) not in asleep and _is_random(module)):
+        if min(depths, default=-1) >= first or (
+            not depths and id(module) not in asleep and backbones.is_random(module)
+        ):
             if trace.calls[name] > 1:
                 raise NoCut(f"{backbones.plain_name(model, name)} runs more than once a pass")
             return name
     raise NoCut("no module holds the trained parameters alone")
-
-
-def _is_random(module: nn.Module) -> bool:
-    """Dropout and stochastic depth, where they do anything."""
-    rate = getattr(module, "p", None) or getattr(module, "drop_prob", None) or 0.0
-    return "drop" in type(module).__name__.lower() and rate > 0.0
 
 
 def _before(model: nn.Module, entry: str, trace: _Trace) -> list[str]:

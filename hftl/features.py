@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from hftl import __version__, backbones, batches, compute
+from hftl import __version__, backbones, batches, compute, penalties
 from hftl.arguments import TransferArguments
 from hftl.builtin import cache_folder
 from hftl.cut import Batch, Cut, NoCut, explained_probe
@@ -344,7 +344,7 @@ def keep(task: Any, model: nn.Module, source: Source, data: dict[str, list[Any]]
             shards.reload()
         places = {split: np.stack([shards.find(entry) for entry in entries]) for split, entries in keys.items()}
         missing = any((entry[..., 0] < 0).any() for entry in places.values())
-        if not any(_of_all(missing)):
+        if not any(of_all_processes(missing)):
             return {
                 split: KeptDataset(shards, places[split], views[0], source.carried) for split, views in data.items()
             }
@@ -480,11 +480,11 @@ def _together() -> Iterator[None]:
         yield
     except NotKept as error:
         reason = str(error)
-    for found in filter(None, _of_all(reason)):
+    for found in filter(None, of_all_processes(reason)):
         raise NotKept(found)
 
 
-def _of_all(value: Any) -> list[Any]:
+def of_all_processes(value: Any) -> list[Any]:
     """The value of every process."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [value]
@@ -667,7 +667,7 @@ def keep_features(
         return None
     solves = first == head and _may_solve(task, stage, splits, alone, last)
     try:
-        _check_possible(task, data, solves)
+        _check_possible(task, stage, data, solves)
         started = time.perf_counter()
         source, stage = _source(task, stage, model, data, solves)
         views = {name: [rows] for name, rows in data.items()}
@@ -725,7 +725,7 @@ def _unsolved(arguments: TransferArguments, last: bool) -> list[str]:
     return found + ([f"--average {arguments.average}"] if last and arguments.average != "none" else [])
 
 
-def _check_possible(task: Any, data: dict[str, Any], solves: bool) -> None:
+def _check_possible(task: Any, stage: Stage, data: dict[str, Any], solves: bool) -> None:
     """Refuse what would give other results, or none.
 
     Raises:
@@ -744,6 +744,8 @@ def _check_possible(task: Any, data: dict[str, Any], solves: bool) -> None:
         raise NotKept("--word_dropout changes the texts every epoch")
     if task.mixing() is not None:
         raise NotKept("the rows of a batch are mixed anew in every step")
+    if stage.penalty is not None and stage.penalty not in penalties.WITHOUT_INPUTS:
+        raise NotKept(f"--penalty {arguments.penalty} looks at the inputs")
     if getattr(arguments, "n_gpu", 1) > 1 and not solves:
         raise NotKept("one process has several GPUs (start one for each with accelerate launch)")
     if arguments.torch_compile and not solves:

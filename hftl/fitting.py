@@ -24,13 +24,14 @@ from accelerate.state import AcceleratorState
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, SchedulerType
 
 from hftl import backbones, compute, folder
+from hftl.adaptation import adapt_batch_norm
 from hftl.arguments import TransferArguments, set_precision, stage_arguments, to_recipe
 from hftl.averaging import check_averaging, interpolate, pretrained_weights
 from hftl.callbacks import LogFile, ReadableProgress, StopSignals
 from hftl.compute import wait_for_all
 from hftl.data import Splits
 from hftl.errors import UsageError
-from hftl.features import KeptFeatures, check_wishes, keep_features, mostly_frozen
+from hftl.features import KeptFeatures, check_wishes, keep_features, mostly_frozen, of_all_processes
 from hftl.folder import CHECKPOINTS, LOGS, METRICS, PARTIAL, PREDICTIONS, RECIPE, say
 from hftl.methods import Plan, Stage
 from hftl.metrics import softmax
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 #: more epochs than this are never added to reach the least number of steps
 _MOST_EPOCHS = 50
+#: batches by which a stage chooses what trains: Lee et al. 2023 find few to do
+_CHOOSING_BATCHES = 8
 #: how far logits may move by saving and loading (nothing), or by merging adapters (rounding), relative to the largest
 _TOLERANCE = {"saving": 1e-5, "merging": 1e-3}
 
@@ -148,6 +151,8 @@ def _train_plan(
             data[name] = task.dataset(rows, training=False)
     if backbones.is_convolutional(plan.model):
         plan.model.to(memory_format=torch.channels_last)
+    if any(stage.batch_norm == "adapt" for stage in stages):
+        adapt_batch_norm(task, plan.model, splits)
     path = Path(str(arguments.output_dir))
     settings[folder.CHOSEN_PRECISION] = _settle_precision(task, stages[-1], plan.model, data["train"], path)
     wait_for_all()  # every process has checked the folder before the first one writes into it
@@ -261,6 +266,7 @@ def _run_stages(
     start = pretrained_weights(Plan(model, tuple(stages))) if task.arguments.wise_ft else {}
     for index, stage in enumerate(stages):
         is_last = index + 1 == len(stages)
+        stage = _chosen(task, stage, model, splits)
         kept = keep_features(task, stage, model, splits, data, alone=len(stages) == 1, last=is_last)
         stage = stage if kept is None else kept.stage
         rows = data if kept is None else kept.data
@@ -292,6 +298,21 @@ def _run_stages(
             trainer.bare_model()  # the next trainer puts its own around the model
         records.append(json.loads((final / "stage.json").read_text(encoding="utf-8")))
     return trainer, records, results
+
+
+def _chosen(task: ClassificationTask, stage: Stage, model: nn.Module, splits: Splits) -> Stage:
+    """The stage with what it chooses to train by a few batches, the same ones for all processes and after a resume."""
+    if stage.choose is None:
+        return stage
+    arguments = task.arguments
+    rows = task.dataset(splits.train, training=False)
+    size = arguments.per_device_train_batch_size or task.batch_size
+    order = np.random.default_rng(arguments.seed).permutation(len(splits.train))[: _CHOOSING_BATCHES * size].tolist()
+    batches = [task.collate([rows[row] for row in order[start : start + size]]) for start in range(0, len(order), size)]
+    batches = [{name: value.to(arguments.device) for name, value in batch.items()} for batch in batches]
+    name, trainable = stage.choose(model.to(arguments.device).eval(), stage.loss or task.loss(splits), batches)
+    name, trainable = of_all_processes((name, trainable))[0]
+    return dataclasses.replace(stage, name=name, trainable=trainable, choose=None)
 
 
 def _announcement(
@@ -549,6 +570,8 @@ def _check_sharding(arguments: TransferArguments, trainer: TransferTrainer, mode
         return
     if hasattr(model, "peft_config"):
         raise UsageError("--method lora does not work with FSDP or DeepSpeed yet: use multi_gpu.yaml.")
+    if trainer.stage.penalty is not None:
+        raise UsageError("--penalty does not work with FSDP or DeepSpeed yet: use multi_gpu.yaml.")
     if arguments.average != "none" or arguments.wise_ft:
         flag = "--wise_ft" if arguments.wise_ft else f"--average {arguments.average}"
         raise UsageError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from hftl import backbones
+from hftl import backbones, penalties
 from hftl.methods import Stage
 
 
@@ -30,7 +30,9 @@ def parameter_groups(model: nn.Module, stage: Stage, weight_decay: float) -> lis
         rate = stage.head_learning_rate
         if blocks[name] < head:
             rate = stage.learning_rate * stage.layer_decay ** (head - 1 - blocks[name])
-        groups[rate, 0.0 if name in no_decay else weight_decay].append(parameter)
+        # L2-SP pulls to the pretrained weights in the place of decay, which pulls to zero.
+        decays = name not in no_decay and not (stage.penalty is penalties.l2_sp and blocks[name] < head)
+        groups[rate, weight_decay if decays else 0.0].append(parameter)
     covered = sum(map(len, groups.values()))
     if covered != len(stage.trainable):
         raise RuntimeError(f"Stage {stage.name!r} trains {len(stage.trainable)} parameters, but {covered} were found.")

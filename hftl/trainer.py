@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hftl import backbones, folder, optim
+from hftl import backbones, folder, optim, penalties
 from hftl.arguments import TransferArguments
 from hftl.averaging import AVERAGES, Averaging
 from hftl.cut import Cut
@@ -60,11 +60,15 @@ class TransferTrainer(Trainer):
         #: inputs whose logits are averaged in an evaluation, for a batch of it
         self.test_views: Callable[[Any], list[Any]] = lambda inputs: [inputs]
         _check_checkpointing(model, self.frozen_modules, args)
+        _check_penalty(model, self.frozen_modules, stage, args)
         with _explained_settings():
             super().__init__(model=model, args=args, compute_loss_func=loss, **others)
         self.model_accepts_loss_kwargs = False  # the loss is ours: forward has no use for the number of rows
         self.rows_together = self._train_batch_size * args.gradient_accumulation_steps
         self.start: dict[str, torch.Tensor] | None = None
+        self.watched = penalties.watched(model) if stage.penalty is not None else None
+        if stage.reference is not None:
+            stage.reference.to(self.args.device)
         if self.train_dataset is not None:
             self.add_callback(_EpochOfData(self))
         self.average: Averaging | None = None
@@ -139,8 +143,13 @@ class TransferTrainer(Trainer):
             raise diverged(what, self.args.output_dir)
         return loss
 
-    def compute_loss(self, model: nn.Module, inputs: Any, *others: Any, **settings: Any) -> Any:
-        """Trainer calls `model.train()` before every step, which would wake frozen BatchNorm and dropout: undo it."""
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Trainer's, with the stage's penalty in training; frozen BatchNorm and dropout stay asleep.
+
+        Trainer calls `model.train()` before every step, which would wake them.
+        """
         if model.training:
             for module in self.frozen_modules:
                 module.training = False
@@ -148,7 +157,19 @@ class TransferTrainer(Trainer):
             kept, labels = inputs["kept"], inputs.get("labels")
             carried = {name: inputs[name] for name in self.cut.carried}
             inputs = self.cut.inputs(kept, carried) | ({} if labels is None else {"labels": labels})
-        return super().compute_loss(model, inputs, *others, **settings)
+        if self.stage.penalty is None or self.watched is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # The bare model: a second pass through DistributedDataParallel would prepare its reducer anew.
+        bare, batch = self.accelerator.unwrap_model(model), dict(inputs)  # Trainer takes the labels out of `inputs`
+        with penalties.watching(bare, self.watched) as seen:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with self.accelerator.autocast():
+            penalty = self.stage.penalty(self.stage, bare, batch, {**outputs, **seen})
+        if num_items_in_batch is not None:  # as the loss: a part of the step's rows, times what DDP divides by
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            penalty = penalty * (processes * len(batch["labels"]) / num_items_in_batch)
+        loss = loss + self.stage.penalty_weight * penalty
+        return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *others: Any, **settings: Any) -> Any:
         """Trainer's, with the loss of the whole split: its own mean over processes counts the rows that pad a batch."""
@@ -274,6 +295,30 @@ def _check_checkpointing(model: Any, frozen: list[nn.Module], args: TrainingArgu
         raise UsageError(
             "--activation_checkpointing runs every block twice, and BatchNorm would take each batch into its "
             "statistics twice: use --batch_norm frozen, or leave one of them out."
+        )
+
+
+def _check_penalty(model: nn.Module, frozen: list[nn.Module], stage: Stage, args: TrainingArguments) -> None:
+    """Refuse a penalty where it would do nothing, or something else.
+
+    Raises:
+        UsageError: as said.
+    """
+    if stage.penalty is not None and args.n_gpu > 1:
+        raise UsageError("--penalty needs a process for each GPU: start it with accelerate launch.")
+    if stage.penalty is not penalties.r_drop:
+        return
+    still = {id(module) for module in frozen}
+    awake = [module for module in model.modules() if id(module) not in still]
+    if not any(map(backbones.is_random, awake)):
+        raise UsageError(
+            f"--penalty r_drop compares two passes with other dropout, and {type(model).__name__} has none where it "
+            "trains. Take another penalty."
+        )
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in awake):
+        raise UsageError(
+            "--penalty r_drop runs every batch twice, and BatchNorm would take each batch into its statistics twice: "
+            "use --batch_norm frozen, or leave one of them out."
         )
 
 
@@ -427,7 +472,7 @@ def frozen_modules(model: nn.Module, stage: Stage) -> list[nn.Module]:
         inside = below.get(around, set())
         block = next(iter(inside)) if len(inside) == 1 else block_of[prefix]
         trains = any(name in stage.trainable for name in known) if known else block in trained_blocks
-        keeps_statistics = stage.batch_norm == "frozen" and isinstance(module, nn.modules.batchnorm._BatchNorm)
+        keeps_statistics = stage.batch_norm != "train" and isinstance(module, nn.modules.batchnorm._BatchNorm)
         if keeps_statistics or not trains:
             frozen.append(module)
     return frozen

@@ -71,10 +71,15 @@ def test_a_plan_trains_what_its_name_says(name: str, method: str) -> None:
     model = fresh(name)
     blocks = backbones.parameter_blocks(model)
     head = max(blocks.values())
-    plan = plan_of(method, model)
-    trained = [stage.trainable for stage in plan.stages]
     everything = frozenset(blocks)
     only_head = frozenset(key for key, block in blocks.items() if block == head)
+    norms = set(backbones.normalisation_modules(model))
+    if method == "bitfit" and not {key for key in blocks if key.endswith("bias")} - only_head:
+        with pytest.raises(UsageError, match="no biases outside its head"):
+            plan_of(method, model)
+        return
+    plan = plan_of(method, model)
+    trained = [stage.trainable for stage in plan.stages]
     if method == "lora":
         check_adapters(plan, only_head)
         return
@@ -83,9 +88,23 @@ def test_a_plan_trains_what_its_name_says(name: str, method: str) -> None:
         "frozen": [only_head],
         "partial": [frozenset(key for key, block in blocks.items() if block in (head - 1, head))],
         "lp_ft": [only_head, everything],
+        "auto": [only_head],
+        "gradual": [only_head, *_from_the_top(blocks)],
+        "surgical": [only_head, everything],  # of which one block is chosen when the stage begins
+        "bitfit": [only_head | {key for key in blocks if key.endswith("bias")}],
+        "norm": [only_head | {key for key in blocks if key.rpartition(".")[0] in norms}],
     }
     assert trained == expected[method]
     assert plan.model is model
+
+
+def _from_the_top(blocks: dict[str, int]) -> list[frozenset[str]]:
+    """What gradual unfreezing trains after the head: quarters of the depth, or single blocks where there are few."""
+    head = max(blocks.values())
+    stages = min(4, head)
+    depths = [-(-head * stage // stages) for stage in range(1, stages + 1)]
+    assert depths[-1] == head
+    return [frozenset(key for key, block in blocks.items() if block >= head - depth) for depth in depths]
 
 
 def check_adapters(plan: Plan, head: frozenset[str]) -> None:

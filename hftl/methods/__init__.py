@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from hftl import backbones, penalties
 from hftl.arguments import TransferArguments
 from hftl.errors import UsageError, did_you_mean
 from hftl.loading import import_function
 from hftl.methods.adapters import lora
 from hftl.methods.parts import frozen, full, lp_ft, partial
-from hftl.methods.plan import Plan, Stage
+from hftl.methods.plan import Plan, Stage, is_pretrained
+from hftl.methods.selected import bitfit, gradual, norm, surgical
 
 __all__ = ["METHODS", "METHOD_ARGUMENTS", "Plan", "Stage", "build_plan", "check_method", "find_method"]
 
@@ -23,19 +25,36 @@ METHODS: dict[str, Callable[[Any, Any], Plan]] = {
     "partial": partial,
     "lora": lora,
     "lp_ft": lp_ft,
+    "gradual": gradual,
+    "surgical": surgical,
+    "bitfit": bitfit,
+    "norm": norm,
     "auto": frozen,  # the first rung of its ladder, see hftl.auto
 }
 
+_PENALTY = {"penalty", "penalty_weight"}
+
 #: the method arguments that each method uses; any other that is given is an error
 METHOD_ARGUMENTS = {
-    "full": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm"},
+    "full": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "reinit_blocks", *_PENALTY},
     "frozen": {"learning_rate", "head_learning_rate", "head"},
-    "partial": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "unfreeze_blocks"},
+    "partial": {
+        "learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "unfreeze_blocks", "reinit_blocks",
+        *_PENALTY,
+    },
     "lora": {
         "learning_rate", "head_learning_rate", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
         "lora_blocks",
     },
-    "lp_ft": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "head_epochs"},
+    "lp_ft": {
+        "learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "head_epochs", "reinit_blocks", *_PENALTY,
+    },
+    "gradual": {
+        "learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "head_epochs", "reinit_blocks", *_PENALTY,
+    },
+    "surgical": {"learning_rate", "head_learning_rate", "batch_norm", "head_epochs", *_PENALTY},
+    "bitfit": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm", *_PENALTY},
+    "norm": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm", *_PENALTY},
     "auto": {"time_budget", "preset"},
 }  # fmt: skip
 
@@ -52,6 +71,7 @@ def build_plan(model: nn.Module, arguments: TransferArguments) -> Plan:
         inspect.signature(method).bind(model, arguments)
     except TypeError as error:
         raise UsageError(f"--method {arguments.method}: the function must take (model, arguments): {error}.") from error
+    reference = penalties.reference_model(model, arguments)  # before the method changes the model
     plan = method(model, arguments)
     if not isinstance(plan, Plan):
         raise UsageError(f"--method {arguments.method}: the function must return a Plan, not {type(plan).__name__}.")
@@ -63,7 +83,9 @@ def build_plan(model: nn.Module, arguments: TransferArguments) -> Plan:
         if unknown:
             near = did_you_mean(unknown[0], names)
             raise UsageError(f"--method {arguments.method}: the model has no parameter {unknown[0]!r}.{near}")
-    return plan
+    if arguments.batch_norm == "adapt" and not backbones.batch_norms(plan.model):
+        raise UsageError(f"--batch_norm adapt: {type(model).__name__} has no BatchNorm layer. Leave it out.")
+    return penalties.with_penalty(plan, arguments, reference)
 
 
 def check_method(arguments: TransferArguments) -> None:
@@ -73,6 +95,8 @@ def check_method(arguments: TransferArguments) -> None:
         UsageError: as said.
     """
     find_method(arguments.method)
+    penalties.check(arguments)
+    _check_pretrained(arguments)
     if arguments.method not in METHODS:
         return  # a method of the person's own may use any argument
     known = set().union(*METHOD_ARGUMENTS.values())
@@ -80,6 +104,24 @@ def check_method(arguments: TransferArguments) -> None:
         if name in arguments.given and getattr(arguments, name) is not None:
             users = ", ".join(method for method, used in METHOD_ARGUMENTS.items() if name in used)
             raise UsageError(f"--method {arguments.method} does not use --{name} (used by: {users}). Leave it out.")
+
+
+def _check_pretrained(arguments: TransferArguments) -> None:
+    """Refuse what starts from pretrained weights or statistics where there are none.
+
+    Raises:
+        UsageError: as said.
+    """
+    wished = {
+        "--reinit_blocks": arguments.reinit_blocks is not None,
+        "--batch_norm adapt": arguments.batch_norm == "adapt",
+        f"--penalty {arguments.penalty}": arguments.penalty in penalties.NEED_REFERENCE,
+    }
+    for flag, given in wished.items():
+        if given and not is_pretrained(arguments):
+            raise UsageError(
+                f"{flag} needs a pretrained model, and {arguments.model_name_or_path} is none. Leave it out."
+            )
 
 
 def find_method(name: str) -> Callable[[Any, Any], Plan]:

@@ -9,7 +9,8 @@ from torch import nn
 from hftl import backbones
 from hftl.arguments import TransferArguments
 from hftl.errors import UsageError
-from hftl.methods.plan import LEAST_STEPS, Plan, all_parameters, default_rates, make_stage, resolved_rates
+from hftl.methods.plan import Plan, all_parameters, default_rates, head_stage, make_stage, resolved_rates
+from hftl.methods.reinit import reinitialise
 
 
 def full(model: nn.Module, arguments: TransferArguments) -> Plan:
@@ -18,6 +19,7 @@ def full(model: nn.Module, arguments: TransferArguments) -> Plan:
     Running statistics of BatchNorm stay the pretrained ones: small batches of a small data set estimate them badly
     (cats against dogs: 0.971 frozen, 0.961 trained).
     """
+    reinitialise(model, arguments)
     rates = resolved_rates(model, arguments)
     stage = make_stage(arguments, "all", all_parameters(model), rates.backbone, rates.head)
     return Plan(model, (stage,), {"learning_rate": rates.backbone, "head_learning_rate": rates.head})
@@ -38,6 +40,12 @@ def partial(model: nn.Module, arguments: TransferArguments) -> Plan:
     head = max(blocks.values())
     if not 1 <= count <= head:
         raise UsageError(f"--unfreeze_blocks must lie between 1 and the model's {head} blocks, not {count}.")
+    if (arguments.reinit_blocks or 0) > count:
+        raise UsageError(
+            f"--reinit_blocks {arguments.reinit_blocks} is more than the {count} blocks that train "
+            "(--unfreeze_blocks): the others would stay random."
+        )
+    reinitialise(model, arguments)
     names = [name for name, block in blocks.items() if block >= head - count]
     rates = resolved_rates(model, arguments)
     stage = make_stage(arguments, f"last {count} blocks", names, rates.backbone, rates.head)
@@ -47,10 +55,9 @@ def partial(model: nn.Module, arguments: TransferArguments) -> Plan:
 
 def lp_ft(model: nn.Module, arguments: TransferArguments) -> Plan:
     """First the head, then everything at half the rate (Kumar et al. 2022: a fitted head distorts features less)."""
+    reinitialise(model, arguments)
     rates = resolved_rates(model, arguments)
-    first = make_stage(arguments, "head", backbones.head_parameters(model), rates.head, rates.head)
-    first = replace(first, epochs=arguments.head_epochs or 2.0, batch_norm="frozen", layer_decay=1.0)
-    first = replace(first, least_steps=0 if arguments.head_epochs else LEAST_STEPS // 2)
+    first = head_stage(model, arguments, rates.backbone, rates.head)
     second = make_stage(arguments, "all", all_parameters(model), rates.backbone / 2, rates.head / 2)
     settings = {"learning_rate": rates.backbone, "head_learning_rate": rates.head, "head_epochs": first.epochs}
     return Plan(model, (first, second), settings)

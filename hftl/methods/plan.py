@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -24,10 +24,15 @@ class Stage:
         epochs: passes over the training rows.
         layer_decay: factor from the rate of a block to that of the block before it.
         batch_norm: "frozen" keeps the running statistics of every BatchNorm layer, "train" updates those of the
-            layers that train.
+            layers that train, "adapt" keeps those that the training images gave before the first stage.
         least_steps: fewer steps than this are made up by further epochs (at most 50): on a few dozen rows a handful of
             epochs is too short to fit anything (Mosbach et al. 2021, Zhang et al. 2021). 0 keeps `epochs` as it is.
         loss: `(outputs, labels, num_items_in_batch=None) -> scalar`; None takes the task's own.
+        choose: `(model, loss, batches) -> (name, parameters)`, called when the stage begins: which of `trainable`
+            train.
+        penalty: `(stage, model, batch, outputs) -> scalar`, a mean over the rows of the batch, see `hftl.penalties`.
+        penalty_weight: the loss in training is the task's plus this times the penalty.
+        reference: the model as it was pretrained, for penalties that compare with it.
     """
 
     name: str
@@ -39,6 +44,10 @@ class Stage:
     batch_norm: str = "frozen"
     least_steps: int = 0
     loss: Callable[..., Any] | None = None
+    choose: Callable[..., tuple[str, frozenset[str]]] | None = None
+    penalty: Callable[..., Any] | None = None
+    penalty_weight: float = 0.0
+    reference: nn.Module | None = None
 
     def __post_init__(self) -> None:
         """Take any collection of names."""
@@ -93,10 +102,14 @@ def default_rates(model: nn.Module, pretrained: bool = True) -> Rates:
 LEAST_STEPS = 80
 
 
+#: methods that train few parameters a layer, at the rates of adapters
+_FEW_PARAMETERS = ("lora", "bitfit", "norm")
+
+
 def resolved_rates(model: nn.Module, arguments: TransferArguments) -> Rates:
     """The person's rates, else the defaults; a given rate of the backbone scales the head's along."""
     default = default_rates(model, is_pretrained(arguments))
-    key = "adapters" if arguments.method == "lora" else "backbone"
+    key = "adapters" if arguments.method in _FEW_PARAMETERS else "backbone"
     scale = arguments.learning_rate / getattr(default, key) if arguments.learning_rate else 1.0
     head = arguments.head_learning_rate or default.head * scale
     return Rates(default.backbone * scale, head, default.adapters * scale)
@@ -119,9 +132,30 @@ def make_stage(arguments: TransferArguments, name: str, trainable: list[str], ba
         head_learning_rate=head,
         epochs=arguments.num_train_epochs or 3.0,
         layer_decay=arguments.layer_decay or 1.0,
-        batch_norm=arguments.batch_norm or ("frozen" if is_pretrained(arguments) else "train"),
+        batch_norm=arguments.batch_norm or _batch_norm(arguments),
         least_steps=0 if arguments.num_train_epochs else LEAST_STEPS,
     )
+
+
+def _batch_norm(arguments: TransferArguments) -> str:
+    """Statistics of a pretrained model stay; what starts anew has none to keep."""
+    return "frozen" if is_pretrained(arguments) and not arguments.reinit_blocks else "train"
+
+
+def head_stage(model: nn.Module, arguments: TransferArguments, backbone: float, head: float) -> Stage:
+    """The stage before others, in which the head trains alone, or with the blocks that start anew."""
+    stage = make_stage(arguments, "head", fresh_parameters(model, arguments), backbone, head)
+    if not arguments.reinit_blocks:
+        stage = replace(stage, learning_rate=head, batch_norm="frozen", layer_decay=1.0)
+    least = 0 if arguments.head_epochs else LEAST_STEPS // 2
+    return replace(stage, epochs=arguments.head_epochs or 2.0, least_steps=least)
+
+
+def fresh_parameters(model: nn.Module, arguments: TransferArguments) -> list[str]:
+    """The head's parameters and those of re-initialised blocks: what has learned nothing yet."""
+    blocks = backbones.parameter_blocks(model)
+    first = max(blocks.values()) - (arguments.reinit_blocks or 0)
+    return [name for name, block in blocks.items() if block >= first]
 
 
 def all_parameters(model: nn.Module) -> list[str]:
