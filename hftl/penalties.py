@@ -226,8 +226,8 @@ def watched(model: nn.Module) -> Watched:
     parts = backbones.structure(model)
     modules = {backbones.plain_name(model, name): name for name, _ in model.named_modules()}
     fixed = backbones.pooling_layer(backbones.without_adapters(model))
-    count = len(parts.blocks)
-    ends = sorted({math.ceil(count * part / _WATCHED) - 1 for part in range(1, _WATCHED + 1)})
+    count = len(parts.blocks) - 1  # not the first: embeddings of positions have no rows
+    ends = sorted({math.ceil(count * part / _WATCHED) for part in range(1, _WATCHED + 1)})
     inside = [[prefix for prefix in parts.blocks[end] if prefix in modules and prefix not in fixed] for end in ends]
     linear = [
         name

@@ -1,0 +1,242 @@
+"""Penalties: what each computes, that parts and processes add up to one batch, and that they change training alone."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_methods import RATES, fresh, plan_of
+from tiny_models import tiny_inputs
+from tiny_training import TinyData, every_tensor, tiny_trainer
+from torch import nn
+from transformers import PreTrainedModel
+
+from hftl import backbones, penalties
+from hftl.errors import UsageError
+from hftl.methods import Stage
+
+
+def calm(name: str) -> PreTrainedModel:
+    """A tiny model without dropout, so that two passes give the same."""
+    model = fresh(name)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def moved(model: PreTrainedModel) -> PreTrainedModel:
+    """The model some way from where it started."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def stage_of(penalty: str, model: PreTrainedModel, *flags: str) -> Stage:
+    (stage,) = plan_of("full", model, f"--penalty={penalty}", *flags).stages
+    return stage
+
+
+def value(stage: Stage, model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    assert stage.penalty is not None
+    with penalties.watching(model, penalties.watched(model)) as seen:
+        outputs = model(**batch)
+    return stage.penalty(stage, model, batch, {**outputs, **seen})
+
+
+@pytest.mark.parametrize("name", ["bert", "timm_resnet18", "bert_mean"])
+def test_l2_sp_is_half_the_squared_distance_of_the_backbone(name: str) -> None:
+    model = calm(name)
+    stage = stage_of("l2_sp", model)
+    start = copy.deepcopy(dict(model.named_parameters()))
+    assert value(stage, model, tiny_inputs(model)) == 0
+    moved(model)
+    head = backbones.structure(model).head
+    expected = 0.0
+    for key, parameter in model.named_parameters():
+        if not backbones.is_below_any(key, head):
+            expected += float((parameter.double() - start[key].double()).square().sum()) / 2
+    assert expected > 0
+    assert float(value(stage, model, tiny_inputs(model))) == pytest.approx(expected, rel=1e-4)
+
+
+def test_l2_sp_takes_the_place_of_decay_in_the_backbone(tmp_path: Path) -> None:
+    model = calm("bert")
+    trainer = tiny_trainer(model, stage_of("l2_sp", model), tmp_path, "--weight_decay=0.1")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {
+        names[id(parameter)]
+        for group in trainer.create_optimizer().param_groups
+        for parameter in group["params"]
+        if group["weight_decay"]
+    }
+    assert decayed == {"classifier.weight", "bert.pooler.dense.weight"}
+
+
+@pytest.mark.parametrize("name", ["bert", "timm_resnet18", "vit", "timm_swin_tiny", "gpt2"])
+def test_delta_compares_what_four_blocks_give(name: str) -> None:
+    model = calm(name).eval()
+    stage = stage_of("delta", model)
+    batch = tiny_inputs(model, batch=3)
+    assert value(stage, model, batch) == 0
+    start = {}
+    for part in ("start", "moved"):
+        with penalties.watching(model, penalties.watched(model)) as seen, torch.no_grad():
+            model(**batch)
+        start[part] = seen["blocks"]
+        if part == "start":
+            moved(model)
+    assert 2 <= len(start["start"]) <= 4
+    expected = 0.0
+    for key, values in start["start"].items():
+        for row in range(3):  # a direct transcription: rows, positions, channels
+            before, after = values[row].double(), start["moved"][key][row].double()
+            if before.ndim == 3 and name != "timm_swin_tiny":
+                before, after = before.flatten(1).T, after.flatten(1).T
+            before, after = before.reshape(-1, before.shape[-1]), after.reshape(-1, after.shape[-1])
+            real = [True] * len(before)
+            if "attention_mask" in batch:
+                real = batch["attention_mask"][row].bool().tolist()
+            distances = [float((b - a).square().sum()) for b, a, r in zip(before, after, real, strict=True) if r]
+            expected += sum(distances) / len(distances) / 3 / 2
+    assert expected > 0
+    assert float(value(stage, model, batch)) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "timm_resnet18", "timm_vit_tiny", "convnext"])
+def test_bss_shrinks_the_smallest_singular_value_of_what_the_output_layer_reads(name: str) -> None:
+    model = calm(name).eval()
+    stage = stage_of("bss", model)
+    batch = tiny_inputs(model, batch=3)
+    with penalties.watching(model, penalties.watched(model)) as seen:
+        logits = model(**batch)["logits"]
+    layer = model.get_submodule(penalties.watched(model).output)
+    torch.testing.assert_close(layer(seen["features"]), logits)
+    penalty = value(stage, model, batch)
+    smallest = torch.linalg.eigvalsh(seen["features"].double() @ seen["features"].double().T)[0]
+    assert float(penalty) == pytest.approx(float(smallest), rel=1e-3, abs=1e-6)
+    penalty.backward()
+    assert any(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.parameters())
+
+
+def test_bss_without_one_vector_a_row() -> None:
+    model = calm("gpt2")
+    with pytest.raises(UsageError, match="does not read one vector a row"):
+        value(stage_of("bss", model), model, tiny_inputs(model))
+
+
+def test_r_drop_is_the_mean_divergence_of_two_passes() -> None:
+    model = fresh("bert").train()
+    stage = stage_of("r_drop", model)
+    batch = tiny_inputs(model, batch=3)
+    torch.manual_seed(3)
+    first, second = (model(**batch)["logits"].detach().double().softmax(dim=-1) for _ in range(2))
+    torch.manual_seed(3)
+    expected = 0.0
+    for p, q in zip(first, second, strict=True):
+        for a, b in zip(p.tolist(), q.tolist(), strict=True):
+            expected += (a - b) * (torch.tensor(a).log() - torch.tensor(b).log()).item() / 2 / 3
+    assert expected > 0
+    assert float(value(stage, model, batch)) == pytest.approx(expected, rel=1e-2)
+
+
+def test_r_drop_without_dropout(tmp_path: Path) -> None:
+    model = calm("bert")
+    with pytest.raises(UsageError, match="BertForSequenceClassification has none where it trains"):
+        tiny_trainer(model, stage_of("r_drop", model), tmp_path)
+
+
+def test_r_drop_with_statistics_that_train(tmp_path: Path) -> None:
+    model = fresh("timm_resnet18")
+    stage = stage_of("r_drop", model, "--batch_norm=train")
+    model.get_submodule("timm_model.layer1").add_module("drop", nn.Dropout(0.1))
+    with pytest.raises(UsageError, match="into its statistics twice: use --batch_norm frozen"):
+        tiny_trainer(model, stage, tmp_path)
+
+
+def rowwise(stage: Any, model: Any, batch: Any, outputs: Any) -> torch.Tensor:
+    """A mean over rows that knows nothing of the rest of the step."""
+    return outputs["logits"].square().mean() + (batch["labels"][:, None] * outputs["logits"]).mean()
+
+
+@pytest.mark.parametrize("penalty", ["l2_sp", "delta", "r_drop", "own"])
+def test_accumulated_parts_add_up_to_one_batch(penalty: str, tmp_path: Path) -> None:
+    """One step of SGD from the same place: 6 rows, or 3 parts of 2; the lengths of texts differ from part to part."""
+    results, losses = [], []
+    for size, parts in ((6, 1), (2, 3)):
+        model = calm("bert")
+        stage = stage_of("l2_sp" if penalty == "own" else penalty, model, "--penalty_weight=0.5", *RATES)
+        if penalty == "own":
+            stage = replace(stage, penalty=rowwise)
+        if penalty == "r_drop":  # dropout in eval mode would be none; a second pass that differs, but by no chance
+            model.classifier = _Alternating(model.classifier)
+            stage = replace(stage, trainable=frozenset(name for name, _ in model.named_parameters()))
+        moved(model)
+        flags = [f"--per_device_train_batch_size={size}", f"--gradient_accumulation_steps={parts}", "--max_steps=1"]
+        trainer = tiny_trainer(model, stage, tmp_path, *flags, "--optim=sgd", "--max_grad_norm=0", rows=6)
+        before = every_tensor(model)
+        trainer.train()
+        after = every_tensor(model)
+        results.append({key: after[key] - before[key] for key in before})
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert max(float(change.abs().max()) for change in results[0].values()) > 1e-4
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-7)
+
+
+class _Alternating(nn.Module):
+    """Every second pass is another, as with dropout."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.calls, self.drop = layer, 0, nn.Dropout(1e-9)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.layer(features * (1.0 if self.calls % 2 else 0.5))
+
+
+def test_the_penalty_is_in_training_and_not_in_evaluation(tmp_path: Path) -> None:
+    scores = []
+    for weight in ("0", "1000"):
+        model = calm("bert")
+        stage = stage_of("l2_sp", model, f"--penalty_weight={weight}", *RATES)
+        moved(model)
+        trainer = tiny_trainer(model, stage, tmp_path, "--max_steps=1", eval_dataset=TinyData(model, 4))
+        evaluated = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        scores.append((evaluated, trainer.state.log_history[-2]["loss"]))
+    assert scores[0][0] == scores[1][0]
+    assert scores[1][1] > 100 * scores[0][1]
+
+
+def test_a_strong_penalty_keeps_the_weights_where_they_started(tmp_path: Path) -> None:
+    distances = []
+    for weight in ("0", "100"):
+        model = calm("bert")
+        stage = stage_of("l2_sp", model, f"--penalty_weight={weight}", "--learning_rate=1e-3")
+        start = every_tensor(model)
+        tiny_trainer(model, stage, tmp_path, "--max_steps=20", "--optim=sgd").train()
+        end = every_tensor(model)
+        distances.append(sum(float((end[key] - start[key]).square().sum()) for key in start if "encoder" in key))
+    assert distances[1] < 0.9 * distances[0]
+
+
+def test_a_stage_of_the_head_alone_has_no_penalty() -> None:
+    first, second = plan_of("lp_ft", fresh("bert"), "--penalty=l2_sp").stages
+    assert first.penalty is None
+    assert second.penalty is penalties.l2_sp
+    assert second.penalty_weight == penalties.WEIGHTS["l2_sp"]
+    assert second.reference is not None
+    assert not any(parameter.requires_grad for parameter in second.reference.parameters())
+
+
+@pytest.mark.parametrize("penalty", ["bss", "r_drop"])
+def test_nothing_is_copied_where_nothing_is_compared(penalty: str) -> None:
+    assert stage_of(penalty, fresh("bert"), "--model=random:bert").reference is None
