@@ -332,6 +332,65 @@ METHODS = [
         ("--method frozen does not use --unfreeze_blocks", "used by: partial"),
         {"c.yaml": "method: frozen\nunfreeze_blocks: 1\n"},
     ),
+    Bad("blocks anew beyond those there are", f"{TEXT} --reinit_blocks 9", ("--reinit_blocks", "between 1", "9")),
+    Bad("no blocks anew", f"{TEXT} --reinit_blocks 0", ("--reinit_blocks", "above 0")),
+    Bad(
+        "more blocks anew than train",
+        f"{TEXT} --method partial --unfreeze_blocks 1 --reinit_blocks 2",
+        ("--reinit_blocks 2 is more than the 1 blocks that train", "--unfreeze_blocks"),
+    ),
+    Bad(
+        "blocks anew of a model that is new",
+        f"{with_model('random:bert')} --reinit_blocks 1",
+        ("--reinit_blocks needs a pretrained model", "random:bert"),
+    ),
+    Bad(
+        "statistics of a model that has none",
+        f"{TEXT} --batch_norm adapt",
+        ("--batch_norm adapt", "BertForSequenceClassification has no BatchNorm layer"),
+    ),
+    Bad(
+        "statistics of a model that is not pretrained",
+        f"{with_model('random:resnet18', 'image', 'images')} --batch_norm adapt",
+        ("--batch_norm adapt needs a pretrained model",),
+    ),
+    Bad("unknown penalty", f"{TEXT} --penalty l2sp", ("Unknown penalty 'l2sp'", "Did you mean 'l2_sp'", "r_drop")),
+    Bad("weight of no penalty", f"{TEXT} --penalty_weight 0.1", ("--penalty_weight", "none is given")),
+    Bad("negative weight", f"{TEXT} --penalty bss --penalty_weight -1", ("--penalty_weight", "0 or more")),
+    Bad("penalty of a head alone", f"{TEXT} --method frozen --penalty bss", ("frozen does not use --penalty",)),
+    Bad(
+        "penalty without a start",
+        f"{with_model('random:bert')} --penalty l2_sp",
+        ("--penalty l2_sp needs a pretrained model", "random:bert"),
+    ),
+    Bad(
+        "penalty without a start, on features",
+        f"{with_model('random:resnet18', 'image', 'images')} --penalty delta",
+        ("--penalty delta needs a pretrained model",),
+    ),
+    Bad(
+        "penalty on what starts anew",
+        f"{TEXT} --penalty l2_sp --reinit_blocks 1",
+        ("--penalty l2_sp", "--reinit_blocks", "leave one"),
+    ),
+    Bad(
+        "two passes that are the same",
+        f"{with_model('{timm}', 'image', 'images')} --penalty r_drop",
+        ("--penalty r_drop", "dropout", "TimmWrapperForImageClassification has none"),
+    ),
+    Bad(
+        "features that are no vectors",
+        f"{with_model('{gpt2}')} --penalty bss",
+        ("--penalty bss", "GPT2ForSequenceClassification does not read one vector a row"),
+    ),
+    Bad("penalty and compilation", f"{TEXT} --penalty bss --torch_compile", ("--penalty", "--torch_compile")),
+    Bad(
+        "penalty of a wrong form",
+        f"{TEXT} --penalty my.py:mine",
+        ("--penalty my.py:mine", "must take (stage, model, batch, outputs)"),
+        {"my.py": "def mine(model):\n    return 0\n"},
+    ),
+    Bad("no penalty file", f"{TEXT} --penalty my.py:mine", ("--penalty", "no file 'my.py'")),
     Bad("no method file", f"{TEXT} --method my.py:my_method", ("--method", "no file 'my.py'")),
     Bad(
         "method file without the function",
@@ -604,6 +663,7 @@ def world(tmp_path_factory):
         write(folder / path, content)
     names = {name: folder / f"{name}.csv" for name in ("table", "colours")} | {"images": folder / "images"}
     names["bert"] = write_tiny_text_model(folder / "bert")
+    names["gpt2"] = write_tiny_text_model(folder / "gpt2", kind="gpt2")
     names["vit"] = write_tiny_image_model(folder / "vit")
     names["timm"] = write_timm_folder(folder / "timm", "resnet18", channels=[8, 8, 8, 8], stem_width=8)
     names["renamed"] = rename_tensors(copied(names["bert"], folder / "renamed"))
