@@ -21,6 +21,11 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hftl.errors import UsageError, did_you_mean
 
+#: schedules beside Trainer's, see `hftl.optim`
+OWN_SCHEDULES = ("slanted_triangular", "one_cycle")
+#: part of the steps in which the rate of one_cycle rises, as in torch's OneCycleLR
+_ONE_CYCLE_RISE = 0.3
+
 
 def _argument(default: Any, help: str, *aliases: str, choices: Sequence[str] | None = None) -> Any:
     """A dataclass field with what argparse needs to know of it."""
@@ -156,8 +161,12 @@ class TransferArguments(TrainingArguments):
         0.01, "Weight decay of matrices; norms, biases and embeddings of position have none."
     )
     # A tenth of the steps, as in the BERT paper: a fresh head's first gradients would disturb the backbone.
-    warmup_steps: float = _argument(0.1, "Warm-up: a number of steps, or below 1 a part of them.")
-    lr_scheduler_type: str = _argument("cosine", "Schedule of the learning rate.")
+    warmup_steps: float = _argument(
+        0.1, "Warm-up: a number of steps, or below 1 a part of them (default with one_cycle 0.3)."
+    )
+    lr_scheduler_type: str = _argument(
+        "cosine", "Schedule of the learning rate: Trainer's, slanted_triangular or one_cycle."
+    )
     eval_strategy: str = _argument("epoch", "When to evaluate on validation: no, steps or epoch.")
     save_strategy: str = _argument("epoch", "When to write a checkpoint: no, steps, epoch or best.")
     save_total_limit: int | None = _argument(1, "Checkpoints kept beside the best one.")
@@ -213,7 +222,14 @@ class TransferArguments(TrainingArguments):
         metric: str | None = self.metric_for_best_model  # type: ignore[has-type]  # a field of TrainingArguments
         folder = self.output_dir
         _match_strategies(self)
+        schedule: str = self.lr_scheduler_type
+        if schedule in OWN_SCHEDULES:
+            self.lr_scheduler_type = "constant"  # Trainer knows none but its own
+            if self.lr_scheduler_kwargs:
+                raise UsageError(f"--lr_scheduler_kwargs: {schedule} takes none. Leave it out.")
         super().__post_init__()
+        if schedule in OWN_SCHEDULES:
+            self.lr_scheduler_type = schedule
         if self.precision == "fp32":
             self.mixed_precision = "no"  # the flag wins over the launcher
         self.metric_for_best_model, self.output_dir = metric, folder  # Trainer's choices would be loss, trainer_output
@@ -351,6 +367,8 @@ def parse(
     except (ValueError, ImportError) as error:  # TrainingArguments' own checks
         raise UsageError(_with_flag(" ".join(str(error).split()), vars(namespace), given)) from error
     object.__setattr__(arguments, "given", frozenset(given))
+    if arguments.lr_scheduler_type == "one_cycle" and "warmup_steps" not in given:
+        arguments.warmup_steps = _ONE_CYCLE_RISE
     expected = arguments_class.__dataclass_fields__["task"].default
     if arguments.task != expected and expected:
         raise UsageError(f"These settings are for the task {arguments.task!r}, but this recipe is for {expected!r}.")

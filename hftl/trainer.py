@@ -88,6 +88,16 @@ class TransferTrainer(Trainer):
                 self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Trainer's schedules, and those of `hftl.optim`."""
+        name = self.args.lr_scheduler_type
+        if self.lr_scheduler is None and name in optim.SCHEDULES:  # type: ignore[has-type]  # set by Trainer
+            rise = self.args.get_warmup_steps(num_training_steps)
+            shaped: Any = optim.schedule(name, optimizer or self.optimizer, num_training_steps, rise)
+            self.lr_scheduler = shaped
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def bare_model(self) -> Any:
         """The model as it was given, for another trainer or to be saved.
 

@@ -131,6 +131,11 @@ FLAGS = [
     Bad("value without a flag", f"{TEXT} rubbish", ("Unexpected argument 'rubbish'",)),
     Bad("unknown choice", f"{IMAGE} --augmentation mild", ("--augmentation", "'mild'", "light", "strong")),
     Bad("unknown choice of transformers", f"{TEXT} --lr_scheduler_type cosin", ("cosin", "--lr_scheduler_type")),
+    Bad(
+        "settings of a schedule that has none",
+        f"{TEXT} --lr_scheduler_type one_cycle --lr_scheduler_kwargs '{{{{\"a\": 1}}}}'",
+        ("--lr_scheduler_kwargs", "one_cycle"),
+    ),
     Bad("unknown choice of when", f"{TEXT} --eval_strategy sometimes", ("sometimes", "--eval_strategy", "epoch")),
     Bad("mixup of texts", f"{TEXT} --mixup 0.2", ("--mixup mixes pixels", "embeddings", "not supported")),
     Bad("mixup of nothing", f"{IMAGE} --mixup 0", ("--mixup must be above 0",)),
