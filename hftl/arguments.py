@@ -572,7 +572,8 @@ def _check_ranges(arguments: TransferArguments) -> None:
     """Values that argparse lets through and that mean nothing."""
     positive = ["num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "head_epochs"]
     positive += ["max_train_samples", "max_eval_samples", "learning_rate", "head_learning_rate", "lora_r", "lora_alpha"]
-    positive += ["shots", "repeats", "lora_blocks", "reinit_blocks", "feature_views", "feature_cache_gb", "mixup", "cutmix"]
+    positive += ["shots", "repeats", "lora_blocks", "reinit_blocks", "mixup", "cutmix"]
+    positive += ["feature_views", "feature_cache_gb"]
     positive += ["image_size", "image_cache_gb", "max_length", "gradient_accumulation_steps", "early_stopping_patience"]
     for name in positive:
         value = getattr(arguments, name, None)

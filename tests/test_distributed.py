@@ -98,13 +98,23 @@ TRAININGS = {
         "--loss=focal --word_dropout=0.2"
     ),
     "moving average of texts": "text_classification.py --dataset=texts --model=bert --average=ema",
+    "texts, near to the start": "text_classification.py --dataset=texts --model=bert --penalty=delta",
+    "texts, passed twice": "text_classification.py --dataset=texts --model=bert --penalty=twice.py:twice",
 }
+
+
+TWICE = """
+def twice(stage, model, batch, outputs):
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return (model(**inputs)["logits"] * outputs["logits"]).sum(dim=1).mean()
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TRAININGS)
 def test_two_processes_train_as_one(place: Path, kind: str) -> None:
     (place / "double.py").write_text(DOUBLE)
+    (place / "twice.py").write_text(TWICE)
     recipe, *flags = [*TRAININGS[kind].split(), *COMMON]
     launch(place, 1, recipe, *flags, f"--output_dir={kind}-1", "--per_device_train_batch_size=8")
     output = launch(place, 2, recipe, *flags, f"--output_dir={kind}-2", "--per_device_train_batch_size=4")
