@@ -583,6 +583,12 @@ def _check_ranges(arguments: TransferArguments) -> None:
         raise UsageError(f"--max_steps must be above 0, not {arguments.max_steps}.")
     if arguments.keep_head and str(arguments.model_name_or_path).startswith("random:"):
         raise UsageError("--keep_head: a model that is not pretrained has no trained head. Leave it out.")
+    for name, needed in (("eval_do_concat_batches", True), ("prediction_loss_only", False)):
+        if getattr(arguments, name) is not needed:
+            raise UsageError(f"--{name}: hftl scores an evaluation by all of its answers. Leave it out.")
+    for name in ("weight_decay", "max_grad_norm"):
+        if not 0 <= getattr(arguments, name) < float("inf"):
+            raise UsageError(f"--{name} must be a number from 0 on, not {getattr(arguments, name)}.")
     if arguments.output_dir is not None and not arguments.output_dir.strip():
         raise UsageError("--output_dir is empty: name a folder, or leave it out.")
     if arguments.time_budget is not None:

@@ -139,6 +139,8 @@ def load_splits(arguments: Any, modality: str) -> Splits:
     for role in parts:
         limit = _option(arguments, "max_train_samples" if role == "train" else "max_eval_samples")
         parts[role] = _limited(parts[role], limit, seed)
+    if len(np.unique(parts["train"]["label"])) < 2:
+        raise UsageError("--max_train_samples leaves one class only: take more.")
     parts = {role: parts[role] for role in ("train", "validation", "test") if role in parts}
     report = [f"data: {source.name}", *notes, *_content_notes(parts, modality), *_class_table(parts, label_names)]
     return Splits(parts["train"], parts["validation"], parts.get("test"), label_names, columns, report)
@@ -905,10 +907,11 @@ def _embedded(part: datasets.Dataset) -> bool:
 def _check_images(parts: dict[str, datasets.Dataset], skip: bool, notes: list[str]) -> dict[str, datasets.Dataset]:
     """Look for images that cannot be read: an error, or with `skip` they are dropped and counted."""
     total = sum(len(part) for part in parts.values())
-    if total > FULL_DECODE_LIMIT and any(_embedded(part) for part in parts.values()):
+    # What is left out must be known beforehand, whatever it takes.
+    full = total <= FULL_DECODE_LIMIT or skip
+    if not full and any(_embedded(part) for part in parts.values()):
         notes.append(f"images: {total} inside the data set, not checked")
         return parts
-    full = total <= FULL_DECODE_LIMIT
     bad: list[str] = []
     kept = {}
     with ThreadPoolExecutor(_threads()) as pool:
@@ -931,7 +934,7 @@ def _check_images(parts: dict[str, datasets.Dataset], skip: bool, notes: list[st
     if bad:
         notes.append(f"images: {len(bad)} of {total} cannot be read and are left out: {', '.join(bad[:3])}")
     elif not full:
-        notes.append(f"images: {total}, only their headers checked")
+        notes.append(f"images: {total}, only their headers checked (--skip_bad_files reads them whole)")
     return kept
 
 

@@ -13,6 +13,12 @@ class UsageError(Exception):
     """
 
 
+def without_worker(error: UsageError) -> UsageError:
+    """The error that a data worker raised, out of the report with its traceback that torch makes of it."""
+    _, report, message = str(error).rpartition(f"{UsageError.__module__}.{UsageError.__name__}: ")
+    return UsageError(message.strip()) if report else error
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """A sentence that suggests the nearest of `choices`, with a leading space; empty when none is near."""
     near = difflib.get_close_matches(name, list(choices), n=1)

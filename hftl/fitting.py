@@ -30,7 +30,7 @@ from hftl.averaging import check_averaging, interpolate, pretrained_weights
 from hftl.callbacks import LogFile, ReadableProgress, StopSignals
 from hftl.compute import wait_for_all
 from hftl.data import Splits
-from hftl.errors import UsageError
+from hftl.errors import UsageError, without_worker
 from hftl.features import KeptFeatures, check_wishes, keep_features, mostly_frozen, of_all_processes
 from hftl.folder import CHECKPOINTS, LOGS, METRICS, PARTIAL, PREDICTIONS, RECIPE, say
 from hftl.methods import Plan, Stage
@@ -165,9 +165,9 @@ def _train_plan(
         with folder.explained_disk_errors(path):
             try:
                 trainer, records, results = _run_stages(task, stages, plan.model, splits, data, [signals, *callbacks])
-            except UsageError:
+            except UsageError as error:
                 folder.discard_start(path)
-                raise
+                raise without_worker(error) from None
             if folder.is_main_process():
                 _write_run(task, trainer, splits, data, records, results)
             wait_for_all()
@@ -186,6 +186,10 @@ def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tr
     arguments.greater_is_better = better  # type: ignore[assignment]
     rows = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     steps = math.ceil(len(splits.train) / rows)
+    if arguments.dataloader_drop_last and len(splits.train) < rows:
+        raise UsageError(f"--dataloader_drop_last leaves none of {len(splits.train)} rows in batches of {rows}.")
+    if arguments.dataloader_prefetch_factor is not None and not arguments.dataloader_num_workers:
+        raise UsageError("--dataloader_prefetch_factor is for data workers, and there are none: leave it out.")
     stages = [
         dataclasses.replace(stage, epochs=max(stage.epochs, min(_MOST_EPOCHS, math.ceil(stage.least_steps / steps))))
         for stage in plan.stages
@@ -352,6 +356,7 @@ def _stage_trainer(
         disable_tqdm=True,  # our own progress takes the place of Trainer's
         label_smoothing_factor=0.0,  # it is in the loss
         dataloader_num_workers=0 if kept else arguments.dataloader_num_workers,  # there is nothing left to decode
+        dataloader_prefetch_factor=None if kept else arguments.dataloader_prefetch_factor,
         dataloader_persistent_workers=bool(arguments.dataloader_num_workers and not kept),
         restore_callback_states_from_checkpoint=True,  # or early stopping would count anew after an interruption
     )
@@ -386,7 +391,14 @@ def _finite_scores(task: ClassificationTask, stage: Stage, place: Path, result: 
     """Scores of an evaluation; before its checkpoint is written, a model that gives no numbers stops the run."""
     if not np.isfinite(result.predictions).all():
         raise diverged(f"The model's outputs are no finite numbers after training in stage {stage.name!r}", str(place))
-    return task.score(result.predictions, result.label_ids)
+    scores = task.score(result.predictions, result.label_ids)
+    metric = str(task.arguments.metric_for_best_model)
+    if metric not in {"loss", *scores}:
+        raise UsageError(
+            f"--metric_for_best_model {metric}: validation does not give it, since not every class is there. Take "
+            "another metric, or a larger validation split."
+        )
+    return scores
 
 
 def _first(logits: Any, labels: Any) -> torch.Tensor:

@@ -86,12 +86,27 @@ def check_output_folder(arguments: TransferArguments) -> None:
         if not interrupted and not (folder / RECIPE).is_file():
             raise UsageError(f"--output_dir {str(folder)!r} is not empty and holds no run: name another folder.")
         if arguments.overwrite:
+            _check_replaced(folder, arguments)
             return
         advice = "--resume goes on with it, " if interrupted else ""
         kind = "an interrupted run" if interrupted else "a run"
         raise UsageError(
             f"--output_dir {str(folder)!r} holds {kind}: {advice}--overwrite replaces it, or name another folder."
         )
+
+
+def _check_replaced(folder: Path, arguments: TransferArguments) -> None:
+    """Refuse to remove a folder that holds more than a run.
+
+    Raises:
+        UsageError: the data, the model or the working folder are in it.
+    """
+    named = {"--dataset": arguments.dataset_name, "--model": arguments.model_name_or_path, "this folder": "."}
+    for what, name in named.items():
+        if name and os.path.exists(name) and Path(name).resolve().is_relative_to(folder.resolve()):
+            raise UsageError(
+                f"--overwrite would remove {str(folder)!r} with {what} in it: name another folder with --output_dir."
+            )
 
 
 def _existing(path: Path) -> Path:
@@ -215,7 +230,8 @@ def check_space(folder: Path, needed: int) -> None:
         UsageError: less than `needed` bytes are free on the disk of `folder`.
     """
     free = shutil.disk_usage(_existing(folder)).free
-    if free < needed:
+    written = folder_bytes(folder / CHECKPOINTS) if folder.is_dir() else 0  # by the run that goes on, or is replaced
+    if free + written < needed:
         raise UsageError(
             f"No space for the run in {str(folder)!r}: its checkpoints and model need about {needed / 1e6:,.0f} MB and "
             f"{free / 1e6:,.0f} MB are free. Free some space, or name a folder on another disk with --output_dir."

@@ -72,7 +72,7 @@ def launch(main: Callable[..., Any], *arguments: Any) -> None:
         if type(error).__name__ != "Interrupted":
             raise
         _end(
-            f"Stopped by {error}. Go on with the same command and --resume (without it when no step was done yet).",
+            f"Stopped by {error}. Go on with the same command and --resume.",
             128 + error.number,  # type: ignore[attr-defined]
         )
     else:

@@ -97,10 +97,14 @@ class ExtraMetrics:
     def __call__(self, predictions: npt.NDArray[Any], labels: npt.NDArray[Any]) -> dict[str, float]:
         """The scores of predicted class ids against labels, both of shape (rows,)."""
         scores = {}
-        for metric in self.metrics.values():
-            result = metric.compute(predictions=predictions.tolist(), references=labels.tolist())
-            numbers = {name: value for name, value in result.items() if isinstance(value, int | float | np.number)}
-            scores.update({name: float(value) for name, value in numbers.items()})
+        for name, metric in self.metrics.items():
+            try:
+                result = metric.compute(predictions=predictions.tolist(), references=labels.tolist())
+            except Exception as error:
+                why = " ".join(str(error).split()) or type(error).__name__
+                raise UsageError(f"Metric {name!r} cannot score class ids: {why}") from error
+            numbers = {key: value for key, value in result.items() if isinstance(value, int | float | np.number)}
+            scores.update({key: float(value) for key, value in numbers.items()})
         return scores
 
 

@@ -116,6 +116,19 @@ def with_model(model: str, task: str = "text", data: str = "table") -> str:
     return f"train {task}-classification --model {model} --dataset {{{data}}} --output_dir out"
 
 
+METRIC = """
+import datasets
+import evaluate
+
+
+class Mine(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("int32"), "references": datasets.Value("int32")})
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references):
+        raise RuntimeError("no idea")
+"""
 METHOD = "import hftl\n\n\ndef my_method(model, arguments):\n    return 7\n"
 
 FLAGS = [
@@ -125,6 +138,17 @@ FLAGS = [
     Bad("unknown flag", f"{TEXT} --learning_rat 1e-4", ("Unknown flag --learning_rat", "'learning_rate'")),
     Bad("flag of another task", f"{TEXT} --image_size 64", ("Unknown flag --image_size",)),
     Bad("no room for a text", f"{TEXT} --max_length 2", ("--max_length 2 leaves no room", "2 special tokens")),
+    Bad("answers one by one", f"{TEXT} --eval_do_concat_batches false", ("--eval_do_concat_batches", "Leave it out")),
+    Bad("only the loss", f"{TEXT} --prediction_loss_only true", ("--prediction_loss_only", "Leave it out")),
+    Bad("negative decay", f"{TEXT} --weight_decay -1", ("--weight_decay", "from 0 on, not -1")),
+    Bad("clipping at no number", f"{TEXT} --max_grad_norm nan", ("--max_grad_norm", "not nan")),
+    Bad(
+        "no whole batch",
+        f"{TEXT} --dataloader_drop_last true --per_device_train_batch_size 99",
+        ("--dataloader_drop_last",),
+    ),
+    Bad("prefetch without workers", f"{TEXT} --dataloader_prefetch_factor 2", ("--dataloader_prefetch_factor",)),
+    Bad("one row of train", f"{TEXT} --max_train_samples 1", ("--max_train_samples leaves one class only",)),
     Bad("no steps", f"{TEXT} --max_steps 0", ("--max_steps", "above 0")),
     Bad("a GPU that is not there", f"{TEXT} --use_cpu false", ("--use_cpu false", "GPU"), patch=no_gpu),
     Bad("flag without its value", f"{TEXT} --seed", ("--seed", "expected one argument")),
@@ -557,6 +581,12 @@ FOLDERS = [
         "{stopped} --output_dir {interrupted} --resume --learning_rate 0.5 --seed 7",
         ("learning_rate was", "is 0.5", "seed was 42, is 7", "--overwrite"),
     ),
+    Bad(
+        "folder with the data in it",
+        "train text-classification --model {bert} --dataset out/t.csv --output_dir out --overwrite",
+        ("--overwrite would remove 'out' with --dataset in it",),
+        {"out/t.csv": table(), "out/recipe.yaml": "task: text-classification\n"},
+    ),
     Bad("no space", TEXT, ("No space for the run in 'out'", "are free", "--output_dir"), patch=full_disk),
     Bad("fp16 without a GPU", f"{TEXT} --fp16", ("--fp16 needs a GPU",), patch=no_gpu),
     Bad(
@@ -574,6 +604,12 @@ FOLDERS = [
     Bad("fp16 of the launcher", TEXT, ("fp16", "needs a GPU"), patch=half_precision_launched),
     Bad("processes started apart", TEXT, ("2 processes", "accelerate launch"), patch=started_apart),
     Bad("file that is no metric", f"{TEXT} --metrics ./mine.py", ("./mine.py",), {"mine.py": "x = 1\n"}),
+    Bad(
+        "metric that fails",
+        f"{TEXT} --metrics ./mine",
+        ("Metric 'mine' cannot score class ids: no idea",),
+        {"mine/mine.py": METRIC},
+    ),
     Bad("unknown metric", f"{TEXT} --metrics ./no_metric", ("Metric './no_metric'", "accuracy", "evaluate.load")),
     Bad(
         "unknown best metric",

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sklearn.datasets
+import small_data
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -23,7 +24,7 @@ from tiny_models import write_timm_folder, write_tiny_image_model
 from transformers import pipeline
 
 import hftl
-from hftl import fitting, images
+from hftl import cli, fitting, images
 from hftl.errors import UsageError
 from hftl.image_cache import picture_key
 from hftl.tasks.image_classification import ImageClassification, decoded_side, training_side
@@ -436,3 +437,32 @@ def test_memory_does_not_grow_with_the_folder(place: Path, tmp_path: Path) -> No
         metrics = json.loads((tmp_path / f"run{count}" / "metrics.json").read_text())
         peak[count] = metrics["train"]["peak_memory_mb"]
     assert peak[4000] < 1.1 * peak[200], peak
+
+
+def torn_among_many(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A data set so large that only headers are checked, with one JPEG without its end, and flags to train on it."""
+    monkeypatch.setattr("hftl.data.FULL_DECODE_LIMIT", 5)
+    small_data.write_images(folder / "images", {"train": 6, "val": 2})
+    torn = folder / "images" / "train" / "blue" / "torn.jpg"
+    Image.effect_noise((64, 64), 60).convert("RGB").save(torn)
+    torn.write_bytes(torn.read_bytes()[:-900])
+    flags = ["--model=random:resnet18", "--image_size=32", f"--dataset={folder / 'images'}", "--report_to=none"]
+    flags += ["--num_train_epochs=1", "--dataloader_num_workers=1", f"--output_dir={folder / 'run'}"]
+    return ["train", "image-classification", *flags]
+
+
+def test_a_torn_image_that_a_worker_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, as if it had been found before, rather than the worker's traceback."""
+    with pytest.raises(UsageError) as error:
+        cli._run(torn_among_many(tmp_path, monkeypatch))
+    assert "torn.jpg cannot be read as an image" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_files_are_skipped_however_many_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli._run([*torn_among_many(tmp_path, monkeypatch), "--skip_bad_files"])
+    assert "1 of 25 cannot be read and are left out" in capsys.readouterr().out
+    assert (tmp_path / "run" / "metrics.json").is_file()

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 import hftl
 from hftl import cli
-from hftl.folder import check_output_folder, default_output_dir, resume_settings
+from hftl.folder import check_output_folder, check_space, default_output_dir, resume_settings
 
 
 @pytest.fixture(scope="module")
@@ -333,3 +334,22 @@ def test_save_follows_evaluation() -> None:
     assert (steps.save_strategy, steps.save_steps) == ("steps", 7)
     saves = hftl.parse(hftl.TextArguments, ["--save_strategy=steps", "--save_steps=5"])
     assert (saves.eval_strategy, saves.eval_steps) == ("steps", 5)
+
+
+def test_room_for_checkpoints_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a stopped run has written is room for the run that goes on."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "weights").write_bytes(bytes(600))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=500))
+    check_space(tmp_path / "run", 1000)
+    with pytest.raises(hftl.UsageError, match="No space"):
+        check_space(tmp_path / "run", 1200)
+
+
+def test_best_metric_that_validation_does_not_give(tmp_path: Path) -> None:
+    small_data.write_texts(tmp_path / "texts", {"train": 12})
+    (tmp_path / "texts" / "validation.csv").write_text("text,label\na good day,good\nthe good film,good\n")
+    flags = {"metric_for_best_model": "roc_auc", "output_dir": tmp_path / "run", "num_train_epochs": 1}
+    with pytest.raises(hftl.UsageError, match="roc_auc: validation does not give it"):
+        hftl.finetune("text-classification", model="random:bert", dataset=tmp_path / "texts", **flags)
+    assert not (tmp_path / "run").exists()
