@@ -220,15 +220,9 @@ class GreedySoup(Averaging):
         return [path for _, _, path in sorted(ranked)]
 
     def finish(self) -> dict[str, Any]:
-        """Cook: the best, and each further one that keeps or raises the score.
-
-        Raises:
-            UsageError: no evaluation took place.
-        """
+        """Cook: the best, and each further one that keeps or raises the score. There is one: Trainer evaluates last."""
         wait_for_all()
         trainer, tried = self.trainer, self._ingredients()
-        if not tried:
-            raise UsageError("--average soup: the training was over before its first evaluation. Lower --eval_steps.")
         best, evaluation = -math.inf, None
         chosen: list[int] = []
         mean: Tensors = {}

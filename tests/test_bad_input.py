@@ -178,11 +178,6 @@ FLAGS = [
         ("--average soup", "--eval_strategy epoch"),
     ),
     Bad(
-        "soup of nothing",
-        f"{TEXT} --average soup --max_steps 1 --eval_strategy steps --load_best_model_at_end no --save_strategy no",
-        ("--average soup", "before its first evaluation", "--eval_steps"),
-    ),
-    Bad(
         "solved head averaged",
         f"{TEXT} --method frozen --average ema --head_solver lbfgs",
         ("--head_solver lbfgs", "--average ema"),
