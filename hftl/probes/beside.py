@@ -31,8 +31,9 @@ _PENALTIES = (1e-4, 1e-2, 1.0, 100.0)
 #: above so many rows a pass over all of them for each step of L-BFGS is slower than Adam's small batches
 _ROWS_FOR_LBFGS = 10_000
 #: Tip-Adapter's alpha and beta; 0 is the linear head alone. The paper starts from 1 and 5.5, with sums over 16 shots a
-#: class, which are means here, so that the same alpha suits any number of them
-_BLENDS, _FOCUSES = (0.0, 1.0, 3.0, 10.0, 30.0), (1.0, 3.0, 5.5, 10.0, 30.0)
+#: class, which are means here, so that the same alpha suits any number of them. Its cosines are those of CLIP, near 1;
+#: texts of a sentence encoder have 0.2 or so, of which little is left, hence the large ones
+_BLENDS, _FOCUSES = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0), (1.0, 3.0, 5.5, 10.0, 30.0)
 #: numbers of a matrix of rows against all kept rows held at once
 _PIECE = 2**24
 
