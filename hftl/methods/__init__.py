@@ -44,7 +44,7 @@ METHOD_ARGUMENTS = {
     },
     "lora": {
         "learning_rate", "head_learning_rate", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
-        "lora_blocks",
+        "lora_blocks", "layer_decay",
     },
     "lp_ft": {
         "learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "head_epochs", "reinit_blocks", *_PENALTY,

@@ -41,9 +41,7 @@ def lora(model: nn.Module, arguments: TransferArguments) -> Plan:
     adapted.peft_config["default"].base_model_name_or_path = public_name(arguments.model_name_or_path)
     names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     names = [name for name in names if not backbones.is_below_any(backbones.plain_name(adapted, name), pooling)]
-    stage = replace(
-        make_stage(arguments, "adapters", names, rates.adapters, rates.head), batch_norm="frozen", layer_decay=1.0
-    )
+    stage = replace(make_stage(arguments, "adapters", names, rates.adapters, rates.head), batch_norm="frozen")
     settings |= {"learning_rate": rates.adapters, "head_learning_rate": rates.head}
     return Plan(adapted, (stage,), settings)
 
