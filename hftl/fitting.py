@@ -278,7 +278,7 @@ def _run_stages(
             if kept is not None:
                 after.callback(kept.release)  # also where the stage fails, or a second fit would keep what stubs give
             trainer = _stage_trainer(task, stage, model, splits, rows, index, kept, is_last)
-            _check_sharding(task.arguments, trainer, model)
+            _check_sharding(task.arguments, trainer, model, stages)
             for callback in callbacks:
                 trainer.add_callback(callback)
             final = Path(str(trainer.args.output_dir), "final")
@@ -572,7 +572,9 @@ def _write_run(
         shutil.rmtree(path / CHECKPOINTS)
 
 
-def _check_sharding(arguments: TransferArguments, trainer: TransferTrainer, model: nn.Module) -> None:
+def _check_sharding(
+    arguments: TransferArguments, trainer: TransferTrainer, model: nn.Module, stages: list[Stage]
+) -> None:
     """Refuse what needs whole weights in each process, where they are sharded.
 
     Raises:
@@ -580,10 +582,13 @@ def _check_sharding(arguments: TransferArguments, trainer: TransferTrainer, mode
     """
     if not _is_sharded(trainer):
         return
-    if hasattr(model, "peft_config"):
-        raise UsageError("--method lora does not work with FSDP or DeepSpeed yet: use multi_gpu.yaml.")
-    if trainer.stage.penalty is not None:
-        raise UsageError("--penalty does not work with FSDP or DeepSpeed yet: use multi_gpu.yaml.")
+    needs_all = {
+        "--method lora": hasattr(model, "peft_config"),
+        "--method surgical": any(stage.choose is not None for stage in stages),
+        "--penalty": any(stage.penalty is not None for stage in stages),
+    }
+    for what in (name for name, found in needs_all.items() if found):
+        raise UsageError(f"{what} does not work with FSDP or DeepSpeed yet: use multi_gpu.yaml.")
     if arguments.average != "none" or arguments.wise_ft:
         flag = "--wise_ft" if arguments.wise_ft else f"--average {arguments.average}"
         raise UsageError(

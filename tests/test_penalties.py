@@ -216,6 +216,18 @@ def test_the_penalty_is_in_training_and_not_in_evaluation(tmp_path: Path) -> Non
     assert scores[1][1] > 100 * scores[0][1]
 
 
+@pytest.mark.parametrize("penalty", penalties.PENALTIES)
+def test_penalties_in_half_precision(penalty: str, tmp_path: Path) -> None:
+    model = fresh("bert")
+    stage = stage_of(penalty, model, *RATES)
+    trainer = tiny_trainer(model, stage, tmp_path, "--bf16", "--max_steps=2")
+    before = every_tensor(model)
+    trainer.train()
+    after = every_tensor(model)
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    assert all(tensor.isfinite().all() and tensor.dtype is before[key].dtype for key, tensor in after.items())
+
+
 def test_a_strong_penalty_keeps_the_weights_where_they_started(tmp_path: Path) -> None:
     distances = []
     for weight in ("0", "100"):

@@ -291,6 +291,10 @@ def test_sharded_model_is_saved_from_what_was_gathered(place: Path, monkeypatch:
     with pytest.raises(hftl.UsageError, match="lora does not work with FSDP"):
         hftl.finetune("text-classification", **common, method="lora", output_dir=place / "sharded-lora")
     assert not (place / "sharded-lora").exists()
+    for flags, words in (({"method": "surgical"}, "--method surgical"), ({"penalty": "bss"}, "--penalty")):
+        with pytest.raises(hftl.UsageError, match=f"{words} does not work with FSDP"):
+            hftl.finetune("text-classification", **common, **flags, output_dir=place / "sharded-other")
+        assert not (place / "sharded-other").exists()
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "lp_ft"])
