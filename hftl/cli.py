@@ -1,4 +1,4 @@
-"""The command line: `hftl train | predict | evaluate | push | ls | cp | cache`.
+"""The command line: `hftl train | predict | evaluate | rank | push | ls | cp | cache`.
 
 Nothing here imports torch before a command needs it.
 """
@@ -52,6 +52,7 @@ def _run(argv: list[str]) -> None:
         "ls": _list,
         "cp": _copy,
         "cache": _cache,
+        "rank": _rank,
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(_HELP)
@@ -72,6 +73,8 @@ Fine-tune pretrained models with the Hugging Face stack.
   hftl train --config RUN/recipe.yaml --output_dir NEW
   hftl predict RUN INPUT            a file, a folder, or a text; --output out.csv
   hftl evaluate RUN --dataset D     scores on labelled data; --split NAME
+  hftl rank --task TASK --models A B C --dataset D
+                                    which model suits the data, without training; --output table.csv
   hftl push RUN REPOSITORY          to the Hub; --private
   hftl ls                           the recipes and configurations that come with hftl
   hftl cp RECIPE my_recipe.py       a copy of a recipe, to change
@@ -254,6 +257,24 @@ def _columns(options: argparse.Namespace, run: Run) -> dict[str, str]:
         if name is not None and not hasattr(run.task.arguments, f"{role}_column"):
             raise UsageError(f"--{role}_column does not belong to the task {run.task.name} of this run.")
     return {role: name for role, name in named.items() if name is not None}
+
+
+def _rank(argv: list[str]) -> None:
+    parser = _Parser(
+        prog="hftl rank",
+        description="Which model suits the data, before any is trained. Other flags: as for hftl train.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--task", required=True, choices=tuple(TASKS))
+    parser.add_argument("--models", required=True, nargs="+", metavar="MODEL", help="as --model; for images MODEL@SIDE")
+    parser.add_argument("--by", default="logme", choices=("logme", "probe", "h_score", "transrate", "leep", "nce"))
+    parser.add_argument("--output", help="CSV file to write, beside the table that is printed")
+    options, rest = parser.parse_known_args(argv)
+    _check_output(options.output)
+    with quick_imports():
+        from hftl import ranking
+
+    ranking.main(options.task, options.models, rest, options.by, options.output)
 
 
 def _push(argv: list[str]) -> None:

@@ -650,7 +650,21 @@ RUNS = [
     Bad("copy into no folder", "cp image_classification no/my.py", ("there is no folder 'no'",)),
 ]
 
-TABLE = [*FLAGS, *METHODS, *MODELS, *DATA, *FOLDERS, *RUNS]
+RANK = "rank --task text-classification --models {bert} --dataset"
+CHOOSING = [
+    Bad("rank without a task", "rank --models {bert} --dataset {table}", ("--task", "hftl --help")),
+    Bad("rank without models", "rank --task text-classification --dataset {table}", ("--models",)),
+    Bad("rank without data", RANK[:-10], ("--dataset is missing",)),
+    Bad("rank of an unknown task", "rank --task text --models a --dataset b", ("'text'", "text-classification")),
+    Bad("rank of a model that is not there", f"{RANK} {{table}} --models ./brt", ("'./brt'", "no such folder")),
+    Bad("rank by no measure", f"{RANK} {{table}} --by accuracy", ("--by", "'accuracy'", "logme")),
+    Bad("rank by a head that is not there", f"{RANK} {{table}} --by leep", ("--by leep", "no trained head")),
+    Bad("rank with one class", f"{RANK} t.csv", ("t.csv", "one class"), {"t.csv": "text,label\na,x\nb,x\nc,x\n"}),
+    Bad("rank into no folder", f"{RANK} {{table}} --output no/t.csv", ("--output", "there is no folder 'no'")),
+    Bad("rank with an unknown flag", f"{RANK} {{table}} --max_train_sample 5", ("Did you mean 'max_train_samples'",)),
+]
+
+TABLE = [*FLAGS, *METHODS, *MODELS, *DATA, *FOLDERS, *RUNS, *CHOOSING]
 
 
 # ---- what the commands name -----------------------------------------------------------------------------------------

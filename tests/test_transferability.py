@@ -81,7 +81,9 @@ def test_leep_and_nce_written_out() -> None:
     theta = source_head(40)
     classes = sorted(set(labels))
     joint = {
-        (y, z): sum(theta[i, z] for i in range(40) if labels[i] == y) / 40 for y in classes for z in range(theta.shape[1])
+        (y, z): sum(theta[i, z] for i in range(40) if labels[i] == y) / 40
+        for y in classes
+        for z in range(theta.shape[1])
     }
     of_source = {z: sum(joint[y, z] for y in classes) for z in range(theta.shape[1])}
     expected = 0.0
@@ -172,7 +174,9 @@ def test_leep_and_nce_do_not_depend_on_the_order_of_classes() -> None:
     theta = source_head(40)
     swapped = np.array([1, 2, 0])[labels]
     assert scores.leep(theta[:, ::-1], swapped) == pytest.approx(scores.leep(theta, labels))
-    assert scores.nce((7 - theta.argmax(axis=1)) * 5, swapped) == pytest.approx(scores.nce(theta.argmax(axis=1), labels))
+    assert scores.nce((7 - theta.argmax(axis=1)) * 5, swapped) == pytest.approx(
+        scores.nce(theta.argmax(axis=1), labels)
+    )
 
 
 @pytest.mark.parametrize("name", SCORES)

@@ -1,0 +1,285 @@
+"""Which of several models suits a data set, before any is trained: `hftl rank`.
+
+Every model runs once over the training rows (from the cache of features where it did before); the scores are those of
+`hftl.transferability`. Neither validation nor test is looked at.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import re
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hftl import backbones, compute, data, folder, pretrained, transferability
+from hftl.arguments import ArgumentsType, parse, set_precision
+from hftl.data import Splits
+from hftl.errors import UsageError
+from hftl.features import HeadInputs, PooledFeatures, pooled
+from hftl.folder import say
+from hftl.methods.parts import frozen
+from hftl.metrics import softmax
+from hftl.tasks import find_task
+from hftl.tasks.classification import ClassificationTask
+from hftl.trainer import prepare_modules
+
+#: scores that models can be ranked by
+MEASURES = ("logme", "probe", "h_score", "transrate", "leep", "nce")
+#: a model that is so many times as fast is worth naming
+_FASTER = 1.25
+#: beside the shards of features: how fast they come
+_SPEED = "speed.json"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model and its scores; LEEP and NCE are None where it has no trained head of its own.
+
+    Attributes:
+        rank: from 1.
+        model: as it was named.
+        logme: see `hftl.transferability`, as the next ones.
+        parameters: of the backbone and the fresh head.
+        features_per_second: rows through the model, in the precision that suits it here.
+    """
+
+    rank: int
+    model: str
+    logme: float
+    h_score: float
+    transrate: float
+    leep: float | None
+    nce: float | None
+    probe: float
+    parameters: int
+    features_per_second: float
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """What a model makes of the training rows: features of shape (rows, width), class ids of shape (rows,)."""
+
+    task: ClassificationTask
+    model: nn.Module
+    source: PooledFeatures
+    features: np.ndarray[Any, Any]
+    labels: np.ndarray[Any, Any]
+    seconds_a_row: float
+
+
+def rank(
+    task_name: str, models: Sequence[str], tokens: Sequence[str], by: str = "logme"
+) -> tuple[list[Candidate], int, str]:
+    """Rank models for a data set.
+
+    Args:
+        task_name: of a built-in task.
+        models: as `--model`; for images also `MODEL@SIDE`, at another image size.
+        tokens: flags as for `hftl train`, `--dataset` among them.
+        by: one of `MEASURES`.
+
+    Returns:
+        The models, the best first; the rows that they were scored on; the name of the data set.
+
+    Raises:
+        UsageError: the data or a model cannot be used, or by LEEP or NCE where a model has no trained head.
+    """
+    task_class = find_task(task_name)
+    settings = [parse(task_class.arguments_class, [*tokens, *_model_tokens(task_name, name)]) for name in models]
+    for arguments in settings:
+        _check(arguments)
+    splits = load_rows(settings[0], task_class.modality)
+    candidates, started = [], time.perf_counter()
+    scoring = 0.0
+    for name, arguments in zip(models, settings, strict=True):
+        found = features_of(task_class(arguments), splits)
+        before = time.perf_counter()
+        candidates.append(_scored(name, found))
+        scoring += time.perf_counter() - before
+        say(f"{name}: {time.perf_counter() - started:.1f} s")
+        started = time.perf_counter()
+    say(f"scored in {scoring:.1f} s on {len(splits.train):,} rows")
+    without = [entry.model for entry in candidates if getattr(entry, by) is None]
+    if without:
+        raise UsageError(f"--by {by}: {without[0]} has no trained head of its own. Use another measure, such as logme.")
+    candidates.sort(key=lambda entry: -getattr(entry, by))
+    ranked = [dataclasses.replace(entry, rank=number) for number, entry in enumerate(candidates, start=1)]
+    return ranked, len(splits.train), str(settings[0].dataset_name)
+
+
+def _model_tokens(task_name: str, name: str) -> list[str]:
+    """`MODEL@SIDE` as flags."""
+    sized = re.fullmatch(r"(.+)@(\d+)", name) if task_name == "image-classification" else None
+    return [f"--model={sized[1]}", f"--image_size={sized[2]}"] if sized else [f"--model={name}"]
+
+
+def _check(arguments: ArgumentsType) -> None:
+    """Refuse what needs no data to be refused, before the first model runs.
+
+    Raises:
+        UsageError: as said.
+    """
+    if not arguments.dataset_name:
+        raise UsageError("--dataset is missing: name a folder, a table, a Hub id or builtin:NAME.")
+    if arguments.world_size > 1:
+        raise UsageError("This works in one process: start it without accelerate launch.")
+    pretrained.check_model_name(arguments.model_name_or_path)
+
+
+def load_rows(arguments: ArgumentsType, modality: str) -> Splits:
+    """The data with its report, without the test split.
+
+    Raises:
+        UsageError: as `data.load_splits`, or train holds one class alone.
+    """
+    splits = data.load_splits(arguments, modality)
+    for line in splits.report:
+        say(line)
+    return dataclasses.replace(splits, test=None)
+
+
+def features_of(task: ClassificationTask, splits: Splits) -> Pooled:
+    """The features of all training rows, from the cache or computed now, and how fast they come.
+
+    In the precision that a training of the head alone would have, which then finds them in the cache.
+
+    Raises:
+        UsageError: the model cannot be used.
+    """
+    arguments = task.arguments
+    _check(arguments)
+    model = task.build_model(splits)
+    (stage,) = frozen(model, arguments).stages
+    compute.share_threads(on_cpu=arguments.device.type == "cpu")
+    if backbones.is_convolutional(model):
+        model.to(memory_format=torch.channels_last)
+    model.to(arguments.device)
+    prepare_modules(model, stage)
+    rows: Any = task.dataset(splits.train, training=False)
+    batch = compute.typical_batch(rows, task.collate)
+    batch = {name: value.to(arguments.device) for name, value in batch.items()}
+    passes = len(rows) * stage.epochs
+    set_precision(arguments, compute.choose_precision(model, batch, training=False, rows=passes, arguments=arguments))
+    source, kept = pooled(task, stage, model, rows)
+    features, labels = kept.matrix()
+    speed = kept.shards.folder / _SPEED
+    if not speed.is_file():
+        folder.write_json(speed, compute.seconds_a_row(model, batch, False, arguments.precision))
+    return Pooled(task, model, source, features.numpy(), labels.numpy(), json.loads(speed.read_text(encoding="utf-8")))
+
+
+def _scored(name: str, found: Pooled) -> Candidate:
+    spectrum = transferability.decompose(transferability.with_constant(found.features))
+    said = head_probabilities(found)
+    return Candidate(
+        rank=0,
+        model=name,
+        logme=transferability.logme(spectrum, found.labels),
+        h_score=transferability.h_score(spectrum, found.labels),
+        transrate=transferability.transrate(spectrum, found.labels),
+        leep=None if said is None else transferability.leep(said, found.labels),
+        nce=None if said is None else transferability.nce(said.argmax(axis=1), found.labels),
+        probe=transferability.linear_probe(spectrum, found.labels),
+        parameters=sum(parameter.numel() for parameter in found.model.parameters()),
+        features_per_second=1 / found.seconds_a_row,
+    )
+
+
+def head_probabilities(found: Pooled) -> np.ndarray[Any, Any] | None:
+    """What the model's own trained head says of the rows, shape (rows, its classes); None where it has none."""
+    arguments = found.task.arguments
+    name = str(arguments.model_name_or_path)
+    if name.startswith("random:") or isinstance(found.source, HeadInputs):
+        return None
+    place = pretrained.find_model(name)
+    with pretrained.explained_load(name, found.task.auto_class):
+        model, report = found.task.auto_class.from_pretrained(
+            place, output_loading_info=True, dtype=torch.float32, **pretrained.hub_options(arguments, place)
+        )
+    layer = model.get_submodule(found.source.name)
+    fresh = any(backbones.is_below_any(key, (found.source.name,)) for key in report["missing_keys"])
+    if fresh or layer.out_features < 2:
+        return None
+    with torch.no_grad():
+        return softmax(layer(torch.from_numpy(found.features)).numpy())
+
+
+_COLUMNS = {
+    "rank": "rank", "model": "model", "logme": "LogME", "h_score": "H-score", "transrate": "TransRate", "leep": "LEEP",
+    "nce": "NCE", "probe": "probe", "parameters": "parameters", "features_per_second": "features/s",
+}  # fmt: skip
+
+
+def table(candidates: Sequence[Candidate]) -> str:
+    """The models, one a line."""
+    lines = [list(_COLUMNS.values()), *([_shown(getattr(entry, name)) for name in _COLUMNS] for entry in candidates)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if place == 1 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.4f}"
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def as_csv(candidates: Sequence[Candidate]) -> str:
+    """The same table with all digits, as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    writer.writerows(dataclasses.astuple(entry) for entry in candidates)
+    return text.getvalue()
+
+
+def recommendation(candidates: Sequence[Candidate], rows: int, by: str, task_name: str, dataset: str) -> str:
+    """Which model to take, why, and the faster ones that are as good as far as the rows can tell."""
+    best = candidates[0]
+    error = math.sqrt(best.probe * (1 - best.probe) / rows)
+    reason = f"highest {_COLUMNS[by]}" + (
+        "" if by == "probe" else f"; its probe is right on {best.probe:.4f} of the rows"
+    )
+    lines = [f"recommended: {best.model} ({reason})"]
+    faster = [
+        entry
+        for entry in candidates[1:]
+        if entry.probe >= best.probe - error and entry.features_per_second >= _FASTER * best.features_per_second
+    ]
+    for entry in sorted(faster, key=lambda entry: -entry.features_per_second)[:1]:
+        times = entry.features_per_second / best.features_per_second
+        lines.append(
+            f"in a hurry: {entry.model} ({times:.1f} times the speed, its probe {entry.probe:.4f} is not worse by more "
+            f"than the standard error of {error:.4f})"
+        )
+    if by != "probe" and max(entry.probe for entry in candidates) > best.probe + error:
+        top = max(candidates, key=lambda entry: entry.probe)
+        lines.append(f"but: the probe prefers {top.model} ({top.probe:.4f}): try both")
+    flags = " ".join(map(shlex.quote, [*_model_tokens(task_name, best.model), f"--dataset={dataset}"]))
+    lines.append(f"next: hftl train {task_name} {flags}, or hftl advise with the same")
+    return "\n".join(lines)
+
+
+def main(task_name: str, models: Sequence[str], tokens: Sequence[str], by: str, output: str | None) -> None:
+    """`hftl rank`: the table, the recommendation, and the file that was asked for."""
+    candidates, rows, dataset = rank(task_name, models, tokens, by)
+    say(f"\n{table(candidates)}\n\n{recommendation(candidates, rows, by, task_name, dataset)}")
+    if output is not None:
+        folder.write_text(Path(output), as_csv(candidates))

@@ -1,0 +1,129 @@
+"""`hftl rank`: from models and data to a table, without the test split."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_data import write_images, write_texts
+from tiny_models import write_timm_folder, write_tiny_image_model, write_tiny_text_model
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+
+from hftl import cli, ranking, transferability
+from hftl.tasks.image_classification import ImageClassification
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    torch.manual_seed(0)
+    write_timm_folder(folder / "resnet", "resnet18", channels=[8, 8, 8, 8], stem_width=8)
+    write_tiny_image_model(folder / "vit")
+    write_images(folder / "data", {"train": 12, "validation": 4, "test": 5})
+    return folder
+
+
+def rank(*arguments: Any) -> None:
+    cli._run(["rank", *map(str, arguments)])
+
+
+def test_a_table_from_train_alone(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: set[int] = set()
+    dataset = ImageClassification.dataset
+    monkeypatch.setattr(
+        ImageClassification, "dataset", lambda *all, **more: seen.add(len(all[1])) or dataset(*all, **more)
+    )
+    models = [images / "vit", images / "resnet", f"{images / 'resnet'}@32"]
+    flags = ["--task=image-classification", "--dataset", images / "data", "--output", tmp_path / "table.csv"]
+    rank(*flags, "--models", *models)
+    assert seen == {36}  # of 12 a class; validation and test have other numbers
+    with (tmp_path / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["rank"] for row in rows] == ["1", "2", "3"]
+    assert {row["model"] for row in rows} == set(map(str, models))
+    scores = [float(row["logme"]) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    assert len(set(scores)) == 3  # another size gives other features
+    for row in rows:
+        assert (row["leep"] == "") == (row["nce"] == "") == row["model"].endswith("vit")
+        assert float(row["features_per_second"]) > 0
+        assert 1 / 3 < float(row["probe"]) <= 1
+    printed = capsys.readouterr().out
+    assert f"recommended: {rows[0]['model']} (highest LogME" in printed
+    assert [line.split()[4] == "-" for line in printed.splitlines() if line.strip()[:1] in "123" and "/vit" in line]
+
+    rank(*flags, "--models", *models, "--by", "probe")
+    again = capsys.readouterr().out
+    assert "(all in the cache)" in again
+    assert "to compute)" not in again
+    with (tmp_path / "table.csv").open() as file:
+        by_probe = {row["model"]: row for row in csv.DictReader(file)}
+    for row in rows:
+        assert {**by_probe[row["model"]], "rank": row["rank"]} == row
+
+
+def test_scores_are_those_of_the_models_own_outputs(images: Path) -> None:
+    """LEEP from the probabilities that plain transformers gives, LogME from what enters its output layer."""
+    tokens = [f"--dataset={images / 'data'}", "--feature_cache_dtype=float32"]
+    (found,), rows, _ = ranking.rank("image-classification", [str(images / "resnet")], tokens)
+    assert rows == 36
+    model = AutoModelForImageClassification.from_pretrained(images / "resnet").eval()
+    task = ImageClassification(
+        ranking.parse(ImageClassification.arguments_class, [f"--model={images / 'resnet'}", *tokens])
+    )
+    splits = ranking.load_rows(task.arguments, "image")
+    task.build_model(splits)
+    data: Any = task.dataset(splits.train, training=False)
+    batch = task.collate([data[index] for index in range(36)])
+    labels = batch.pop("labels").numpy()
+    entered: list[torch.Tensor] = []
+    model.get_submodule("timm_model.fc").register_forward_pre_hook(lambda _, values: entered.append(values[0]))
+    with torch.no_grad():
+        probabilities = model(**batch).logits.softmax(dim=1).numpy()
+    assert probabilities.shape == (36, 5)
+    assert found.leep == pytest.approx(transferability.leep(probabilities, labels), abs=1e-4)
+    assert found.nce == pytest.approx(transferability.nce(probabilities.argmax(axis=1), labels), abs=1e-6)
+    spectrum = transferability.decompose(transferability.with_constant(entered[0].numpy()))
+    assert found.transrate == pytest.approx(transferability.transrate(spectrum, labels), rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "gpt2"])
+def test_text_models_whatever_their_head(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiny_text_model(tmp_path / kind, kind)
+    write_texts(tmp_path / "data", {"train": 24, "validation": 8, "test": 8})
+    rank("--task", "text-classification", "--models", tmp_path / kind, "--dataset", tmp_path / "data")
+    printed = capsys.readouterr().out
+    assert "recommended: " in printed
+    assert "24 examples" in printed
+
+
+def test_what_enters_a_head_of_several_layers_is_the_mean_of_the_real_tokens(tmp_path: Path) -> None:
+    write_tiny_text_model(tmp_path / "roberta", "roberta")
+    write_texts(tmp_path / "data", {"train": 24, "validation": 8})
+    from hftl.tasks.text_classification import TextClassification
+
+    flags = [f"--model={tmp_path / 'roberta'}", f"--dataset={tmp_path / 'data'}", "--feature_cache_dtype=float32"]
+    task = TextClassification(ranking.parse(TextClassification.arguments_class, flags))
+    splits = ranking.load_rows(task.arguments, "text")
+    found = ranking.features_of(task, splits)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "roberta").eval()
+    for row in range(3):
+        inputs = task.processor(splits.train[row]["text"], return_tensors="pt")
+        with torch.no_grad():
+            tokens = plain.roberta(**inputs).last_hidden_state[0]
+        assert np.allclose(found.features[row], tokens.mean(dim=0).numpy(), atol=1e-5)
+
+
+def test_help_names_the_command_and_imports_no_torch() -> None:
+    code = "import sys; from hftl import cli; cli.main(['--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "hftl rank --task TASK --models A B C" in done.stdout
+    assert done.stdout.split()[-1] == "False"
