@@ -1,4 +1,4 @@
-"""The command line: `hftl train | predict | evaluate | rank | push | ls | cp | cache`.
+"""The command line: `hftl train | predict | evaluate | rank | advise | push | ls | cp | cache`.
 
 Nothing here imports torch before a command needs it.
 """
@@ -53,6 +53,7 @@ def _run(argv: list[str]) -> None:
         "cp": _copy,
         "cache": _cache,
         "rank": _rank,
+        "advise": _advise,
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(_HELP)
@@ -75,6 +76,8 @@ Fine-tune pretrained models with the Hugging Face stack.
   hftl evaluate RUN --dataset D     scores on labelled data; --split NAME
   hftl rank --task TASK --models A B C --dataset D
                                     which model suits the data, without training; --output table.csv
+  hftl advise TASK --model M --dataset D
+                                    which method suits both, measured, and the command to paste
   hftl push RUN REPOSITORY          to the Hub; --private
   hftl ls                           the recipes and configurations that come with hftl
   hftl cp RECIPE my_recipe.py       a copy of a recipe, to change
@@ -275,6 +278,22 @@ def _rank(argv: list[str]) -> None:
         from hftl import ranking
 
     ranking.main(options.task, options.models, rest, options.by, options.output)
+
+
+def _advise(argv: list[str]) -> None:
+    task = _named_task(argv, "advise")
+    with quick_imports():
+        from hftl import advice
+
+    advice.main(task, argv[1:])
+
+
+def _named_task(argv: list[str], command: str) -> str:
+    """The task that a command is for."""
+    if not argv or argv[0].startswith("-"):
+        raise UsageError(f"Name the task: hftl {command} TASK --model M --dataset D …, with one of {', '.join(TASKS)}.")
+    check_task(argv[0])
+    return argv[0]
 
 
 def _push(argv: list[str]) -> None:

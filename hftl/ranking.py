@@ -77,6 +77,8 @@ class Pooled:
     features: np.ndarray[Any, Any]
     labels: np.ndarray[Any, Any]
     seconds_a_row: float
+    #: the rows as the task prepares them
+    rows: Any
 
 
 def rank(
@@ -177,7 +179,9 @@ def features_of(task: ClassificationTask, splits: Splits) -> Pooled:
     speed = kept.shards.folder / _SPEED
     if not speed.is_file():
         folder.write_json(speed, compute.seconds_a_row(model, batch, False, arguments.precision))
-    return Pooled(task, model, source, features.numpy(), labels.numpy(), json.loads(speed.read_text(encoding="utf-8")))
+    return Pooled(
+        task, model, source, features.numpy(), labels.numpy(), json.loads(speed.read_text(encoding="utf-8")), rows
+    )
 
 
 def _scored(name: str, found: Pooled) -> Candidate:

@@ -17,8 +17,8 @@ Array = npt.NDArray[Any]
 #: directions in which features vary by less than a hundred-thousandth of their largest are noise: they are kept in 16
 #: bits, of which 11 are digits
 _NOISE = 1e-10
-#: weights of the probe's penalty, relative to the mean square of a direction; one more decade either way was never
-#: chosen (cats and dogs, blood cells, movie reviews, TREC)
+#: weights of the probe's penalty, relative to the mean square of a direction; the best of a wider grid lay between 0.01
+#: and 1 on six data sets of 600 to 2,000 rows (EfficientNet-Lite0 on pictures, MiniLM on texts)
 _PENALTIES = tuple(10.0**power for power in range(-4, 3))
 #: the fixed point of LogME: relative change at which it stands, and the most rounds (it takes 5 to 30)
 _STANDS, _MOST_ROUNDS = 1e-6, 200

@@ -661,6 +661,10 @@ CHOOSING = [
     Bad("rank by a head that is not there", f"{RANK} {{table}} --by leep", ("--by leep", "no trained head")),
     Bad("rank with one class", f"{RANK} t.csv", ("t.csv", "one class"), {"t.csv": "text,label\na,x\nb,x\nc,x\n"}),
     Bad("rank into no folder", f"{RANK} {{table}} --output no/t.csv", ("--output", "there is no folder 'no'")),
+    Bad("advise without a task", "advise --model {bert}", ("Name the task: hftl advise TASK", "text-classification")),
+    Bad("advise for no such task", "advise text --model {bert}", ("'text'", "text-classification")),
+    Bad("advise with a method", f"advise{TEXT[5:]} --method full", ("--method", "Leave it out")),
+    Bad("advise without data", "advise text-classification --model {bert}", ("--dataset is missing",)),
     Bad("rank with an unknown flag", f"{RANK} {{table}} --max_train_sample 5", ("Did you mean 'max_train_samples'",)),
 ]
 

@@ -1,0 +1,302 @@
+"""Which method suits a model and a data set, from figures that are measured: `hftl advise`.
+
+The textbook's rule (Yosinski et al. 2014, Kornblith et al. 2019): few rows near to what the model learned, train the
+head; many and near, everything; few and far, adapters or earlier blocks; many and far, everything. How near is
+measured on the model's features of the training rows, see `Figures.skill`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import platform
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import silhouette_score
+
+from hftl import backbones, compute, transferability
+from hftl.arguments import parse, stage_arguments
+from hftl.data import Splits
+from hftl.errors import UsageError
+from hftl.folder import say
+from hftl.images import image_header_size
+from hftl.methods import build_plan
+from hftl.methods.plan import LEAST_STEPS, default_rates, is_pretrained
+from hftl.ranking import Pooled, features_of, load_rows
+from hftl.tasks import find_task
+from hftl.tasks.classification import class_counts
+from hftl.trainer import prepare_modules
+
+#: the part of the error of guessing that the probe must take away. It is 0.98 on cats and dogs with EfficientNet-Lite0,
+#: where training everything is no better than the head alone (0.979 to 0.989 and 0.989), and 0.57 on movie reviews with
+#: MiniLM, where it is 10 points better (0.879 and 0.779)
+NEAR = 0.95
+#: training rows of the smallest class
+LARGE = 100
+#: the probe above the nearest neighbours by so much: what tells the classes apart is in the features, but not what they
+#: show most. Cats and dogs 0.005, digits, movie reviews and SST-2 0.08 to 0.10, TREC 0.18
+HELD = 0.05
+#: rows whose distances to each other make the silhouette, and pictures whose headers are read
+_SAMPLE = 1_000
+#: pictures are drawn larger than they are by this, or more: a smaller size costs little and saves the square of it
+_ENLARGED = 2.0
+#: of the texts, cut ones that are worth a word
+_CUT = 0.05
+#: a training that takes longer is worth a word about others
+_LONG = 1_800.0
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was seen of the data, the model and the machine.
+
+    Attributes:
+        counts: training rows of each class.
+        inputs: size of pictures or length of texts, in words.
+        hint: what to change about it, or nothing.
+        hardware: the device, in words.
+        probe: accuracy of a linear layer on rows left out, see `hftl.transferability`.
+        neighbours: the same of the nearest neighbours.
+        silhouette: mean silhouette of the classes by cosine, -1 to 1 (Rousseeuw 1987).
+        logme: see `hftl.transferability`.
+        blocks: of the backbone.
+        adaptable: whether LoRA finds layers.
+        forward: seconds a row through the model.
+    """
+
+    counts: tuple[int, ...]
+    inputs: str
+    hint: str
+    hardware: str
+    probe: float
+    neighbours: float
+    silhouette: float
+    logme: float
+    blocks: int
+    adaptable: bool
+    forward: float
+
+    @property
+    def rows(self) -> int:
+        """Training rows."""
+        return sum(self.counts)
+
+    @property
+    def smallest(self) -> int:
+        """Rows of the smallest class that has any."""
+        return min(count for count in self.counts if count)
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of always saying the largest class."""
+        return max(self.counts) / self.rows
+
+    @property
+    def skill(self) -> float:
+        """The part of the error of guessing that the probe takes away: 1 where it is always right, 0 at chance."""
+        return (self.probe - self.chance) / (1 - self.chance)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method with its flags, and why; the lines name the figures that they rest on."""
+
+    method: str
+    flags: tuple[str, ...]
+    blocks: str
+    reasons: tuple[str, ...]
+
+
+def choose(figures: Figures) -> Choice:
+    """The method for what was seen."""
+    near, large = figures.skill >= NEAR, figures.smallest >= LARGE
+    held = figures.probe - figures.neighbours >= HELD
+    size = (
+        f"{'large' if large else 'small'}: {figures.smallest:,} rows in the smallest class ({LARGE} and more are large)"
+    )
+    nearness = (
+        f"{'near' if near else 'far'}: a linear layer on the frozen features is right on {figures.probe:.3f} of the "
+        f"rows left out, which is {figures.skill:.0%} of the way from chance ({figures.chance:.3f}) to all "
+        f"({NEAR:.0%} and more are near)"
+    )
+    half = math.ceil(figures.blocks / 2)
+    gap = f"the linear layer is {100 * (figures.probe - figures.neighbours):.1f} points above the nearest neighbours"
+    if near and not large:
+        why = "the features separate the classes already, and more weights would learn the few rows by heart"
+        return Choice("frozen", (), "the head alone", (size, nearness, why))
+    if near:
+        why = "enough rows to adapt everything; the head first, so that its first gradients do not spoil good features"
+        return Choice("lp_ft", (), f"all {figures.blocks} and the head", (size, nearness, why))
+    if large:
+        why = "the features do not separate the classes well enough, and the rows suffice to change them"
+        return Choice("full", (), f"all {figures.blocks} and the head", (size, nearness, why))
+    if held and figures.adaptable:
+        why = f"{gap}: what tells the classes apart is in the features, and adapters of few weights bring it forward"
+        return Choice("lora", (), f"adapters in all {figures.blocks} but the first", (size, nearness, why))
+    why = f"{gap}: the last features do not hold the classes, so that the later half is learned anew on earlier ones"
+    if held:
+        why = f"{gap}, and the model has no layers for adapters: the later half is trained"
+    return Choice(
+        "partial", (f"--unfreeze_blocks={half}",), f"the last {half} of {figures.blocks}", (size, nearness, why)
+    )
+
+
+def look(found: Pooled, splits: Splits) -> Figures:
+    """Every figure that a choice rests on, from the features of the training rows."""
+    spectrum = transferability.decompose(transferability.with_constant(found.features))
+    inputs, hint = _inputs(found, splits)
+    blocks = backbones.structure(found.model).blocks
+    random = np.random.default_rng(0).permutation(len(found.labels))[:_SAMPLE]
+    groups = len(np.unique(found.labels[random]))
+    can_tell = 1 < groups < len(random)  # every class one row, say: then there is no silhouette
+    return Figures(
+        counts=tuple(class_counts(splits)),
+        inputs=inputs,
+        hint=hint,
+        hardware=_hardware(found.task.arguments.device),
+        probe=transferability.linear_probe(spectrum, found.labels),
+        neighbours=transferability.nearest_neighbours(found.features, found.labels),
+        silhouette=float(silhouette_score(found.features[random], found.labels[random], metric="cosine"))
+        if can_tell
+        else math.nan,
+        logme=transferability.logme(spectrum, found.labels),
+        blocks=len(blocks),
+        adaptable=_is_adaptable(found.model),
+        forward=found.seconds_a_row,
+    )
+
+
+def _is_adaptable(model: Any) -> bool:
+    try:
+        return bool(backbones.lora_targets(model))
+    except UsageError:
+        return False
+
+
+def _inputs(found: Pooled, splits: Splits) -> tuple[str, str]:
+    """Size of pictures or length of texts, and what to change about it."""
+    task: Any = found.task
+    if task.modality == "text":
+        data = found.rows
+        middle, long = np.percentile(data.lengths, [50, 95])
+        limit = task.processor.model_max_length
+        words = f"texts of {middle:.0f} tokens (median), 95 % up to {long:.0f}; read up to {limit}"
+        cut = data.cut / len(data)
+        return words, f"{cut:.0%} of the texts are cut at {limit} tokens: --max_length" if cut > _CUT else ""
+    chosen = np.linspace(0, len(splits.train) - 1, min(_SAMPLE, len(splits.train))).astype(int)
+    sizes = [image_header_size(splits.train[int(row)]["image"]) for row in chosen]
+    sizes = [size for size in sizes if size is not None]
+    sample = task.collate([found.rows[0]])
+    side = int(sample["pixel_values"].shape[-1])
+    if not sizes:
+        return f"pictures, read at {side} pixels", ""
+    width, height = np.median(np.array(sizes), axis=0).astype(int)
+    larger = side / min(width, height)
+    hint = f"the pictures are drawn {larger:.1f} times as large as they are: a smaller --image_size may be as good and "
+    hint += "faster (hftl rank with MODEL@SIDE tells)"
+    return f"pictures of {width} x {height} (median), read at {side}", hint if larger >= _ENLARGED else ""
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    name = platform.processor() or platform.machine()
+    return f"{device.type}, {compute.cores()} cores ({name}), {memory:.0f} GB"
+
+
+def advise(task_name: str, tokens: Sequence[str]) -> str:
+    """What was seen, what to do and why, and the command to paste.
+
+    Args:
+        task_name: of a built-in task.
+        tokens: flags as for `hftl train`, without a method.
+
+    Raises:
+        UsageError: the data or the model cannot be used, or a method is given.
+    """
+    task_class = find_task(task_name)
+    arguments = parse(task_class.arguments_class, tokens)
+    if "method" in arguments.given:
+        raise UsageError("--method is what hftl advise says. Leave it out.")
+    splits = load_rows(arguments, task_class.modality)
+    found = features_of(task_class(arguments), splits)
+    figures = look(found, splits)
+    choice = choose(figures)
+    training, flags = _training(found, figures, choice)
+    command = ["hftl", "train", task_name, *tokens, f"--method={choice.method}", *choice.flags, *flags]
+    seen = [
+        f"data:      {figures.rows:,} rows, {len(figures.counts)} classes, {figures.smallest:,} to "
+        f"{max(figures.counts):,} rows a class ({max(figures.counts) / figures.smallest:.1f} to 1); {figures.inputs}",
+        f"machine:   {figures.hardware}; {1 / figures.forward:,.0f} rows/s through the model",
+        f"features:  linear layer {figures.probe:.3f}, nearest neighbours {figures.neighbours:.3f}, chance "
+        f"{figures.chance:.3f}; silhouette {figures.silhouette:.2f}, LogME {figures.logme:.3f}",
+    ]
+    notes = [f"note:      {note}" for note in (*_imbalance(figures), figures.hint) if note]
+    advice = [f"because    {reason}" for reason in choice.reasons]
+    lines = [*seen, "", f"method:    {choice.method}", f"blocks:    {choice.blocks}", *training, *advice, *notes]
+    return "\n".join([*lines, "", shlex.join(command)])
+
+
+def _imbalance(figures: Figures) -> tuple[str, ...]:
+    ratio = max(figures.counts) / figures.smallest
+    return (f"classes are {ratio:.0f} to 1: macro F1 chooses the checkpoint, look at it too",) if ratio > 3 else ()
+
+
+def _training(found: Pooled, figures: Figures, choice: Choice) -> tuple[list[str], tuple[str, ...]]:
+    """Rate and length in words, and as flags; one batch of the method's last stage is timed."""
+    if choice.method == "frozen":
+        return ["rate:      none: the head is solved on the kept features", "length:    seconds"], ()
+    rates = default_rates(found.model, is_pretrained(found.task.arguments))
+    rate = rates.adapters if choice.method == "lora" else rates.backbone
+    batch_size = found.task.arguments.per_device_train_batch_size or found.task.batch_size
+    steps = math.ceil(figures.rows / batch_size)
+    epochs = found.task.arguments.num_train_epochs or min(50, max(3, math.ceil(LEAST_STEPS / steps)))
+    given = found.task.arguments.given
+    rate = found.task.arguments.learning_rate or rate
+    source = "as given" if "learning_rate" in given else "the best of a grid for models of this kind and width"
+    seconds = epochs * figures.rows * _seconds_a_row(found, choice)
+    reason = f"enough for {LEAST_STEPS} steps" if epochs > 3 else "more gained nothing on a few thousand rows"
+    reason = "as given" if "num_train_epochs" in given else reason
+    lines = [
+        f"rate:      {rate:.2g}, new layers {rates.head:.2g} ({source})",
+        f"length:    {epochs:g} epochs ({reason}), about {_time(seconds)}",
+    ]
+    if seconds > _LONG:
+        lines.append("           shorter: --method auto --time_budget 10m finds what fits, or --max_train_samples")
+    flags = {"learning_rate": f"{rate:.3g}", "num_train_epochs": f"{epochs:g}"}
+    return lines, tuple(f"--{name}={value}" for name, value in flags.items() if name not in given)
+
+
+def _seconds_a_row(found: Pooled, choice: Choice) -> float:
+    """Forward and backward of the method's last stage, timed on a batch of typical rows."""
+    flags = {name.lstrip("-"): int(value) for name, value in (flag.split("=") for flag in choice.flags)}
+    arguments = stage_arguments(found.task.arguments, method=choice.method, **flags)
+    plan = build_plan(copy.deepcopy(found.model), arguments)
+    prepare_modules(plan.model, plan.stages[-1])
+    plan.model.to(arguments.device)
+    batch = compute.typical_batch(found.rows, found.task.collate)
+    batch = {name: value.to(arguments.device) for name, value in batch.items()}
+    return compute.seconds_a_row(plan.model, batch, True, arguments.precision)
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def main(task_name: str, tokens: Sequence[str]) -> None:
+    """`hftl advise`."""
+    say(f"\n{advise(task_name, tokens)}")
