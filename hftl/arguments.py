@@ -151,7 +151,9 @@ class TransferArguments(TrainingArguments):
     # Training: fields of TrainingArguments with another default, and None for what is chosen later
     dataloader_num_workers: int = _argument(-1, "Processes that prepare rows; -1 chooses by task and cores.")
     output_dir: str | None = _argument(None, "The run folder (default: runs/DATASET-MODEL-METHOD).")
-    learning_rate: float | None = _argument(None, "Learning rate of the backbone (default: by method and model size).")
+    learning_rate: float | None = _argument(
+        None, "Learning rate of the backbone, or auto: found by a range test (default: by method and model size)."
+    )
     num_train_epochs: float | None = _argument(None, "Passes over the training rows (default: by method).")
     per_device_train_batch_size: int | None = _argument(None, "Rows a step and device (default: by task).")
     # Evaluation keeps no activations, so that twice the usual batch fits wherever training fitted.
@@ -214,6 +216,8 @@ class TransferArguments(TrainingArguments):
 
     # Not a field: names of the arguments that the person gave (configuration file or command line), set by `parse`.
     given: ClassVar[frozenset[str]] = frozenset()
+    # Neither: `--learning_rate auto`, whose field is None until the rate is found.
+    finds_learning_rate: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Choose the device before TrainingArguments asks for it, and check what Trainer would only trip over."""
@@ -351,6 +355,8 @@ def parse(
     parser = _Parser(arguments_class, usage=usage, description=description, formatter_class=_Help, allow_abbrev=False)
     for action in parser._actions:  # a second spelling with hyphens doubles the length of --help
         action.option_strings = [name for name in action.option_strings if "-" not in name.lstrip("-")]
+    for action in parser._actions:
+        action.type = float_or_auto if action.dest == "learning_rate" else action.type
     trainers = {item.name for item in dataclasses.fields(TrainingArguments)}
     changed = trainers & set(TransferArguments.__annotations__)
     # hftl's own first, then Trainer's with another default, then the other hundred.
@@ -362,6 +368,8 @@ def parse(
         if rest:
             raise UsageError(f"Unexpected argument {rest[0]!r}: a value belongs behind a flag such as --dataset.")
         _check_gpu_wish(namespace, given)
+        finds = namespace.learning_rate == "auto"
+        namespace.learning_rate = None if finds else namespace.learning_rate
         keys = {item.name for item in dataclasses.fields(arguments_class) if item.init}
         arguments = arguments_class(**{key: value for key, value in vars(namespace).items() if key in keys})
     except (ValueError, ImportError) as error:  # TrainingArguments' own checks
@@ -369,10 +377,16 @@ def parse(
     object.__setattr__(arguments, "given", frozenset(given))
     if arguments.lr_scheduler_type == "one_cycle" and "warmup_steps" not in given:
         arguments.warmup_steps = _ONE_CYCLE_RISE
+    object.__setattr__(arguments, "finds_learning_rate", finds)
     expected = arguments_class.__dataclass_fields__["task"].default
     if arguments.task != expected and expected:
         raise UsageError(f"These settings are for the task {arguments.task!r}, but this recipe is for {expected!r}.")
     return arguments
+
+
+def float_or_auto(text: str) -> float | str:
+    """A number, or the word auto, for argparse."""
+    return text if text == "auto" else float(text)
 
 
 def _with_flag(message: str, values: dict[str, Any], given: set[str]) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `hftl train | predict | evaluate | rank | advise | push | ls | cp | cache`.
+"""The command line: `hftl train | predict | evaluate | rank | advise | lr-find | push | ls | cp | cache`.
 
 Nothing here imports torch before a command needs it.
 """
@@ -54,6 +54,7 @@ def _run(argv: list[str]) -> None:
         "cache": _cache,
         "rank": _rank,
         "advise": _advise,
+        "lr-find": _lr_find,
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(_HELP)
@@ -78,6 +79,8 @@ Fine-tune pretrained models with the Hugging Face stack.
                                     which model suits the data, without training; --output table.csv
   hftl advise TASK --model M --dataset D
                                     which method suits both, measured, and the command to paste
+  hftl lr-find TASK --model M --dataset D …
+                                    a range test of the learning rate; --output lr_find.png, --steps 100
   hftl push RUN REPOSITORY          to the Hub; --private
   hftl ls                           the recipes and configurations that come with hftl
   hftl cp RECIPE my_recipe.py       a copy of a recipe, to change
@@ -286,6 +289,19 @@ def _advise(argv: list[str]) -> None:
         from hftl import advice
 
     advice.main(task, argv[1:])
+
+
+def _lr_find(argv: list[str]) -> None:
+    task = _named_task(argv, "lr-find")
+    parser = _Parser(prog="hftl lr-find", allow_abbrev=False, add_help=False)
+    parser.add_argument("--output", default="lr_find.png")
+    parser.add_argument("--steps", type=_positive, default=100)
+    options, rest = parser.parse_known_args(argv[1:])
+    _check_output(options.output)
+    with quick_imports():
+        from hftl import lr_find
+
+    lr_find.main(task, rest, options.output, options.steps)
 
 
 def _named_task(argv: list[str], command: str) -> str:

@@ -33,6 +33,7 @@ from hftl.data import Splits
 from hftl.errors import UsageError, without_worker
 from hftl.features import KeptFeatures, check_wishes, keep_features, mostly_frozen, of_all_processes
 from hftl.folder import CHECKPOINTS, LOGS, METRICS, PARTIAL, PREDICTIONS, RECIPE, say
+from hftl.lr_find import PICTURE, STEPS, Sweep, draw, report, scaled, sweep
 from hftl.methods import Plan, Stage
 from hftl.metrics import softmax
 from hftl.pretrained import save_model
@@ -137,28 +138,19 @@ def _train_plan(
     task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments, callbacks: Sequence[Any] = ()
 ) -> Path:
     """Run the stages of a plan, evaluate, and write the run folder, which is returned."""
-    task.arguments = arguments
-    check_wishes(plan, arguments)
-    check_averaging(plan, arguments)
     settings = folder.resume_settings(arguments)
-    stages = _resolve(task, plan, splits, arguments)
-    folder.check_space(Path(str(arguments.output_dir)), _bytes_needed(plan, arguments.average != "none"))
-    AcceleratorState._reset_state()  # or another run in this process would dictate its precision
-    compute.share_threads(on_cpu=arguments.device.type == "cpu")
-    data = {"train": task.dataset(splits.train, training=True)}
-    for name, rows in (("validation", splits.validation), ("test", splits.test)):
-        if rows is not None:
-            data[name] = task.dataset(rows, training=False)
-    if backbones.is_convolutional(plan.model):
-        plan.model.to(memory_format=torch.channels_last)
-    if any(stage.batch_norm == "adapt" for stage in stages):
-        adapt_batch_norm(task, plan.model, splits)
+    stages, data = prepare(task, plan, splits, arguments)
     path = Path(str(arguments.output_dir))
-    settings[folder.CHOSEN_PRECISION] = _settle_precision(task, stages[-1], plan.model, data["train"], path)
+    settings[folder.CHOSEN_PRECISION] = arguments.precision
+    found = None
+    if arguments.finds_learning_rate:
+        stages, found = _find_rate(task, plan, stages, splits, data, settings)
     wait_for_all()  # every process has checked the folder before the first one writes into it
     if folder.is_main_process():
         with folder.explained_disk_errors(path):
             folder.start_folder(arguments, settings)
+            if found is not None:
+                draw(found, path / LOGS / PICTURE)
     wait_for_all()
     signals = StopSignals()
     try:
@@ -174,6 +166,58 @@ def _train_plan(
     finally:
         signals.close()
     return path
+
+
+def prepare(
+    task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments
+) -> tuple[list[Stage], dict[str, Any]]:
+    """The stages with their epochs, and the data sets of the splits; what the arguments leave open is filled in.
+
+    Raises:
+        UsageError: something that was asked for cannot be done, or the disk is too small.
+    """
+    task.arguments = arguments
+    check_wishes(plan, arguments)
+    check_averaging(plan, arguments)
+    stages = _resolve(task, plan, splits, arguments)
+    path = Path(str(arguments.output_dir))
+    folder.check_space(path, _bytes_needed(plan, arguments.average != "none"))
+    AcceleratorState._reset_state()  # or another run in this process would dictate its precision
+    compute.share_threads(on_cpu=arguments.device.type == "cpu")
+    data = {"train": task.dataset(splits.train, training=True)}
+    for name, rows in (("validation", splits.validation), ("test", splits.test)):
+        if rows is not None:
+            data[name] = task.dataset(rows, training=False)
+    if backbones.is_convolutional(plan.model):
+        plan.model.to(memory_format=torch.channels_last)
+    if any(stage.batch_norm == "adapt" for stage in stages):
+        adapt_batch_norm(task, plan.model, splits)
+    _settle_precision(task, stages[-1], plan.model, data["train"], path)
+    return stages, data
+
+
+def _find_rate(
+    task: ClassificationTask,
+    plan: Plan,
+    stages: list[Stage],
+    splits: Splits,
+    data: dict[str, Any],
+    settings: dict[str, Any],
+) -> tuple[list[Stage], Sweep | None]:
+    """`--learning_rate auto`: the stages at the rate in the valley; an interrupted run keeps the one that it found."""
+    arguments, found = task.arguments, None
+    if arguments.resume:
+        rate = folder.read_yaml(Path(str(arguments.output_dir), CHECKPOINTS, RECIPE))[folder.FOUND_RATE]
+    else:
+        say(f"learning rate: {STEPS} steps with a growing rate")
+        found = sweep(task, plan, stages[-1], splits, data)
+        say(report(found))
+        rate = float(f"{found.valley:.2g}")  # as it is said, so that giving it repeats the run
+    settings[folder.FOUND_RATE] = rate
+    stages, changed = scaled(plan, stages, rate, keeps_head="head_learning_rate" in arguments.given)
+    for name, value in changed.items():
+        setattr(arguments, name, value)
+    return stages, found
 
 
 def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> list[Stage]:

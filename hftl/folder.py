@@ -36,6 +36,8 @@ _FREE_ON_RESUME = {
 }
 #: where an interrupted run keeps what `--precision auto` chose, which the run that goes on must not choose anew
 CHOSEN_PRECISION = "chosen_precision"
+#: the same of `--learning_rate auto`
+FOUND_RATE = "found_learning_rate"
 
 
 def is_main_process() -> bool:
@@ -119,7 +121,7 @@ def _check_same_settings(path: Path, arguments: TransferArguments) -> None:
     now = json.loads(json.dumps(resume_settings(arguments)))
     changed = [
         f"{name} was {_shown(before.get(name))}, is {_shown(now.get(name))}"
-        for name in sorted((set(before) | set(now)) - _FREE_ON_RESUME - {CHOSEN_PRECISION})
+        for name in sorted((set(before) | set(now)) - _FREE_ON_RESUME - {CHOSEN_PRECISION, FOUND_RATE})
         if before.get(name) != now.get(name)
     ]
     if changed:
@@ -131,7 +133,8 @@ def _check_same_settings(path: Path, arguments: TransferArguments) -> None:
 
 def resume_settings(arguments: TransferArguments) -> dict[str, Any]:
     """What must be the same when a run goes on: the recipe as asked for, and the processes that share out the rows."""
-    return {**to_recipe(arguments), "processes": arguments.world_size}
+    wish = {"learning_rate": "auto"} if arguments.finds_learning_rate else {}
+    return {**to_recipe(arguments), **wish, "processes": arguments.world_size}
 
 
 def _shown(value: Any) -> str:

@@ -149,9 +149,17 @@ class TransferTrainer(Trainer):
         inputs = self.mixing(inputs) if self.mixing is not None else inputs
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            what = f"The loss is {float(loss)} at step {self.state.global_step + 1} of stage {self.stage.name!r}"
-            raise diverged(what, self.args.output_dir)
+            self.not_finite(loss)
         return loss
+
+    def not_finite(self, loss: torch.Tensor) -> None:
+        """What happens when the loss is no number.
+
+        Raises:
+            UsageError: always.
+        """
+        what = f"The loss is {float(loss)} at step {self.state.global_step + 1} of stage {self.stage.name!r}"
+        raise diverged(what, self.args.output_dir)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

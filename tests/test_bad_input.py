@@ -665,6 +665,12 @@ CHOOSING = [
     Bad("advise for no such task", "advise text --model {bert}", ("'text'", "text-classification")),
     Bad("advise with a method", f"advise{TEXT[5:]} --method full", ("--method", "Leave it out")),
     Bad("advise without data", "advise text-classification --model {bert}", ("--dataset is missing",)),
+    Bad("lr-find without a task", "lr-find --model {bert}", ("Name the task: hftl lr-find TASK",)),
+    Bad("lr-find of auto", f"lr-find{TEXT[5:-17]} --method auto", ("--method auto chooses its rates itself",)),
+    Bad("lr-find into no folder", f"lr-find{TEXT[5:-17]} --output no/a.png", ("--output", "there is no folder 'no'")),
+    Bad("lr-find in no steps", f"lr-find{TEXT[5:-17]} --steps 0", ("--steps", "above 0")),
+    Bad("auto rate of method auto", f"{TEXT} --method auto --learning_rate auto", ("leave out --learning_rate",)),
+    Bad("a word for a rate", f"{TEXT} --learning_rate fast", ("--learning_rate", "'fast'")),
     Bad("rank with an unknown flag", f"{RANK} {{table}} --max_train_sample 5", ("Did you mean 'max_train_samples'",)),
 ]
 

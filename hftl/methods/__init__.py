@@ -99,6 +99,8 @@ def check_method(arguments: TransferArguments) -> None:
     _check_pretrained(arguments)
     if arguments.method not in METHODS:
         return  # a method of the person's own may use any argument
+    if arguments.method == "auto" and arguments.finds_learning_rate:
+        raise UsageError("--method auto chooses its rates itself: leave out --learning_rate.")
     known = set().union(*METHOD_ARGUMENTS.values())
     for name in sorted(known - METHOD_ARGUMENTS[arguments.method]):
         if name in arguments.given and getattr(arguments, name) is not None:
