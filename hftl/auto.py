@@ -220,7 +220,7 @@ class Ladder:
         self.train(self.task, plan, self.splits, arguments, [TimeLimit(self.budget.ends - self.reserve)])
         trial = Trial(rung, method, epochs, self._score(place), time.time() - started, self._is_better(place))
         if trial.best:
-            self._promote(place)
+            folder.promote(place, self.path)
         shutil.rmtree(place)
         self.trials.append(trial)
         _write_table(self.path / TABLE, self.trials, self.budget.spent)
@@ -242,15 +242,6 @@ class Ladder:
         gain = sign * (self._score(place) - self._score(self.path))
         before, now = (_correct(path / PREDICTIONS) for path in (self.path, place))
         return gain > math.sqrt(np.sum(now != before)) / len(now) + 1e-9  # what rounding leaves is no gain
-
-    def _promote(self, place: Path) -> None:
-        """Put a finished trial in the place of the run."""
-        partial = self.path / folder.PARTIAL
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(place, partial)
-        if not (partial / "adapter").is_dir():
-            shutil.rmtree(self.path / "adapter", ignore_errors=True)
-        folder.publish(self.path)
 
     def _measure(self) -> tuple[float, float]:
         """Seconds to train the whole model on a row, and to predict one, in the precision that every rung will have."""

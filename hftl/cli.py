@@ -1,4 +1,4 @@
-"""The command line: `hftl train | predict | evaluate | rank | advise | lr-find | push | ls | cp | cache`.
+"""The command line: `hftl train | predict | evaluate | rank | advise | lr-find | tune | push | ls | cp | cache`.
 
 Nothing here imports torch before a command needs it.
 """
@@ -55,6 +55,7 @@ def _run(argv: list[str]) -> None:
         "rank": _rank,
         "advise": _advise,
         "lr-find": _lr_find,
+        "tune": _tune,
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(_HELP)
@@ -81,6 +82,7 @@ Fine-tune pretrained models with the Hugging Face stack.
                                     which method suits both, measured, and the command to paste
   hftl lr-find TASK --model M --dataset D …
                                     a range test of the learning rate; --output lr_find.png, --steps 100
+  hftl tune TASK --model M --dataset D --trials N --search 'learning_rate=log(1e-5,1e-3) method=lora,partial'
   hftl push RUN REPOSITORY          to the Hub; --private
   hftl ls                           the recipes and configurations that come with hftl
   hftl cp RECIPE my_recipe.py       a copy of a recipe, to change
@@ -302,6 +304,18 @@ def _lr_find(argv: list[str]) -> None:
         from hftl import lr_find
 
     lr_find.main(task, rest, options.output, options.steps)
+
+
+def _tune(argv: list[str]) -> None:
+    task = _named_task(argv, "tune")
+    parser = _Parser(prog="hftl tune", allow_abbrev=False, add_help=False)
+    parser.add_argument("--trials", type=_positive, required=True)
+    parser.add_argument("--search", nargs="+", required=True)
+    options, rest = parser.parse_known_args(argv[1:])
+    with quick_imports():
+        from hftl import tuning
+
+    tuning.main(task, rest, " ".join(options.search), options.trials)
 
 
 def _named_task(argv: list[str], command: str) -> str:

@@ -13,6 +13,10 @@ class UsageError(Exception):
     """
 
 
+class Diverged(UsageError):
+    """A training left the finite numbers."""
+
+
 def without_worker(error: UsageError) -> UsageError:
     """The error that a data worker raised, out of the report with its traceback that torch makes of it."""
     _, report, message = str(error).rpartition(f"{UsageError.__module__}.{UsageError.__name__}: ")

@@ -75,7 +75,7 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
     elif arguments.repeats > 1:
         run = _repeat(task, plan, splits, arguments)
     else:
-        run = Run(_train_plan(task, plan, splits, arguments), task, _inner_model(plan.model))
+        run = Run(train_plan(task, plan, splits, arguments), task, _inner_model(plan.model))
     say(run.summary())
     if arguments.push_to_hub and folder.is_main_process():
         run.push(
@@ -87,7 +87,6 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
 def _search(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Run:
     """`--method auto`: the best run that fits into the time, scored on test once it is chosen."""
     from hftl.auto import TRIALS, search
-    from hftl.card import write_card
 
     settings = folder.resume_settings(arguments)
     path = Path(str(arguments.output_dir))
@@ -96,20 +95,13 @@ def _search(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tra
         with folder.explained_disk_errors(path):
             folder.start_folder(arguments, settings)
             try:
-                search(_train_plan, task, plan, splits, arguments)
+                search(train_plan, task, plan, splits, arguments)
             except UsageError:
                 if not (path / METRICS).is_file():  # not even the first rung
                     shutil.rmtree(path / TRIALS, ignore_errors=True)
                     folder.discard_start(path)
                 raise
-            run = load_run(path, type(task))
-            if splits.test is not None:
-                logits, labels = run.logits(splits.test), np.asarray(splits.test["label"])
-                scores = _scores(task, task.loss(splits), logits, labels)
-                _write_predictions(path / PREDICTIONS, task.label_names, splits, "test", (logits, labels, scores))
-                run.metrics["test"] = scores
-                folder.write_json(path / METRICS, run.metrics)
-                write_card(path, run.task, run.task.arguments, splits, run.metrics)
+            run = score_on_test(type(task), splits, path)
             (path / CHECKPOINTS / RECIPE).unlink()
             shutil.rmtree(path / CHECKPOINTS)
     finally:
@@ -124,7 +116,7 @@ def _repeat(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tra
 
     path = Path(str(arguments.output_dir))
     with folder.explained_disk_errors(path):
-        repeat(_train_plan, task, plan, splits, arguments)
+        repeat(train_plan, task, plan, splits, arguments)
         run = load_run(path, type(task))
         if folder.is_main_process():
             write_card(path, run.task, run.task.arguments, splits, run.metrics)
@@ -134,7 +126,22 @@ def _repeat(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tra
     return run
 
 
-def _train_plan(
+def score_on_test(task_class: type[ClassificationTask], splits: Splits, path: Path) -> Run:
+    """The run in a folder, scored on the test split, which nothing before has seen."""
+    from hftl.card import write_card
+
+    run = load_run(path, task_class)
+    if splits.test is not None:
+        logits, labels = run.logits(splits.test), np.asarray(splits.test["label"])
+        scores = _scores(run.task, run.task.loss(splits), logits, labels)
+        _write_predictions(path / PREDICTIONS, run.task.label_names, splits, "test", (logits, labels, scores))
+        run.metrics["test"] = scores
+        folder.write_json(path / METRICS, run.metrics)
+        write_card(path, run.task, run.task.arguments, splits, run.metrics)
+    return run
+
+
+def train_plan(
     task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments, callbacks: Sequence[Any] = ()
 ) -> Path:
     """Run the stages of a plan, evaluate, and write the run folder, which is returned."""

@@ -197,6 +197,16 @@ def publish(folder: Path) -> None:
     partial.rmdir()
 
 
+def promote(place: Path, folder: Path) -> None:
+    """Put a copy of a finished run in the place of another, or of none."""
+    partial = folder / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(place, partial)
+    if not (partial / "adapter").is_dir():
+        shutil.rmtree(folder / "adapter", ignore_errors=True)
+    publish(folder)
+
+
 def is_complete_checkpoint(path: Path) -> bool:
     """Whether Trainer finished writing a checkpoint: the state, which it writes last, is whole."""
     try:

@@ -22,7 +22,7 @@ from hftl import backbones, folder, optim, penalties
 from hftl.arguments import TransferArguments
 from hftl.averaging import AVERAGES, Averaging
 from hftl.cut import Cut
-from hftl.errors import UsageError
+from hftl.errors import Diverged, UsageError
 from hftl.methods import Stage
 
 
@@ -349,11 +349,11 @@ def _explained_settings() -> Iterator[None]:
         raise UsageError(f"These settings cannot be used: {' '.join(str(error).split())}") from error
 
 
-def diverged(what: str, place: str | None) -> UsageError:
+def diverged(what: str, place: str | None) -> Diverged:
     """The error for a training that left the finite numbers, with what can be done; `place` holds the checkpoints."""
     kept = folder.last_checkpoint(Path(str(place)))
     note = f" The last good checkpoint is kept: {kept}." if kept else ""
-    return UsageError(
+    return Diverged(
         f"{what}: try a lower --learning_rate (a third of it), a longer --warmup_steps, or no half precision.{note}"
     )
 

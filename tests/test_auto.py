@@ -121,12 +121,12 @@ def test_the_time_limit_ends_a_training_with_an_evaluated_model(world: Path, tmp
         [f"--model={world / 'bert'}", f"--dataset={world / 'texts'}", f"--output_dir={tmp_path / 'run'}",
          "--num_train_epochs=3", "--report_to=none"],
     )  # fmt: skip
-    from hftl.fitting import _train_plan
+    from hftl.fitting import train_plan
 
     task = hftl.TextClassification(arguments)
     splits = task.load_splits()
     plan = hftl.build_plan(task.build_model(splits), arguments)
-    _train_plan(task, plan, splits, arguments, [auto.TimeLimit(until=0.0)])
+    train_plan(task, plan, splits, arguments, [auto.TimeLimit(until=0.0)])
     entries = [json.loads(line) for line in (tmp_path / "run" / "logs" / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries if "eval_loss" in entry] == [1]
 

@@ -674,6 +674,31 @@ CHOOSING = [
     Bad("rank with an unknown flag", f"{RANK} {{table}} --max_train_sample 5", ("Did you mean 'max_train_samples'",)),
 ]
 
+TUNE = f"tune{TEXT[5:]} --trials 2 --search"
+CHOOSING += [
+    Bad("tune without a task", "tune --trials 2 --search a=1,2", ("Name the task: hftl tune TASK",)),
+    Bad("tune without trials", f"tune{TEXT[5:]} --search seed=1,2", ("--trials",)),
+    Bad("tune without a search", f"tune{TEXT[5:]} --trials 2", ("--search",)),
+    Bad("tune of no trials", f"tune{TEXT[5:]} --trials 0 --search a=1", ("--trials", "above 0")),
+    Bad("tune of no such flag", f"{TUNE} learning_rat=1e-4,1e-3", ("learning_rat", "Did you mean 'learning_rate'")),
+    Bad("tune of no range", f"{TUNE} 'learning_rate=lg(1e-5,1e-3)'", ("log(a,b)", "Did you mean 'log'")),
+    Bad("tune backwards", f"{TUNE} 'learning_rate=log(1e-3,1e-5)'", ("the first end must be below",)),
+    Bad("tune from zero", f"{TUNE} 'learning_rate=log(0,1e-5)'", ("above 0",)),
+    Bad("tune between words", f"{TUNE} 'learning_rate=log(low,high)'", ("learning_rate=log(low,high)", "'low'")),
+    Bad("tune of nothing", f"{TUNE} learning_rate", ("cannot be read", "learning_rate=log")),
+    Bad("tune twice", f"{TUNE} learning_rate=1e-4,1e-3 learning_rate=1e-5", ("more than once",)),
+    Bad("tune of the data", f"{TUNE} seed=1,2", ("seed must be the same in all trials",)),
+    Bad("tune of a bad value", f"{TUNE} learning_rate=1e-4,-1", ("--learning_rate must be above 0",)),
+    Bad("tune of a bad choice", f"{TUNE} class_weights=none,balancd", ("'balancd'", "balanced")),
+    Bad("tune of no such method", f"{TUNE} method=full,lorra", ("'lorra'", "Did you mean 'lora'")),
+    Bad("tune of auto", f"{TUNE} method=full,auto", ("--method auto",)),
+    Bad("tune of what no method uses", f"{TUNE} 'lora_r=int(2,8)'", ("--method full does not use lora_r",)),
+    Bad("tune of what is given", f"{TUNE} learning_rate=1e-4,1e-3 --learning_rate 1e-4", ("given and searched",)),
+    Bad("tune with --resume", f"{TUNE} learning_rate=1e-4,1e-3 --resume", ("leave out --resume",)),
+    Bad("tune without its model", f"{TUNE} learning_rate=1e-4,1e-3 --model ./brt", ("'./brt'", "no such folder")),
+    Bad("tune over a run", f"{TUNE} learning_rate=1e-4,1e-3 --output_dir {{run}}", ("holds no search",)),
+]
+
 TABLE = [*FLAGS, *METHODS, *MODELS, *DATA, *FOLDERS, *RUNS, *CHOOSING]
 
 

@@ -1,0 +1,380 @@
+"""A search for settings with Optuna: `hftl tune`.
+
+Every trial is a run of its own on train and validation; those that fall behind are stopped after an evaluation. The
+best so far stands in the output folder, beside the study (SQLite), and is scored on test once, at the end. The same
+command goes on with an interrupted search, and with the trial in whose midst it stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib.util
+import io
+import json
+import math
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from hftl import data, folder, pretrained
+from hftl.arguments import TransferArguments, flag_names, parse, stage_arguments
+from hftl.data import Splits
+from hftl.errors import Diverged, UsageError, did_you_mean
+from hftl.folder import CHECKPOINTS, METRICS, RECIPE, say
+from hftl.methods import METHOD_ARGUMENTS, build_plan, find_method
+from hftl.run import Run
+from hftl.tasks import find_task
+
+#: the study, the table, and the runs of trials, in the output folder
+STUDY, TABLE, TRIALS = "tune.db", "trials.csv", "trials"
+#: what says which rows are compared by which score, and where: the same for all trials
+_FIXED = {
+    "task", "dataset_name", "dataset_config_name", "train_split", "validation_split", "test_split", "label_column",
+    "text_column", "text_pair_column", "image_column", "validation_fraction", "max_train_samples", "max_eval_samples",
+    "skip_bad_files", "seed", "metric_for_best_model", "greater_is_better", "metrics", "output_dir", "resume",
+    "overwrite", "time_budget", "preset", "push_to_hub",
+}  # fmt: skip
+_RANGE = re.compile(r"(log|uniform|int)\(\s*([^,()\s]+)\s*,\s*([^,()\s]+)\s*\)")
+_SETTING = re.compile(r"\s*([^=\s]+)=(\w+\([^()]*\)|\S+)(?=\s|$)")
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """A flag that is searched.
+
+    Attributes:
+        name: of the argument.
+        kind: log, uniform, int or list.
+        values: both ends of a range, or the entries of a list, as they were written.
+    """
+
+    name: str
+    kind: str
+    values: tuple[str, ...]
+
+    def suggest(self, trial: Any) -> str:
+        """The value for a trial, as on the command line."""
+        if self.kind == "list":
+            return trial.suggest_categorical(self.name, list(self.values))
+        if self.kind == "int":
+            return str(trial.suggest_int(self.name, *map(int, self.values)))
+        # Three digits: what a person would write, and no run differs by more of them.
+        return f"{trial.suggest_float(self.name, *map(float, self.values), log=self.kind == 'log'):.3g}"
+
+
+def read_space(text: str, names: dict[str, str]) -> list[Dimension]:
+    """The searched flags of `learning_rate=log(1e-5,1e-3) method=lora,partial`; the method comes first.
+
+    Args:
+        text: `log(a,b)`, `uniform(a,b)`, `int(a,b)` or a list of values for each flag.
+        names: every name of a flag → the argument's.
+
+    Raises:
+        UsageError: an unknown flag, one that all trials must share, or a range that is none.
+    """
+    found, position = [], 0
+    while match := _SETTING.match(text, position):
+        found.append(_dimension(match[1].lstrip("-").replace("-", "_"), match[2], names))
+        position = match.end()
+    if text[position:].strip() or not found:
+        raise UsageError(
+            f"--search {text!r} cannot be read{f' at {text[position:].strip()!r}' if found else ''}: write "
+            "'learning_rate=log(1e-5,1e-3) method=lora,partial'."
+        )
+    twice = {entry.name for entry in found if [other.name for other in found].count(entry.name) > 1}
+    if twice:
+        raise UsageError(f"--search names {min(twice)} more than once.")
+    return sorted(found, key=lambda entry: entry.name != "method")
+
+
+def _dimension(name: str, values: str, names: dict[str, str]) -> Dimension:
+    if name not in names:
+        raise UsageError(f"--search: there is no flag --{name}.{did_you_mean(name, names)}")
+    name = names[name]
+    if name in _FIXED:
+        raise UsageError(f"--search: {name} must be the same in all trials, or their scores would not compare.")
+    if "(" not in values:
+        return Dimension(name, "list", tuple(filter(None, values.split(","))))
+    match = _RANGE.fullmatch(values)
+    if not match:
+        near = did_you_mean(values.partition("(")[0], ("log", "uniform", "int"))
+        raise UsageError(f"--search {name}={values}: a range is log(a,b), uniform(a,b) or int(a,b).{near}")
+    kind = match[1]
+    try:
+        ends = [(int if kind == "int" else float)(end) for end in match.groups()[1:]]
+    except ValueError as error:
+        raise UsageError(f"--search {name}={values}: {error}.") from error
+    if not ends[0] < ends[1] or (kind == "log" and ends[0] <= 0):
+        raise UsageError(f"--search {name}={values}: the first end must be below the second, for log above 0 too.")
+    return Dimension(name, kind, match.groups()[1:])
+
+
+class _Pruning(TrainerCallback):
+    """Tells the study each evaluation, and stops a trial that falls behind."""
+
+    def __init__(self, trial: Any, metric: str) -> None:
+        self.trial, self.metric, self.evaluations = trial, f"eval_{metric}", 0
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        import optuna
+
+        self.evaluations = round(1000 * (state.epoch or 0.0))  # Optuna's steps are whole numbers
+        self.trial.report(metrics[self.metric], self.evaluations)
+        if self.trial.should_prune():
+            raise optuna.TrialPruned
+
+
+class Search:
+    """A study and the runs of its trials."""
+
+    def __init__(self, task_name: str, tokens: Sequence[str], space: str, trials: int) -> None:
+        """Check everything that needs no data, and open the study, or the one of an interrupted search.
+
+        Raises:
+            UsageError: bad input.
+        """
+        if importlib.util.find_spec("optuna") is None:
+            raise UsageError('hftl tune needs Optuna: pip install "hftl[tune]".')
+        self.task_class, self.tokens, self.trials = find_task(task_name), list(tokens), trials
+        self.arguments = parse(self.task_class.arguments_class, tokens)
+        self.space = read_space(space, flag_names(self.task_class.arguments_class))
+        _check(self.arguments, self.space)
+        for dimension in self.space:
+            for value in dimension.values:
+                self._settings({dimension.name: value})
+        if self.arguments.output_dir is None:
+            self.arguments.output_dir = folder.default_output_dir(stage_arguments(self.arguments, method="tune"))
+        self.path = Path(self.arguments.output_dir)
+        self.settings = {"search": sorted(space.split()), **folder.resume_settings(self.arguments)}
+
+    def _settings(self, values: dict[str, str]) -> Any:
+        return parse(self.task_class.arguments_class, [*self.tokens, *(f"--{name}={values[name]}" for name in values)])
+
+    def run(self) -> Run:
+        """Every trial that is still to be done, then the best one's score on test.
+
+        Raises:
+            UsageError: the folder cannot be used, or no trial finished.
+        """
+        from hftl.fitting import score_on_test
+
+        self._check_folder()
+        splits = data.load_splits(self.arguments, self.task_class.modality)
+        for line in splits.report:
+            say(line)
+        task = self.task_class(self.arguments)
+        task.label_names = splits.label_names
+        self.metric, self.greater = task.best_metric(splits)
+        self.study = self._open()
+        self._continue_interrupted()
+        with folder.explained_disk_errors(self.path):
+            while len(self._done()) < self.trials:
+                try:
+                    self._trial(dataclasses.replace(splits, test=None))
+                except UsageError:
+                    if not self._done():  # nothing to go on with
+                        shutil.rmtree(self.path)
+                    raise
+            if not self._complete():
+                reason = next(
+                    (trial.user_attrs["reason"] for trial in self._done() if trial.user_attrs), "all fell behind"
+                )
+                raise UsageError(f"None of the {self.trials} trials finished: {reason}")
+            shutil.rmtree(self.path / TRIALS, ignore_errors=True)
+            run = score_on_test(self.task_class, splits, self.path)
+        self.study.set_user_attr("finished", True)
+        say(f"\n{self.table()}\n")
+        say(run.summary())
+        return run
+
+    def _check_folder(self) -> None:
+        """Refuse a folder that is not this search's; `--overwrite` empties it."""
+        if self.arguments.overwrite and (self.path / STUDY).is_file():
+            shutil.rmtree(self.path)
+        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / STUDY).is_file():
+            raise UsageError(f"--output_dir {str(self.path)!r} is not empty and holds no search: name another folder.")
+        if (self.path / STUDY).is_file():
+            study = self._open()
+            before = study.user_attrs["settings"]
+            now = json.loads(json.dumps(self.settings))
+            changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+            if changed:
+                raise UsageError(
+                    f"{str(self.path)!r} holds a search with another {', '.join(changed)}: repeat its command to go "
+                    "on, --overwrite replaces it, or name another folder."
+                )
+            if study.user_attrs.get("finished"):
+                raise UsageError(f"{str(self.path)!r} holds a finished search: --overwrite, or name another folder.")
+
+    def _open(self) -> Any:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.path.mkdir(parents=True, exist_ok=True)
+        study = optuna.create_study(
+            storage=f"sqlite:///{self.path / STUDY}",
+            study_name="tune",
+            direction="maximize" if getattr(self, "greater", True) else "minimize",
+            # Optuna's default: below the median of the other trials after as many epochs, from the sixth trial on.
+            pruner=optuna.pruners.MedianPruner(),
+            load_if_exists=True,
+        )
+        if "settings" not in study.user_attrs:
+            study.set_user_attr("settings", json.loads(json.dumps(self.settings)))
+        return study
+
+    def _in(self, *states: str) -> list[Any]:
+        return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.name in states]
+
+    def _complete(self) -> list[Any]:
+        return self._in("COMPLETE")
+
+    def _done(self) -> list[Any]:
+        """Trials that count: an interrupted one goes on under another number."""
+        failed = [trial for trial in self._in("FAIL") if "reason" in trial.user_attrs]
+        return sorted([*self._in("COMPLETE", "PRUNED"), *failed], key=lambda trial: trial.number)
+
+    def _place(self, trial: Any) -> Path:
+        """The run folder of a trial; of one that goes on, where it began: checkpoints know their path."""
+        return self.path / TRIALS / str(trial.user_attrs.get("continues", trial.number))
+
+    def _continue_interrupted(self) -> None:
+        """Let the trial in whose midst the search stopped go on as the next one."""
+        import optuna
+
+        for trial in self._in("RUNNING"):
+            number = trial.user_attrs.get("continues", trial.number)
+            self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            self.study.enqueue_trial(trial.params, user_attrs={"continues": number})
+        if self._complete():
+            self._keep_best()
+
+    def _trial(self, splits: Splits) -> None:
+        import optuna
+
+        from hftl.fitting import train_plan
+
+        # A function of the seed and the trials before: an interrupted search goes on as if it had not been.
+        self.study.sampler = optuna.samplers.TPESampler(seed=self.arguments.seed + len(self._done()))
+        trial = self.study.ask()
+        values = self._suggest(trial)
+        say(f"\ntrial {len(self._done()) + 1} of {self.trials}: {_shown(values)}")
+        arguments = self._settings(values)
+        place = self._place(trial)
+        arguments.output_dir, arguments.overwrite = str(place), False
+        arguments.resume = (place / CHECKPOINTS / RECIPE).is_file()
+        if not arguments.resume and not (place / METRICS).is_file():
+            shutil.rmtree(place, ignore_errors=True)
+        try:
+            if not (place / METRICS).is_file():  # else it was stopped between its end and the study's knowing of it
+                task = self.task_class(arguments)
+                plan = build_plan(task.build_model(splits), arguments)
+                train_plan(task, plan, splits, arguments, [_Pruning(trial, self.metric)])
+            score = float(json.loads((place / METRICS).read_text(encoding="utf-8"))["validation"][self.metric])
+            if math.isnan(score):
+                raise Diverged(f"{self.metric} is no number")
+            self.study.tell(trial, score)
+            say(f"trial: {self.metric} {score:.4f}, best {self.study.best_value:.4f}")
+            self._keep_best()
+        except optuna.TrialPruned:
+            self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            say("trial: stopped, it falls behind")
+        except Diverged as error:
+            trial.set_user_attr("reason", str(error))
+            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            say(f"trial: failed: {error}")
+        shutil.rmtree(place, ignore_errors=True)
+        folder.write_text(self.path / TABLE, self.as_csv())
+
+    def _suggest(self, trial: Any) -> dict[str, str]:
+        """A value for every searched flag that the trial's method uses."""
+        values: dict[str, str] = {}
+        for dimension in self.space:
+            if _is_used(dimension.name, values.get("method", self.arguments.method)):
+                values[dimension.name] = dimension.suggest(trial)
+        return values
+
+    def _keep_best(self) -> None:
+        """Put the best trial's run into the output folder, unless it is there; the others are removed."""
+        place = self._place(self.study.best_trial)
+        if (place / METRICS).is_file():
+            folder.promote(place, self.path)
+            shutil.rmtree(place)
+
+    def _lines(self) -> list[list[str]]:
+        """Number, state, score, evaluated epochs, seconds and values of every trial that is done."""
+        lines = []
+        for number, trial in enumerate(self._done(), start=1):
+            score = trial.value if trial.value is not None else next(reversed(trial.intermediate_values.values()), None)
+            epochs = f"{max(trial.intermediate_values, default=0) / 1000:g}"
+            values = [str(trial.params.get(dimension.name, "")) for dimension in self.space]
+            shown = "" if score is None else f"{score:.6f}"
+            seconds = f"{trial.duration.total_seconds():.1f}"
+            state = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}[trial.state.name]
+            lines.append([str(number), state, shown, epochs, seconds, *values])
+        return lines
+
+    def _head(self) -> list[str]:
+        return ["trial", "state", self.metric, "epochs", "seconds", *(dimension.name for dimension in self.space)]
+
+    def as_csv(self) -> str:
+        """The trials as CSV."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([self._head(), *self._lines()])
+        return text.getvalue()
+
+    def table(self) -> str:
+        """The trials, one a line, the best marked."""
+        best = next(row for row, trial in enumerate(self._done()) if trial.number == self.study.best_trial.number)
+        lines = [self._head(), *self._lines()]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+        rows[best + 1] += "  best"
+        return "\n".join(row.rstrip() for row in rows)
+
+
+def _is_used(name: str, method: str) -> bool:
+    """Whether a method uses a flag; a method of the person's own may use any."""
+    known = set().union(*METHOD_ARGUMENTS.values())
+    return name not in known or method not in METHOD_ARGUMENTS or name in METHOD_ARGUMENTS[method]
+
+
+def _shown(values: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _check(arguments: TransferArguments, space: Sequence[Dimension]) -> None:
+    """Refuse what needs no data to be refused.
+
+    Raises:
+        UsageError: as said.
+    """
+    if arguments.world_size > 1:
+        raise UsageError("hftl tune works in one process: start it without accelerate launch.")
+    if arguments.resume:
+        raise UsageError("hftl tune goes on by itself where it was stopped: leave out --resume.")
+    if not arguments.dataset_name:
+        raise UsageError("--dataset is missing: name a folder, a table, a Hub id or builtin:NAME.")
+    for name in next((entry.values for entry in space if entry.name == "model_name_or_path"), (None,)):
+        pretrained.check_model_name(name or arguments.model_name_or_path)
+    methods = next((entry.values for entry in space if entry.name == "method"), (arguments.method,))
+    for method in methods:
+        find_method(method)
+        if method == "auto":
+            raise UsageError("hftl tune cannot search with --method auto, which is a search of its own.")
+    for dimension in space:
+        if dimension.name in arguments.given:
+            raise UsageError(f"--{dimension.name} is given and searched: leave one out.")
+        if not any(_is_used(dimension.name, method) for method in methods):
+            raise UsageError(f"--search: --method {' or '.join(methods)} does not use {dimension.name}. Leave it out.")
+
+
+def main(task_name: str, tokens: Sequence[str], space: str, trials: int) -> None:
+    """`hftl tune`."""
+    Search(task_name, tokens, space, trials).run()

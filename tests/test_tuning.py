@@ -1,0 +1,160 @@
+"""`hftl tune`: what is searched, what is kept, how it goes on, and that test is seen by the best trial alone."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from safetensors.torch import load_file
+from small_data import write_texts
+from tiny_models import write_tiny_text_model
+from transformers import AutoModelForSequenceClassification
+
+import hftl
+from hftl import cli
+from hftl.arguments import TextArguments, flag_names
+from hftl.folder import read_yaml
+from hftl.run import Run
+from hftl.tasks.text_classification import TextClassification
+from hftl.trainer import TransferTrainer
+from hftl.tuning import Dimension, read_space
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_tiny_text_model(folder / "bert")
+    write_texts(folder / "texts", {"train": 32, "validation": 12, "test": 10})
+    return folder
+
+
+def tune(world: Path, run: Path, trials: int, search: str, *flags: str) -> None:
+    settings = [f"--model={world / 'bert'}", f"--dataset={world / 'texts'}", f"--output_dir={run}", "--report_to=none"]
+    cli._run(["tune", "text-classification", *settings, f"--trials={trials}", "--search", search, *flags])
+
+
+def trials_of(run: Path) -> list[dict[str, str]]:
+    with (run / "trials.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_search_space_is_read() -> None:
+    names = flag_names(TextArguments)
+    found = read_space("learning_rate=log(1e-5, 1e-3) method=lora,partial --weight-decay=uniform(0,0.1)", names)
+    assert found == [
+        Dimension("method", "list", ("lora", "partial")),
+        Dimension("learning_rate", "log", ("1e-5", "1e-3")),
+        Dimension("weight_decay", "uniform", ("0", "0.1")),
+    ]
+    assert read_space("lora_r=int(2,16)", names) == [Dimension("lora_r", "int", ("2", "16"))]
+    assert read_space("model=a,b", names) == [Dimension("model_name_or_path", "list", ("a", "b"))]
+
+
+def test_the_best_trial_is_the_run_and_alone_sees_test(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared: list[int] = []
+    dataset = TextClassification.dataset
+    monkeypatch.setattr(
+        TextClassification,
+        "dataset",
+        lambda self, rows, training: prepared.append(len(rows)) or dataset(self, rows, training),
+    )
+    search = "learning_rate=log(1e-4,1e-1) method=full,lora lora_r=int(1,4)"
+    tune(world, tmp_path / "run", 4, search, "--num_train_epochs=1")
+    assert prepared.count(10) == 1  # of the test rows, after the last trial
+    assert prepared[-1] == 10
+    monkeypatch.undo()
+
+    rows = trials_of(tmp_path / "run")
+    assert [row["trial"] for row in rows] == ["1", "2", "3", "4"]
+    assert {row["method"] for row in rows} <= {"full", "lora"}
+    assert all((row["lora_r"] == "") == (row["method"] == "full") for row in rows)
+    assert all(1e-4 <= float(row["learning_rate"]) <= 1e-1 for row in rows)
+    run = hftl.load_run(tmp_path / "run")
+    done = [row for row in rows if row["state"] == "complete"]
+    best = max(done, key=lambda row: float(row["accuracy"]))
+    assert run.metrics["validation"]["accuracy"] == pytest.approx(float(best["accuracy"]))
+    assert run.task.arguments.method in {row["method"] for row in done if row["accuracy"] == best["accuracy"]}
+    assert set(run.metrics) == {"train", "validation", "test"}
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names & {"trials", "checkpoints"} == set()
+    assert {"tune.db", "trials.csv", "recipe.yaml", "model.safetensors"} <= names
+    assert (tmp_path / "run" / "adapter").is_dir() == (run.task.arguments.method == "lora")
+    assert "best" in capsys.readouterr().out
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+    with pytest.raises(hftl.UsageError, match="holds a finished search"):
+        tune(world, tmp_path / "run", 4, search, "--num_train_epochs=1")
+
+
+def test_the_same_command_goes_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the midst of the second trial, which goes on from its checkpoint; all is as if it had not been."""
+    search, flags = "learning_rate=log(1e-4,1e-2)", ["--num_train_epochs=3", "--save_strategy=steps", "--save_steps=1"]
+    tune(world, tmp_path / "whole", 3, search, *flags)
+    step, steps = TransferTrainer.training_step, []
+
+    def stop(self: Any, *others: Any) -> Any:
+        steps.append(self.state.global_step)
+        if len(steps) == 10:
+            raise KeyboardInterrupt
+        return step(self, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransferTrainer, "training_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tune(world, tmp_path / "run", 3, search, *flags)
+    assert steps[-4:] == [0, 1, 2, 3]  # six steps a trial
+    assert hftl.load_run(tmp_path / "run").metrics.keys() == {"train", "validation"}  # the first trial
+    with pytest.raises(hftl.UsageError, match="with another weight_decay: repeat its command"):
+        tune(world, tmp_path / "run", 3, search, *flags, "--weight_decay=0.5")
+    steps.clear()
+    monkeypatch.setattr(
+        TransferTrainer, "training_step", lambda self, *all: steps.append(self.state.global_step) or step(self, *all)
+    )
+    tune(world, tmp_path / "run", 3, search, *flags)
+    assert steps[:3] == [3, 4, 5]
+    expected, found = trials_of(tmp_path / "whole"), trials_of(tmp_path / "run")
+    for row in (*expected, *found):
+        del row["seconds"]
+    assert found == expected
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    for name, value in load_file(tmp_path / "run" / "model.safetensors").items():
+        assert value.equal(weights[name]), name
+
+
+def test_a_trial_that_falls_behind_is_stopped_and_one_that_diverges_fails(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optuna.pruners, "MedianPruner", lambda: optuna.pruners.ThresholdPruner(lower=2.0))
+    with pytest.raises(hftl.UsageError, match="None of the 2 trials finished: all fell behind"):
+        tune(world, tmp_path / "pruned", 2, "learning_rate=1e-4,1e-3", "--num_train_epochs=3")
+    rows = trials_of(tmp_path / "pruned")
+    assert [(row["state"], row["epochs"]) for row in rows] == [("pruned", "1")] * 2
+    assert not any((tmp_path / "pruned" / "trials").iterdir())
+    monkeypatch.undo()
+
+    tune(world, tmp_path / "run", 5, "learning_rate=1e-4,1e30", "--num_train_epochs=2")
+    rows = trials_of(tmp_path / "run")
+    assert {(row["state"], float(row["learning_rate"])) for row in rows} == {("complete", 1e-4), ("failed", 1e30)}
+    assert read_yaml(tmp_path / "run" / "recipe.yaml")["learning_rate"] == pytest.approx(1e-4)
+
+
+def test_a_run_whose_trial_was_not_told_is_not_trained_again(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the end of a training and the study's knowing of it."""
+    tell = optuna.Study.tell
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "tell", lambda *all, **more: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            tune(world, tmp_path / "run", 1, "learning_rate=1e-4,1e-3", "--num_train_epochs=1")
+    assert tell is optuna.Study.tell
+    monkeypatch.setattr(TransferTrainer, "train", None)
+    tune(world, tmp_path / "run", 1, "learning_rate=1e-4,1e-3", "--num_train_epochs=1")
+    assert [row["state"] for row in trials_of(tmp_path / "run")] == ["complete"]
+    assert "test" in json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert isinstance(hftl.load_run(tmp_path / "run"), Run)
