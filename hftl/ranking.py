@@ -101,7 +101,7 @@ def rank(
     task_class = find_task(task_name)
     settings = [parse(task_class.arguments_class, [*tokens, *_model_tokens(task_name, name)]) for name in models]
     for arguments in settings:
-        _check(arguments)
+        check(arguments)
     splits = load_rows(settings[0], task_class.modality)
     candidates, started = [], time.perf_counter()
     scoring = 0.0
@@ -127,7 +127,7 @@ def _model_tokens(task_name: str, name: str) -> list[str]:
     return [f"--model={sized[1]}", f"--image_size={sized[2]}"] if sized else [f"--model={name}"]
 
 
-def _check(arguments: ArgumentsType) -> None:
+def check(arguments: ArgumentsType) -> None:
     """Refuse what needs no data to be refused, before the first model runs.
 
     Raises:
@@ -144,8 +144,9 @@ def load_rows(arguments: ArgumentsType, modality: str) -> Splits:
     """The data with its report, without the test split.
 
     Raises:
-        UsageError: as `data.load_splits`, or train holds one class alone.
+        UsageError: as `check` and `data.load_splits`.
     """
+    check(arguments)
     splits = data.load_splits(arguments, modality)
     for line in splits.report:
         say(line)
@@ -161,7 +162,7 @@ def features_of(task: ClassificationTask, splits: Splits) -> Pooled:
         UsageError: the model cannot be used.
     """
     arguments = task.arguments
-    _check(arguments)
+    check(arguments)
     model = task.build_model(splits)
     (stage,) = frozen(model, arguments).stages
     compute.share_threads(on_cpu=arguments.device.type == "cpu")

@@ -137,7 +137,7 @@ def test_a_trial_that_falls_behind_is_stopped_and_one_that_diverges_fails(
     assert not any((tmp_path / "pruned" / "trials").iterdir())
     monkeypatch.undo()
 
-    tune(world, tmp_path / "run", 5, "learning_rate=1e-4,1e30", "--num_train_epochs=2")
+    tune(world, tmp_path / "run", 4, "learning_rate=1e-4,1e30", "--num_train_epochs=1")
     rows = trials_of(tmp_path / "run")
     assert {(row["state"], float(row["learning_rate"])) for row in rows} == {("complete", 1e-4), ("failed", 1e30)}
     assert read_yaml(tmp_path / "run" / "recipe.yaml")["learning_rate"] == pytest.approx(1e-4)
