@@ -217,7 +217,7 @@ def _choose_device() -> None:
     share_threads(on_cpu=not torch.accelerator.is_available())
 
 
-def _check_output(output: str | None, source: str) -> None:
+def _check_output(output: str | None, source: str = "") -> None:
     """Refuse a place that cannot be written, or must not be, before anything is computed."""
     if output is not None and os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source):
         raise UsageError(f"--output {output!r} is the input itself: name another file.")

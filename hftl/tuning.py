@@ -37,7 +37,7 @@ STUDY, TABLE, TRIALS = "tune.db", "trials.csv", "trials"
 _FIXED = {
     "task", "dataset_name", "dataset_config_name", "train_split", "validation_split", "test_split", "label_column",
     "text_column", "text_pair_column", "image_column", "validation_fraction", "max_train_samples", "max_eval_samples",
-    "skip_bad_files", "seed", "metric_for_best_model", "greater_is_better", "metrics", "output_dir", "resume",
+    "skip_bad_files", "shots", "repeats", "seed", "metric_for_best_model", "greater_is_better", "metrics", "output_dir", "resume",
     "overwrite", "time_budget", "preset", "push_to_hub",
 }  # fmt: skip
 _RANGE = re.compile(r"(log|uniform|int)\(\s*([^,()\s]+)\s*,\s*([^,()\s]+)\s*\)")
@@ -357,6 +357,8 @@ def _check(arguments: TransferArguments, space: Sequence[Dimension]) -> None:
     """
     if arguments.world_size > 1:
         raise UsageError("hftl tune works in one process: start it without accelerate launch.")
+    if arguments.repeats > 1:
+        raise UsageError("hftl tune trains each trial once: leave out --repeats.")
     if arguments.resume:
         raise UsageError("hftl tune goes on by itself where it was stopped: leave out --resume.")
     if not arguments.dataset_name:

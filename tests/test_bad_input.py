@@ -670,6 +670,7 @@ CHOOSING = [
     Bad("lr-find into no folder", f"lr-find{TEXT[5:-17]} --output no/a.png", ("--output", "there is no folder 'no'")),
     Bad("lr-find in no steps", f"lr-find{TEXT[5:-17]} --steps 0", ("--steps", "above 0")),
     Bad("auto rate of method auto", f"{TEXT} --method auto --learning_rate auto", ("leave out --learning_rate",)),
+    Bad("auto rate with --repeats", f"{TEXT} --repeats 2 --learning_rate auto", ("--repeats", "hftl lr-find")),
     Bad("a word for a rate", f"{TEXT} --learning_rate fast", ("--learning_rate", "'fast'")),
     Bad("rank with an unknown flag", f"{RANK} {{table}} --max_train_sample 5", ("Did you mean 'max_train_samples'",)),
 ]
@@ -694,6 +695,7 @@ CHOOSING += [
     Bad("tune of auto", f"{TUNE} method=full,auto", ("--method auto",)),
     Bad("tune of what no method uses", f"{TUNE} 'lora_r=int(2,8)'", ("--method full does not use lora_r",)),
     Bad("tune of what is given", f"{TUNE} learning_rate=1e-4,1e-3 --learning_rate 1e-4", ("given and searched",)),
+    Bad("tune with --repeats", f"{TUNE} learning_rate=1e-4,1e-3 --repeats 2", ("leave out --repeats",)),
     Bad("tune with --resume", f"{TUNE} learning_rate=1e-4,1e-3 --resume", ("leave out --resume",)),
     Bad("tune without its model", f"{TUNE} learning_rate=1e-4,1e-3 --model ./brt", ("'./brt'", "no such folder")),
     Bad("tune over a run", f"{TUNE} learning_rate=1e-4,1e-3 --output_dir {{run}}", ("holds no search",)),

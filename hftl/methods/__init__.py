@@ -97,6 +97,10 @@ def check_method(arguments: TransferArguments) -> None:
     find_method(arguments.method)
     penalties.check(arguments)
     _check_pretrained(arguments)
+    if arguments.finds_learning_rate and arguments.repeats > 1:
+        raise UsageError(
+            "--learning_rate auto would find another rate for each of --repeats: find it once with hftl lr-find."
+        )
     if arguments.method not in METHODS:
         return  # a method of the person's own may use any argument
     if arguments.method == "auto" and arguments.finds_learning_rate:
