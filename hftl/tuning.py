@@ -37,8 +37,8 @@ STUDY, TABLE, TRIALS = "tune.db", "trials.csv", "trials"
 _FIXED = {
     "task", "dataset_name", "dataset_config_name", "train_split", "validation_split", "test_split", "label_column",
     "text_column", "text_pair_column", "image_column", "validation_fraction", "max_train_samples", "max_eval_samples",
-    "skip_bad_files", "shots", "repeats", "seed", "metric_for_best_model", "greater_is_better", "metrics", "output_dir", "resume",
-    "overwrite", "time_budget", "preset", "push_to_hub",
+    "skip_bad_files", "shots", "repeats", "seed", "metric_for_best_model", "greater_is_better", "metrics",
+    "output_dir", "resume", "overwrite", "time_budget", "preset", "push_to_hub",
 }  # fmt: skip
 _RANGE = re.compile(r"(log|uniform|int)\(\s*([^,()\s]+)\s*,\s*([^,()\s]+)\s*\)")
 _SETTING = re.compile(r"\s*([^=\s]+)=(\w+\([^()]*\)|\S+)(?=\s|$)")
