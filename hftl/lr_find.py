@@ -180,7 +180,7 @@ def sweep(
     rates = [LEAST * (MOST / LEAST) ** (step / max(1, steps - 1)) for step in range(steps)]
     recorder = _Recorder()
     with _unchanged(plan.model), contextlib.ExitStack() as after:
-        kept = keep_features(task, stage, plan.model, splits, rows, alone=len(plan.stages) == 1)
+        kept = keep_features(task, stage, plan.model, splits, rows, alone=len(plan.stages) == 1, last=True)
         if kept is not None:
             after.callback(kept.release)
         place = after.enter_context(tempfile.TemporaryDirectory())
