@@ -7,13 +7,17 @@
     python scripts/benchmark.py --gpu                             # the same on a GPU
     python scripts/benchmark.py --scaling                         # rows x1 to x8, 1 and 2 processes, cold and warm
     python scripts/benchmark.py --per-step [--against-itself]     # a step of hftl against one of a bare Trainer
+    python scripts/benchmark.py --quality --data-root my/data     # accuracy of the methods, data set by data set
 
 `--data-root` holds dogs_cats/{train,test}/CLASS/ and movie_snippets/{train,validation,test}.csv (columns text, label);
 without it the built-in digits and movie snippets take their place. Every run is a process of its own (so that memory
 and imports are its own), peers take turns, and who goes first changes every repeat. Data are cut once, before, so that
 all have the same rows. A run is cold when its HFTL_HOME holds the built-in weights and nothing else, warm when another
 training filled it. Written: benchmarks/results.md and results.json (with --scaling: scaling.png and scaling.json; with
---per-step: steps.json).
+--per-step: steps.json; with --quality: quality.md and quality.json, which grow from call to call).
+
+--quality wants dogs_cats, blood_cells, mnist_small (images) and movie_snippets, sst2, trec (texts) in `--data-root`, or
+those of them that `--columns` names, which have `, 16 a class` behind the name where 16 rows a class are drawn.
 
 The peers: a plain `transformers.Trainer` as in the example scripts, the same tuned by hand, a bare PyTorch loop of the
 same work, features with scikit-learn, `transformers.pipeline`; fastai and AutoGluon where they are installed. These two
@@ -42,7 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]  # this checkout's hftl, whatever is installed
 
 # The folder of the same name beside this file: Python looks for packages before modules.
-from benchmark import report, scaling  # noqa: E402
+from benchmark import quality, report, scaling  # noqa: E402
 from benchmark.comparisons import COMPARISONS, Comparison, Runs, Setting, hftl_train, missing_flags, summarise  # noqa: E402
 from benchmark.jobs import Job, JobError, Runner  # noqa: E402
 from benchmark.prepare import many_images, prepare  # noqa: E402
@@ -58,6 +62,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--scaling", action="store_true", help="rows, processes and cache instead of the table")
     modes.add_argument("--per-step", action="store_true", help="seconds a step against a bare Trainer, in one process")
+    modes.add_argument("--quality", action="store_true", help="test scores of the methods on several data sets")
     modes.add_argument("--list", action="store_true", help="names of the comparisons")
     parser.add_argument("--only", help="comparisons by name, with commas between")
     parser.add_argument("--data-root", type=Path, help="own data; without it the built-in data sets")
@@ -76,6 +81,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     steps.add_argument("--warmup", type=int, default=3, help="steps before those, at least 1")
     steps.add_argument("--bf16", action="store_true", help="bf16 autocast on both sides")
     steps.add_argument("--against-itself", action="store_true", help="bare against bare: the noise of this machine")
+    qualities = parser.add_argument_group("--quality")
+    few = quality.columns(few=True)
+    qualities.add_argument("--columns", nargs="+", choices=few, metavar="NAME", default=few, help="data sets (all)")
+    variants = list(quality.VARIANTS)
+    qualities.add_argument("--variants", nargs="+", choices=variants, metavar="NAME", default=variants, help="(all)")
+    qualities.add_argument("--seeds", type=int, default=3, help="runs of each, seeds 0, 1, …")
     options = parser.parse_args(argv)
     if options.repeats is None:
         options.repeats = 5 if options.per_step else 1 if options.quick else 3
@@ -96,6 +107,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--only {name}: there are {', '.join(COMPARISONS)}")
     if options.gpu and _answer("import torch; print(torch.cuda.is_available())") != "True":
         parser.error("--gpu: torch finds no GPU on this machine")
+    if options.quality:
+        for name in {column.partition(", ")[0] for column in options.columns}:
+            if options.data_root is None or not (options.data_root / name).is_dir():
+                parser.error(f"--quality: there is no {name} in --data-root")
     if options.scaling and not scaling.drawing_is_possible():
         parser.error("--scaling draws with matplotlib, which is not installed: pip install 'hftl[benchmark]'")
     return options
@@ -245,6 +260,16 @@ def run_scaling(options: argparse.Namespace, work: Path) -> int:
     return 0
 
 
+def run_quality(options: argparse.Namespace, work: Path) -> int:
+    """The table of scores."""
+    home = work / "home"
+    weights = [sys.executable, "-m", "hftl.builtin", "efficientnet_lite0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HFTL_HOME": str(home)}
+    subprocess.run(weights, env=environment, check=True, stdout=subprocess.DEVNULL)
+    runner = Runner(work / "jobs", home, options.gpu)
+    return quality.run(options, options.data_root.resolve(), runner, start_content(options, []))
+
+
 def main(argv: list[str] | None = None) -> int:
     """The mode that was asked for."""
     options = parse(argv)
@@ -257,7 +282,8 @@ def main(argv: list[str] | None = None) -> int:
         return steps.run(options)
     work = Path(tempfile.mkdtemp(prefix="hftl-benchmark-", dir=options.work)).absolute()
     try:
-        return (run_scaling if options.scaling else run_table)(options, work)
+        mode = run_scaling if options.scaling else run_quality if options.quality else run_table
+        return mode(options, work)
     except (JobError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

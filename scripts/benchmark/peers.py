@@ -53,6 +53,7 @@ def _read_run(run: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
     return {
         "accuracy": metrics["test"]["accuracy"],
+        "f1_macro": metrics["test"]["f1_macro"],
         "losses": [line["loss"] for line in lines if "loss" in line],
         "rows_a_step": recipe["per_device_train_batch_size"] * int(os.environ.get("WORLD_SIZE", "1")),
         "train_seconds": metrics["train"]["seconds"],
