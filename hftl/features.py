@@ -707,6 +707,10 @@ def _check_head(arguments: TransferArguments) -> None:
         raise UsageError(f"--head {kind} is fitted in its own way: leave out {flag}.")
     if kind in BESIDE and getattr(arguments, "test_time_flip", False):
         raise UsageError(f"--head {kind} answers for the plain view alone: leave out --test_time_flip.")
+    if unused := _unsolved(arguments, last=True):
+        raise UsageError(f"--head {kind} is fitted, not trained: leave out {unused[0]}.")
+    if arguments.loss != "cross_entropy":
+        raise UsageError(f"--head {kind} has a loss of its own: leave out --loss {arguments.loss}.")
     if arguments.label_smoothing_factor:
         raise UsageError(f"--head {kind} has no targets to smooth: leave out --label_smoothing_factor.")
     if arguments.class_weights != "none" and kind not in ("svm", "ridge"):
@@ -745,6 +749,8 @@ def keep_features(
         return None
     solves = first == head and _may_solve(task, stage, splits, alone, last)
     try:
+        if not solves and arguments.head not in (None, "logistic"):
+            raise NotKept("the task or the stage has a loss of its own")
         _check_possible(task, stage, data, solves)
         started = time.perf_counter()
         source, stage = _source(task, stage, model, data, solves)

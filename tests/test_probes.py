@@ -336,6 +336,8 @@ def test_a_probe_answers_beside_an_ordinary_head(
         ("bert", ["--head=svm", "--num_train_epochs=2"], "--head svm is fitted, not trained: leave out --num_train"),
         ("bert", ["--head=svm", "--feature_cache=off"], "leave out --feature_cache off"),
         ("bert", ["--head=ridge", "--head_solver=sgd"], "leave out --head_solver sgd"),
+        ("bert", ["--head=svm", "--loss=focal"], "leave out --loss focal"),
+        ("bert", ["--head=knn", "--sampler=balanced"], "leave out --sampler balanced"),
         ("bert", ["--head=ridge", "--label_smoothing_factor=0.1"], "no targets to smooth"),
         ("bert", ["--head=knn", "--class_weights=balanced"], "weighs no classes"),
         ("bert", ["--head=nearest_mean", "--class_weights=balanced"], "weighs no classes"),
