@@ -702,9 +702,6 @@ def _check_head(arguments: TransferArguments) -> None:
             raise UsageError(f"--head {kind} is fitted on kept features: leave out --{name} {value}.")
     for name in sorted(_of_training(alone=True) & arguments.given if arguments.head_solver == "auto" else ()):
         raise UsageError(f"--head {kind} is fitted, not trained: leave out --{name}.")
-    losses = [] if arguments.loss == "cross_entropy" else [f"--loss {arguments.loss}"]
-    for flag in losses + _unsolved(arguments, last=True):
-        raise UsageError(f"--head {kind} is fitted in its own way: leave out {flag}.")
     if kind in BESIDE and getattr(arguments, "test_time_flip", False):
         raise UsageError(f"--head {kind} answers for the plain view alone: leave out --test_time_flip.")
     if unused := _unsolved(arguments, last=True):
