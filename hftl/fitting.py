@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 #: more epochs than this are never added to reach the least number of steps
 _MOST_EPOCHS = 50
-#: batches by which a stage chooses what trains: Lee et al. 2023 find few to do
+#: batches by which a stage chooses what trains: enough for an order of blocks, and done in seconds
 _CHOOSING_BATCHES = 8
 #: how far logits may move by saving and loading (nothing), or by merging adapters (rounding), relative to the largest
 _TOLERANCE = {"saving": 1e-5, "merging": 1e-3}

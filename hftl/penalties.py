@@ -113,7 +113,7 @@ PENALTIES: dict[str, Callable[..., torch.Tensor]] = {"l2_sp": l2_sp, "delta": de
 
 #: weights, where none is given
 WEIGHTS = {
-    "l2_sp": 0.01,  # the Transfer Learning Library's, within the range that the paper searches
+    "l2_sp": 0.01,  # the Transfer Learning Library's
     "delta": 0.5,  # the library's 0.01 for a sum over batches of 48 rows
     "bss": 0.001,  # the paper's, for one singular value
     "r_drop": 0.5,  # the middle of the three that the paper tries on GLUE
