@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ __version__ = "0.1.0"
 
 # DDP's C++ part prints a warning for each process in the midst of training, which asks nothing of the person.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# So does bitsandbytes, which peft imports where it is installed: it names kernels that could be downloaded.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 #: public name → module; imported when first used, so that `import hftl` and `hftl --help` cost nothing
 _PUBLIC = {

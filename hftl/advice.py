@@ -174,10 +174,9 @@ def look(found: Pooled, splits: Splits) -> Figures:
 
 
 def _is_adaptable(model: Any) -> bool:
-    try:
-        return bool(backbones.lora_targets(model))
-    except UsageError:
-        return False
+    """Whether LoRA has a layer to go beside: grouped convolutions it does not take."""
+    layers = [model.get_submodule(name) for name in backbones.adaptable_layers(model)]
+    return any(getattr(layer, "groups", 1) == 1 for layer in layers)
 
 
 def _inputs(found: Pooled, splits: Splits) -> tuple[str, str]:

@@ -94,8 +94,31 @@ class TransferArguments(TrainingArguments):
     lora_r: int | None = _argument(None, "lora: rank of the adapters (default 8).")
     lora_alpha: int | None = _argument(None, "lora: scale of the adapters (default twice the rank).")
     lora_dropout: float | None = _argument(None, "lora: dropout on the adapters' input (default 0).")
-    lora_blocks: int | None = _argument(None, "lora: adapt the last so many blocks only (default: all but the first).")
-    lora_target_modules: list[str] | None = _argument(None, "lora: names of the adapted layers (default: chosen).")
+    use_rslora: bool = _argument(False, "lora: scale by the root of the rank, for ranks above 32.")
+    use_dora: bool = _argument(False, "lora: learn the weights' lengths apart from their directions.")
+    init_lora_weights: str | None = _argument(
+        None,
+        "lora: how the adapters start (default: one matrix random, the other zero).",
+        choices=("gaussian", "orthogonal", "pissa", "olora"),
+    )
+    lora_plus_ratio: float | None = _argument(
+        None, "lora, dora, …: the second matrices learn at this times the rate of the first (LoRA+: 16)."
+    )
+    lora_blocks: int | None = _argument(
+        None, "lora, peft, …: adapt the last so many blocks only (default: all but the first)."
+    )
+    lora_layers_pattern: str | None = _argument(
+        None, "lora, peft, …: adapt only layers in whose full names this regular expression is found."
+    )
+    lora_target_modules: list[str] | None = _argument(
+        None, "lora, peft, …: names of the adapted layers (default: chosen)."
+    )
+    peft_type: str | None = _argument(None, "peft: the type of adapter, by its name in the peft package.")
+    peft_config: str | None = _argument(
+        None, "lora, peft, …: settings of the type's configuration in peft, as JSON: '{\"r\": 4}'."
+    )
+    load_in_8bit: bool = _argument(False, "lora, peft, …: hold the frozen weights in 8 bits (bitsandbytes).")
+    load_in_4bit: bool = _argument(False, "lora, peft, …: hold the frozen weights in 4 bits (QLoRA; bitsandbytes).")
     batch_norm: str | None = _argument(
         None,
         "Statistics of the BatchNorm layers: frozen keeps those of the pretrained model (default for it), adapt takes "
@@ -586,7 +609,7 @@ def _check_ranges(arguments: TransferArguments) -> None:
     """Values that argparse lets through and that mean nothing."""
     positive = ["num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "head_epochs"]
     positive += ["max_train_samples", "max_eval_samples", "learning_rate", "head_learning_rate", "lora_r", "lora_alpha"]
-    positive += ["shots", "repeats", "lora_blocks", "reinit_blocks", "mixup", "cutmix"]
+    positive += ["shots", "repeats", "lora_blocks", "lora_plus_ratio", "reinit_blocks", "mixup", "cutmix"]
     positive += ["feature_views", "feature_cache_gb"]
     positive += ["image_size", "image_cache_gb", "max_length", "gradient_accumulation_steps", "early_stopping_patience"]
     for name in positive:

@@ -150,35 +150,41 @@ def no_decay_parameters(model: nn.Module) -> set[str]:
     }
 
 
-def lora_targets(model: nn.Module) -> list[str]:
-    """The full names of the layers of a model without adapters that LoRA should adapt: `LoraConfig(target_modules=…)`.
+def adaptable_layers(model: nn.Module) -> list[str]:
+    """The full names of the layers of a model without adapters that an adapter can go beside.
 
-    All linear layers (GPT-2's Conv1D too) and all ungrouped convolutions of the blocks after the first. Not the head,
-    which is trained whole; not the stem or embeddings (of a model with more than one block); not depthwise or grouped
-    convolutions, where LoRA needs r to be a multiple of the groups and gains nothing; and no layer that is computed by
+    All linear layers (GPT-2's Conv1D too) and all convolutions of the blocks after the first. Not the head, which is
+    trained whole; not the stem or embeddings (of a model with more than one block); and no layer that is computed by
     other code than its own class, where an adapter would be ignored, or merged into the wrong weights.
 
     Raises:
-        UsageError: nothing but the head would be adapted, or as `structure`.
+        UsageError: as `structure`.
     """
     parts = structure(model)
     adapted = parts.blocks[1:] or parts.blocks
     inside = {prefix for block in adapted for prefix in block}
     outside = pooling_layer(model)
-    targets = [
+    return [
         name
         for name, module in model.named_modules()
         if _can_be_adapted(model, name, module)
         and any(path in inside for path in _paths(name))
         and not is_below_any(name, outside)
     ]
-    if not targets:
-        raise UsageError(
-            f"LoRA finds no layer to adapt in {type(model).__name__}: only the head would be trained (grouped and "
-            "weight-standardised convolutions are not adapted). Use another method (frozen, partial, full), or name "
-            "the layers with --lora_target_modules."
-        )
-    return targets
+
+
+def adaptable_normalisation(model: nn.Module) -> list[str]:
+    """The full names of the normalisation layers with weights outside the head, of a model without adapters.
+
+    Raises:
+        UsageError: as `structure`.
+    """
+    outside = (*structure(model).trained_head, *pooling_layer(model))
+    return [
+        name
+        for name in normalisation_modules(model)
+        if _has_parameters(model.get_submodule(name)) and not is_below_any(name, outside)
+    ]
 
 
 def pooling_layer(model: nn.Module) -> tuple[str, ...]:
@@ -540,7 +546,7 @@ def _is_normalisation(module: nn.Module) -> bool:
 def _can_be_adapted(model: nn.Module, name: str, module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
         # Subclasses that pad or standardise their weights in forward are not what LoRA's pair of convolutions mimics.
-        return module.groups == 1 and type(module).forward is nn.Conv2d.forward
+        return type(module).forward is nn.Conv2d.forward
     if isinstance(module, Conv1D):
         return True
     if not isinstance(module, nn.Linear):

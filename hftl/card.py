@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hftl.arguments import TransferArguments
 from hftl.data import Splits
+from hftl.merging import BASE
 from hftl.pretrained import public_name
 from hftl.tasks.classification import ClassificationTask, class_counts
 
@@ -31,9 +32,7 @@ _TEXT = """# {title}
 ## How to use it
 
 ```python
-from transformers import pipeline
-classify = pipeline("{task}", "{title}")
-print(classify({example}))
+{usage}
 ```
 {probe}
 ## Training
@@ -46,6 +45,14 @@ This is the ordinary model with a logistic head, whose scores are those of `ordi
 those of the `{head}` head in `probe/`, which plain libraries do not know: `hftl predict`, `hftl evaluate` and
 `hftl.load_run(FOLDER).predict` answer by it.
 """
+_MERGED = """from transformers import pipeline
+classify = pipeline("{task}", "{title}")
+print(classify({example}))"""
+#: where the adapter is not merged
+_UNMERGED = """from peft import PeftModel
+from transformers import {auto_class}
+base = {auto_class}.from_pretrained("{title}/base")
+model = PeftModel.from_pretrained(base, "{title}/adapter")"""
 
 
 def write_card(
@@ -86,12 +93,16 @@ def write_card(
         f"| {name} | {count:,} | {metrics[split].get(f'f1/{name}', 0.0):.4f} |"
         for name, count in zip(splits.label_names, class_counts(splits), strict=True)
     ]
+    usage = _UNMERGED if (target / BASE).is_dir() else _MERGED
     text = _TEXT.format(
         title=title, base=base, task=task.name, dataset=dataset, method=method, split=split,
         preparation=f" {task.preparation}" if task.preparation else "",
         results="\n".join(rows), repeats=_repeats(metrics, split), classes="\n".join(classes),
         probe=_PROBE.format(head=arguments.head) if f"ordinary_head_{split}" in metrics else "",
-        example='"image.jpg"' if task.modality == "image" else '"A text.", truncation=True',
+        usage=usage.format(
+            task=task.name, title=title, auto_class=task.auto_class.__name__,
+            example='"image.jpg"' if task.modality == "image" else '"A text.", truncation=True',
+        ),
     )  # fmt: skip
     ModelCard(f"---\n{header.to_yaml()}\n---\n\n{text}").save(target / "README.md")
 

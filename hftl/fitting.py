@@ -23,7 +23,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, SchedulerType
 
-from hftl import backbones, compute, folder
+from hftl import backbones, compute, folder, merging
 from hftl.adaptation import adapt_batch_norm
 from hftl.arguments import TransferArguments, set_precision, stage_arguments, to_recipe
 from hftl.averaging import check_averaging, interpolate, pretrained_weights
@@ -39,7 +39,7 @@ from hftl.metrics import softmax
 from hftl.pretrained import save_model
 from hftl.probes.beside import FOLDER as PROBE
 from hftl.probes.beside import Probe, load_probe
-from hftl.run import Run, load_run
+from hftl.run import Run, load_run, load_saved
 from hftl.tasks.classification import ClassificationTask
 from hftl.trainer import TransferTrainer, diverged, prepare_modules
 
@@ -50,8 +50,9 @@ if TYPE_CHECKING:
 _MOST_EPOCHS = 50
 #: batches by which a stage chooses what trains: enough for an order of blocks, and done in seconds
 _CHOOSING_BATCHES = 8
-#: how far logits may move by saving and loading (nothing), or by merging adapters (rounding), relative to the largest
-_TOLERANCE = {"saving": 1e-5, "merging": 1e-3}
+#: How far logits may move by saving and loading (nothing), or by merging adapters (rounding), relative to the largest;
+#: bitsandbytes' kernel for weights of 4 bits on a CPU keeps their scales in 16 bits (9e-4 seen).
+_TOLERANCE = {"saving": 1e-5, "merging": 1e-3, "few bits": 1e-2}
 
 
 def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Run:
@@ -75,7 +76,9 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
     elif arguments.repeats > 1:
         run = _repeat(task, plan, splits, arguments)
     else:
-        run = Run(train_plan(task, plan, splits, arguments), task, _inner_model(plan.model))
+        path = train_plan(task, plan, splits, arguments)
+        unmerged = (path / merging.BASE).is_dir()
+        run = Run(path, task, None if unmerged else backbones.without_adapters(plan.model))
     say(run.summary())
     if arguments.push_to_hub and folder.is_main_process():
         run.push(
@@ -163,7 +166,9 @@ def train_plan(
     try:
         with folder.explained_disk_errors(path):
             try:
-                trainer, records, results = _run_stages(task, stages, plan.model, splits, data, [signals, *callbacks])
+                trainer, records, results = _run_stages(
+                    task, stages, plan.model, splits, data, [signals, *plan.callbacks, *callbacks]
+                )
             except UsageError as error:
                 folder.discard_start(path)
                 raise without_worker(error) from None
@@ -634,7 +639,7 @@ def _check_sharding(
     if not _is_sharded(trainer):
         return
     needs_all = {
-        "--method lora": hasattr(model, "peft_config"),
+        f"--method {arguments.method}": hasattr(model, "peft_config"),
         "--method surgical": any(stage.choose is not None for stage in stages),
         "--penalty": any(stage.penalty is not None for stage in stages),
     }
@@ -662,6 +667,8 @@ def _whole_model(task: ClassificationTask, trainer: TransferTrainer, path: Path)
 def _save_checked(task: ClassificationTask, model: Any, batch: dict[str, torch.Tensor], target: Path) -> None:
     """Save the model, adapters merged and also by themselves; load it in plain transformers and compare logits.
 
+    Where an adapter cannot be merged, or the merged model gives other logits, the model is kept beside it.
+
     Raises:
         RuntimeError: the saved model gives other logits. The checkpoints stay.
     """
@@ -670,34 +677,51 @@ def _save_checked(task: ClassificationTask, model: Any, batch: dict[str, torch.T
     expected = _logits(model, batch, device)
     kind = "saving"
     if hasattr(model, "peft_config"):
-        kind = "merging"
-        model.save_pretrained(target / "adapter")
-        (target / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with a path of this machine
-        # PEFT keeps no labels: the configuration beside the adapter has them.
-        model.get_base_model().config.save_pretrained(target / "adapter")
-        model.merge_and_unload()
-        model = _inner_model(model)
-    save_model(model, target)
+        merging.save_adapter(model, target / merging.ADAPTER)
+        kind = "few bits" if merging.is_quantised(model) else "merging"
+        model = _merged_or_kept(model, batch, expected, target)
+    if model is not None:
+        save_model(model, target)
+    elif kind == "merging":
+        kind = "saving"
+    loaded = load_saved(task.auto_class, target)
     task.save_processor(target)
-    loaded = task.auto_class.from_pretrained(target, dtype=torch.float32).to(device).eval()
-    difference = float((_logits(loaded, batch, device) - expected).abs().max())
-    limit = _TOLERANCE[kind] * max(1.0, float(expected.abs().max()))
-    if not difference <= limit:
+    difference = _difference(loaded.to(device).eval(), batch, expected)
+    if not difference <= _TOLERANCE[kind]:
         raise RuntimeError(
-            f"The saved model gives other logits than the trained one (difference {difference:.3g}, allowed "
-            f"{limit:.3g}). Nothing was published; the training checkpoints are in {target.parent / CHECKPOINTS}."
+            f"The saved model gives other logits than the trained one (difference {difference:.3g} of the largest, "
+            f"allowed {_TOLERANCE[kind]:.3g}). Nothing was published; the training checkpoints are in "
+            f"{target.parent / CHECKPOINTS}."
         )
+
+
+def _merged_or_kept(model: Any, batch: dict[str, torch.Tensor], expected: torch.Tensor, target: Path) -> Any | None:
+    """The ordinary model with the adapters in it; or None, and what they belong to is saved beside them."""
+    state: dict[str, torch.Tensor] | None = None
+    reason: str | None = "the base has 8 or 4 bits, and what is added to it would be rounded"
+    if not merging.is_quantised(model):
+        state, reason = merging.base_state(model), merging.merge(model)
+    inner = model.get_base_model()
+    if reason is None:
+        difference = _difference(inner, batch, expected)
+        if difference <= _TOLERANCE["merging"]:
+            return inner
+        reason = f"the merged model's logits differ by {difference:.2g} of the largest"
+    say(f"adapter: not merged, since {reason}; it is kept with its base, in {merging.ADAPTER}/ and {merging.BASE}/")
+    merging.save_unmerged(model, state, target)
+    return None
+
+
+def _difference(model: Any, batch: dict[str, torch.Tensor], expected: torch.Tensor) -> float:
+    """How far a model's logits are from the expected ones, relative to the largest."""
+    logits = _logits(model, batch, next(model.parameters()).device)
+    return float((logits - expected).abs().max()) / max(1.0, float(expected.abs().max()))
 
 
 def _logits(model: Any, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
     inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
     with torch.inference_mode():
         return model(**inputs).logits.float()
-
-
-def _inner_model(model: Any) -> Any:
-    """The ordinary model; after `merge_and_unload` that of a PEFT model is an ordinary one again."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def _write_predictions(path: Path, label_names: list[str], splits: Splits, split: str, result: tuple[Any, ...]) -> None:

@@ -202,8 +202,9 @@ def promote(place: Path, folder: Path) -> None:
     partial = folder / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(place, partial)
-    if not (partial / "adapter").is_dir():
-        shutil.rmtree(folder / "adapter", ignore_errors=True)
+    for name in ("adapter", "base"):
+        if not (partial / name).is_dir():
+            shutil.rmtree(folder / name, ignore_errors=True)
     publish(folder)
 
 

@@ -54,7 +54,8 @@ def parameter_groups(model: nn.Module, stage: Stage, weight_decay: float) -> lis
     """Groups for a torch optimizer: the stage's rate, decayed block by block towards the input, and weight decay.
 
     Block i of n learns at `learning_rate * layer_decay ** (n - 1 - i)` (Howard and Ruder 2018, Clark et al. 2020); the
-    head at its own rate. Every parameter that trains is in exactly one group.
+    head at its own rate; single parameters at a multiple of theirs (`stage.factors`). Every parameter that trains is in
+    exactly one group.
 
     Raises:
         RuntimeError: the stage names a parameter that the model does not have.
@@ -71,6 +72,7 @@ def parameter_groups(model: nn.Module, stage: Stage, weight_decay: float) -> lis
             rate = stage.learning_rate * stage.layer_decay ** (head - 1 - blocks[name])
         # L2-SP pulls to the pretrained weights in the place of decay, which pulls to zero.
         decays = name not in no_decay and not (stage.penalty is penalties.l2_sp and blocks[name] < head)
+        rate *= stage.factors.get(name, 1.0)
         groups[rate, weight_decay if decays else 0.0].append(parameter)
     covered = sum(map(len, groups.values()))
     if covered != len(stage.trainable):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import pickle
 import shutil
@@ -57,6 +58,10 @@ def find_model(name: str | None) -> str:
         if (path / "adapter_config.json").is_file():
             raise UsageError(
                 f"--model {name!r} is an adapter: name the folder of the run, which holds the merged model."
+            )
+        if (path / "base" / "config.json").is_file() and not (path / "model.safetensors").is_file():
+            raise UsageError(
+                f"--model {name!r} is a run with an adapter that is not merged: name {str(path / 'base')!r}."
             )
         if not (path / "config.json").is_file():
             raise UsageError(f"--model {name!r}: the folder holds no model (there is no config.json in it).")
@@ -136,6 +141,7 @@ def load_model(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             dtype=torch.float32,  # the checkpoint's own type could be bf16, whose updates get lost
+            **_quantisation(auto_class, source, arguments),
             **options,
         )
     _check_loaded(model, report, name)
@@ -145,6 +151,50 @@ def load_model(
     if model.config.model_type == "timm_wrapper":
         model.config.label_names = list(label_names)  # else the names of the checkpoint are saved again
     return model
+
+
+def check_quantisation(arguments: TransferArguments) -> None:
+    """Refuse 8 and 4 bits together, for a model that is not pretrained, or without bitsandbytes.
+
+    Raises:
+        UsageError: as said.
+    """
+    if not (arguments.load_in_8bit or arguments.load_in_4bit):
+        return
+    flag = "--load_in_8bit" if arguments.load_in_8bit else "--load_in_4bit"
+    if arguments.load_in_8bit and arguments.load_in_4bit:
+        raise UsageError("--load_in_8bit and --load_in_4bit exclude each other: leave one out.")
+    if str(arguments.model_name_or_path).startswith("random:"):
+        raise UsageError(f"{flag}: a model that is not pretrained has nothing to keep in so few bits. Leave it out.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(f"{flag} needs bitsandbytes, which is not installed: pip install 'hftl[quantized]'")
+
+
+def _quantisation(auto_class: Any, source: str, arguments: TransferArguments) -> dict[str, Any]:
+    """What `from_pretrained` is told for a base in 8 or 4 bits; what trains as a whole is left in float32.
+
+    Four bits as in QLoRA (Dettmers et al. 2023): normal float, its scales quantised again.
+    """
+    if not (arguments.load_in_8bit or arguments.load_in_4bit):
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, **hub_options(arguments, source))
+        empty = auto_class.from_config(config, trust_remote_code=arguments.trust_remote_code)
+    whole = list(backbones.structure(empty).trained_head)
+    if arguments.load_in_8bit:
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)}
+    compute = torch.bfloat16 if arguments.bf16 else torch.float32
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+            llm_int8_skip_modules=whole,
+        )
+    }
 
 
 def _check_kept_labels(config: Any, label_names: Sequence[str], name: str) -> None:
@@ -182,9 +232,9 @@ def reset_head(model: PreTrainedModel) -> None:
                 module.reset_parameters()
 
 
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Save a model so that transformers, and timm for its own models, load it."""
-    model.save_pretrained(folder)
+def save_model(model: PreTrainedModel, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Save a model, or another state of it, so that transformers, and timm for its own models, load it."""
+    model.save_pretrained(folder, state_dict=state)
     if model.config.model_type == "timm_wrapper":
         path = folder / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from hftl import backbones, batches, compute, data
+from hftl import backbones, batches, compute, data, merging
 from hftl.arguments import argument_tokens, parse, read_yaml, stage_arguments
 from hftl.errors import UsageError
 from hftl.folder import CHECKPOINTS, LOGS, METRICS, RECIPE
@@ -27,7 +27,9 @@ from hftl.tasks import TASKS, find_task
 from hftl.tasks.classification import ClassificationTask
 
 #: what of a run folder goes to the Hub
-_PUSHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", RECIPE, "adapter/*", "probe/*")
+_PUSHED = (
+    "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", RECIPE, "adapter/*", "base/*", "probe/*",
+)  # fmt: skip
 
 
 #: rows that are predicted before the first of them are given out: a few seconds of images on two cores
@@ -76,7 +78,7 @@ class Run:
     @functools.cached_property
     def model(self) -> PreTrainedModel:
         """The fine-tuned model in eval mode, on the GPU where there is one."""
-        model = self._model or self.task.auto_class.from_pretrained(self.folder, dtype=torch.float32)
+        model = self._model or load_saved(self.task.auto_class, self.folder)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         model = model.to(device or "cpu").eval()
         return model.to(memory_format=torch.channels_last) if backbones.is_convolutional(model) else model
@@ -320,6 +322,13 @@ class Run:
                 f"with `hftl push {self.folder} {repository}` (a token: `hf auth login`)."
             ) from error
         return str(address)
+
+
+def load_saved(auto_class: Any, folder: Path) -> Any:
+    """The model in a run folder: an ordinary one, or with an adapter that is not merged a `PeftModel`."""
+    if (folder / merging.BASE).is_dir():
+        return merging.load_unmerged(auto_class, folder)
+    return auto_class.from_pretrained(folder, dtype=torch.float32)
 
 
 def load_run(folder: str | Path, task_class: type[ClassificationTask] | None = None) -> Run:

@@ -290,11 +290,9 @@ def test_is_convolutional(name: str) -> None:
 @every_model
 def test_lora_targets(name: str) -> None:
     model = TINY[name]()
-    parts, targets = backbones.structure(model), backbones.lora_targets(model)
+    parts, targets = backbones.structure(model), lora_targets(model)
     head, stem, body = parts.trained_head, parts.blocks[0], [prefix for block in parts.blocks[1:] for prefix in block]
     assert all(below(target, body) and not below(target, head + stem) for target in targets)
-    modules = {target: model.get_submodule(target) for target in targets}
-    assert all(module.groups == 1 for module in modules.values() if isinstance(module, nn.Conv2d))
     # Every block after the first gets adapters; the depthwise convolutions alone would not have been enough.
     assert all(any(below(target, block) for target in targets) for block in parts.blocks[1:])
 
@@ -320,6 +318,11 @@ def test_lora_targets(name: str) -> None:
     assert copies == {key for key, parameter in adapted.named_parameters() if ".modules_to_save." in key}
 
 
+def lora_targets(model: nn.Module) -> list[str]:
+    """What LoRA takes of the layers that can be adapted."""
+    return [name for name in backbones.adaptable_layers(model) if getattr(model.get_submodule(name), "groups", 1) == 1]
+
+
 def with_lora(model: PreTrainedModel, targets: list[str], head: list[str]) -> PeftModel:
     """`model` with LoRA on `targets` and its head trained whole."""
     linear_transposed = model.config.model_type == "gpt2"
@@ -328,7 +331,7 @@ def with_lora(model: PreTrainedModel, targets: list[str], head: list[str]) -> Pe
 
 
 def test_layers_that_are_never_called_get_no_adapter() -> None:
-    targets = backbones.lora_targets(shared_model("timm_beit"))
+    targets = backbones.adaptable_layers(shared_model("timm_beit"))
     assert {target.rpartition("blocks.0.")[2] for target in targets if "blocks.0." in target} == {
         "attn.proj",
         "mlp.fc1",
@@ -336,17 +339,11 @@ def test_layers_that_are_never_called_get_no_adapter() -> None:
     }
 
 
-def test_depthwise_convolutions_get_no_adapter() -> None:
-    targets = backbones.lora_targets(shared_model("timm_efficientnet_lite0"))
-    assert {target.rpartition(".")[2] for target in targets} == {"conv_pw", "conv_pwl", "conv_head"}
-
-
-def test_weight_standardised_convolutions_are_refused() -> None:
+def test_weight_standardised_convolutions_get_no_adapter() -> None:
     # BiT normalises its weights in forward: what LoRA adds beside such a layer cannot be merged into it.
     with torch.device("meta"):
         model = timm.create_model("resnetv2_50x1_bit", num_classes=3)
-    with pytest.raises(UsageError, match="no layer to adapt"):
-        backbones.lora_targets(model)
+    assert backbones.adaptable_layers(model) == []
 
 
 def test_raw_timm_model() -> None:
@@ -376,7 +373,7 @@ def test_unknown_model_falls_back_to_its_children() -> None:
     parts = backbones.structure(model)
     assert parts.head == ("output",)
     assert parts.blocks == (("scale",), ("stem", "norm"), ("first",), ("second",))
-    assert backbones.lora_targets(model) == ["stem", "first.0", "second.0"]
+    assert lora_targets(model) == ["stem", "first.0", "second.0"]
     assert backbones.is_convolutional(model)
 
 
@@ -428,12 +425,6 @@ def test_model_without_a_head_is_refused() -> None:
         backbones.structure(timm.create_model("resnet18", num_classes=0, channels=[8, 8, 8, 8]))
     with pytest.raises(UsageError, match="no output layer"):
         backbones.structure(nn.Sequential(nn.Linear(4, 3)))
-
-
-def test_lora_with_nothing_to_adapt_is_refused() -> None:
-    model = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3, groups=2)), nn.Linear(4, 3))
-    with pytest.raises(UsageError, match="only the head would be trained"):
-        backbones.lora_targets(model)
 
 
 def test_timm_folder_keeps_its_model_args(tmp_path) -> None:

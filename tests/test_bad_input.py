@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import io
 import os
 import resource
@@ -87,6 +88,11 @@ def offline(patch: pytest.MonkeyPatch) -> None:
     patch.setenv("HF_HUB_OFFLINE", "1")
     patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def no_bitsandbytes(patch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    patch.setattr(importlib.util, "find_spec", lambda name, *others: None if name == "bitsandbytes" else find(name))
 
 
 def started_apart(patch: pytest.MonkeyPatch) -> None:
@@ -294,6 +300,11 @@ FLAGS = [
     Bad("no model", "train text-classification --dataset {table}", ("--model is missing", "builtin:NAME")),
 ]
 
+
+def with_settings(method: str, settings: str) -> str:
+    return f"{TEXT} --method {method} --peft_config '{{{{{settings}}}}}'"  # commands are formatted once more
+
+
 UNKNOWN_PARAMETER = """import hftl
 
 
@@ -438,6 +449,34 @@ METHODS = [
         "unknown adapter target",
         f"{TEXT} --method lora --lora_target_modules qery",
         ("--lora_target_modules", "'qery'", "Did you mean 'query'"),
+    ),
+    Bad("adapter without a type", f"{TEXT} --method peft", ("--method peft needs --peft_type", "LORA")),
+    Bad("unknown type", f"{TEXT} --method peft --peft_type adalra", ("'adalra'", "Did you mean 'ADALORA'")),
+    Bad("misspelled short name", f"{TEXT} --method doar", ("Unknown method 'doar'", "Did you mean 'dora'")),
+    Bad(
+        "unknown key of a type",
+        with_settings("lokr", '"alhpa": 4'),
+        ("LOKR has no setting 'alhpa'", "Did you mean 'alpha'"),
+    ),
+    Bad("key that hftl sets", with_settings("ia3", '"target_modules": []'), ("--lora_target",)),
+    Bad("key given twice", with_settings("lora --lora_r 4", '"r": 4'), ("'r'", "--lora_r")),
+    Bad("key of a short name", with_settings("dora", '"use_dora": false'), ("'use_dora'",)),
+    Bad("settings that are no JSON", f"{TEXT} --method ia3 --peft_config r=4", ("--peft_config is no JSON", "'{")),
+    Bad("settings that do not fit", with_settings("miss", '"r": 999'), ("MISS", "999")),
+    Bad("adapters with nothing to take", f"{TEXT} --method ia3 --lora_target_modules LayerNorm", ("IA3", "LN_TUNING")),
+    Bad("pattern that matches nothing", f"{TEXT} --method lora --lora_layers_pattern qkv", ("'qkv'", "the first are")),
+    Bad(
+        "pattern that is none", f"{TEXT} --method lora --lora_layers_pattern '('", ("--lora_layers_pattern", "regular")
+    ),
+    Bad("rank for a type without one", f"{TEXT} --method ia3 --lora_r 4", ("--method ia3 does not use --lora_r",)),
+    Bad("8 bits, whole model", f"{TEXT} --load_in_8bit", ("--method full does not use --load_in_8bit", "lora, peft")),
+    Bad("8 and 4 bits", f"{TEXT} --method lora --load_in_8bit --load_in_4bit", ("exclude each other",)),
+    Bad("4 bits, type without them", f"{TEXT} --method vera --load_in_4bit", ("VERA does not go with", "LORA")),
+    Bad(
+        "4 bits without the package",
+        f"{TEXT} --method lora --load_in_4bit",
+        ("--load_in_4bit needs bitsandbytes", "pip install 'hftl[quantized]'"),
+        patch=no_bitsandbytes,
     ),
     Bad("no recipe file", "train my.py", ("Recipe", "no file 'my.py'"), {"your.py": "main = print\n"}),
     Bad("folder for a recipe", "train my.py", ("'my.py' is a folder",), {"my.py": FOLDER}),

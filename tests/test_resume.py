@@ -231,11 +231,14 @@ def test_a_chosen_block_with_a_penalty_killed_and_resumed(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_lora_killed_and_resumed(place: Path) -> None:
-    whole = run(place, "lora-whole", "text-classification", "", "lora")
+@pytest.mark.parametrize("kind", ["lora", "adalora"])
+def test_adapters_killed_and_resumed(place: Path, kind: str) -> None:
+    # AdaLoRA decides by averages over all steps which ranks are left.
+    flags = (f"--peft_type={kind}", "--learning_rate=1e-2")
+    whole = run(place, f"{kind}-whole", "text-classification", "", "lora", *flags)
     assert whole.returncode == 0, whole.stderr
-    killed = run(place, "lora-killed", "text-classification", "0:5:9", "lora")
+    killed = run(place, f"{kind}-killed", "text-classification", "0:5:9", "lora", *flags)
     assert killed.returncode == -signal.SIGKILL
-    resumed = run(place, "lora-killed", "text-classification", "", "lora", "--resume")
+    resumed = run(place, f"{kind}-killed", "text-classification", "", "lora", *flags, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert_equal_weights(place / "lora-whole", place / "lora-killed")
+    assert_equal_weights(place / f"{kind}-whole", place / f"{kind}-killed")

@@ -246,15 +246,18 @@ _KINDS = {
 }
 
 
-def write_tiny_text_model(folder: str | Path, kind: str = "bert") -> Path:
-    """Write a random pretrained text model without a head and its tokenizer: bert, distilbert, roberta or gpt2."""
+def write_tiny_text_model(folder: str | Path, kind: str = "bert", **sizes: int) -> Path:
+    """Write a random pretrained text model without a head and its tokenizer: bert, distilbert, roberta or gpt2.
+
+    `sizes` are settings of its configuration in place of the tiny ones.
+    """
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer(folder, kind)
     own = _TEXT_SETTINGS[_KINDS[kind]]
     tokens = {"pad_token_id": tokenizer.pad_token_id}
     if kind == "gpt2":
         tokens |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = getattr(transformers, f"{_KINDS[kind]}Config")(**own | {"vocab_size": len(tokenizer)} | tokens)
+    config = getattr(transformers, f"{_KINDS[kind]}Config")(**own | {"vocab_size": len(tokenizer)} | tokens | sizes)
     transformers.AutoModel.from_config(config).save_pretrained(folder)
     return Path(folder)
 

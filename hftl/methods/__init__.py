@@ -12,10 +12,11 @@ from hftl import backbones, penalties
 from hftl.arguments import TransferArguments
 from hftl.errors import UsageError, did_you_mean
 from hftl.loading import import_function
-from hftl.methods.adapters import lora
+from hftl.methods.adapters import SHORT_NAMES, add_adapters, peft_settings
 from hftl.methods.parts import frozen, full, lp_ft, partial
 from hftl.methods.plan import Plan, Stage, is_pretrained
 from hftl.methods.selected import bitfit, gradual, norm, surgical
+from hftl.pretrained import check_quantisation
 
 __all__ = ["METHODS", "METHOD_ARGUMENTS", "Plan", "Stage", "build_plan", "check_method", "find_method"]
 
@@ -23,7 +24,8 @@ METHODS: dict[str, Callable[[Any, Any], Plan]] = {
     "full": full,
     "frozen": frozen,
     "partial": partial,
-    "lora": lora,
+    "lora": add_adapters,
+    "peft": add_adapters,
     "lp_ft": lp_ft,
     "gradual": gradual,
     "surgical": surgical,
@@ -33,6 +35,11 @@ METHODS: dict[str, Callable[[Any, Any], Plan]] = {
 }
 
 _PENALTY = {"penalty", "penalty_weight"}
+_ADAPTER_ARGUMENTS = {
+    "learning_rate", "head_learning_rate", "layer_decay", "peft_config", "lora_target_modules", "lora_blocks",
+    "lora_layers_pattern", "load_in_8bit", "load_in_4bit",
+}  # fmt: skip
+_LORA_ARGUMENTS = _ADAPTER_ARGUMENTS | {"lora_r", "lora_alpha", "lora_dropout", "lora_plus_ratio"}
 
 #: the method arguments that each method uses; any other that is given is an error
 METHOD_ARGUMENTS = {
@@ -42,10 +49,8 @@ METHOD_ARGUMENTS = {
         "learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "unfreeze_blocks", "reinit_blocks",
         *_PENALTY,
     },
-    "lora": {
-        "learning_rate", "head_learning_rate", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
-        "lora_blocks", "layer_decay",
-    },
+    "lora": _LORA_ARGUMENTS | {"use_rslora", "use_dora", "init_lora_weights"},
+    "peft": _ADAPTER_ARGUMENTS | {"peft_type"},
     "lp_ft": {
         "learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "head_epochs", "reinit_blocks", *_PENALTY,
     },
@@ -94,22 +99,33 @@ def check_method(arguments: TransferArguments) -> None:
     Raises:
         UsageError: as said.
     """
-    find_method(arguments.method)
+    method = find_method(arguments.method)
     penalties.check(arguments)
     _check_pretrained(arguments)
     if arguments.finds_learning_rate and arguments.repeats > 1:
         raise UsageError(
             "--learning_rate auto would find another rate for each of --repeats: find it once with hftl lr-find."
         )
-    if arguments.method not in METHODS:
+    used_here = _arguments_of(arguments.method)
+    if used_here is None:
         return  # a method of the person's own may use any argument
     if arguments.method == "auto" and arguments.finds_learning_rate:
         raise UsageError("--method auto chooses its rates itself: leave out --learning_rate.")
     known = set().union(*METHOD_ARGUMENTS.values())
-    for name in sorted(known - METHOD_ARGUMENTS[arguments.method]):
-        if name in arguments.given and getattr(arguments, name) is not None:
+    for name in sorted(known - used_here):
+        if name in arguments.given and getattr(arguments, name) not in (None, False):
             users = ", ".join(method for method, used in METHOD_ARGUMENTS.items() if name in used)
             raise UsageError(f"--method {arguments.method} does not use --{name} (used by: {users}). Leave it out.")
+    if method is add_adapters:
+        peft_settings(arguments)
+        check_quantisation(arguments)
+
+
+def _arguments_of(method: str) -> set[str] | None:
+    """What a built-in method uses; a short name for adapters what LoRA or `peft` use."""
+    if method in SHORT_NAMES:
+        return _LORA_ARGUMENTS if SHORT_NAMES[method][0] == "LORA" else _ADAPTER_ARGUMENTS
+    return METHOD_ARGUMENTS.get(method)
 
 
 def _check_pretrained(arguments: TransferArguments) -> None:
@@ -134,8 +150,11 @@ def find_method(name: str) -> Callable[[Any, Any], Plan]:
     """A built-in method by name, or the function named by `module:function` or `file.py:function`."""
     if name in METHODS:
         return METHODS[name]
+    if name in SHORT_NAMES:
+        return add_adapters
     if ":" in name:
         return import_function(name, "--method")
     raise UsageError(
-        f"Unknown method {name!r}.{did_you_mean(name, METHODS)} There are: {', '.join(METHODS)}, and module:function."
+        f"Unknown method {name!r}.{did_you_mean(name, [*METHODS, *SHORT_NAMES])} There are: {', '.join(METHODS)}; "
+        f"kinds of adapters: {', '.join(SHORT_NAMES)}; and module:function."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ class Stage:
             layers that train, "adapt" keeps those that the training images gave before the first stage.
         least_steps: fewer steps than this are made up by further epochs (at most 50): on a few dozen rows a handful of
             epochs is too short to fit anything (Mosbach et al. 2021, Zhang et al. 2021). 0 keeps `epochs` as it is.
+        factors: what the rates of single parameters, by name, are multiplied with.
         loss: `(outputs, labels, num_items_in_batch=None) -> scalar`; None takes the task's own.
         choose: `(model, loss, batches) -> (name, parameters)`, called when the stage begins: which of `trainable`
             train.
@@ -43,6 +44,7 @@ class Stage:
     layer_decay: float = 1.0
     batch_norm: str = "frozen"
     least_steps: int = 0
+    factors: Mapping[str, float] = field(default_factory=dict)
     loss: Callable[..., Any] | None = None
     choose: Callable[..., tuple[str, frozenset[str]]] | None = None
     penalty: Callable[..., Any] | None = None
@@ -62,11 +64,13 @@ class Plan:
         model: the ordinary model, or a `PeftModel` around it.
         stages: run one after the other, each by a fresh trainer.
         settings: arguments as the method resolved them, for the run's recipe.
+        callbacks: `transformers.TrainerCallback`s that belong to the method.
     """
 
     model: nn.Module
     stages: tuple[Stage, ...]
     settings: dict[str, Any] = field(default_factory=dict)
+    callbacks: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,13 +107,19 @@ LEAST_STEPS = 80
 
 
 #: methods that train few parameters a layer, at the rates of adapters
-_FEW_PARAMETERS = ("lora", "bitfit", "norm")
+_FEW_PARAMETERS = ("bitfit", "norm")
 
 
-def resolved_rates(model: nn.Module, arguments: TransferArguments) -> Rates:
-    """The person's rates, else the defaults; a given rate of the backbone scales the head's along."""
+def resolved_rates(
+    model: nn.Module, arguments: TransferArguments, key: str | None = None, factor: float = 1.0
+) -> Rates:
+    """The person's rates, else the defaults; a given rate of the backbone scales the head's along.
+
+    `--learning_rate` is the rate of `key` (None: by method), whose default is multiplied by `factor`.
+    """
+    key = key or ("adapters" if arguments.method in _FEW_PARAMETERS else "backbone")
     default = default_rates(model, is_pretrained(arguments))
-    key = "adapters" if arguments.method in _FEW_PARAMETERS else "backbone"
+    default = replace(default, **{key: getattr(default, key) * factor})
     scale = arguments.learning_rate / getattr(default, key) if arguments.learning_rate else 1.0
     head = arguments.head_learning_rate or default.head * scale
     return Rates(default.backbone * scale, head, default.adapters * scale)

@@ -1,0 +1,94 @@
+"""Adapters merged into the model they adapt; and what a run holds where that cannot be done."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hftl import backbones
+from hftl.pretrained import save_model
+
+#: in a run folder: the adapter, and beside one that is not merged the model that it belongs to, with the trained head
+ADAPTER, BASE = "adapter", "base"
+#: parts of a name that PEFT puts into it, for the module that computes
+_ADDED = re.compile(r"\.(base_layer|modules_to_save\.default)(?=\.)")
+_MERGE_ERRORS = (NotImplementedError, ValueError, RuntimeError, TypeError, AttributeError)
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Save the adapter with its head, and the configuration, which has the labels, beside it."""
+    model.save_pretrained(folder, save_embedding_layers=False)  # else PEFT looks for the base on the Hub
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with a path of this machine
+    model.get_base_model().config.save_pretrained(folder)
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether the frozen weights are held in 8 or 4 bits: what is merged into them would be rounded."""
+    return bool(getattr(backbones.without_adapters(model), "is_quantized", False))
+
+
+def merge(model: Any) -> str | None:
+    """Merge the adapters in place; `model.get_base_model()` is then an ordinary model again.
+
+    Returns:
+        None, or why it cannot be done; the model is then of no use.
+    """
+    _put_back_trained_parts(model)
+    try:
+        model.merge_and_unload()
+    except _MERGE_ERRORS as error:
+        return " ".join(str(error).split())[:200].rstrip(".")
+    return None
+
+
+def _put_back_trained_parts(model: Any) -> None:
+    """The trained head in the place of its wrapper.
+
+    PEFT itself fails to put back a part that is no single layer (BERT's pooler, with most types), or leaves it wrapped
+    (LN tuning, whose saved model then has a fresh head).
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, key = name.rpartition(".")
+            setattr(model.get_submodule(parent), key, module.modules_to_save["default"])
+
+
+def base_state(model: Any) -> dict[str, torch.Tensor]:
+    """The state of the model without its adapters, with the trained head, by the plain names; copies on the CPU."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    inner = model.get_base_model()
+    layers = [name for name, module in inner.named_modules() if isinstance(module, BaseTunerLayer)]
+    return {
+        _ADDED.sub("", key): value.detach().cpu().clone()
+        for key, value in inner.state_dict().items()
+        if ".original_module." not in key
+        and all(key.startswith(f"{layer}.base_layer.") or not key.startswith(f"{layer}.") for layer in layers)
+    }
+
+
+def save_unmerged(model: Any, state: dict[str, torch.Tensor] | None, folder: Path) -> None:
+    """Save the model without its adapters, as `base_state` gave it, and the configuration above both.
+
+    A plain `from_pretrained` of the run folder then fails for want of weights, instead of giving another model. A
+    quantised model has no state that could be given: its adapters are removed.
+    """
+    if state is None:
+        _put_back_trained_parts(model)
+        model.unload()
+    save_model(model.get_base_model(), folder / BASE, state)
+    shutil.copy(folder / BASE / "config.json", folder / "config.json")
+
+
+def load_unmerged(auto_class: Any, folder: Path) -> Any:
+    """The model of a run whose adapter is not merged: a `PeftModel`."""
+    from peft import PeftModel
+
+    base = auto_class.from_pretrained(folder / BASE, dtype=torch.float32)
+    return PeftModel.from_pretrained(base, folder / ADAPTER)

@@ -1,0 +1,262 @@
+"""Every type of adapter on text, ViT and CNN: what trains, what is saved, and what plain libraries make of it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import small_data
+import torch
+from peft import PeftModel
+from tiny_models import TINY, tiny_inputs, write_tiny_text_model
+from tiny_training import every_tensor, tiny_arguments, tiny_trainer
+from torch import nn
+from transformers import PreTrainedModel
+
+import hftl
+from hftl import backbones, cli, fitting, merging
+from hftl.errors import UsageError
+from hftl.methods import Plan, build_plan
+from hftl.methods.adapters import SHORT_NAMES, TYPES
+from hftl.tasks.image_classification import ImageClassification
+from hftl.tasks.text_classification import TextClassification
+
+#: the types that take the convolutions or the norms of a ResNet (OFT the pointwise ones of a larger one)
+ON_CONVOLUTIONS = {"ADALORA", "BOFT", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA"}
+VARIANTS = [name for name, (_, settings) in SHORT_NAMES.items() if settings]
+CASES = [
+    *((f"peft --peft_type {name}", base) for name in TYPES for base in ("bert", "timm_vit_tiny")),
+    *((f"peft --peft_type {name}", "timm_resnet18") for name in sorted(ON_CONVOLUTIONS)),
+    *((name, base) for name in ("lora", *VARIANTS) for base in ("bert", "timm_vit_tiny")),
+    *((name, "timm_resnet18") for name in ("lora", "dora", "rslora")),
+    ("lora --init_lora_weights olora", "bert"),
+    ("oft", "timm_resnet50"),
+    ("ia3", "timm_efficientnet_lite0"),
+    ("lokr", "timm_efficientnet_lite0"),
+    ("ln_tuning", "timm_convnext_tiny"),
+    *((name, "gpt2") for name in ("lora", "dora", "adalora", "ia3", "vera", "fourierft")),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_objects_are_not_collected() -> Iterator[None]:
+    """Trainer collects garbage as it starts: most of a second here, nearly all of it among the libraries' objects."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@cache
+def _built(name: str) -> PreTrainedModel:
+    """A tiny model whose attention is not uniform, and whose BatchNorm layers know real activations."""
+    model = TINY[name]()
+    batch_norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2 and not batch_norms:
+                parameter.mul_(4)
+        for module in batch_norms:
+            module.momentum = 1.0
+        model.train()(**tiny_inputs(model, batch=8))
+    return model.eval()
+
+
+def fresh(name: str) -> PreTrainedModel:
+    return copy.deepcopy(_built(name))
+
+
+def plan_of(model: PreTrainedModel, method: str, *flags: str) -> Plan:
+    return build_plan(model, tiny_arguments(model, "--method", *method.split(), *flags))
+
+
+def task_of(model: PreTrainedModel) -> Any:
+    """The model's task, with nothing but the model to save."""
+    images = model.main_input_name == "pixel_values"
+    task: Any = (ImageClassification if images else TextClassification)(tiny_arguments(model))
+    task.processor = SimpleNamespace(save_pretrained=lambda folder: None)
+    return task
+
+
+def logits_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+def train(plan: Plan, folder: Path, steps: int = 3) -> None:
+    """A few steps, after which exactly what should train has moved."""
+    (stage,) = plan.stages
+    trainer = tiny_trainer(plan.model, stage, folder, f"--max_steps={steps}", callbacks=list(plan.callbacks))
+    before = every_tensor(plan.model)
+    trainer.train()
+    after = every_tensor(plan.model)
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert moved <= stage.trainable  # neither the backbone, nor the statistics of BatchNorm
+    adapters = {key for key in stage.trainable if ".modules_to_save." not in key}
+    assert adapters
+    assert stage.trainable - adapters
+    assert stage.trainable - adapters <= moved
+    assert len(adapters & moved) > len(adapters) / 2
+
+
+#: quick enough for every run: each type once, on text, and one of each kind of base
+QUICK = [case for case in CASES if case[1] == "bert" and not case[0].endswith("ADAMSS")]
+QUICK += [("adalora", "gpt2"), ("oft", "timm_resnet50")]
+QUICK += [(f"peft --peft_type {name}", "timm_resnet18") for name in ("LN_TUNING", "LOKR")]
+
+
+@pytest.mark.parametrize(
+    ("method", "base"),
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow, id="-".join(case)) for case in CASES],
+)
+def test_round_trip(method: str, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = fresh(base)
+    plan = plan_of(model, method, "--learning_rate=1e-2", "--head_learning_rate=1e-2")
+    train(plan, tmp_path / "training")
+    batch = tiny_inputs(model)
+    expected = logits_of(plan.model, batch)
+    task, folder = task_of(model), tmp_path / "saved"
+    folder.mkdir()
+    fitting._save_checked(task, plan.model, batch, folder)
+
+    adapted = PeftModel.from_pretrained(fresh(base), folder / "adapter")
+    torch.testing.assert_close(logits_of(adapted, batch), expected, rtol=1e-4, atol=1e-5)
+    if method.endswith("LILY"):
+        assert "not merged" in capsys.readouterr().out
+        assert not (folder / "model.safetensors").exists()
+        return
+    loaded = task.auto_class.from_pretrained(folder)
+    torch.testing.assert_close(logits_of(loaded, batch), expected, rtol=1e-3, atol=1e-4)
+    assert loaded.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+def trained_layers(plan: Plan) -> set[str]:
+    """The layers, by their last names, that have adapters."""
+    names = {backbones.plain_name(plan.model, key) for key in plan.stages[0].trainable if ".lora_" in key}
+    return {name.split(".lora_")[0] for name in names}
+
+
+def test_layers_are_chosen_by_pattern_and_block() -> None:
+    plan = plan_of(fresh("bert"), "dora", "--lora_layers_pattern", r"attention.*(query|value)$", "--lora_blocks=2")
+    assert trained_layers(plan) == {
+        f"bert.encoder.layer.{block}.attention.self.{name}" for block in (1, 2) for name in ("query", "value")
+    }
+
+
+def test_lora_plus_gives_the_second_matrices_a_higher_rate(tmp_path: Path) -> None:
+    model = fresh("bert")
+    plan = plan_of(model, "lora", "--lora_plus_ratio=16", "--learning_rate=1e-4", "--head_learning_rate=1e-3")
+    trainer = tiny_trainer(plan.model, plan.stages[0], tmp_path)
+    rates = {id(entry): group["lr"] for group in trainer.create_optimizer().param_groups for entry in group["params"]}
+    by_kind = {
+        kind: {rates[id(entry)] for name, entry in plan.model.named_parameters() if kind in name and id(entry) in rates}
+        for kind in (".lora_A.", ".lora_B.", ".modules_to_save.")
+    }
+    assert by_kind == {".lora_A.": {1e-4}, ".lora_B.": {16 * 1e-4}, ".modules_to_save.": {1e-3}}
+
+
+def test_short_names_are_settings_of_a_type() -> None:
+    one, other = (
+        plan_of(fresh("bert"), *words)
+        for words in (["dora", "--lora_r=4"], ["lora", "--use_dora=true", '--peft_config={"r": 4}'])
+    )
+    assert one.model.peft_config == other.model.peft_config
+    assert one.settings["lora_r"] == 4
+    assert json.loads(other.settings["peft_config"]) == {"r": 4}
+
+
+def test_types_that_a_base_can_take_are_named() -> None:
+    with pytest.raises(
+        UsageError, match=r"VERA takes layers of the kinds .*linear.*Types that can: ADALORA, BOFT, .*LORA"
+    ):
+        plan_of(fresh("timm_resnet18"), "vera")
+    grouped = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3, groups=2)), nn.Linear(4, 3))
+    arguments = tiny_arguments(fresh("timm_resnet18"), "--method=lora")
+    with pytest.raises(UsageError, match=r"grouped convolution\. Types that can: IA3, LOHA, LOKR\."):
+        build_plan(grouped, arguments)
+
+
+def test_adalora_gives_up_ranks_and_keeps_the_sizes(tmp_path: Path) -> None:
+    model = fresh("bert")
+    plan = plan_of(model, "adalora", "--learning_rate=1e-2", "--head_learning_rate=1e-2")
+    train(plan, tmp_path, steps=10)
+    ranks = [entry for name, entry in plan.model.named_parameters() if ".lora_E." in name]
+    assert {len(entry) for entry in ranks} == {12}
+    assert sum(int((entry != 0).sum()) for entry in ranks) == 8 * len(ranks)  # on average target_r
+    assert plan.model.peft_config["default"].rank_pattern is None
+
+
+def test_a_wrong_merge_keeps_the_adapter_with_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = fresh("timm_resnet18")
+    plan = plan_of(model, "lora", "--learning_rate=1e-2")
+    train(plan, tmp_path / "training")
+    batch = tiny_inputs(model)
+    expected = logits_of(plan.model, batch)
+
+    def unload(model: Any) -> None:
+        """Leave out what was learned, as a merge that is wrong."""
+        merging._put_back_trained_parts(model)
+        model.unload()
+
+    monkeypatch.setattr(merging, "merge", unload)
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    fitting._save_checked(task_of(model), plan.model, batch, folder)
+    assert "the merged model's logits differ" in capsys.readouterr().out
+    loaded = merging.load_unmerged(ImageClassification.auto_class, folder)
+    torch.testing.assert_close(logits_of(loaded, batch), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(OSError, match="no file named model"):
+        ImageClassification.auto_class.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    small_data.write_texts(folder / "texts", {"train": 16, "dev": 4, "test": 4})
+    # bitsandbytes' kernels take no fewer than 64 columns.
+    write_tiny_text_model(folder / "bert", hidden_size=64, intermediate_size=128)
+    return folder
+
+
+@pytest.mark.parametrize("flags", [{"method": "lily"}, {"method": "dora", "load_in_4bit": True}], ids=["lily", "4bit"])
+def test_a_run_that_is_not_merged_predicts_evaluates_and_repeats(
+    place: Path, flags: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = place / str(flags["method"])
+    common = {"model": place / "bert", "dataset": place / "texts", "num_train_epochs": 1, "learning_rate": 1e-2}
+    run = hftl.finetune("text-classification", **common, **flags, output_dir=folder)
+    assert {"adapter", "base", "config.json"} <= {path.name for path in folder.iterdir()}
+    assert not (folder / "model.safetensors").exists()
+    assert "PeftModel" in (folder / "README.md").read_text()
+    texts = ["the film was good", "a bad day"]
+    fresh_one = hftl.load_run(folder)
+    assert [entry.probability for entry in fresh_one.predict(texts)] == pytest.approx(
+        [entry.probability for entry in run.predict(texts)], abs=1e-6
+    )
+    capsys.readouterr()
+    cli._run(["evaluate", str(folder), "--dataset", str(place / "texts")])
+    assert f"{run.metrics['test']['accuracy']:.4f}" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="adapter that is not merged"):
+        hftl.finetune("text-classification", **common | {"model": folder}, output_dir=place / "next")
+    cli._run(["train", "--config", str(folder / "recipe.yaml"), "--output_dir", str(place / "again"), "--overwrite"])
+    assert (place / "again" / "recipe.yaml").read_text() == (folder / "recipe.yaml").read_text()
+
+
+def test_frozen_weights_stay_in_eight_bits(place: Path) -> None:
+    common = {"model": place / "bert", "dataset": place / "texts", "max_steps": 2, "learning_rate": 1e-2}
+    run = hftl.finetune("text-classification", **common, method="lora", load_in_8bit=True, output_dir=place / "8bit")
+    kinds = {name: parameter.dtype for name, parameter in run.model.named_parameters()}
+    held = {name for name, kind in kinds.items() if kind == torch.int8}
+    assert len(held) == 3 * 6
+    assert not any(
+        backbones.is_below_any(backbones.plain_name(run.model, name), ("classifier", "bert.pooler")) for name in held
+    )
