@@ -97,7 +97,7 @@ class Shards:
 
     def reload(self) -> None:
         """Look at the shards anew; a damaged one is removed, and its rows count as missing."""
-        for path in sorted(self.folder.glob("*.npz")):
+        for path in sorted(self.folder.glob("[!.]*.npz")):  # with a dot before the name it is being written
             if path not in self._opened:
                 shard = self._open(path)
                 if shard is not None:

@@ -32,7 +32,7 @@ def quick_imports() -> Iterator[None]:
     try:
         yield
     finally:
-        if _is_command:
+        if _is_command and not gc.get_freeze_count():
             gc.freeze()
         if collects:
             gc.enable()
@@ -55,7 +55,8 @@ def launch(main: Callable[..., Any], *arguments: Any) -> None:
     """Run a command's `main`; on bad input print one error line and exit with 2, on a signal with 130 or 143."""
     global _is_command
     _is_command = True
-    signal.signal(signal.SIGTERM, _stop)  # a training has its own way to stop, and gives the signal back after it
+    # A training has its own way to stop, and gives the signal back after it.
+    previous = signal.signal(signal.SIGTERM, _stop)
     try:
         main(*arguments)
     except UsageError as error:
@@ -77,6 +78,9 @@ def launch(main: Callable[..., Any], *arguments: Any) -> None:
         )
     else:
         _leave_group()
+    finally:
+        _is_command = False
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 def _end(message: str, code: int) -> None:

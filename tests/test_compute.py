@@ -318,7 +318,7 @@ def test_a_chosen_precision_is_in_the_recipe_and_stays_when_a_run_goes_on(
             return super().__call__(*values, **others)
 
     with monkeypatch.context() as patch:
-        patch.setattr("hftl.tasks.classification.CrossEntropyLoss", Stopping)
+        patch.setattr("hftl.losses.CrossEntropyLoss", Stopping)
         with pytest.raises(Interrupted):
             train(place, "stopped")
     monkeypatch.setattr(compute, "choose_precision", lambda *_, **__: pytest.fail("measured anew"))

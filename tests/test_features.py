@@ -325,6 +325,14 @@ def test_two_processes_fill_one_cache(home: Path) -> None:
     assert (shards.find(np.array([999], dtype=np.uint64))[:, 0] == -1).all()
 
 
+def test_a_shard_that_is_being_written_is_left_alone(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "busy").mkdir()
+    (home / "busy" / ".half.npz").touch()
+    Shards(home / "busy", lambda: {"dtype": "float32", "shape": [3], "ragged": False})
+    assert (home / "busy" / ".half.npz").is_file()
+    assert capsys.readouterr().out == ""
+
+
 def write_rows(home: str, start: int) -> None:
     """A hundred rows, in shards of ten; half of them another process writes too."""
     settings = {"dtype": "float32", "shape": [3], "ragged": False}
