@@ -17,4 +17,4 @@ echo "test: mypy"
 "$py" -m mypy
 echo "test: pytest"
 # One thread a process, a process a core, each file in one of them: faster than one process with all threads.
-OMP_NUM_THREADS=1 "$py" -m pytest -n auto --dist loadfile "$@"
+OMP_NUM_THREADS=1 "$py" -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"

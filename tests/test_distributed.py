@@ -93,13 +93,13 @@ TRAININGS = {
         "--image_size=64 --max_train_samples=64 --max_eval_samples=20 --learning_rate=1e-5 --head_learning_rate=1e-4"
     ),
     "texts": "text_classification.py --dataset=texts --model=bert",
-    "averaged texts": (
+    "averaged texts, near to the start": (
         "text_classification.py --dataset=texts --model=bert --average=soup --wise_ft --sampler=balanced "
-        "--loss=focal --word_dropout=0.2"
+        "--loss=focal --word_dropout=0.2 --penalty=delta"
     ),
-    "moving average of texts": "text_classification.py --dataset=texts --model=bert --average=ema",
-    "texts, near to the start": "text_classification.py --dataset=texts --model=bert --penalty=delta",
-    "texts, passed twice": "text_classification.py --dataset=texts --model=bert --penalty=twice.py:twice",
+    "moving average of texts, passed twice": (
+        "text_classification.py --dataset=texts --model=bert --average=ema --penalty=twice.py:twice"
+    ),
 }
 
 

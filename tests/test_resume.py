@@ -91,6 +91,7 @@ def run(
     ]
     command += ["--method", f"{place / 'stopping.py'}:stopping", "--output_dir", str(place / name), *flags]
     command += ["--per_device_train_batch_size=8", "--logging_steps=1", "--save_total_limit=2"]
+    command += ["--image_size=64"] if task == "image-classification" else []
     environment = {
         **os.environ,
         "STOP_AT": stop_at,
@@ -195,7 +196,6 @@ def test_early_stopping_goes_on_counting(place: Path) -> None:
     ("task", "flags"),
     [
         ("text-classification", ("--average=ema", "--wise_ft", "--sampler=balanced", "--word_dropout=0.2")),
-        ("text-classification", ("--average=swa",)),
         ("image-classification", ("--average=soup", "--mixup=0.4", "--cutmix=1", "--augmentation=trivial")),
     ],
 )
@@ -234,7 +234,7 @@ def test_a_chosen_block_with_a_penalty_killed_and_resumed(place: Path) -> None:
 @pytest.mark.parametrize("kind", ["lora", "adalora"])
 def test_adapters_killed_and_resumed(place: Path, kind: str) -> None:
     # AdaLoRA decides by averages over all steps which ranks are left.
-    flags = (f"--peft_type={kind}", "--learning_rate=1e-2")
+    flags = (f"--peft_type={kind}", "--learning_rate=1e-2", *(["--average=swa"] if kind == "lora" else []))
     whole = run(place, f"{kind}-whole", "text-classification", "", "lora", *flags)
     assert whole.returncode == 0, whole.stderr
     killed = run(place, f"{kind}-killed", "text-classification", "0:5:9", "lora", *flags)
