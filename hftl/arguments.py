@@ -734,7 +734,8 @@ NOT_IN_RECIPE = {
     "output_dir", "resume", "overwrite", "hub_token", "local_rank", "push_to_hub", "disable_tqdm", "label_names",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "resume_from_checkpoint", "use_cpu", "do_eval",
     "dataloader_num_workers", "average_tokens_across_devices", "log_level", "log_level_replica", "report_to", "debug",
-    "dataloader_pin_memory", "dataloader_persistent_workers", "bf16", "fp16",  # precision says it
+    "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "bf16", "fp16",  # precision says it
 }  # fmt: skip
 
 

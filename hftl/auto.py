@@ -46,7 +46,7 @@ _WAYS = ("lp_ft", "full", "lora")
 #: what the ladder sets itself
 _CHOSEN = {"num_train_epochs", "max_steps", "head_solver", "early_stopping_patience"}
 #: what changes the rows in each epoch: the probe, whose rows run once, does without
-_PLAIN = {"mixup": None, "cutmix": None, "random_erasing": None, "word_dropout": None}
+_PLAIN = {"mixup": None, "cutmix": None, "random_erasing": None, "word_dropout": None, "augmentation": "none"}
 #: of the time left, what planned work may take: machines are noisy, and the limit is to be kept
 _PLANNED = 0.85
 #: more epochs gained nothing on a few thousand rows (MiniLM on movie reviews), and overfit on fewer
@@ -214,7 +214,7 @@ class Ladder:
             preset=None,
             overwrite=False,
             resume=(place / CHECKPOINTS / RECIPE).is_file(),
-            **(_PLAIN if rung == "probe" else {}),
+            **(self._plain() if rung == "probe" else {}),
         )
         plan = build_plan(copy.deepcopy(self.model), arguments)
         self.train(self.task, plan, self.splits, arguments, [TimeLimit(self.budget.ends - self.reserve)])
@@ -224,6 +224,11 @@ class Ladder:
         shutil.rmtree(place)
         self.trials.append(trial)
         _write_table(self.path / TABLE, self.trials, self.budget.spent)
+
+    def _plain(self) -> dict[str, Any]:
+        """What the probe does without; augmented views that are kept stay."""
+        kept = {"augmentation"} if self.arguments.feature_views > 1 else set()
+        return {name: value for name, value in _PLAIN.items() if hasattr(self.arguments, name) and name not in kept}
 
     def _score(self, place: Path) -> float:
         metric = str(self.arguments.metric_for_best_model)
@@ -256,8 +261,8 @@ class Ladder:
         return training, compute.seconds_a_row(model.eval(), batch, False, precision)
 
 
-def search(train: Train, task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Path:
-    """Climb the ladder; the best run on validation stands in the run folder, which is returned.
+def check(arguments: TransferArguments) -> None:
+    """Refuse what does not go with the ladder, before a folder is touched.
 
     Raises:
         UsageError: a setting that the ladder chooses itself was given, or several processes were started.
@@ -269,6 +274,14 @@ def search(train: Train, task: ClassificationTask, plan: Plan, splits: Splits, a
             raise UsageError(f"--{name} does not go with --method auto, whose time it would use up. Name a method.")
     if arguments.world_size > 1:
         raise UsageError("--method auto works in one process. Start it without accelerate launch, or name a method.")
+    if arguments.feature_cache == "on":
+        raise UsageError(
+            "--feature_cache on: --method auto may train the whole model, which keeps nothing. Leave it out."
+        )
+
+
+def search(train: Train, task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Path:
+    """Climb the ladder; the best run on validation stands in the run folder, which is returned."""
     task.arguments = arguments
     arguments.metric_for_best_model, better = task.best_metric(splits)
     arguments.greater_is_better = better  # type: ignore[assignment]
@@ -294,7 +307,7 @@ def _correct(path: Path) -> np.ndarray[Any, Any]:
 def _table(trials: list[Trial], metric: str) -> str:
     """What was tried, one line each."""
     lines = [f"{'rung':<8}{'method':<10}{'epochs':>7}{'validation ' + metric:>24}{'seconds':>9}"]
-    kept = max(number for number, trial in enumerate(trials) if trial.best)
+    kept = max((number for number, trial in enumerate(trials) if trial.best), default=0)
     for number, trial in enumerate(trials):
         epochs = f"{trial.epochs:g}" if trial.epochs else "solved"
         mark = "  kept" if number == kept else ""

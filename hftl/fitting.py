@@ -89,8 +89,9 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
 
 def _search(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Run:
     """`--method auto`: the best run that fits into the time, scored on test once it is chosen."""
-    from hftl.auto import TRIALS, search
+    from hftl.auto import TRIALS, check, search
 
+    check(arguments)
     settings = folder.resume_settings(arguments)
     path = Path(str(arguments.output_dir))
     signals = StopSignals()
@@ -101,8 +102,7 @@ def _search(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tra
                 search(train_plan, task, plan, splits, arguments)
             except UsageError:
                 if not (path / METRICS).is_file():  # not even the first rung
-                    shutil.rmtree(path / TRIALS, ignore_errors=True)
-                    folder.discard_start(path)
+                    folder.discard_first(path, TRIALS)
                 raise
             run = score_on_test(type(task), splits, path)
             (path / CHECKPOINTS / RECIPE).unlink()
@@ -139,6 +139,12 @@ def score_on_test(task_class: type[ClassificationTask], splits: Splits, path: Pa
         scores = _scores(run.task, run.task.loss(splits), logits, labels)
         _write_predictions(path / PREDICTIONS, run.task.label_names, splits, "test", (logits, labels, scores))
         run.metrics["test"] = scores
+        if run.probe is not None:
+            plain = load_run(path, task_class)
+            plain.probe = None  # the model's own head answers
+            run.metrics["ordinary_head_test"] = _scores(
+                run.task, run.task.loss(splits), plain.logits(splits.test), labels
+            )
         folder.write_json(path / METRICS, run.metrics)
         write_card(path, run.task, run.task.arguments, splits, run.metrics)
     return run
@@ -204,6 +210,9 @@ def prepare(
         plan.model.to(memory_format=torch.channels_last)
     if any(stage.batch_norm == "adapt" for stage in stages):
         adapt_batch_norm(task, plan.model, splits)
+        for stage in stages:
+            if stage.reference is not None:  # what a penalty compares with has the same statistics
+                stage.reference.load_state_dict(plan.model.state_dict(), strict=False)
     _settle_precision(task, stages[-1], plan.model, data["train"], path)
     return stages, data
 

@@ -201,11 +201,26 @@ def promote(place: Path, folder: Path) -> None:
     """Put a copy of a finished run in the place of another, or of none."""
     partial = folder / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(place, partial)
-    for name in ("adapter", "base"):
-        if not (partial / name).is_dir():
-            shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.copytree(place, partial, ignore=shutil.ignore_patterns(CHECKPOINTS))
+    # What the other has and this one has not would be read with it: weights, adapters, a head beside the model.
+    for path in (*folder.glob("*.safetensors*"), *(folder / name for name in ("adapter", "base", "probe"))):
+        if path.is_dir() and not (partial / path.name).exists():
+            shutil.rmtree(path)
+        elif path.is_file() and not (partial / path.name).exists():
+            path.unlink()
     publish(folder)
+
+
+def discard_first(folder: Path, trainings: str) -> None:
+    """Remove what the first of several trainings has begun, unless there is a checkpoint to go on from.
+
+    Args:
+        folder: of the run.
+        trainings: name of the folder in it that holds one for each training.
+    """
+    if is_main_process() and not any((folder / trainings).glob(f"*/{CHECKPOINTS}/*/*")):
+        shutil.rmtree(folder / trainings, ignore_errors=True)
+        discard_start(folder)
 
 
 def is_complete_checkpoint(path: Path) -> bool:

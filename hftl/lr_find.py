@@ -232,6 +232,7 @@ def _settings(task: ClassificationTask, stage: Stage, place: str, steps: int, wo
         disable_tqdm=True,
         label_smoothing_factor=0.0,  # it is in the loss
         dataloader_num_workers=workers,
+        dataloader_prefetch_factor=task.arguments.dataloader_prefetch_factor if workers else None,
         dataloader_persistent_workers=workers > 0,
     )
 

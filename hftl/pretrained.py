@@ -164,6 +164,9 @@ def check_quantisation(arguments: TransferArguments) -> None:
     flag = "--load_in_8bit" if arguments.load_in_8bit else "--load_in_4bit"
     if arguments.load_in_8bit and arguments.load_in_4bit:
         raise UsageError("--load_in_8bit and --load_in_4bit exclude each other: leave one out.")
+    if arguments.finds_learning_rate or arguments.auto_find_batch_size:
+        other = "--learning_rate auto" if arguments.finds_learning_rate else "--auto_find_batch_size"
+        raise UsageError(f"{flag}: {other} cannot put weights of so few bits back. Leave one of them out.")
     if str(arguments.model_name_or_path).startswith("random:"):
         raise UsageError(f"{flag}: a model that is not pretrained has nothing to keep in so few bits. Leave it out.")
     if importlib.util.find_spec("bitsandbytes") is None:

@@ -17,10 +17,12 @@ import yaml
 
 from hftl import folder
 from hftl.arguments import TransferArguments, read_yaml, stage_arguments
+from hftl.averaging import check_averaging
 from hftl.compute import wait_for_all
 from hftl.data import Splits
 from hftl.errors import UsageError
-from hftl.folder import CHECKPOINTS, LOGS, METRICS, PARTIAL, PREDICTIONS, RECIPE, say
+from hftl.features import check_wishes
+from hftl.folder import CHECKPOINTS, LOGS, METRICS, PREDICTIONS, RECIPE, say
 from hftl.methods import Plan, build_plan
 from hftl.tasks.classification import ClassificationTask
 
@@ -44,6 +46,8 @@ def repeat(train: Train, task: ClassificationTask, plan: Plan, splits: Splits, a
     settings = folder.resume_settings(arguments)
     path = Path(str(arguments.output_dir))
     seeds = range(arguments.seed, arguments.seed + arguments.repeats)
+    check_wishes(plan, arguments)
+    check_averaging(plan, arguments)
     _as_one(folder.start_folder, arguments, settings)
     try:
         for number, seed in enumerate(seeds, start=1):
@@ -54,8 +58,7 @@ def repeat(train: Train, task: ClassificationTask, plan: Plan, splits: Splits, a
             _as_one(_keep_best, path, place, metric, 1 if larger else -1)
     except UsageError:
         if not (path / METRICS).is_file():  # not even the first seed
-            _as_one(shutil.rmtree, path / REPEATS, True)
-            folder.discard_start(path)
+            folder.discard_first(path, REPEATS)
         raise
     task.arguments = arguments
     _as_one(_finish, path, arguments, seeds)
@@ -91,9 +94,7 @@ def _keep_best(path: Path, place: Path, metric: str, sign: int) -> None:
     if not (place / "config.json").is_file():
         return  # done before an interruption
     if not (path / METRICS).is_file() or _key(place, metric, sign) > _key(path, metric, sign):
-        shutil.rmtree(path / PARTIAL, ignore_errors=True)
-        shutil.copytree(place, path / PARTIAL, ignore=shutil.ignore_patterns(CHECKPOINTS))
-        folder.publish(path)
+        folder.promote(place, path)
     for entry in place.iterdir():
         if entry.name not in _KEPT:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

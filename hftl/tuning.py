@@ -27,7 +27,7 @@ from hftl.arguments import TransferArguments, flag_names, parse, stage_arguments
 from hftl.data import Splits
 from hftl.errors import Diverged, UsageError, did_you_mean
 from hftl.folder import CHECKPOINTS, METRICS, RECIPE, say
-from hftl.methods import METHOD_ARGUMENTS, build_plan, find_method
+from hftl.methods import METHOD_ARGUMENTS, arguments_of, build_plan, find_method
 from hftl.run import Run
 from hftl.tasks import find_task
 
@@ -119,12 +119,16 @@ class _Pruning(TrainerCallback):
     """Tells the study each evaluation, and stops a trial that falls behind."""
 
     def __init__(self, trial: Any, metric: str) -> None:
-        self.trial, self.metric, self.evaluations = trial, f"eval_{metric}", 0
+        self.trial, self.metric = trial, f"eval_{metric}"
+        self.evaluations = self.before = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before = self.evaluations  # of the stages before
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         import optuna
 
-        self.evaluations = round(1000 * (state.epoch or 0.0))  # Optuna's steps are whole numbers
+        self.evaluations = self.before + round(1000 * (state.epoch or 0.0))  # Optuna's steps are whole numbers
         self.trial.report(metrics[self.metric], self.evaluations)
         if self.trial.should_prune():
             raise optuna.TrialPruned
@@ -178,7 +182,8 @@ class Search:
                 try:
                     self._trial(dataclasses.replace(splits, test=None))
                 except UsageError:
-                    if not self._done():  # nothing to go on with
+                    trained = any((self.path / TRIALS).glob(f"*/{CHECKPOINTS}/*/*"))
+                    if not self._done() and not trained:  # nothing to go on with
                         shutil.rmtree(self.path)
                     raise
             if not self._complete():
@@ -341,8 +346,8 @@ class Search:
 
 def _is_used(name: str, method: str) -> bool:
     """Whether a method uses a flag; a method of the person's own may use any."""
-    known = set().union(*METHOD_ARGUMENTS.values())
-    return name not in known or method not in METHOD_ARGUMENTS or name in METHOD_ARGUMENTS[method]
+    known, used = set().union(*METHOD_ARGUMENTS.values()), arguments_of(method)
+    return name not in known or used is None or name in used
 
 
 def _shown(values: dict[str, str]) -> str:

@@ -149,3 +149,14 @@ def test_only_more_than_chance_takes_the_place(tmp_path: Path, gains: int, losse
     arguments: Any = type("Arguments", (), {"metric_for_best_model": "accuracy", "greater_is_better": True})
     ladder.arguments = arguments
     assert ladder._is_better(run_folder(tmp_path / "trial", now.mean(), now.tolist())) == better
+
+
+@pytest.mark.parametrize("flag", ["--num_train_epochs=3", "--feature_cache=on", "--average=ema"])
+def test_what_is_refused_leaves_the_run_that_was_to_be_replaced(world: Path, tmp_path: Path, flag: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("recipe.yaml", "metrics.json"):
+        (run / name).write_text("{}")
+    with pytest.raises(hftl.UsageError, match="auto"):
+        train(world, run, "--overwrite", flag)
+    assert {path.name for path in run.iterdir()} == {"recipe.yaml", "metrics.json"}

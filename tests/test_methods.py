@@ -292,6 +292,8 @@ def test_lora_settings() -> None:
         "default": 8.0
     }
     assert (plan.settings["lora_r"], plan.settings["lora_alpha"]) == (4, 32)
+    twice = plan_of("lora", fresh("bert"), "--lora_r=4").settings  # the scale follows the rank
+    assert (twice["lora_r"], twice["lora_alpha"]) == (4, 8)
     assert plan.model.peft_config["default"].base_model_name_or_path == "some/model"
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 import hftl
 from hftl import cli
-from hftl.folder import check_output_folder, check_space, default_output_dir, resume_settings
+from hftl.folder import check_output_folder, check_space, default_output_dir, promote, resume_settings
 
 
 @pytest.fixture(scope="module")
@@ -357,3 +357,16 @@ def test_best_metric_that_validation_does_not_give(tmp_path: Path) -> None:
     with pytest.raises(hftl.UsageError, match="roc_auc: validation does not give it"):
         hftl.finetune("text-classification", model="random:bert", dataset=tmp_path / "texts", **flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_in_the_place_of_another_keeps_nothing_of_it(tmp_path: Path) -> None:
+    """Old weights beside a new adapter, or an old head beside new weights, would be read as if they belonged to it."""
+    for name, files in {"old": ("model.safetensors", "probe/head.json"), "new": ("base/model.safetensors",)}.items():
+        for file in ("metrics.json", *files):
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_text(name)
+    (tmp_path / "old" / "trials.csv").touch()
+    promote(tmp_path / "new", tmp_path / "old")
+    found = {str(path.relative_to(tmp_path / "old")) for path in (tmp_path / "old").rglob("*") if path.is_file()}
+    assert found == {"metrics.json", "base/model.safetensors", "trials.csv"}
+    assert (tmp_path / "old" / "metrics.json").read_text() == "new"

@@ -106,7 +106,7 @@ def check_method(arguments: TransferArguments) -> None:
         raise UsageError(
             "--learning_rate auto would find another rate for each of --repeats: find it once with hftl lr-find."
         )
-    used_here = _arguments_of(arguments.method)
+    used_here = arguments_of(arguments.method)
     if used_here is None:
         return  # a method of the person's own may use any argument
     if arguments.method == "auto" and arguments.finds_learning_rate:
@@ -121,7 +121,7 @@ def check_method(arguments: TransferArguments) -> None:
         check_quantisation(arguments)
 
 
-def _arguments_of(method: str) -> set[str] | None:
+def arguments_of(method: str) -> set[str] | None:
     """What a built-in method uses; a short name for adapters what LoRA or `peft` use."""
     if method in SHORT_NAMES:
         return _LORA_ARGUMENTS if SHORT_NAMES[method][0] == "LORA" else _ADAPTER_ARGUMENTS

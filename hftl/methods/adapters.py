@@ -150,6 +150,8 @@ def add_adapters(model: nn.Module, arguments: TransferArguments) -> Plan:
     given = peft_settings(arguments)
     targets = _targets(model, name, arguments)
     settings = _sizes_that_fit(name, [model.get_submodule(target) for target in targets]) | given
+    if name == "LORA":
+        settings.setdefault("lora_alpha", 2 * settings["r"])
     rates = resolved_rates(model, arguments, "adapters", TYPES[name].rate)
     pooling = backbones.pooling_layer(model)  # kept with the adapter, since the checkpoint has no such layer
     whole = [*backbones.structure(model).trained_head, *pooling]
@@ -337,7 +339,7 @@ def _sizes_that_fit(name: str, layers: list[nn.Module]) -> dict[str, Any]:
     384 would start with weights of the size of the trained ones.
     """
     if name == "LORA":
-        return {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
+        return {"r": 8, "lora_dropout": 0.0}
     if name in ("IA3", "LN_TUNING"):
         return {"feedforward_modules": []} if name == "IA3" else {}  # each layer's output is scaled
     sides = [_sides(layer) for layer in layers]
