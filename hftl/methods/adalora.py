@@ -20,8 +20,7 @@ class RankSchedule(TrainerCallback):
     """Calls PEFT's allocation after every step, and adds the gradient of the term that keeps P and Q orthogonal.
 
     PEFT adds that term to a loss that the model computes itself; here the loss is ours. Ranks are given up from a tenth
-    of the steps on until half of them are done, about as in the paper's table 8 (MNLI: from 8,000 to 35,000 of 85,000
-    steps).
+    of the steps on until half of them are done, and stay for the rest.
 
     PEFT would cut a layer's matrices to its ranks in every checkpoint, and the optimizer's moments would not fit them:
     here they keep their size, with zeros for the ranks that were given up.

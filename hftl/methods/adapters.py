@@ -39,9 +39,9 @@ _CONVOLUTIONS = frozenset({"convolution", "pointwise convolution"})
 #: after merging: tests/test_adapters.py. Prompt tuning and its kin adapt no layer, and suit language models alone.
 #:
 #: Rates: those of AdaLoRA, AdaMSS, BEFT, C3A and FourierFT move the output of a layer of width 384 about as far as
-#: LoRA's does (twenty steps of AdamW along one direction, on made-up data); VeRA's is the tenfold of LoRA's, as in its
-#: paper (Kopiczko et al. 2024), IA3's the 3e-3 of its own (Liu et al. 2022) at that width. The others take LoRA's:
-#: nothing is measured there.
+#: LoRA's does (twenty steps of AdamW along one direction, on made-up data); VeRA's is the tenfold of LoRA's,
+#: since its few numbers (Kopiczko et al. 2024) each move little, IA3's the 3e-3 of Liu et al. 2022 at that width. None
+#: is tuned on real data, and the others take LoRA's.
 TYPES = {
     "ADALORA": AdapterType(_LINEAR_OR_CONV1D | _CONVOLUTIONS, rate=3.0),
     "ADAMSS": AdapterType(_LINEAR, rate=3.0),
