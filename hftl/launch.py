@@ -32,7 +32,7 @@ def quick_imports() -> Iterator[None]:
     try:
         yield
     finally:
-        if _is_command and not gc.get_freeze_count():
+        if _is_command:
             gc.freeze()
         if collects:
             gc.enable()

@@ -326,7 +326,7 @@ def test_two_processes_fill_one_cache(home: Path) -> None:
 
 
 def test_a_shard_that_is_being_written_is_left_alone(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (home / "busy").mkdir()
+    (home / "busy").mkdir(parents=True)
     (home / "busy" / ".half.npz").touch()
     Shards(home / "busy", lambda: {"dtype": "float32", "shape": [3], "ragged": False})
     assert (home / "busy" / ".half.npz").is_file()
