@@ -219,8 +219,8 @@ def fingerprint(task: Any, model: nn.Module, source: Source, precision: str) -> 
     return digest.hexdigest()
 
 
-#: of a model's configuration: what belongs to the labels or the preprocessing, where it was loaded from, and what Trainer
-#: switches off while it trains
+#: of a model's configuration: what belongs to the labels or the preprocessing, where it was loaded from, and what
+#: Trainer switches off while it trains
 _NOT_THE_BODY = {
     "id2label", "label2id", "num_labels", "label_names", "num_classes", "problem_type", "pretrained_cfg",
     "_name_or_path", "use_cache",
