@@ -70,7 +70,7 @@ def check_output_folder(arguments: TransferArguments) -> None:
     if arguments.output_dir is None:
         arguments.output_dir = default_output_dir(arguments)
     folder = Path(arguments.output_dir)
-    existing = _existing(folder)
+    existing = nearest_existing(folder)
     if not existing.is_dir():
         raise UsageError(f"--output_dir {str(folder)!r}: {str(existing)!r} is a file: name another folder.")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -111,7 +111,7 @@ def _check_replaced(folder: Path, arguments: TransferArguments) -> None:
             )
 
 
-def _existing(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
     """The path itself, or the nearest folder above it that is there."""
     return next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
 
@@ -258,7 +258,7 @@ def check_space(folder: Path, needed: int) -> None:
     Raises:
         UsageError: less than `needed` bytes are free on the disk of `folder`.
     """
-    free = shutil.disk_usage(_existing(folder)).free
+    free = shutil.disk_usage(nearest_existing(folder)).free
     written = folder_bytes(folder / CHECKPOINTS) if folder.is_dir() else 0  # by the run that goes on, or is replaced
     if free + written < needed:
         raise UsageError(

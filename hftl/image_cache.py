@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from hftl.builtin import cache_folder
-from hftl.folder import say
+from hftl.folder import nearest_existing, say
 from hftl.images import content_key, image_header_size
 
 #: mark, height, width, checksum of the pixels; the mark changes with the format and with how pictures are resized
@@ -175,7 +175,7 @@ def plan_cache(
     )
     missing = np.mean([not _place(folder, picture_key(sample[row], side, decoded)).is_file() for row in sizes])
     needed = each * len(rows) * float(missing)
-    room = min(limit_gb * 1e9 - _bytes_kept(folder), shutil.disk_usage(_existing(folder)).free / 2)
+    room = min(limit_gb * 1e9 - _bytes_kept(folder), shutil.disk_usage(nearest_existing(folder)).free / 2)
     if needed > room:
         say(
             f"images: decoded in every epoch; keeping them takes {needed / 1e9:.2g} GB and there is room for "
@@ -202,7 +202,3 @@ def _bytes_kept(folder: Path) -> int:
                 continue
             total += state.st_size
     return total
-
-
-def _existing(path: Path) -> Path:
-    return next(place for place in (path, *path.absolute().parents) if place.exists())

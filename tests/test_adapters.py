@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ import small_data
 import torch
 from peft import PeftModel
 from tiny_models import TINY, tiny_inputs, write_tiny_text_model
-from tiny_training import every_tensor, tiny_arguments, tiny_trainer
+from tiny_training import every_tensor, logits_of, task_of, tiny_arguments, tiny_trainer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,7 +25,6 @@ from hftl.errors import UsageError
 from hftl.methods import Plan, build_plan
 from hftl.methods.adapters import SHORT_NAMES, TYPES
 from hftl.tasks.image_classification import ImageClassification
-from hftl.tasks.text_classification import TextClassification
 
 #: the types that take the convolutions or the norms of a ResNet (OFT the pointwise ones of a larger one)
 ON_CONVOLUTIONS = {"ADALORA", "BOFT", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA"}
@@ -75,19 +73,6 @@ def fresh(name: str) -> PreTrainedModel:
 
 def plan_of(model: PreTrainedModel, method: str, *flags: str) -> Plan:
     return build_plan(model, tiny_arguments(model, "--method", *method.split(), *flags))
-
-
-def task_of(model: PreTrainedModel) -> Any:
-    """The model's task, with nothing but the model to save."""
-    images = model.main_input_name == "pixel_values"
-    task: Any = (ImageClassification if images else TextClassification)(tiny_arguments(model))
-    task.processor = SimpleNamespace(save_pretrained=lambda folder: None)
-    return task
-
-
-def logits_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(**batch).logits
 
 
 def train(plan: Plan, folder: Path, steps: int = 3) -> None:

@@ -29,9 +29,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data-side")
-    small_data.write_images(folder / "images", {"train": 8, "val": 3, "test": 5})
-    small_data.write_texts(folder / "texts", {"train": 32, "dev": 11, "test": 13})
+    folder = small_data.write_both(tmp_path_factory.mktemp("data-side"))
     tiny_models.write_timm_folder(folder / "cnn", "resnet18", channels=[8, 16, 16, 32], stem_width=8)
     tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
     return folder

@@ -90,9 +90,7 @@ def test_the_rest_of_the_model_gives_the_same_outputs_and_gradients(name: str, m
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("features")
-    small_data.write_images(folder / "images", {"train": 8, "val": 3, "test": 5})
-    small_data.write_texts(folder / "texts", {"train": 32, "dev": 11, "test": 13})
+    folder = small_data.write_both(tmp_path_factory.mktemp("features"))
     tiny_models.write_timm_folder(folder / "cnn", "resnet18")
     tiny_models.write_tiny_image_model(folder / "vit", kind="vit")
     tiny_models.write_tiny_text_model(folder / "bert", kind="bert")

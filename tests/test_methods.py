@@ -6,7 +6,6 @@ import copy
 import re
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ import timm
 import torch
 from peft import PeftModel
 from tiny_models import TINY, tiny_inputs
-from tiny_training import every_tensor, tiny_arguments, tiny_trainer
+from tiny_training import every_tensor, logits_of, task_of, tiny_arguments, tiny_trainer
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -22,8 +21,6 @@ from hftl import backbones, fitting, pretrained
 from hftl.errors import UsageError
 from hftl.methods import METHODS, Plan, build_plan
 from hftl.pooling import pool_by_mean
-from hftl.tasks.image_classification import ImageClassification
-from hftl.tasks.text_classification import TextClassification
 
 # _mean: with the pooling layer of `hftl.pooling`
 every_model = pytest.mark.parametrize("name", [*TINY, "bert_mean", "electra_mean"])
@@ -192,19 +189,6 @@ def check_modes(model: nn.Module, stage: Any, seen: dict[str, bool]) -> None:
 WITHOUT_GRADIENT = re.compile(
     r"\.(key|k_lin|k_proj)\.bias$|mask_token$|layer\.3\.(attention\.self\.(query|key)|intermediate|output\.dense)"
 )
-
-
-def task_of(model: PreTrainedModel) -> Any:
-    """The model's task, with nothing but the model to save."""
-    images = model.main_input_name == "pixel_values"
-    task: Any = (ImageClassification if images else TextClassification)(tiny_arguments(model))
-    task.processor = SimpleNamespace(save_pretrained=lambda folder: None)
-    return task
-
-
-def logits_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(**batch).logits
 
 
 @pytest.mark.parametrize("method", ["full", "partial", "lora"])

@@ -250,9 +250,7 @@ def test_the_settings_are_chosen_on_validation() -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("probes")
-    small_data.write_images(folder / "images", {"train": 8, "val": 3, "test": 5})
-    small_data.write_texts(folder / "texts", {"train": 32, "dev": 11, "test": 13})
+    folder = small_data.write_both(tmp_path_factory.mktemp("probes"))
     tiny_models.write_timm_folder(folder / "cnn", "resnet18")
     tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
     tiny_models.write_tiny_text_model(folder / "gpt2", kind="gpt2")

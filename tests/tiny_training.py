@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ import hftl
 from hftl.arguments import ImageArguments, TextArguments, TransferArguments, stage_arguments
 from hftl.losses import CrossEntropyLoss
 from hftl.methods import Stage
+from hftl.tasks.image_classification import ImageClassification
+from hftl.tasks.text_classification import TextClassification
 from hftl.trainer import TransferTrainer
 
 # No warm-up and no schedule: a step is as large as the rate says. Nothing evaluated, nothing written.
@@ -76,3 +79,16 @@ def every_tensor(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all parameters and buffers by name."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+def task_of(model: PreTrainedModel) -> Any:
+    """The model's task, with nothing but the model to save."""
+    images = model.main_input_name == "pixel_values"
+    task: Any = (ImageClassification if images else TextClassification)(tiny_arguments(model))
+    task.processor = SimpleNamespace(save_pretrained=lambda folder: None)
+    return task
+
+
+def logits_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**batch).logits
