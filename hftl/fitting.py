@@ -80,11 +80,16 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
         unmerged = (path / merging.BASE).is_dir()
         run = Run(path, task, None if unmerged else backbones.without_adapters(plan.model))
     say(run.summary())
+    push(run, arguments)
+    return run
+
+
+def push(run: Run, arguments: TransferArguments) -> None:
+    """Push a finished run to the Hub, where that was asked for."""
     if arguments.push_to_hub and folder.is_main_process():
         run.push(
             arguments.hub_model_id or run.folder.name, private=arguments.hub_private_repo, token=arguments.hub_token
         )
-    return run
 
 
 def _search(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Run:
@@ -104,7 +109,7 @@ def _search(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tra
                 if not (path / METRICS).is_file():  # not even the first rung
                     folder.discard_first(path, TRIALS)
                 raise
-            run = score_on_test(type(task), splits, path)
+            run = score_on_test(type(task), splits, arguments)
             (path / CHECKPOINTS / RECIPE).unlink()
             shutil.rmtree(path / CHECKPOINTS)
     finally:
@@ -121,6 +126,7 @@ def _repeat(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tra
     with folder.explained_disk_errors(path):
         repeat(train_plan, task, plan, splits, arguments)
         run = load_run(path, type(task))
+        run.task.arguments.hub_model_id = arguments.hub_model_id  # a loaded run does not know it
         if folder.is_main_process():
             write_card(path, run.task, run.task.arguments, splits, run.metrics)
             (path / CHECKPOINTS / RECIPE).unlink()  # first: with it the run counts as interrupted
@@ -129,11 +135,13 @@ def _repeat(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tra
     return run
 
 
-def score_on_test(task_class: type[ClassificationTask], splits: Splits, path: Path) -> Run:
-    """The run in a folder, scored on the test split, which nothing before has seen."""
+def score_on_test(task_class: type[ClassificationTask], splits: Splits, arguments: TransferArguments) -> Run:
+    """The run in the folder of a search, scored on the test split, which nothing before has seen."""
     from hftl.card import write_card
 
+    path = Path(str(arguments.output_dir))
     run = load_run(path, task_class)
+    run.task.arguments.hub_model_id = arguments.hub_model_id  # a loaded run does not know it
     if splits.test is not None:
         logits, labels = run.logits(splits.test), np.asarray(splits.test["label"])
         scores = _scores(run.task, run.task.loss(splits), logits, labels)
@@ -146,7 +154,7 @@ def score_on_test(task_class: type[ClassificationTask], splits: Splits, path: Pa
                 run.task, run.task.loss(splits), plain.logits(splits.test), labels
             )
         folder.write_json(path / METRICS, run.metrics)
-        write_card(path, run.task, run.task.arguments, splits, run.metrics)
+    write_card(path, run.task, run.task.arguments, splits, run.metrics)
     return run
 
 

@@ -80,6 +80,7 @@ def tune_on_pairs(task: Any, model: Any, splits: Splits, steps: int, learning_ra
             learning_rate=learning_rate,
             per_device_train_batch_size=batch_size,
             dataloader_num_workers=0,
+            sampler="random",  # pairs of different classes are in every batch anyway
             eval_strategy="no",  # the head that would be scored has learned nothing yet
             save_strategy="no",
             load_best_model_at_end=False,

@@ -42,7 +42,7 @@ def test_the_whole_ladder(world: Path, tmp_path: Path, monkeypatch: pytest.Monke
     predicted: list[int] = []
     logits = Run.logits
     monkeypatch.setattr(Run, "logits", lambda self, rows: predicted.append(len(rows)) or logits(self, rows))
-    train(world, tmp_path / "run", "--time_budget=100s")
+    train(world, tmp_path / "run", "--time_budget=100s", "--hub_model_id=someone/mine")
     rungs = tried(tmp_path / "run")
     assert rungs[:-1] == [("probe", "frozen"), ("trial", "lp_ft"), ("trial", "full"), ("trial", "lora")]
     assert rungs[-1][0] == "final"
@@ -63,7 +63,9 @@ def test_the_whole_ladder(world: Path, tmp_path: Path, monkeypatch: pytest.Monke
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
     encoded = run.task.processor(rows, padding=True, return_tensors="pt")
     assert [plain.config.id2label[int(row)] for row in plain(**encoded).logits.argmax(dim=1)] == written
-    assert f"{run.metrics['test']['accuracy']:.3f}" in (tmp_path / "run" / "README.md").read_text()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"{run.metrics['test']['accuracy']:.3f}" in card
+    assert "# someone/mine" in card.splitlines()
 
 
 def test_an_interrupted_ladder_leaves_a_run_and_goes_on(

@@ -80,7 +80,7 @@ def read(run: Path) -> dict[str, Any]:
 def test_seeds_are_summed_up_and_the_best_on_validation_is_kept(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cli._run(command(place, tmp_path / "run", *FLAGS))
+    cli._run(command(place, tmp_path / "run", *FLAGS, "--hub_model_id=someone/mine"))
     assert "(mean and 95 % interval of 3 seeds" in capsys.readouterr().out
     metrics = read(tmp_path / "run")
     every = {seed: read(tmp_path / "run" / "repeats" / str(seed)) for seed in (5, 6, 7)}
@@ -100,7 +100,9 @@ def test_seeds_are_summed_up_and_the_best_on_validation_is_kept(
     cli._run(command(place, tmp_path / "alone", *FLAGS, "--repeats=1", f"--seed={best}"))
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "alone"))
     assert all(value.equal(other[name]) for name, value in one.items())
-    assert f"the model of seed {best}" in (tmp_path / "run" / "README.md").read_text()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"the model of seed {best}" in card
+    assert "# someone/mine" in card.splitlines()
     # The recipe repeats all of them.
     cli._run(["train", f"--config={tmp_path / 'run' / 'recipe.yaml'}", f"--output_dir={tmp_path / 'again'}"])
     assert read(tmp_path / "again")["repeats"] == metrics["repeats"]

@@ -65,7 +65,7 @@ def test_the_best_trial_is_the_run_and_alone_sees_test(
         lambda self, rows, training: prepared.append(len(rows)) or dataset(self, rows, training),
     )
     search = "learning_rate=log(1e-4,1e-1) method=full,lora lora_r=int(1,4)"
-    tune(world, tmp_path / "run", 4, search, "--num_train_epochs=1")
+    tune(world, tmp_path / "run", 4, search, "--num_train_epochs=1", "--hub_model_id=someone/mine")
     assert prepared.count(10) == 1  # of the test rows, after the last trial
     assert prepared[-1] == 10
     monkeypatch.undo()
@@ -86,9 +86,10 @@ def test_the_best_trial_is_the_run_and_alone_sees_test(
     assert {"tune.db", "trials.csv", "recipe.yaml", "model.safetensors"} <= names
     assert (tmp_path / "run" / "adapter").is_dir() == (run.task.arguments.method == "lora")
     assert "best" in capsys.readouterr().out
+    assert "# someone/mine" in (tmp_path / "run" / "README.md").read_text().splitlines()
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
     with pytest.raises(hftl.UsageError, match="holds a finished search"):
-        tune(world, tmp_path / "run", 4, search, "--num_train_epochs=1")
+        tune(world, tmp_path / "run", 4, search, "--num_train_epochs=1", "--hub_model_id=someone/mine")
 
 
 def test_the_same_command_goes_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +142,15 @@ def test_a_trial_that_falls_behind_is_stopped_and_one_that_diverges_fails(
     rows = trials_of(tmp_path / "run")
     assert {(row["state"], float(row["learning_rate"])) for row in rows} == {("complete", 1e-4), ("failed", 1e30)}
     assert read_yaml(tmp_path / "run" / "recipe.yaml")["learning_rate"] == pytest.approx(1e-4)
+
+
+def test_values_that_do_not_go_together_fail_a_trial(world: Path, tmp_path: Path) -> None:
+    tune(world, tmp_path / "run", 4, "method=full,lora", "--wise_ft", "--num_train_epochs=1", "--seed=1")
+    rows = trials_of(tmp_path / "run")
+    assert {(row["state"], row["method"]) for row in rows} == {("complete", "full"), ("failed", "lora")}
+    with pytest.raises(hftl.UsageError, match="--wise_ft: --method lora leaves the backbone's weights alone"):
+        tune(world, tmp_path / "none", 2, "lora_r=int(1,4)", "--method=lora", "--wise_ft")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_run_whose_trial_was_not_told_is_not_trained_again(
