@@ -301,9 +301,9 @@ def _lr_find(argv: list[str]) -> None:
     options, rest = parser.parse_known_args(argv[1:])
     _check_output(options.output)
     with quick_imports():
-        from hftl import lr_find
+        from hftl.fitting import find_learning_rate
 
-    lr_find.main(task, rest, options.output, options.steps)
+    find_learning_rate(task, rest, Path(options.output), options.steps)
 
 
 def _tune(argv: list[str]) -> None:

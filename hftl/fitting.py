@@ -12,6 +12,7 @@ import re
 import resource
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 
 from hftl import backbones, compute, folder, merging
 from hftl.adaptation import adapt_batch_norm
-from hftl.arguments import TransferArguments, set_precision, stage_arguments, to_recipe
+from hftl.arguments import TransferArguments, parse, set_precision, stage_arguments, to_recipe
 from hftl.averaging import check_averaging, interpolate, pretrained_weights
 from hftl.callbacks import LogFile, ReadableProgress, StopSignals
 from hftl.compute import wait_for_all
@@ -34,12 +35,13 @@ from hftl.errors import UsageError, without_worker
 from hftl.features import KeptFeatures, check_wishes, keep_features, mostly_frozen, of_all_processes
 from hftl.folder import CHECKPOINTS, LOGS, METRICS, PARTIAL, PREDICTIONS, RECIPE, say
 from hftl.lr_find import PICTURE, STEPS, Sweep, draw, report, scaled, sweep
-from hftl.methods import Plan, Stage
+from hftl.methods import Plan, Stage, build_plan
 from hftl.metrics import softmax
 from hftl.pretrained import save_model
 from hftl.probes.beside import FOLDER as PROBE
 from hftl.probes.beside import Probe, load_probe
 from hftl.run import Run, load_run, load_saved
+from hftl.tasks import find_task
 from hftl.tasks.classification import ClassificationTask
 from hftl.trainer import TransferTrainer, diverged, prepare_modules
 
@@ -247,6 +249,31 @@ def _find_rate(
     for name, value in changed.items():
         setattr(arguments, name, value)
     return stages, found
+
+
+def find_learning_rate(task_name: str, tokens: Sequence[str], output: Path, steps: int) -> None:
+    """`hftl lr-find`: the range test alone; nothing is trained or saved but the picture.
+
+    Raises:
+        UsageError: bad input.
+    """
+    task_class = find_task(task_name)
+    arguments = parse(task_class.arguments_class, tokens)
+    # A rate is what is looked for: a head alone is then trained, not solved.
+    object.__setattr__(arguments, "given", arguments.given | {"learning_rate"})
+    if arguments.method == "auto":
+        raise UsageError("--method auto chooses its rates itself. Name a method.")
+    with tempfile.TemporaryDirectory() as place:
+        arguments.output_dir = str(Path(place, "run"))
+        task = task_class(arguments)
+        splits = dataclasses.replace(task.load_splits(), test=None)
+        plan = build_plan(task.build_model(splits), arguments)
+        stages, data = prepare(task, plan, splits, arguments)
+        found = sweep(task, plan, stages[-1], splits, data, steps)
+    say(f"\n{report(found)}")
+    with folder.explained_disk_errors(output.parent):
+        draw(found, output)
+    say(f"\nnext: --learning_rate {found.valley:.2g} (--learning_rate auto does both)")
 
 
 def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> list[Stage]:

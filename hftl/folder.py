@@ -25,6 +25,8 @@ CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 #: where the files of a run stand until all of them are there
 PARTIAL = ".partial"
+#: where a finished run stands until the one that replaces it is whole
+REPLACED = ".replaced"
 #: settings that may differ between an interrupted run and the command that goes on with it
 _FREE_ON_RESUME = {
     "keep_checkpoints",
@@ -85,7 +87,7 @@ def check_output_folder(arguments: TransferArguments) -> None:
             raise UsageError(f"Nothing to resume: {str(folder)!r} {state}. Leave out --resume to start one.")
         _check_same_settings(folder / CHECKPOINTS / RECIPE, arguments)
     elif folder.exists() and any(folder.iterdir()):
-        if not interrupted and not (folder / RECIPE).is_file():
+        if not interrupted and not (folder / RECIPE).is_file() and not (folder / REPLACED).is_dir():
             raise UsageError(f"--output_dir {str(folder)!r} is not empty and holds no run: name another folder.")
         if arguments.overwrite:
             _check_replaced(folder, arguments)
@@ -142,7 +144,7 @@ def _shown(value: Any) -> str:
 
 
 def start_folder(arguments: TransferArguments, settings: dict[str, Any]) -> Path:
-    """Make the folder of a run that starts; what a replaced run left is removed.
+    """Make the folder of a run that starts; a finished run that it replaces is kept aside until this one is whole.
 
     Args:
         arguments: the resolved arguments.
@@ -150,7 +152,7 @@ def start_folder(arguments: TransferArguments, settings: dict[str, Any]) -> Path
     """
     folder = Path(str(arguments.output_dir))
     if arguments.overwrite and folder.exists():
-        shutil.rmtree(folder)
+        _set_aside(folder)
     shutil.rmtree(folder / PARTIAL, ignore_errors=True)
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
@@ -162,11 +164,32 @@ def start_folder(arguments: TransferArguments, settings: dict[str, Any]) -> Path
     return folder
 
 
+def _set_aside(folder: Path) -> None:
+    """Take everything out of the way: a finished run is kept, one that was interrupted is removed."""
+    aside = folder / REPLACED
+    finished = (folder / METRICS).is_file()
+    if finished:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+    for path in [path for path in folder.iterdir() if path != aside]:
+        if finished:
+            os.replace(path, aside / path.name)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def discard_start(folder: Path) -> None:
-    """Remove what a run that failed has begun, unless there is a checkpoint or an earlier stage to go on from."""
+    """Remove what a run that failed has begun, unless there is a checkpoint or an earlier stage to go on from.
+
+    A finished run that it was to replace comes back.
+    """
     if is_main_process() and not any((folder / CHECKPOINTS).glob("*/*")):
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         shutil.rmtree(folder / LOGS, ignore_errors=True)
+        if (folder / REPLACED).is_dir():
+            _move_all(folder / REPLACED, folder)
         with contextlib.suppress(OSError):  # not empty, or not there
             folder.rmdir()
 
@@ -188,13 +211,17 @@ def write_json(path: Path, content: Any) -> None:
 
 def publish(folder: Path) -> None:
     """Move what stands in the partial folder into the run; the metrics, which mark a finished run, come last."""
-    partial = folder / PARTIAL
-    for path in sorted(partial.iterdir(), key=lambda path: path.name == METRICS):
+    _move_all(folder / PARTIAL, folder)
+    shutil.rmtree(folder / REPLACED, ignore_errors=True)
+
+
+def _move_all(source: Path, folder: Path) -> None:
+    for path in sorted(source.iterdir(), key=lambda path: path.name == METRICS):
         target = folder / path.name
         if target.is_dir():
             shutil.rmtree(target)
         os.replace(path, target)
-    partial.rmdir()
+    source.rmdir()
 
 
 def promote(place: Path, folder: Path) -> None:

@@ -23,14 +23,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from hftl import folder
-from hftl.arguments import parse, stage_arguments
+from hftl.arguments import stage_arguments
 from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.features import keep_features
 from hftl.folder import say
 from hftl.methods import Plan, Stage
-from hftl.tasks import find_task
 from hftl.tasks.classification import ClassificationTask
 from hftl.trainer import TransferTrainer
 
@@ -294,31 +292,3 @@ def draw(found: Sweep, path: Path) -> None:
 def report(found: Sweep) -> str:
     """The plot and both suggestions."""
     return f"{plot(found)}\n\nvalley (V):   {found.valley:.2g}\nsteepest (S): {found.steepest:.2g}"
-
-
-def main(task_name: str, tokens: Sequence[str], output: str, steps: int) -> None:
-    """`hftl lr-find`: the range test alone; nothing is trained or saved but the picture.
-
-    Raises:
-        UsageError: bad input.
-    """
-    from hftl.fitting import prepare
-    from hftl.methods import build_plan
-
-    task_class = find_task(task_name)
-    arguments = parse(task_class.arguments_class, tokens)
-    # A rate is what is looked for: a head alone is then trained, not solved.
-    object.__setattr__(arguments, "given", arguments.given | {"learning_rate"})
-    if arguments.method == "auto":
-        raise UsageError("--method auto chooses its rates itself. Name a method.")
-    with tempfile.TemporaryDirectory() as place:
-        arguments.output_dir = str(Path(place, "run"))
-        task = task_class(arguments)
-        splits = replace(task.load_splits(), test=None)
-        plan = build_plan(task.build_model(splits), arguments)
-        stages, rows = prepare(task, plan, splits, arguments)
-        found = sweep(task, plan, stages[-1], splits, rows, steps)
-    say(f"\n{report(found)}")
-    with folder.explained_disk_errors(Path(output).parent):
-        draw(found, Path(output))
-    say(f"\nnext: --learning_rate {found.valley:.2g} (--learning_rate auto does both)")

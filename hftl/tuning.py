@@ -28,6 +28,7 @@ from hftl.averaging import check_averaging
 from hftl.data import Splits
 from hftl.errors import Diverged, UsageError, did_you_mean
 from hftl.features import check_wishes
+from hftl.fitting import push, score_on_test, train_plan
 from hftl.folder import CHECKPOINTS, METRICS, RECIPE, say
 from hftl.methods import METHOD_ARGUMENTS, Plan, arguments_of, build_plan, find_method
 from hftl.run import Run
@@ -173,8 +174,6 @@ class Search:
         Raises:
             UsageError: the folder cannot be used, or no trial finished.
         """
-        from hftl.fitting import push, score_on_test
-
         self._check_folder()
         splits = data.load_splits(self.arguments, self.task_class.modality)
         for line in splits.report:
@@ -270,8 +269,6 @@ class Search:
 
     def _trial(self, splits: Splits) -> None:
         import optuna
-
-        from hftl.fitting import train_plan
 
         # A function of the seed and the trials before: an interrupted search goes on as if it had not been.
         self.study.sampler = optuna.samplers.TPESampler(seed=self.arguments.seed + len(self._done()))

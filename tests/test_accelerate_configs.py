@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -196,6 +197,8 @@ def test_multi_node_launcher():
 def test_header_shows_a_command_that_uses_the_file(name):
     text = Path(config_file(name)).read_text(encoding="utf-8")
     assert f"accelerate launch --config_file accelerate_configs/{name}.yaml" in text
+    if name.startswith(("fsdp", "deepspeed")):  # whose weights are in pieces, which adapters do not take
+        assert set(re.findall(r"--method (\w+)", text)) == {"full"}
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import errno
 import importlib.util
 import io
 import os
-import resource
 import shlex
 import shutil
 import subprocess
@@ -20,13 +19,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import ROOT, run_command
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import write_timm_folder, write_tiny_image_model, write_tiny_text_model
 
 from hftl import cli
-
-ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -621,6 +619,11 @@ FOLDERS = [
         ("--overwrite would remove 'out' with --dataset in it",),
         {"out/t.csv": table(), "out/recipe.yaml": "task: text-classification\n"},
     ),
+    Bad(
+        "refused late, in the place of a run",
+        "train image-classification --model {timm} --dataset {images} --penalty r_drop --output_dir {run} --overwrite",
+        ("--penalty r_drop", "dropout"),
+    ),
     Bad("no space", TEXT, ("No space for the run in 'out'", "are free", "--output_dir"), patch=full_disk),
     Bad("fp16 without a GPU", f"{TEXT} --fp16", ("--fp16 needs a GPU",), patch=no_gpu),
     Bad(
@@ -907,12 +910,11 @@ def test_divergence_in_the_first_epoch_leaves_nothing(batch, words, world, tmp_p
 # ---- the real program -----------------------------------------------------------------------------------------------
 
 
-def program(command: str, world: SimpleNamespace, folder: Path, most: int | None = None, **environment: str):
-    """`python -m hftl` in a folder of its own; no file may grow beyond `most` bytes."""
+def program(command: str, world: SimpleNamespace, folder: Path, **environment: str):
+    """`python -m hftl` from nothing: what is set about the Hub is read when its client is imported."""
     settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    limit = None if most is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     argv = [sys.executable, "-m", "hftl", *arguments_of(command, world)]
-    return subprocess.run(argv, cwd=folder, env=settings, preexec_fn=limit, capture_output=True, text=True, timeout=120)
+    return subprocess.run(argv, cwd=folder, env=settings, capture_output=True, text=True, timeout=120)
 
 
 REAL = [
@@ -948,7 +950,7 @@ def test_a_hub_that_refuses_is_asked_once(name, world, tmp_path):
 def test_a_disk_that_fills_up_while_writing(most, world, tmp_path, monkeypatch, capsys):
     """TensorBoard's log, a checkpoint's model (43 kB) and its optimizer (90 kB) are each written by another library."""
     command = f"{TEXT} --num_train_epochs 2"
-    done = program(command, world, tmp_path, most)
+    done = run_command(arguments_of(command, world), tmp_path, most=most)
     assert done.returncode == 2
     check_message(done.stderr, ("Cannot write to 'out'", "Make room", "--resume"))
     monkeypatch.chdir(tmp_path)
@@ -967,7 +969,7 @@ def test_a_disk_that_is_full_from_the_start(world, tmp_path, monkeypatch, capsys
         assert exit_code(arguments_of(TEXT, world)) == 2
         check_message(capsys.readouterr().err, ("Cannot write to 'out'", "the disk is full", "repeat the command."))
         assert list(tmp_path.iterdir()) == []
-    done = program("predict {run} fine --output o.csv", world, tmp_path, 20)
+    done = run_command(arguments_of("predict {run} fine --output o.csv", world), tmp_path, most=20)
     assert done.returncode == 2
     check_message(done.stderr, ("Cannot write to '.'", "a file may not grow so large", "repeat the command."))
     assert list(tmp_path.iterdir()) == []

@@ -6,8 +6,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 import small_data
 import tiny_models
 import torch
+from forked import ROOT, run_ranks
 from safetensors.torch import load_file
 from tiny_models import TINY, tiny_inputs
 from tiny_training import tiny_arguments
@@ -25,8 +24,6 @@ from hftl import batches, cli, features, methods
 from hftl.cut import Cut, NoCut
 from hftl.features import NotKept, Shards
 from hftl.trainer import prepare_modules
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -397,21 +394,14 @@ def test_adapters_in_the_last_blocks_train_on_kept_activations(
 def test_two_processes_share_the_extraction(place: Path, tmp_path: Path, home: Path) -> None:
     flags = [f"--dataset={place / 'texts'}", f"--model={place / 'bert'}", "--method=partial", "--unfreeze_blocks=1"]
     flags += ["--num_train_epochs=1", "--logging_steps=1", "--feature_cache_dtype=float32"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HFTL_HOME": str(home)}
     recipe = str(ROOT / "recipes" / "text_classification.py")
-    config = str(ROOT / "accelerate_configs" / "cpu_2_processes.yaml")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, recipe, *flags]
-    two = subprocess.run(
-        [*launch, f"--output_dir={tmp_path / 'two'}", "--per_device_train_batch_size=4"],
-        env=environment, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert two.returncode == 0, two.stdout + two.stderr
-    assert two.stdout.count("the frozen part runs once") == 1
-    solved = subprocess.run(
-        [*launch[:-5], "--method=frozen", f"--output_dir={tmp_path / 'solved'}"],
-        env=environment, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert solved.returncode == 0, solved.stdout + solved.stderr
+    words = [recipe, *flags, f"--output_dir={tmp_path / 'two'}", "--per_device_train_batch_size=4"]
+    two, other = run_ranks(words, tmp_path, HFTL_HOME=str(home))
+    assert (two.returncode, other.returncode) == (0, 0), two.stdout + two.stderr + other.stderr
+    assert (two.stdout + other.stdout).count("the frozen part runs once") == 1
+    words = [recipe, *flags[:2], "--method=frozen", f"--output_dir={tmp_path / 'solved'}"]
+    for solved in run_ranks(words, tmp_path, HFTL_HOME=str(home)):
+        assert solved.returncode == 0, solved.stdout + solved.stderr
     train(place, "bert", tmp_path / "one", "--method=partial", "--unfreeze_blocks=1", "--num_train_epochs=1")
     train(place, "bert", tmp_path / "alone", "--method=frozen")
     one, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("alone", "solved"))

@@ -16,13 +16,12 @@ import numpy as np
 import pytest
 import small_data
 import tiny_models
+from forked import LAUNCH, ROOT, Command, run_command, run_ranks
 from PIL import Image
 
 import hftl
 from hftl import batches, cli
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "accelerate_configs" / "cpu_2_processes.yaml"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -141,19 +140,13 @@ def test_long_texts_are_counted_once_and_not_in_the_table(place: Path, text_run:
     assert output.err.count("300 texts") == 1
 
 
-def launch(*flags: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
-    command += ["-m", "hftl", "predict", *flags]
-    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
-
-
 @pytest.mark.slow
 def test_two_processes_write_one_table(place: Path, text_run: hftl.Run) -> None:
     cli._run(["predict", str(text_run.folder), str(place / "notes"), "--output", str(place / "one.csv")])
     stale = place / ".two.csv.stale"  # of a command that was killed
     stale.mkdir()
     (stale / "1.csv").write_text("not of this command")
-    result = launch("text", "notes", "--output", "two.csv", cwd=place)
+    result = run_command([*LAUNCH, "-m", "hftl", "predict", "text", "notes", "--output", "two.csv"], place)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("600 predictions written to two.csv") == 1
     assert hidden(place) == [stale.name]
@@ -173,9 +166,9 @@ def test_a_process_that_fails_leaves_no_table(place: Path, text_run: hftl.Run) -
         path.write_text("good")
     table = place / "broken" / "299.txt"
     table.write_bytes(b"\xff\xfe\xff")
-    result = launch("text", "broken", "--output", "broken.csv", cwd=place)
-    assert result.returncode != 0
-    assert "299.txt" in result.stderr
+    results = run_ranks(["predict", "text", "broken", "--output", "broken.csv"], place)
+    assert [result.returncode for result in results] == [2, 2]
+    assert "299.txt" in "".join(result.stderr for result in results)
     assert not (place / "broken.csv").exists()
     assert hidden(place) == []
 
@@ -183,20 +176,16 @@ def test_a_process_that_fails_leaves_no_table(place: Path, text_run: hftl.Run) -
 @pytest.mark.slow
 def test_sigterm_leaves_no_half_table(place: Path, image_run: hftl.Run) -> None:
     folder = write_pictures(place / "interrupted", 1500)
-    command = [sys.executable, "-m", "hftl", "predict", "image", folder.name, "--output", "half.csv"]
-    process = subprocess.Popen(command, cwd=place, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    try:
-        waited = time.monotonic() + 120
-        while not any(path.stat().st_size > 2000 for path in place.glob(".half.csv.*")):
-            assert process.poll() is None
-            assert time.monotonic() < waited
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "Traceback" not in error
+    command = Command(["predict", "image", folder.name, "--output", "half.csv"], place)
+    waited = time.monotonic() + 120
+    while not any(path.stat().st_size > 2000 for path in place.glob(".half.csv.*")):
+        assert command.process.is_alive()
+        assert time.monotonic() < waited
+        time.sleep(0.01)
+    command.process.terminate()
+    done = command.wait(60)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in done.stderr
     assert not (place / "half.csv").exists()
     assert hidden(place) == []
 

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import small_data
 import tiny_models
+from forked import Done, run_command
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parent.parent
+import hftl
 
 # A method that is lp_ft (or full), and that ends its own process at a chosen moment: `stage:step:signal`, the step
-# counted over calls of the loss in training, or `writing:N`, in the middle of the N-th checkpoint.
+# counted over calls of the loss in training; `writing:N`, in the middle of the N-th checkpoint; or `publishing:N`,
+# before the N-th file of the finished run is moved to its place.
 METHOD = """
 import dataclasses, os, signal, subprocess
 import torch, transformers
+from hftl import folder
 from hftl.losses import CrossEntropyLoss
 from hftl.methods import METHODS
 
@@ -37,6 +37,17 @@ def torn(self, folder):
     write(self, folder)
 
 transformers.Trainer._save_optimizer_and_scheduler = torn
+published = 0
+move = os.replace
+
+def moved(source, target):
+    global published
+    published += os.path.basename(os.path.dirname(source)) == folder.PARTIAL
+    if WHEN == f"publishing:{published}":
+        os.kill(os.getpid(), signal.SIGKILL)
+    move(source, target)
+
+folder.os.replace = moved
 
 class Stopping(CrossEntropyLoss):
     def __init__(self, stage):
@@ -74,32 +85,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(
-    place: Path, name: str, task: str, stop_at: str = "", inner: str = "lp_ft", *flags: str
-) -> subprocess.CompletedProcess:
+def run(place: Path, name: str, task: str, stop_at: str = "", inner: str = "lp_ft", *flags: str) -> Done:
     data, model = ("images", "convnet") if task == "image-classification" else ("texts", "bert")
-    command = [
-        sys.executable,
-        "-m",
-        "hftl",
-        "train",
-        task,
-        "--model",
-        str(place / model),
-        "--dataset",
-        str(place / data),
-    ]
-    command += ["--method", f"{place / 'stopping.py'}:stopping", "--output_dir", str(place / name), *flags]
-    command += ["--per_device_train_batch_size=8", "--logging_steps=1", "--save_total_limit=2"]
-    command += ["--image_size=64"] if task == "image-classification" else []
-    environment = {
-        **os.environ,
-        "STOP_AT": stop_at,
-        "INNER_METHOD": inner,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, start_new_session=True)
+    words = ["train", task, f"--model={model}", f"--dataset={data}", f"--output_dir={name}", *flags]
+    words += ["--method=stopping.py:stopping", "--per_device_train_batch_size=8", "--logging_steps=1"]
+    words += ["--save_total_limit=2", *(["--image_size=64"] if task == "image-classification" else [])]
+    return run_command(words, place, STOP_AT=stop_at, INNER_METHOD=inner)
 
 
 def assert_equal_weights(first: Path, second: Path) -> None:
@@ -125,6 +116,7 @@ def undisturbed(place: Path) -> dict[str, Path]:
         ("image-classification", "1:5:9"),  # in the second epoch of the second stage
         ("image-classification", "writing:3"),  # while the first checkpoint of the second stage is written
         ("text-classification", "1:4:9"),  # dropout, and rows grouped by length
+        ("text-classification", "publishing:3"),  # while the files of the finished run come to their places
     ],
 )
 def test_killed_and_resumed(place: Path, undisturbed: dict[str, Path], task: str, stop_at: str) -> None:
@@ -132,7 +124,8 @@ def test_killed_and_resumed(place: Path, undisturbed: dict[str, Path], task: str
     killed = run(place, name, task, stop_at)
     assert killed.returncode == -signal.SIGKILL
     assert not (place / name / "metrics.json").exists()
-    assert not (place / name / "model.safetensors").exists()
+    with pytest.raises(hftl.UsageError, match="is no finished run"):
+        hftl.load_run(place / name)
     resumed = run(place, name, task, "", "lp_ft", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert_equal_weights(undisturbed[task], place / name)
@@ -167,9 +160,7 @@ def test_a_signal_before_there_is_anything_to_keep(tmp_path: Path) -> None:
     """While the imports run, say: a line, the usual exit code, and no folder."""
     recipe = "import os, signal\n\n\ndef main(argv):\n    os.kill(os.getpid(), signal.SIGTERM)\n"
     (tmp_path / "recipe.py").write_text(recipe)
-    command = [sys.executable, "-m", "hftl", "train", "recipe.py"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    stopped = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    stopped = run_command(["train", "recipe.py"], tmp_path)
     assert (stopped.returncode, stopped.stderr) == (143, "Stopped by SIGTERM.\n")
     assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["recipe.py"]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,28 @@ def test_hftl_in_another_program_leaves_its_collector_alone() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     assert result.stdout.split() == ["True", "0", "False", "launch", "True"]
+
+
+def imported_by(path: Path) -> set[str]:
+    """The modules of hftl that a module imports at any time, but for the sake of a type."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for block in [node for node in ast.walk(tree) if isinstance(node, ast.If)]:
+        if ast.unparse(block.test) == "TYPE_CHECKING":
+            block.body.clear()
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    names = {f"{node.module}.{entry.name}" for node in imports for entry in node.names if "hftl" in str(node.module)}
+    places = {name: ROOT.joinpath(*name.split(".")) for name in names}
+    return {
+        name if place.is_dir() or place.with_suffix(".py").is_file() else name.rpartition(".")[0]
+        for name, place in places.items()
+    }
+
+
+def test_imports_run_one_way() -> None:
+    graph = {}
+    for path in (ROOT / "hftl").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        graph[name] = imported_by(path) - {name}
+    del graph["hftl"]  # which gives everything by name
+    assert {"hftl.cli", "hftl.fitting"} <= graph["hftl.tuning"] | graph["hftl.__main__"]
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
