@@ -16,7 +16,6 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,7 @@ from hftl.folder import CHECKPOINTS, METRICS, PREDICTIONS, RECIPE, say
 from hftl.launch import started
 from hftl.methods import Plan, build_plan
 from hftl.tasks.classification import ClassificationTask
-
-#: trains a plan: `(task, plan, splits, arguments, callbacks)`, and writes its run folder
-Train = Callable[..., Any]
+from hftl.training import train_plan
 
 #: the table of what was tried, in the run folder, and the folder of the trial that trains
 TABLE, TRIALS = "trials.csv", "trials"
@@ -125,16 +122,15 @@ class TimeLimit(TrainerCallback):
 class Ladder:
     """The rungs of one run."""
 
-    def __init__(self, train: Train, task: ClassificationTask, model: nn.Module, splits: Splits) -> None:
+    def __init__(self, task: ClassificationTask, model: nn.Module, splits: Splits) -> None:
         """Start, or go on where an interrupted run stopped.
 
         Args:
-            train: what trains a plan.
             task: the task; its arguments are those of the whole run.
             model: as it was loaded; every trial trains a copy.
             splits: the data; the trials do not see the test split.
         """
-        self.train, self.task, self.model, self.arguments = train, task, model, task.arguments
+        self.task, self.model, self.arguments = task, model, task.arguments
         self.splits = dataclasses.replace(splits, test=None)
         self.path = Path(str(self.arguments.output_dir))
         self.trials, spent = _read_table(self.path / TABLE) if self.arguments.resume else ([], 0.0)
@@ -217,7 +213,7 @@ class Ladder:
             **(self._plain() if rung == "probe" else {}),
         )
         plan = build_plan(copy.deepcopy(self.model), arguments)
-        self.train(self.task, plan, self.splits, arguments, [TimeLimit(self.budget.ends - self.reserve)])
+        train_plan(self.task, plan, self.splits, arguments, [TimeLimit(self.budget.ends - self.reserve)])
         trial = Trial(rung, method, epochs, self._score(place), time.time() - started, self._is_better(place))
         if trial.best:
             folder.promote(place, self.path)
@@ -280,17 +276,16 @@ def check(arguments: TransferArguments) -> None:
         )
 
 
-def search(train: Train, task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Path:
-    """Climb the ladder; the best run on validation stands in the run folder, which is returned."""
+def search(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> None:
+    """Climb the ladder; the best run on validation stands in the run folder."""
     task.arguments = arguments
     arguments.metric_for_best_model, better = task.best_metric(splits)
     arguments.greater_is_better = better  # type: ignore[assignment]
-    ladder = Ladder(train, task, plan.model, splits)
+    ladder = Ladder(task, plan.model, splits)
     ladder.climb(0 if splits.test is None else len(splits.test))
     task.arguments = arguments
     shutil.rmtree(ladder.path / TRIALS, ignore_errors=True)
     say(f"\n{_table(ladder.trials, str(arguments.metric_for_best_model))}")
-    return ladder.path
 
 
 def budget_seconds(arguments: TransferArguments) -> float:

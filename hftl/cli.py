@@ -195,10 +195,11 @@ def _predict(argv: list[str]) -> None:
     with quick_imports():
         from hftl.predictions import write_predictions
         from hftl.run import load_run
+        from hftl.tables import TABLE_SUFFIXES
 
     _choose_device()
     run = load_run(options.run)
-    looks_like_path = Path(options.input).suffix.lower() in (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
+    looks_like_path = Path(options.input).suffix.lower() in {".txt", *TABLE_SUFFIXES}
     is_file = run.task.modality != "text" or looks_like_path or os.path.exists(options.input)
     source = Path(options.input) if is_file else options.input
     output = None if options.output is None else Path(options.output)

@@ -17,6 +17,10 @@ class Diverged(UsageError):
     """A training left the finite numbers."""
 
 
+class DiskError(UsageError):
+    """There is no room for what is to be written."""
+
+
 def without_worker(error: UsageError) -> UsageError:
     """The error that a data worker raised, out of the report with its traceback that torch makes of it."""
     _, report, message = str(error).rpartition(f"{UsageError.__module__}.{UsageError.__name__}: ")

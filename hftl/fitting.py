@@ -1,60 +1,31 @@
-"""From a plan to a finished run: the stages one after the other, the scores, the files."""
+"""From a plan to a finished run: one training, or several of which the best one stands."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import dataclasses
-import json
-import math
-import os
-import re
-import resource
 import shutil
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import yaml
-from accelerate.state import AcceleratorState
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, SchedulerType
 
-from hftl import backbones, compute, folder, merging
-from hftl.adaptation import adapt_batch_norm
-from hftl.arguments import TransferArguments, parse, set_precision, stage_arguments, to_recipe
-from hftl.averaging import check_averaging, interpolate, pretrained_weights
-from hftl.callbacks import LogFile, ReadableProgress, StopSignals
+from hftl import backbones, folder, merging
+from hftl.arguments import TransferArguments, parse
+from hftl.auto import TRIALS, check, search
+from hftl.callbacks import StopSignals
 from hftl.compute import wait_for_all
 from hftl.data import Splits
-from hftl.errors import UsageError, without_worker
-from hftl.features import KeptFeatures, check_wishes, keep_features, mostly_frozen, of_all_processes
-from hftl.folder import CHECKPOINTS, LOGS, METRICS, PARTIAL, PREDICTIONS, RECIPE, say
-from hftl.lr_find import PICTURE, STEPS, Sweep, draw, report, scaled, sweep
-from hftl.methods import Plan, Stage, build_plan
-from hftl.metrics import softmax
-from hftl.pretrained import save_model
-from hftl.probes.beside import FOLDER as PROBE
-from hftl.probes.beside import Probe, load_probe
-from hftl.run import Run, load_run, load_saved
+from hftl.errors import UsageError
+from hftl.folder import CHECKPOINTS, METRICS, PREDICTIONS, RECIPE, say
+from hftl.lr_find import draw, report, sweep
+from hftl.methods import Plan, build_plan
+from hftl.repeats import repeat
+from hftl.run import Run, load_run
+from hftl.saving import write_answers
 from hftl.tasks import find_task
 from hftl.tasks.classification import ClassificationTask
-from hftl.trainer import TransferTrainer, diverged, prepare_modules
-
-if TYPE_CHECKING:
-    from torch import nn
-
-#: more epochs than this are never added to reach the least number of steps
-_MOST_EPOCHS = 50
-#: batches by which a stage chooses what trains: enough for an order of blocks, and done in seconds
-_CHOOSING_BATCHES = 8
-#: How far logits may move by saving and loading (nothing), or by merging adapters (rounding), relative to the largest;
-#: bitsandbytes' kernel for weights of 4 bits on a CPU keeps their scales in 16 bits (9e-4 seen).
-_TOLERANCE = {"saving": 1e-5, "merging": 1e-3, "few bits": 1e-2}
+from hftl.training import prepare, scores_of, train_plan
 
 
 def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Run:
@@ -96,8 +67,6 @@ def push(run: Run, arguments: TransferArguments) -> None:
 
 def _search(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Run:
     """`--method auto`: the best run that fits into the time, scored on test once it is chosen."""
-    from hftl.auto import TRIALS, check, search
-
     check(arguments)
     settings = folder.resume_settings(arguments)
     path = Path(str(arguments.output_dir))
@@ -106,7 +75,7 @@ def _search(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tra
         with folder.explained_disk_errors(path):
             folder.start_folder(arguments, settings)
             try:
-                search(train_plan, task, plan, splits, arguments)
+                search(task, plan, splits, arguments)
             except UsageError:
                 if not (path / METRICS).is_file():  # not even the first rung
                     folder.discard_first(path, TRIALS)
@@ -122,13 +91,11 @@ def _search(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tra
 def _repeat(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Run:
     """`--repeats`: the best run on validation, with the scores of all."""
     from hftl.card import write_card
-    from hftl.repeats import repeat
 
     path = Path(str(arguments.output_dir))
     with folder.explained_disk_errors(path):
-        repeat(train_plan, task, plan, splits, arguments)
+        repeat(task, plan, splits, arguments)
         run = load_run(path, type(task))
-        run.task.arguments.hub_model_id = arguments.hub_model_id  # a loaded run does not know it
         if folder.is_main_process():
             write_card(path, run.task, run.task.arguments, splits, run.metrics)
             (path / CHECKPOINTS / RECIPE).unlink()  # first: with it the run counts as interrupted
@@ -143,112 +110,20 @@ def score_on_test(task_class: type[ClassificationTask], splits: Splits, argument
 
     path = Path(str(arguments.output_dir))
     run = load_run(path, task_class)
-    run.task.arguments.hub_model_id = arguments.hub_model_id  # a loaded run does not know it
     if splits.test is not None:
         logits, labels = run.logits(splits.test), np.asarray(splits.test["label"])
-        scores = _scores(run.task, run.task.loss(splits), logits, labels)
-        _write_predictions(path / PREDICTIONS, run.task.label_names, splits, "test", (logits, labels, scores))
+        scores = scores_of(run.task, run.task.loss(splits), logits, labels)
+        write_answers(path / PREDICTIONS, run.task.label_names, splits, "test", logits, labels)
         run.metrics["test"] = scores
         if run.probe is not None:
             plain = load_run(path, task_class)
             plain.probe = None  # the model's own head answers
-            run.metrics["ordinary_head_test"] = _scores(
+            run.metrics["ordinary_head_test"] = scores_of(
                 run.task, run.task.loss(splits), plain.logits(splits.test), labels
             )
         folder.write_json(path / METRICS, run.metrics)
     write_card(path, run.task, run.task.arguments, splits, run.metrics)
     return run
-
-
-def train_plan(
-    task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments, callbacks: Sequence[Any] = ()
-) -> Path:
-    """Run the stages of a plan, evaluate, and write the run folder, which is returned."""
-    settings = folder.resume_settings(arguments)
-    stages, data = prepare(task, plan, splits, arguments)
-    path = Path(str(arguments.output_dir))
-    settings[folder.CHOSEN_PRECISION] = arguments.precision
-    found = None
-    if arguments.finds_learning_rate:
-        stages, found = _find_rate(task, plan, stages, splits, data, settings)
-    wait_for_all()  # every process has checked the folder before the first one writes into it
-    if folder.is_main_process():
-        with folder.explained_disk_errors(path):
-            folder.start_folder(arguments, settings)
-            if found is not None:
-                draw(found, path / LOGS / PICTURE)
-    wait_for_all()
-    signals = StopSignals()
-    try:
-        with folder.explained_disk_errors(path):
-            try:
-                trainer, records, results = _run_stages(
-                    task, stages, plan.model, splits, data, [signals, *plan.callbacks, *callbacks]
-                )
-            except UsageError as error:
-                folder.discard_start(path)
-                raise without_worker(error) from None
-            if folder.is_main_process():
-                _write_run(task, trainer, splits, data, records, results)
-            wait_for_all()
-    finally:
-        signals.close()
-    return path
-
-
-def prepare(
-    task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments
-) -> tuple[list[Stage], dict[str, Any]]:
-    """The stages with their epochs, and the data sets of the splits; what the arguments leave open is filled in.
-
-    Raises:
-        UsageError: something that was asked for cannot be done, or the disk is too small.
-    """
-    task.arguments = arguments
-    check_wishes(plan, arguments)
-    check_averaging(plan, arguments)
-    stages = _resolve(task, plan, splits, arguments)
-    path = Path(str(arguments.output_dir))
-    folder.check_space(path, _bytes_needed(plan, arguments.average != "none"))
-    AcceleratorState._reset_state()  # or another run in this process would dictate its precision
-    compute.share_threads(on_cpu=arguments.device.type == "cpu")
-    data = {"train": task.dataset(splits.train, training=True)}
-    for name, rows in (("validation", splits.validation), ("test", splits.test)):
-        if rows is not None:
-            data[name] = task.dataset(rows, training=False)
-    if backbones.is_convolutional(plan.model):
-        plan.model.to(memory_format=torch.channels_last)
-    if any(stage.batch_norm == "adapt" for stage in stages):
-        adapt_batch_norm(task, plan.model, splits)
-        for stage in stages:
-            if stage.reference is not None:  # what a penalty compares with has the same statistics
-                stage.reference.load_state_dict(plan.model.state_dict(), strict=False)
-    _settle_precision(task, stages[-1], plan.model, data["train"], path)
-    return stages, data
-
-
-def _find_rate(
-    task: ClassificationTask,
-    plan: Plan,
-    stages: list[Stage],
-    splits: Splits,
-    data: dict[str, Any],
-    settings: dict[str, Any],
-) -> tuple[list[Stage], Sweep | None]:
-    """`--learning_rate auto`: the stages at the rate in the valley; an interrupted run keeps the one that it found."""
-    arguments, found = task.arguments, None
-    if arguments.resume:
-        rate = folder.read_yaml(Path(str(arguments.output_dir), CHECKPOINTS, RECIPE))[folder.FOUND_RATE]
-    else:
-        say(f"learning rate: {STEPS} steps with a growing rate")
-        found = sweep(task, plan, stages[-1], splits, data)
-        say(report(found))
-        rate = float(f"{found.valley:.2g}")  # as it is said, so that giving it repeats the run
-    settings[folder.FOUND_RATE] = rate
-    stages, changed = scaled(plan, stages, rate, keeps_head="head_learning_rate" in arguments.given)
-    for name, value in changed.items():
-        setattr(arguments, name, value)
-    return stages, found
 
 
 def find_learning_rate(task_name: str, tokens: Sequence[str], output: Path, steps: int) -> None:
@@ -274,514 +149,3 @@ def find_learning_rate(task_name: str, tokens: Sequence[str], output: Path, step
     with folder.explained_disk_errors(output.parent):
         draw(found, output)
     say(f"\nnext: --learning_rate {found.valley:.2g} (--learning_rate auto does both)")
-
-
-def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> list[Stage]:
-    """Fill in what the arguments leave open, and the epochs of each stage."""
-    if arguments.per_device_train_batch_size is None:
-        arguments.per_device_train_batch_size = task.batch_size
-    if arguments.dataloader_num_workers < 0:
-        arguments.dataloader_num_workers = _workers(task)
-    arguments.metric_for_best_model, better = task.best_metric(splits)
-    arguments.greater_is_better = better  # type: ignore[assignment]
-    rows = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
-    steps = math.ceil(len(splits.train) / rows)
-    if arguments.dataloader_drop_last and len(splits.train) < rows:
-        raise UsageError(f"--dataloader_drop_last leaves none of {len(splits.train)} rows in batches of {rows}.")
-    if arguments.dataloader_prefetch_factor is not None and not arguments.dataloader_num_workers:
-        raise UsageError("--dataloader_prefetch_factor is for data workers, and there are none: leave it out.")
-    stages = [
-        dataclasses.replace(stage, epochs=max(stage.epochs, min(_MOST_EPOCHS, math.ceil(stage.least_steps / steps))))
-        for stage in plan.stages
-    ]
-    for name, value in plan.settings.items():
-        setattr(arguments, name, value)
-    arguments.num_train_epochs = stages[-1].epochs
-    if arguments.average == "swa" and "lr_scheduler_type" not in arguments.given:
-        # A rate that falls to nothing would leave nothing to average (Izmailov et al. 2018, section 3.2).
-        arguments.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
-    if arguments.head_epochs is not None:
-        arguments.head_epochs = stages[0].epochs
-    for role, column in splits.columns.items():
-        if hasattr(arguments, f"{role}_column"):
-            setattr(arguments, f"{role}_column", column)
-    return stages
-
-
-def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, rows: Any, path: Path) -> str:
-    """Choose the precision of the whole run by its last stage, the longest; an interrupted run keeps its own.
-
-    Accelerate knows one precision a process, and one is what the recipe can say.
-    """
-    arguments = task.arguments
-    if arguments.precision != "auto" or arguments.mixed_precision != "no":  # fp8, which the launcher asks for
-        return arguments.precision
-    if arguments.resume:
-        precision = folder.read_yaml(path / CHECKPOINTS / RECIPE)[folder.CHOSEN_PRECISION]
-    else:
-        prepare_modules(model, stage)
-        batch = compute.typical_batch(rows, task.collate)
-        steps = arguments.max_steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-        passes = steps if arguments.max_steps > 0 else len(rows) * stage.epochs / arguments.world_size
-        precision = compute.choose_precision(
-            model, batch, training=not mostly_frozen(stage, model), rows=passes, arguments=arguments
-        )
-    set_precision(arguments, precision)
-    return precision
-
-
-def _workers(task: ClassificationTask) -> int:
-    """Images are decoded beside the computation on the cores that it leaves; tokenised texts need no help.
-
-    A training image takes 1 ms of a core, 11 ms if it is a photo of 6 megapixels, and a step of efficientnet_lite0, a
-    small network, 46 ms an image (measured): on a CPU one worker keeps pace with the network on four cores, and on two
-    it takes up what the network's threads leave idle between steps. For a GPU 8 workers prepare 700 to 7,000 images a
-    second. A process with a core to itself has nothing to gain.
-    """
-    if task.modality != "image":
-        return 0
-    cores = compute.cores() // compute.local_processes()
-    if cores < 2:
-        return 0
-    return min(8, max(1, cores // 4) if task.arguments.use_cpu else cores - 1)
-
-
-def _bytes_needed(plan: Plan, averaged: bool) -> int:
-    """Disk for three checkpoints (best, last, the one being written) with two moments each, and two whole models."""
-    parameters = list(plan.model.parameters())
-    everything = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    names = set().union(*(stage.trainable for stage in plan.stages))
-    trained = sum(4 * parameter.numel() for name, parameter in plan.model.named_parameters() if name in names)
-    kept = trained if hasattr(plan.model, "peft_config") else everything
-    averages = 3 * trained if averaged else 0  # in each checkpoint, or the three of a soup
-    return 3 * (kept + 2 * trained) + 2 * everything + averages
-
-
-def _run_stages(
-    task: ClassificationTask,
-    stages: list[Stage],
-    model: nn.Module,
-    splits: Splits,
-    data: dict[str, Any],
-    callbacks: Sequence[Any],
-) -> tuple[TransferTrainer, list[dict[str, Any]], dict[str, Any]]:
-    """Train every stage that is not finished yet; the results are those of the last one."""
-    records = []
-    start = pretrained_weights(Plan(model, tuple(stages))) if task.arguments.wise_ft else {}
-    for index, stage in enumerate(stages):
-        is_last = index + 1 == len(stages)
-        stage = _chosen(task, stage, model, splits)
-        kept = keep_features(task, stage, model, splits, data, alone=len(stages) == 1, last=is_last)
-        stage = stage if kept is None else kept.stage
-        rows = data if kept is None else kept.data
-        with contextlib.ExitStack() as after:
-            if kept is not None:
-                after.callback(kept.release)  # also where the stage fails, or a second fit would keep what stubs give
-            trainer = _stage_trainer(task, stage, model, splits, rows, index, kept, is_last)
-            _check_sharding(task.arguments, trainer, model, stages)
-            for callback in callbacks:
-                trainer.add_callback(callback)
-            final = Path(str(trainer.args.output_dir), "final")
-            if final.is_dir():
-                trainer._load_from_checkpoint(str(final))
-                if kept is not None:
-                    kept.probe = load_probe(final / PROBE)
-            else:
-                say(_announcement(stage, model, index, len(stages), task.arguments.max_steps, kept))
-                if kept is not None and kept.solved:
-                    record = _solve_stage(task, trainer, kept)
-                else:
-                    record = _train_stage(trainer, stage, task.arguments.resume, start if is_last else {})
-                _keep_result(trainer, record, final, None if kept is None else kept.probe)
-            if is_last and getattr(task.arguments, "test_time_flip", False):
-                after.close()
-                results = _evaluate_views(task, trainer, data)
-            elif is_last:
-                results = _evaluate(task, trainer, rows, kept)
-        if not is_last:
-            trainer.bare_model()  # the next trainer puts its own around the model
-        records.append(json.loads((final / "stage.json").read_text(encoding="utf-8")))
-    return trainer, records, results
-
-
-def _chosen(task: ClassificationTask, stage: Stage, model: nn.Module, splits: Splits) -> Stage:
-    """The stage with what it chooses to train by a few batches, the same ones for all processes and after a resume."""
-    if stage.choose is None:
-        return stage
-    arguments = task.arguments
-    rows = task.dataset(splits.train, training=False)
-    size = arguments.per_device_train_batch_size or task.batch_size
-    order = np.random.default_rng(arguments.seed).permutation(len(splits.train))[: _CHOOSING_BATCHES * size].tolist()
-    batches = [task.collate([rows[row] for row in order[start : start + size]]) for start in range(0, len(order), size)]
-    batches = [{name: value.to(arguments.device) for name, value in batch.items()} for batch in batches]
-    name, trainable = stage.choose(model.to(arguments.device).eval(), stage.loss or task.loss(splits), batches)
-    name, trainable = of_all_processes((name, trainable))[0]
-    return dataclasses.replace(stage, name=name, trainable=trainable, choose=None)
-
-
-def _announcement(
-    stage: Stage, model: nn.Module, index: int, count: int, max_steps: int, kept: KeptFeatures | None
-) -> str:
-    length = f"{stage.epochs:g} epoch{'' if stage.epochs == 1 else 's'}" if max_steps < 0 else f"{max_steps} steps"
-    trained = sum(parameter.numel() for name, parameter in model.named_parameters() if name in stage.trainable)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    number = f" {index + 1} of {count}" if count > 1 else ""
-    how = f"{length}, rate {stage.learning_rate:.2g}, head {stage.head_learning_rate:.2g}"
-    if kept is not None and kept.solved:
-        how = "solved on the features"
-    return f"stage{number}: {stage.name}, {trained:,} of {total:,} parameters train ({trained / total:.1%}), {how}"
-
-
-def _stage_trainer(
-    task: ClassificationTask,
-    stage: Stage,
-    model: nn.Module,
-    splits: Splits,
-    data: dict[str, Any],
-    index: int,
-    kept: KeptFeatures | None,
-    is_last: bool,
-) -> TransferTrainer:
-    arguments = task.arguments
-    name = re.sub(r"[^A-Za-z0-9]+", "-", stage.name)
-    place = Path(str(arguments.output_dir), CHECKPOINTS, f"{index + 1}-{name}")
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(str(arguments.output_dir), LOGS))
-    settings = stage_arguments(
-        arguments,
-        output_dir=str(place),
-        num_train_epochs=stage.epochs,
-        learning_rate=stage.learning_rate,
-        seed=arguments.seed + index,  # another order in each stage
-        push_to_hub=False,  # the finished run is pushed, not its checkpoints
-        disable_tqdm=True,  # our own progress takes the place of Trainer's
-        label_smoothing_factor=0.0,  # it is in the loss
-        dataloader_num_workers=0 if kept else arguments.dataloader_num_workers,  # there is nothing left to decode
-        dataloader_prefetch_factor=None if kept else arguments.dataloader_prefetch_factor,
-        dataloader_persistent_workers=bool(arguments.dataloader_num_workers and not kept),
-        restore_callback_states_from_checkpoint=True,  # or early stopping would count anew after an interruption
-    )
-    callbacks: list[Any] = [
-        ReadableProgress(stage.name),
-        LogFile(Path(str(arguments.output_dir), LOGS, "log.jsonl"), stage.name),
-    ]
-    if arguments.early_stopping_patience:
-        callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
-    trainer = TransferTrainer(
-        stage=stage,
-        loss=stage.loss or task.loss(splits),
-        model=model,
-        args=settings,
-        train_dataset=data["train"],
-        eval_dataset=data["validation"],
-        data_collator=kept.collate if kept else task.collate,
-        cut=kept.cut if kept else None,
-        mixing=task.mixing(),
-        average=arguments.average if is_last else "none",
-        compute_metrics=lambda result: _finite_scores(task, stage, place, result),
-        preprocess_logits_for_metrics=_first,
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)
-    for callback in [entry for entry in trainer.callback_handler.callbacks if type(entry) is ProgressCallback]:
-        trainer.remove_callback(callback)
-    return trainer
-
-
-def _finite_scores(task: ClassificationTask, stage: Stage, place: Path, result: Any) -> dict[str, float]:
-    """Scores of an evaluation; before its checkpoint is written, a model that gives no numbers stops the run."""
-    if not np.isfinite(result.predictions).all():
-        raise diverged(f"The model's outputs are no finite numbers after training in stage {stage.name!r}", str(place))
-    scores = task.score(result.predictions, result.label_ids)
-    metric = str(task.arguments.metric_for_best_model)
-    if metric not in {"loss", *scores}:
-        raise UsageError(
-            f"--metric_for_best_model {metric}: validation does not give it, since not every class is there. Take "
-            "another metric, or a larger validation split."
-        )
-    return scores
-
-
-def _first(logits: Any, labels: Any) -> torch.Tensor:
-    """Models that give more than logits put them first."""
-    return logits[0] if isinstance(logits, tuple | list) else logits
-
-
-def _train_stage(
-    trainer: TransferTrainer, stage: Stage, resume: bool, start: dict[str, torch.Tensor]
-) -> dict[str, Any]:
-    """Train one stage, from its last whole checkpoint if there is one.
-
-    Weights are averaged behind it: those of its steps or epochs, then with the pretrained ones in `start`, if any.
-    """
-    place = Path(str(trainer.args.output_dir))
-    wait_for_all()
-    checkpoint = folder.last_checkpoint(place) if resume and place.is_dir() else None
-    wait_for_all()  # nobody may write a new checkpoint while another still looks for the last
-    if checkpoint is not None:
-        say(f"going on from {checkpoint.name} of stage {stage.name!r}")
-    started = time.perf_counter()
-    output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    averaged = {} if trainer.average is None else trainer.average.finish()
-    averaged |= interpolate(trainer, start) if start else {}
-    seconds = time.perf_counter() - started
-    patience = trainer.args.early_stopping_patience
-    if patience and trainer.state.global_step < trainer.state.max_steps:
-        say(f"{stage.name}: stopped early, no better evaluation in {patience}")
-    return {
-        "name": stage.name,
-        "seconds": seconds,
-        "samples_per_second": output.metrics.get("train_samples_per_second", 0.0),
-        "steps": trainer.state.global_step,
-        "epochs": stage.epochs,
-        "learning_rate": stage.learning_rate,
-        "head_learning_rate": stage.head_learning_rate,
-        "best_metric": trainer.state.best_metric,
-        **averaged,
-        **_parameters(trainer),
-    }
-
-
-def _solve_stage(task: ClassificationTask, trainer: TransferTrainer, kept: KeptFeatures) -> dict[str, Any]:
-    """Solve the head on the features of train, its penalty chosen on those of validation."""
-    started = time.perf_counter()
-    solution = kept.solve(trainer)
-    seconds = time.perf_counter() - started
-    logits, labels = kept.logits("validation")
-    scores = {f"eval_{name}": value for name, value in _scores(task, trainer.compute_loss_func, logits, labels).items()}
-    trainer.log({**scores, "penalty": solution.strength, "seconds": seconds})
-    return {
-        "name": trainer.stage.name,
-        "seconds": seconds + kept.seconds,
-        "samples_per_second": len(kept.data["train"]) / (seconds + kept.seconds),
-        "steps": solution.steps,
-        "epochs": 1,
-        "head": task.arguments.head or "logistic",
-        "penalty": solution.strength,
-        **({} if solution.temperature is None else {"temperature": solution.temperature}),
-        **({} if kept.probe is None else {"probe": kept.probe.settings}),
-        "best_metric": scores[f"eval_{trainer.args.metric_for_best_model}"],
-        **_parameters(trainer),
-    }
-
-
-def _parameters(trainer: TransferTrainer) -> dict[str, int]:
-    return {
-        "trainable_parameters": sum(entry.numel() for entry in trainer.model.parameters() if entry.requires_grad),
-        "total_parameters": sum(entry.numel() for entry in trainer.model.parameters()),
-    }
-
-
-def _scores(task: ClassificationTask, loss: Any, logits: Any, labels: Any) -> dict[str, float]:
-    """The task's scores and the loss of a whole split."""
-    value = loss({"logits": torch.from_numpy(logits)}, torch.from_numpy(labels))
-    return {"loss": float(value), **task.score(logits, labels)}
-
-
-def _keep_result(trainer: TransferTrainer, record: dict[str, Any], final: Path, probe: Probe | None) -> None:
-    """Keep the weights that a stage ends with: the next one starts from them, also after an interruption."""
-    partial = final.with_name("final.partial")
-    if folder.is_main_process():
-        shutil.rmtree(partial, ignore_errors=True)
-    wait_for_all()
-    trainer.save_model(str(partial))
-    if folder.is_main_process():
-        if probe is not None:
-            probe.save(partial / PROBE)
-        folder.write_json(partial / "stage.json", record)
-        os.replace(partial, final)
-        for checkpoint in final.parent.glob("checkpoint-*"):
-            if not trainer.args.keep_checkpoints:
-                shutil.rmtree(checkpoint)
-    wait_for_all()
-
-
-def _evaluate_views(
-    task: ClassificationTask, trainer: TransferTrainer, data: dict[str, Any]
-) -> dict[str, tuple[Any, Any, dict[str, float]]]:
-    """As `_evaluate`, of several views of each row, which need the whole model and the inputs."""
-    trainer.cut, trainer.data_collator, trainer.test_views = None, task.collate, task.test_views
-    trainer.evaluations, trainer.chosen_evaluation = {}, None
-    return _evaluate(task, trainer, data, None)
-
-
-def _evaluate(
-    task: ClassificationTask, trainer: TransferTrainer, data: dict[str, Any], kept: KeptFeatures | None
-) -> dict[str, tuple[Any, Any, dict[str, float]]]:
-    """Logits, labels and scores of validation and test; gathered from all processes."""
-    results: dict[str, tuple[Any, Any, dict[str, float]]] = {}
-    for name in ("validation", "test"):
-        if name in data and kept is not None and kept.solved:
-            logits, labels = kept.logits(name)
-            results[name] = (logits, labels, _scores(task, trainer.compute_loss_func, logits, labels))
-            if kept.probe is not None:
-                logits, _ = kept.logits(name, ordinary=True)
-                scores = _scores(task, trainer.compute_loss_func, logits, labels)
-                results[f"ordinary_head_{name}"] = (logits, labels, scores)
-        elif name in data:
-            output = trainer.evaluation_of_the_best if name == "validation" else None
-            output = output or trainer.predict(data[name], metric_key_prefix=name)
-            scores = {
-                key.removeprefix(f"{name}_").removeprefix("eval_"): value
-                for key, value in (output.metrics or {}).items()
-                if not key.endswith(("_runtime", "_per_second", "_model_preparation_time")) and key != "epoch"
-            }
-            results[name] = (output.predictions, output.label_ids, scores)
-    return results
-
-
-def _write_run(
-    task: ClassificationTask,
-    trainer: TransferTrainer,
-    splits: Splits,
-    data: dict[str, Any],
-    records: list[dict[str, Any]],
-    results: dict[str, Any],
-) -> None:
-    """Write every file of the run beside its place, check the model by loading it again, and move them in."""
-    from hftl.card import write_card
-
-    arguments = task.arguments
-    path = Path(str(arguments.output_dir))
-    partial = path / PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    batch = task.collate([data["validation"][index] for index in range(min(8, len(data["validation"])))])
-    _save_checked(task, _whole_model(task, trainer, path), batch, partial)
-    probe = Path(str(trainer.args.output_dir), "final", PROBE)
-    if probe.is_dir():
-        shutil.copytree(probe, partial / PROBE)
-    folder.write_text(partial / RECIPE, yaml.safe_dump(to_recipe(arguments), sort_keys=False, allow_unicode=True))
-    split = "test" if "test" in results else "validation"
-    _write_predictions(partial / PREDICTIONS, task.label_names, splits, split, results[split])
-    metrics = {
-        "train": {
-            "seconds": sum(record["seconds"] for record in records),
-            "samples_per_second": records[-1]["samples_per_second"],
-            "peak_memory_mb": _peak_memory_mb(),
-            "trainable_parameters": records[-1]["trainable_parameters"],
-            "total_parameters": records[-1]["total_parameters"],
-            "stages": records,
-        },
-        **{name: scores for name, (_, _, scores) in results.items()},
-    }
-    folder.write_json(partial / METRICS, metrics)
-    write_card(partial, task, arguments, splits, metrics)
-    folder.publish(path)
-    (path / CHECKPOINTS / RECIPE).unlink()  # first: with it the run counts as interrupted
-    if not arguments.keep_checkpoints:
-        shutil.rmtree(path / CHECKPOINTS)
-
-
-def _check_sharding(
-    arguments: TransferArguments, trainer: TransferTrainer, model: nn.Module, stages: list[Stage]
-) -> None:
-    """Refuse what needs whole weights in each process, where they are sharded.
-
-    Raises:
-        UsageError: as said.
-    """
-    if not _is_sharded(trainer):
-        return
-    needs_all = {
-        f"--method {arguments.method}": hasattr(model, "peft_config"),
-        "--method surgical": any(stage.choose is not None for stage in stages),
-        "--penalty": any(stage.penalty is not None for stage in stages),
-    }
-    for what in (name for name, found in needs_all.items() if found):
-        raise UsageError(f"{what} does not work with FSDP or DeepSpeed yet: use multi_gpu.yaml.")
-    if arguments.average != "none" or arguments.wise_ft:
-        flag = "--wise_ft" if arguments.wise_ft else f"--average {arguments.average}"
-        raise UsageError(
-            f"{flag} needs whole weights in each process, not those of FSDP or DeepSpeed: use multi_gpu.yaml."
-        )
-
-
-def _is_sharded(trainer: TransferTrainer) -> bool:
-    """Whether no process holds the whole model (FSDP), or not in float32 (DeepSpeed)."""
-    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-
-
-def _whole_model(task: ClassificationTask, trainer: TransferTrainer, path: Path) -> Any:
-    """The trained model in this process alone; where it is sharded, from the weights that the last stage gathered."""
-    if not _is_sharded(trainer):
-        return trainer.bare_model()
-    return task.auto_class.from_pretrained(Path(str(trainer.args.output_dir), "final"), dtype=torch.float32)
-
-
-def _save_checked(task: ClassificationTask, model: Any, batch: dict[str, torch.Tensor], target: Path) -> None:
-    """Save the model, adapters merged and also by themselves; load it in plain transformers and compare logits.
-
-    Where an adapter cannot be merged, or the merged model gives other logits, the model is kept beside it.
-
-    Raises:
-        RuntimeError: the saved model gives other logits. The checkpoints stay.
-    """
-    model = model.eval()
-    device = next(model.parameters()).device
-    expected = _logits(model, batch, device)
-    kind = "saving"
-    if hasattr(model, "peft_config"):
-        merging.save_adapter(model, target / merging.ADAPTER)
-        kind = "few bits" if merging.is_quantised(model) else "merging"
-        model = _merged_or_kept(model, batch, expected, target)
-    if model is not None:
-        save_model(model, target)
-    elif kind == "merging":
-        kind = "saving"
-    loaded = load_saved(task.auto_class, target)
-    task.save_processor(target)
-    difference = _difference(loaded.to(device).eval(), batch, expected)
-    if not difference <= _TOLERANCE[kind]:
-        raise RuntimeError(
-            f"The saved model gives other logits than the trained one (difference {difference:.3g} of the largest, "
-            f"allowed {_TOLERANCE[kind]:.3g}). Nothing was published; the training checkpoints are in "
-            f"{target.parent / CHECKPOINTS}."
-        )
-
-
-def _merged_or_kept(model: Any, batch: dict[str, torch.Tensor], expected: torch.Tensor, target: Path) -> Any | None:
-    """The ordinary model with the adapters in it; or None, and what they belong to is saved beside them."""
-    state: dict[str, torch.Tensor] | None = None
-    reason: str | None = "the base has 8 or 4 bits, and what is added to it would be rounded"
-    if not merging.is_quantised(model):
-        state, reason = merging.base_state(model), merging.merge(model)
-    inner = model.get_base_model()
-    if reason is None:
-        difference = _difference(inner, batch, expected)
-        if difference <= _TOLERANCE["merging"]:
-            return inner
-        reason = f"the merged model's logits differ by {difference:.2g} of the largest"
-    say(f"adapter: not merged, since {reason}; it is kept with its base, in {merging.ADAPTER}/ and {merging.BASE}/")
-    merging.save_unmerged(model, state, target)
-    return None
-
-
-def _difference(model: Any, batch: dict[str, torch.Tensor], expected: torch.Tensor) -> float:
-    """How far a model's logits are from the expected ones, relative to the largest."""
-    logits = _logits(model, batch, next(model.parameters()).device)
-    return float((logits - expected).abs().max()) / max(1.0, float(expected.abs().max()))
-
-
-def _logits(model: Any, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
-    inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-    with torch.inference_mode():
-        return model(**inputs).logits.float()
-
-
-def _write_predictions(path: Path, label_names: list[str], splits: Splits, split: str, result: tuple[Any, ...]) -> None:
-    logits, labels, _ = result
-    rows: Any = splits.test if split == "test" else splits.validation
-    probabilities = softmax(np.asarray(logits))
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "label", "prediction", *(f"probability_{name}" for name in label_names)])
-        for row_id, label, row in zip(rows["id"], labels, probabilities, strict=True):
-            writer.writerow([row_id, label_names[label], label_names[int(row.argmax())], *(f"{p:.6f}" for p in row)])
-
-
-def _peak_memory_mb() -> float:
-    """Most memory held: on the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

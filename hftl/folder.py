@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from hftl.arguments import TransferArguments, read_yaml, to_recipe
-from hftl.errors import UsageError
+from hftl.errors import DiskError, UsageError
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.json"
@@ -87,7 +87,7 @@ def check_output_folder(arguments: TransferArguments) -> None:
             raise UsageError(f"Nothing to resume: {str(folder)!r} {state}. Leave out --resume to start one.")
         _check_same_settings(folder / CHECKPOINTS / RECIPE, arguments)
     elif folder.exists() and any(folder.iterdir()):
-        if not interrupted and not (folder / RECIPE).is_file() and not (folder / REPLACED).is_dir():
+        if not interrupted and not (folder / RECIPE).is_file() and not any(folder.glob(f"{REPLACED}*")):
             raise UsageError(f"--output_dir {str(folder)!r} is not empty and holds no run: name another folder.")
         if arguments.overwrite:
             _check_replaced(folder, arguments)
@@ -166,15 +166,15 @@ def start_folder(arguments: TransferArguments, settings: dict[str, Any]) -> Path
 
 def _set_aside(folder: Path) -> None:
     """Take everything out of the way: a finished run is kept, one that was interrupted is removed."""
-    aside = folder / REPLACED
-    finished = (folder / METRICS).is_file()
-    if finished:
+    aside, beside = folder / REPLACED, folder / f"{REPLACED}.partial"
+    if (folder / METRICS).is_file() or beside.is_dir():  # or a kill in the midst of this
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+        beside.mkdir(exist_ok=True)
+        for path in [path for path in folder.iterdir() if path != beside]:
+            os.replace(path, beside / path.name)
+        os.replace(beside, aside)
     for path in [path for path in folder.iterdir() if path != aside]:
-        if finished:
-            os.replace(path, aside / path.name)
-        elif path.is_dir() and not path.is_symlink():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
@@ -254,7 +254,7 @@ def is_complete_checkpoint(path: Path) -> bool:
     """Whether Trainer finished writing a checkpoint: the state, which it writes last, is whole."""
     try:
         json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # any other error says nothing about the checkpoint
         return False
     return True
 
@@ -286,9 +286,10 @@ def check_space(folder: Path, needed: int) -> None:
         UsageError: less than `needed` bytes are free on the disk of `folder`.
     """
     free = shutil.disk_usage(nearest_existing(folder)).free
-    written = folder_bytes(folder / CHECKPOINTS) if folder.is_dir() else 0  # by the run that goes on, or is replaced
+    goes = folder.is_dir() and not (folder / METRICS).is_file()  # a finished run stays until another is whole
+    written = folder_bytes(folder / CHECKPOINTS) if goes else 0
     if free + written < needed:
-        raise UsageError(
+        raise DiskError(
             f"No space for the run in {str(folder)!r}: its checkpoints and model need about {needed / 1e6:,.0f} MB and "
             f"{free / 1e6:,.0f} MB are free. Free some space, or name a folder on another disk with --output_dir."
         )
@@ -322,7 +323,7 @@ def explained_disk_errors(folder: Path) -> Iterator[None]:
         if reason is None:
             raise
         resume = " with --resume added" if (folder / CHECKPOINTS / RECIPE).is_file() else ""
-        raise UsageError(
+        raise DiskError(
             f"Cannot write to {str(folder)!r}: {reason}. Make room, then repeat the command{resume}."
         ) from error
     finally:

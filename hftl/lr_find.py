@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hftl.arguments import stage_arguments
@@ -193,9 +193,7 @@ def sweep(
             callbacks=[recorder],
         )
         trainer.factor = lambda step: rates[min(step, steps - 1)] / main
-        for callback in [*trainer.callback_handler.callbacks]:
-            if type(callback) in (PrinterCallback, ProgressCallback):
-                trainer.remove_callback(callback)
+        after.callback(trainer.end_workers)
         trainer.train()
         trainer.bare_model()
     losses = recorder.losses

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import PrinterCallback
 
 from hftl import backbones
 from hftl.arguments import stage_arguments
@@ -97,7 +96,6 @@ def tune_on_pairs(task: Any, model: Any, splits: Splits, steps: int, learning_ra
             data_collator=task.collate,
             callbacks=[ReadableProgress(stage.name)],
         )
-        trainer.remove_callback(PrinterCallback)
         layer: Any = head.layer
         layer.forward = lambda features: features  # what the model calls logits are the features, then
         try:

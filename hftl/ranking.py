@@ -40,7 +40,7 @@ MEASURES = ("logme", "probe", "h_score", "transrate", "leep", "nce")
 #: a model that is so many times as fast is worth naming
 _FASTER = 1.25
 #: beside the shards of features: how fast they come
-_SPEED = "speed.json"
+_SPEED = "seconds.json"
 
 
 @dataclass(frozen=True)

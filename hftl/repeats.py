@@ -17,25 +17,21 @@ import yaml
 
 from hftl import folder
 from hftl.arguments import TransferArguments, read_yaml, stage_arguments
-from hftl.averaging import check_averaging
 from hftl.compute import wait_for_all
 from hftl.data import Splits
 from hftl.errors import UsageError
-from hftl.features import check_wishes
 from hftl.folder import CHECKPOINTS, LOGS, METRICS, PREDICTIONS, RECIPE, say
 from hftl.methods import Plan, build_plan
 from hftl.tasks.classification import ClassificationTask
-
-#: trains a plan: `(task, plan, splits, arguments)`, and writes its run folder
-Train = Callable[..., Any]
+from hftl.training import check_plan, train_plan
 
 REPEATS = "repeats"
 #: what stays of each repeat; the weights of the best are in the run folder
 _KEPT = {METRICS, PREDICTIONS, RECIPE, LOGS, CHECKPOINTS}
 
 
-def repeat(train: Train, task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Path:
-    """Train with every seed; the best run on validation stands in the run folder, which is returned.
+def repeat(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> None:
+    """Train with every seed; the best run on validation stands in the run folder.
 
     The first seed takes the plan and the splits as given. For the others they are made as a recipe does: by the task's
     `load_splits` and `build_model`, and by `--method`.
@@ -46,14 +42,13 @@ def repeat(train: Train, task: ClassificationTask, plan: Plan, splits: Splits, a
     settings = folder.resume_settings(arguments)
     path = Path(str(arguments.output_dir))
     seeds = range(arguments.seed, arguments.seed + arguments.repeats)
-    check_wishes(plan, arguments)
-    check_averaging(plan, arguments)
+    check_plan(plan, arguments)
     _as_one(folder.start_folder, arguments, settings)
     try:
         for number, seed in enumerate(seeds, start=1):
             say(f"\nrepeat {number} of {len(seeds)}: seed {seed}")
             place = path / REPEATS / str(seed)
-            _run_seed(train, task, plan, splits, arguments, place)
+            _run_seed(task, plan, splits, arguments, place)
             metric, larger = task.best_metric(splits)
             _as_one(_keep_best, path, place, metric, 1 if larger else -1)
     except UsageError:
@@ -62,7 +57,6 @@ def repeat(train: Train, task: ClassificationTask, plan: Plan, splits: Splits, a
         raise
     task.arguments = arguments
     _as_one(_finish, path, arguments, seeds)
-    return path
 
 
 def _as_one(work: Callable[..., Any], *arguments: Any) -> None:
@@ -73,9 +67,7 @@ def _as_one(work: Callable[..., Any], *arguments: Any) -> None:
     wait_for_all()
 
 
-def _run_seed(
-    train: Train, task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments, place: Path
-) -> None:
+def _run_seed(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments, place: Path) -> None:
     """Train with the seed that names the folder, unless an interrupted run has done so."""
     interrupted = (place / CHECKPOINTS / RECIPE).is_file()
     if (place / METRICS).is_file() and not interrupted:
@@ -86,7 +78,7 @@ def _run_seed(
         task.arguments = own
         splits = task.load_splits()
         plan = build_plan(task.build_model(splits), own)
-    train(task, plan, splits, own)
+    train_plan(task, plan, splits, own)
 
 
 def _keep_best(path: Path, place: Path, metric: str, sign: int) -> None:

@@ -349,7 +349,9 @@ def load_run(folder: str | Path, task_class: type[ClassificationTask] | None = N
     recipe = read_yaml(path / RECIPE)
     task_class = task_class or find_task(str(recipe.get("task")))
     # How it was trained does not matter here, and may not be possible here (fp16, FSDP): only hftl's own settings do.
-    trainers = {item.name for item in dataclasses.fields(TrainingArguments)} - {"seed"} | {"precision"}
+    # But the loss that is told, and the name of the model on the Hub.
+    kept = {"seed", "label_smoothing_factor", "hub_model_id"}
+    trainers = {item.name for item in dataclasses.fields(TrainingArguments)} - kept | {"precision"}
     own = {item.name for item in dataclasses.fields(task_class.arguments_class)} - trainers
     tokens = [token for key, value in recipe.items() if key in own for token in argument_tokens(key, value)]
     arguments = parse(task_class.arguments_class, [*tokens, f"--output_dir={path}"])

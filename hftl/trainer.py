@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hftl import backbones, folder, optim, penalties
 from hftl.arguments import TransferArguments
@@ -63,6 +63,7 @@ class TransferTrainer(Trainer):
         _check_penalty(model, self.frozen_modules, stage, args)
         with _explained_settings():
             super().__init__(model=model, args=args, compute_loss_func=loss, **others)
+        self.remove_callback(PrinterCallback)  # `hftl.callbacks` has what a person can read
         self.model_accepts_loss_kwargs = False  # the loss is ours: forward has no use for the number of rows
         self.rows_together = self._train_batch_size * args.gradient_accumulation_steps
         self.start: dict[str, torch.Tensor] | None = None
@@ -97,6 +98,23 @@ class TransferTrainer(Trainer):
             self.lr_scheduler = shaped
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process holds the whole model (FSDP), or not in float32 (DeepSpeed)."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def end_workers(self) -> None:
+        """End the data workers that wait for another epoch.
+
+        Left to the garbage collector they would take 5 seconds for each data loader: it closes the queue by which they
+        are told before it asks for that.
+        """
+        for loader in self.accelerator._dataloaders:
+            iterator = getattr(loader, "_iterator", None)
+            if iterator is not None:
+                iterator._shutdown_workers()
+                loader._iterator = None
 
     def bare_model(self) -> Any:
         """The model as it was given, for another trainer or to be saved.

@@ -24,16 +24,14 @@ from transformers import TrainerCallback
 
 from hftl import data, folder, pretrained
 from hftl.arguments import TransferArguments, flag_names, parse, stage_arguments
-from hftl.averaging import check_averaging
 from hftl.data import Splits
-from hftl.errors import Diverged, UsageError, did_you_mean
-from hftl.features import check_wishes
-from hftl.fitting import push, score_on_test, train_plan
+from hftl.errors import DiskError, Diverged, UsageError, did_you_mean
+from hftl.fitting import push, score_on_test
 from hftl.folder import CHECKPOINTS, METRICS, RECIPE, say
-from hftl.methods import METHOD_ARGUMENTS, Plan, arguments_of, build_plan, find_method
+from hftl.methods import METHOD_ARGUMENTS, arguments_of, build_plan, find_method
 from hftl.run import Run
 from hftl.tasks import find_task
-from hftl.tasks.classification import ClassificationTask
+from hftl.training import train_plan
 
 #: the study, the table, and the runs of trials, in the output folder
 STUDY, TABLE, TRIALS = "tune.db", "trials.csv", "trials"
@@ -117,10 +115,6 @@ def _dimension(name: str, values: str, names: dict[str, str]) -> Dimension:
     if not ends[0] < ends[1] or (kind == "log" and ends[0] <= 0):
         raise UsageError(f"--search {name}={values}: the first end must be below the second, for log above 0 too.")
     return Dimension(name, kind, match.groups()[1:])
-
-
-class _Refused(UsageError):
-    """Values that do not go together, in a search in which others do."""
 
 
 class _Pruning(TrainerCallback):
@@ -278,8 +272,14 @@ class Search:
         place = self._place(trial)
         try:
             if not (place / METRICS).is_file():  # else it was stopped between its end and the study's knowing of it
-                task, plan = self._plan(values, place, splits)
-                train_plan(task, plan, splits, task.arguments, [_Pruning(trial, self.metric)])
+                arguments = self._settings(values)
+                arguments.output_dir, arguments.overwrite = str(place), False
+                arguments.resume = (place / CHECKPOINTS / RECIPE).is_file()
+                if not arguments.resume:
+                    shutil.rmtree(place, ignore_errors=True)
+                task = self.task_class(arguments)
+                plan = build_plan(task.build_model(splits), arguments)
+                train_plan(task, plan, splits, arguments, [_Pruning(trial, self.metric)])
             score = float(json.loads((place / METRICS).read_text(encoding="utf-8"))["validation"][self.metric])
             if math.isnan(score):
                 raise Diverged(f"{self.metric} is no number")
@@ -289,35 +289,15 @@ class Search:
         except optuna.TrialPruned:
             self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             say("trial: stopped, it falls behind")
-        except (Diverged, _Refused) as error:
+        except UsageError as error:
+            # What the first trial is refused for is likely wrong for all.
+            if isinstance(error, DiskError) or not (self._done() or isinstance(error, Diverged)):
+                raise
             trial.set_user_attr("reason", str(error))
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
             say(f"trial: failed: {error}")
         shutil.rmtree(place, ignore_errors=True)
         folder.write_text(self.path / TABLE, self.as_csv())
-
-    def _plan(self, values: dict[str, str], place: Path, splits: Splits) -> tuple[ClassificationTask, Plan]:
-        """The task and the plan of a trial in the folder `place`.
-
-        Raises:
-            _Refused: the values do not go together; those of an earlier trial did.
-            UsageError: as a single run, in the first trial: what it refuses, all are likely to.
-        """
-        try:
-            arguments = self._settings(values)
-            arguments.output_dir, arguments.overwrite = str(place), False
-            arguments.resume = (place / CHECKPOINTS / RECIPE).is_file()
-            if not arguments.resume:
-                shutil.rmtree(place, ignore_errors=True)
-            task = self.task_class(arguments)
-            plan = build_plan(task.build_model(splits), arguments)
-            check_wishes(plan, arguments)
-            check_averaging(plan, arguments)
-        except UsageError as error:
-            if not self._done():
-                raise
-            raise _Refused(str(error)) from error
-        return task, plan
 
     def _suggest(self, trial: Any) -> dict[str, str]:
         """A value for every searched flag that the trial's method uses."""

@@ -79,6 +79,7 @@ def run_ranks(words: list[str], folder: Path, **environment: str) -> list[Done]:
 
 def _become(words: list[str], folder: Path, environment: dict[str, str], streams: list[Path], most: int | None) -> None:
     """Leave what belongs to the process that this one was forked from, and be the command."""
+    multiprocessing.set_start_method("fork", force=True)  # for data workers: the system's, not this process's own
     os.setsid()
     os.chdir(folder)
     os.environ.clear()

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import hftl
-from hftl import backbones, cli, fitting, merging
+from hftl import backbones, cli, merging, saving
 from hftl.errors import UsageError
 from hftl.methods import Plan, build_plan
 from hftl.methods.adapters import SHORT_NAMES, TYPES
@@ -109,7 +109,7 @@ def test_round_trip(method: str, base: str, tmp_path: Path, capsys: pytest.Captu
     expected = logits_of(plan.model, batch)
     task, folder = task_of(model), tmp_path / "saved"
     folder.mkdir()
-    fitting._save_checked(task, plan.model, batch, folder)
+    saving.save_checked(task, plan.model, batch, folder)
 
     adapted = PeftModel.from_pretrained(fresh(base), folder / "adapter")
     torch.testing.assert_close(logits_of(adapted, batch), expected, rtol=1e-4, atol=1e-5)
@@ -195,7 +195,7 @@ def test_a_wrong_merge_keeps_the_adapter_with_its_base(
     monkeypatch.setattr(merging, "merge", unload)
     folder = tmp_path / "saved"
     folder.mkdir()
-    fitting._save_checked(task_of(model), plan.model, batch, folder)
+    saving.save_checked(task_of(model), plan.model, batch, folder)
     assert "the merged model's logits differ" in capsys.readouterr().out
     loaded = merging.load_unmerged(ImageClassification.auto_class, folder)
     torch.testing.assert_close(logits_of(loaded, batch), expected, rtol=1e-5, atol=1e-5)

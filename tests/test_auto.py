@@ -123,7 +123,7 @@ def test_the_time_limit_ends_a_training_with_an_evaluated_model(world: Path, tmp
         [f"--model={world / 'bert'}", f"--dataset={world / 'texts'}", f"--output_dir={tmp_path / 'run'}",
          "--num_train_epochs=3", "--report_to=none"],
     )  # fmt: skip
-    from hftl.fitting import train_plan
+    from hftl.training import train_plan
 
     task = hftl.TextClassification(arguments)
     splits = task.load_splits()

@@ -619,11 +619,6 @@ FOLDERS = [
         ("--overwrite would remove 'out' with --dataset in it",),
         {"out/t.csv": table(), "out/recipe.yaml": "task: text-classification\n"},
     ),
-    Bad(
-        "refused late, in the place of a run",
-        "train image-classification --model {timm} --dataset {images} --penalty r_drop --output_dir {run} --overwrite",
-        ("--penalty r_drop", "dropout"),
-    ),
     Bad("no space", TEXT, ("No space for the run in 'out'", "are free", "--output_dir"), patch=full_disk),
     Bad("fp16 without a GPU", f"{TEXT} --fp16", ("--fp16 needs a GPU",), patch=no_gpu),
     Bad(
@@ -882,6 +877,17 @@ def test_names_are_unique():
     assert sorted(set(names)) == sorted(names)
 
 
+@pytest.mark.parametrize("flags", ["--penalty r_drop", "--learning_rate 1e30 --max_grad_norm 0 --warmup_steps 0"])
+def test_a_run_comes_back_when_the_one_in_its_place_fails_at_once(flags, world, tmp_path, capsys):
+    """Only a trainer sees that the model has no dropout, and only a step that the rate is too high."""
+    run = copied(world.names["run"], tmp_path / "run")
+    before = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    command = "train image-classification --model {timm} --dataset {images} --overwrite --dataloader_num_workers 0"
+    assert exit_code(arguments_of(f"{command} --output_dir {run} --report_to none {flags}", world)) == 2
+    check_message(capsys.readouterr().err, ("--penalty r_drop",) if "penalty" in flags else ("--learning_rate",))
+    assert {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 # ---- training that goes wrong ---------------------------------------------------------------------------------------
 
 
@@ -969,7 +975,7 @@ def test_a_disk_that_is_full_from_the_start(world, tmp_path, monkeypatch, capsys
         assert exit_code(arguments_of(TEXT, world)) == 2
         check_message(capsys.readouterr().err, ("Cannot write to 'out'", "the disk is full", "repeat the command."))
         assert list(tmp_path.iterdir()) == []
-    done = run_command(arguments_of("predict {run} fine --output o.csv", world), tmp_path, most=20)
+    done = run_command(arguments_of("predict {run} {table} --output o.csv", world), tmp_path, most=300)
     assert done.returncode == 2
     check_message(done.stderr, ("Cannot write to '.'", "a file may not grow so large", "repeat the command."))
     assert list(tmp_path.iterdir()) == []

@@ -438,7 +438,7 @@ def test_checkpointed_activations_give_the_same_losses(place: Path, tmp_path: Pa
 
 def test_a_failed_stage_leaves_an_ordinary_model(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the same plan, fitted again, would keep what the stubs give."""
-    from hftl import fitting
+    from hftl import training
 
     models: list[Any] = []
 
@@ -447,7 +447,7 @@ def test_a_failed_stage_leaves_an_ordinary_model(place: Path, tmp_path: Path, mo
         assert any("forward" in vars(module) for module in trainer.model.modules())
         raise hftl.UsageError("the loss is nan")
 
-    monkeypatch.setattr(fitting, "_train_stage", fail)
+    monkeypatch.setattr(training, "_train_stage", fail)
     with pytest.raises(hftl.UsageError, match="nan"):
         train(place, "bert", tmp_path / "run", "--method=partial", "--unfreeze_blocks=1")
     assert not any("forward" in vars(module) for module in models[0].modules())

@@ -179,7 +179,7 @@ def test_pairs_tune_the_encoder_and_then_the_head_is_solved(place: Path, tmp_pat
     plain = hftl.load_run(run.folder)  # by the task's own class, without the recipe
     assert plain.evaluate(str(place / "texts"))["log_loss"] == pytest.approx(run.metrics["test"]["log_loss"], abs=1e-3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hftl.fitting._write_run", stop)
+        patch.setattr("hftl.training.write_run", stop)
         with pytest.raises(KeyboardInterrupt):
             few_shot(place, tmp_path / "again", "--pair_steps=12")
     few_shot(place, tmp_path / "again", "--pair_steps=12", "--resume")

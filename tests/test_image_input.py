@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from tiny_models import write_timm_folder, write_tiny_image_model
 from transformers import pipeline
 
 import hftl
-from hftl import cli, fitting, images
+from hftl import cli, images, training
 from hftl.errors import UsageError
 from hftl.image_cache import picture_key
 from hftl.tasks.image_classification import ImageClassification, decoded_side, training_side
@@ -405,7 +406,7 @@ def test_workers_take_only_cores_that_are_free(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     task = task_for(place)
     task.arguments.use_cpu = cpu
-    assert fitting._workers(task) == expected
+    assert training._workers(task) == expected
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -466,3 +467,18 @@ def test_bad_files_are_skipped_however_many_there_are(
     cli._run([*torn_among_many(tmp_path, monkeypatch), "--skip_bad_files"])
     assert "1 of 25 cannot be read and are left out" in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.json").is_file()
+
+
+def test_data_workers_end_with_the_training(tmp_path: Path) -> None:
+    """Left to the garbage collector each data loader would take 5 seconds, in the midst of what comes next."""
+    small_data.write_images(tmp_path / "images", {"train": 6, "val": 2, "test": 2})
+    settings = {"image_size": 32, "num_train_epochs": 1, "dataloader_num_workers": 1, "report_to": "none"}
+    run = hftl.finetune(
+        "image-classification",
+        model="random:resnet18",
+        dataset=tmp_path / "images",
+        output_dir=tmp_path / "run",
+        **settings,
+    )
+    assert multiprocessing.active_children() == []
+    assert "test" in run.metrics

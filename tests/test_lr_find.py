@@ -18,7 +18,7 @@ from small_data import write_images, write_texts
 from tiny_models import write_timm_folder, write_tiny_text_model
 
 import hftl
-from hftl import cli, fitting, lr_find
+from hftl import cli, lr_find, training
 from hftl.arguments import parse
 from hftl.folder import read_yaml
 from hftl.methods import build_plan
@@ -94,7 +94,7 @@ def test_everything_is_afterwards_as_it_was(world: Path, tmp_path: Path, kind: s
     task = task_class(arguments)
     splits = task.load_splits()
     plan = build_plan(task.build_model(splits), arguments)
-    stages, rows = fitting.prepare(task, plan, splits, arguments)
+    stages, rows = training.prepare(task, plan, splits, arguments)
     before = state_of(plan.model)
     found = lr_find.sweep(task, plan, stages[-1], splits, rows, 20)
     after = state_of(plan.model)
@@ -195,7 +195,7 @@ def test_an_interrupted_run_keeps_the_rate_that_it_found(
         patch.setattr(TransferTrainer, "training_step", stop)
         with pytest.raises(KeyboardInterrupt):
             cli._run([*common, f"--output_dir={tmp_path / 'run'}"])
-    monkeypatch.setattr(fitting, "sweep", None)  # it must not be called again
+    monkeypatch.setattr(training, "sweep", None)  # it must not be called again
     with pytest.raises(hftl.UsageError, match=r"learning_rate was 'auto', is 0\.1"):
         cli._run([*common[:-1], "--learning_rate=0.1", f"--output_dir={tmp_path / 'run'}", "--resume"])
     cli._run([*common, f"--output_dir={tmp_path / 'run'}", "--resume"])

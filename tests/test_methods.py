@@ -17,7 +17,7 @@ from tiny_training import every_tensor, logits_of, task_of, tiny_arguments, tiny
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from hftl import backbones, fitting, pretrained
+from hftl import backbones, pretrained, saving
 from hftl.errors import UsageError
 from hftl.methods import METHODS, Plan, build_plan
 from hftl.pooling import pool_by_mean
@@ -200,7 +200,7 @@ def test_steps_move_what_trains_and_the_saved_model_is_the_trained_one(name: str
     batch = tiny_inputs(model)
     expected = logits_of(plan.model, batch)
     task, folder = task_of(model), tmp_path / "saved"
-    fitting._save_checked(task, plan.model, batch, folder)
+    saving.save_checked(task, plan.model, batch, folder)
 
     # The same weights in another memory layout are added up in another order; a merged sum is rounded once more.
     close = {"rtol": 1e-3, "atol": 1e-4} if method == "lora" else {"rtol": 1e-5, "atol": 1e-5}

@@ -18,7 +18,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.svm import LinearSVC
 
 import hftl
-from hftl import cli, fitting
+from hftl import cli, training
 from hftl.losses import CrossEntropyLoss, balanced_class_weights
 from hftl.probes import beside, fit_linear_head, fit_probe, linear, load_probe, logistic, solve_linear_head
 
@@ -292,15 +292,15 @@ def test_a_probe_answers_beside_an_ordinary_head(
 ) -> None:
     flags = (f"--head={kind}", "--feature_cache_dtype=float32")
     monkeypatch.setattr(beside, "_BLENDS", (3.0,))  # not 0, which would be the linear head
-    write = fitting._write_run
+    write = training.write_run
 
     def stops(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fitting, "_write_run", stops)  # the head is fitted, the run is not written
+    monkeypatch.setattr(training, "write_run", stops)  # the head is fitted, the run is not written
     with pytest.raises(KeyboardInterrupt):
         cli._run(command(place, model, tmp_path / "run", *flags))
-    monkeypatch.setattr(fitting, "_write_run", write)
+    monkeypatch.setattr(training, "write_run", write)
     cli._run(command(place, model, tmp_path / "run", *flags, "--resume"))
     run = hftl.load_run(tmp_path / "run")
     assert run.probe is not None

@@ -284,7 +284,7 @@ def test_resume_needs_the_same_processes_and_settings(place: Path, lora_run: hft
 
 def test_sharded_model_is_saved_from_what_was_gathered(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """FSDP and DeepSpeed need GPUs; this takes their way from the gathered weights to the run."""
-    monkeypatch.setattr("hftl.fitting._is_sharded", lambda trainer: True)
+    monkeypatch.setattr(hftl.TransferTrainer, "is_sharded", True)
     common = {"model": place / "bert", "dataset": place / "texts", "num_train_epochs": 1}
     run = hftl.finetune("text-classification", **common, output_dir=place / "sharded")
     assert hftl.load_run(run.folder).evaluate(str(place / "texts"))["accuracy"] == run.metrics["test"]["accuracy"]

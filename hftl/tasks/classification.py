@@ -17,7 +17,7 @@ from hftl import data, folder, methods, pretrained
 from hftl.arguments import TransferArguments
 from hftl.data import Splits
 from hftl.errors import UsageError, did_you_mean
-from hftl.losses import Loss, check_loss, make_loss
+from hftl.losses import Loss, make_loss
 from hftl.metrics import LOWER_IS_BETTER, METRIC_NAMES, ExtraMetrics, classification_metrics
 
 #: a training batch, mixed: `(batch) -> batch`, with `labels` of shape (rows, classes)
@@ -62,7 +62,6 @@ class ClassificationTask:
             raise UsageError("--dataset is missing: name a folder, a table, a Hub id or builtin:NAME.")
         folder.check_output_folder(self.arguments)
         methods.check_method(self.arguments)
-        check_loss(self.arguments)
         pretrained.check_model_name(self.arguments.model_name_or_path)
         self._extra_metrics  # noqa: B018 - a metric that cannot be loaded is an error now, not after training
         splits = data.load_splits(self.arguments, self.modality)

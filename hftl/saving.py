@@ -1,0 +1,161 @@
+"""The files of a finished run: written beside their places, the model checked by loading it again."""
+
+from __future__ import annotations
+
+import csv
+import resource
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+
+from hftl import folder, merging
+from hftl.arguments import to_recipe
+from hftl.data import Splits
+from hftl.folder import CHECKPOINTS, METRICS, PARTIAL, PREDICTIONS, RECIPE, say
+from hftl.metrics import softmax
+from hftl.pretrained import save_model
+from hftl.probes.beside import FOLDER as PROBE
+from hftl.run import load_saved
+from hftl.tasks.classification import ClassificationTask
+from hftl.trainer import TransferTrainer
+
+if TYPE_CHECKING:
+    pass
+
+#: How far logits may move by saving and loading (nothing), or by merging adapters (rounding), relative to the largest;
+#: bitsandbytes' kernel for weights of 4 bits on a CPU keeps their scales in 16 bits (9e-4 seen).
+_TOLERANCE = {"saving": 1e-5, "merging": 1e-3, "few bits": 1e-2}
+
+
+def write_run(
+    task: ClassificationTask,
+    trainer: TransferTrainer,
+    splits: Splits,
+    data: dict[str, Any],
+    records: list[dict[str, Any]],
+    results: dict[str, Any],
+) -> None:
+    """Write every file of the run beside its place, check the model by loading it again, and move them in."""
+    from hftl.card import write_card
+
+    arguments = task.arguments
+    path = Path(str(arguments.output_dir))
+    partial = path / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    batch = task.collate([data["validation"][index] for index in range(min(8, len(data["validation"])))])
+    save_checked(task, _whole_model(task, trainer, path), batch, partial)
+    probe = Path(str(trainer.args.output_dir), "final", PROBE)
+    if probe.is_dir():
+        shutil.copytree(probe, partial / PROBE)
+    folder.write_text(partial / RECIPE, yaml.safe_dump(to_recipe(arguments), sort_keys=False, allow_unicode=True))
+    split = "test" if "test" in results else "validation"
+    write_answers(partial / PREDICTIONS, task.label_names, splits, split, *results[split][:2])
+    metrics = {
+        "train": {
+            "seconds": sum(record["seconds"] for record in records),
+            "samples_per_second": records[-1]["samples_per_second"],
+            "peak_memory_mb": _peak_memory_mb(),
+            "trainable_parameters": records[-1]["trainable_parameters"],
+            "total_parameters": records[-1]["total_parameters"],
+            "stages": records,
+        },
+        **{name: scores for name, (_, _, scores) in results.items()},
+    }
+    folder.write_json(partial / METRICS, metrics)
+    write_card(partial, task, arguments, splits, metrics)
+    folder.publish(path)
+    (path / CHECKPOINTS / RECIPE).unlink()  # first: with it the run counts as interrupted
+    if not arguments.keep_checkpoints:
+        shutil.rmtree(path / CHECKPOINTS)
+
+
+def _whole_model(task: ClassificationTask, trainer: TransferTrainer, path: Path) -> Any:
+    """The trained model in this process alone; where it is sharded, from the weights that the last stage gathered."""
+    if not trainer.is_sharded:
+        return trainer.bare_model()
+    return task.auto_class.from_pretrained(Path(str(trainer.args.output_dir), "final"), dtype=torch.float32)
+
+
+def save_checked(task: ClassificationTask, model: Any, batch: dict[str, torch.Tensor], target: Path) -> None:
+    """Save the model, adapters merged and also by themselves; load it in plain transformers and compare logits.
+
+    Where an adapter cannot be merged, or the merged model gives other logits, the model is kept beside it.
+
+    Raises:
+        RuntimeError: the saved model gives other logits. The checkpoints stay.
+    """
+    model = model.eval()
+    device = next(model.parameters()).device
+    expected = _logits(model, batch, device)
+    kind = "saving"
+    if hasattr(model, "peft_config"):
+        merging.save_adapter(model, target / merging.ADAPTER)
+        kind = "few bits" if merging.is_quantised(model) else "merging"
+        model = _merged_or_kept(model, batch, expected, target)
+    if model is not None:
+        save_model(model, target)
+    elif kind == "merging":
+        kind = "saving"
+    loaded = load_saved(task.auto_class, target)
+    task.save_processor(target)
+    difference = _difference(loaded.to(device).eval(), batch, expected)
+    if not difference <= _TOLERANCE[kind]:
+        raise RuntimeError(
+            f"The saved model gives other logits than the trained one (difference {difference:.3g} of the largest, "
+            f"allowed {_TOLERANCE[kind]:.3g}). Nothing was published; the training checkpoints are in "
+            f"{target.parent / CHECKPOINTS}."
+        )
+
+
+def _merged_or_kept(model: Any, batch: dict[str, torch.Tensor], expected: torch.Tensor, target: Path) -> Any | None:
+    """The ordinary model with the adapters in it; or None, and what they belong to is saved beside them."""
+    state: dict[str, torch.Tensor] | None = None
+    reason: str | None = "the base has 8 or 4 bits, and what is added to it would be rounded"
+    if not merging.is_quantised(model):
+        state, reason = merging.base_state(model), merging.merge(model)
+    inner = model.get_base_model()
+    if reason is None:
+        difference = _difference(inner, batch, expected)
+        if difference <= _TOLERANCE["merging"]:
+            return inner
+        reason = f"the merged model's logits differ by {difference:.2g} of the largest"
+    say(f"adapter: not merged, since {reason}; it is kept with its base, in {merging.ADAPTER}/ and {merging.BASE}/")
+    merging.save_unmerged(model, state, target)
+    return None
+
+
+def _difference(model: Any, batch: dict[str, torch.Tensor], expected: torch.Tensor) -> float:
+    """How far a model's logits are from the expected ones, relative to the largest."""
+    logits = _logits(model, batch, next(model.parameters()).device)
+    return float((logits - expected).abs().max()) / max(1.0, float(expected.abs().max()))
+
+
+def _logits(model: Any, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+    inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+    with torch.inference_mode():
+        return model(**inputs).logits.float()
+
+
+def write_answers(path: Path, label_names: list[str], splits: Splits, split: str, logits: Any, labels: Any) -> None:
+    """A line for each row of a split: its id, what it is, what the model says, and the probability of every class."""
+    rows: Any = splits.test if split == "test" else splits.validation
+    probabilities = softmax(np.asarray(logits))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "label", "prediction", *(f"probability_{name}" for name in label_names)])
+        for row_id, label, row in zip(rows["id"], labels, probabilities, strict=True):
+            writer.writerow([row_id, label_names[label], label_names[int(row.argmax())], *(f"{p:.6f}" for p in row)])
+
+
+def _peak_memory_mb() -> float:
+    """Most memory held: on the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
