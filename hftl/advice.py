@@ -27,7 +27,7 @@ from hftl.errors import UsageError
 from hftl.folder import say
 from hftl.images import image_header_size
 from hftl.methods import build_plan
-from hftl.methods.plan import LEAST_STEPS, default_rates, is_pretrained
+from hftl.methods.plan import LEAST_STEPS, Plan, with_least_steps
 from hftl.ranking import Pooled, features_of, load_rows
 from hftl.tasks import find_task
 from hftl.tasks.classification import class_counts
@@ -254,19 +254,20 @@ def _training(found: Pooled, figures: Figures, choice: Choice) -> tuple[list[str
     """Rate and length in words, and as flags; one batch of the method's last stage is timed."""
     if choice.method == "frozen":
         return ["rate:      none: the head is solved on the kept features", "length:    seconds"], ()
-    rates = default_rates(found.model, is_pretrained(found.task.arguments))
-    rate = rates.adapters if choice.method == "lora" else rates.backbone
-    batch_size = found.task.arguments.per_device_train_batch_size or found.task.batch_size
-    steps = math.ceil(figures.rows / batch_size)
-    epochs = found.task.arguments.num_train_epochs or min(50, max(3, math.ceil(LEAST_STEPS / steps)))
-    given = found.task.arguments.given
-    rate = found.task.arguments.learning_rate or rate
+    chosen = {name.lstrip("-"): int(value) for name, value in (flag.split("=") for flag in choice.flags)}
+    arguments = stage_arguments(found.task.arguments, method=choice.method, **chosen)
+    plan = build_plan(copy.deepcopy(found.model), arguments)
+    rate, head = plan.settings["learning_rate"], plan.settings["head_learning_rate"]
+    batch_size = arguments.per_device_train_batch_size or found.task.batch_size
+    steps = math.ceil(figures.rows / (batch_size * arguments.gradient_accumulation_steps))
+    epochs = with_least_steps(plan.stages[-1], steps).epochs
+    given = arguments.given
     source = "as given" if "learning_rate" in given else "the best of a grid for models of this kind and width"
-    seconds = epochs * figures.rows * _seconds_a_row(found, choice)
+    seconds = epochs * figures.rows * _seconds_a_row(found, plan)
     reason = f"enough for {LEAST_STEPS} steps" if epochs > 3 else "more gained nothing on a few thousand rows"
     reason = "as given" if "num_train_epochs" in given else reason
     lines = [
-        f"rate:      {rate:.2g}, new layers {rates.head:.2g} ({source})",
+        f"rate:      {rate:.2g}, new layers {head:.2g} ({source})",
         f"length:    {epochs:g} epochs ({reason}), about {_time(seconds)}",
     ]
     if seconds > _LONG:
@@ -275,11 +276,9 @@ def _training(found: Pooled, figures: Figures, choice: Choice) -> tuple[list[str
     return lines, tuple(f"--{name}={value}" for name, value in flags.items() if name not in given)
 
 
-def _seconds_a_row(found: Pooled, choice: Choice) -> float:
-    """Forward and backward of the method's last stage, timed on a batch of typical rows."""
-    flags = {name.lstrip("-"): int(value) for name, value in (flag.split("=") for flag in choice.flags)}
-    arguments = stage_arguments(found.task.arguments, method=choice.method, **flags)
-    plan = build_plan(copy.deepcopy(found.model), arguments)
+def _seconds_a_row(found: Pooled, plan: Plan) -> float:
+    """Forward and backward of a plan's last stage, timed on a batch of typical rows."""
+    arguments = found.task.arguments
     prepare_modules(plan.model, plan.stages[-1])
     plan.model.to(arguments.device)
     batch = compute.typical_batch(found.rows, found.task.collate)

@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 from hftl import compute, folder
 from hftl.arguments import TransferArguments, read_yaml, seconds_of, set_precision, stage_arguments
 from hftl.data import Splits
-from hftl.errors import UsageError
+from hftl.errors import Diverged, UsageError
 from hftl.folder import CHECKPOINTS, METRICS, PREDICTIONS, RECIPE, say
 from hftl.launch import started
 from hftl.methods import Plan, build_plan
@@ -66,7 +66,7 @@ class Trial:
         rung: probe, trial or final.
         method: as `--method`.
         epochs: passes over the training rows; 0 where the head was solved.
-        score: on validation, of `--metric_for_best_model`.
+        score: on validation, of `--metric_for_best_model`; infinitely bad where it diverged.
         seconds: from its start to its saved run.
         best: whether it took the place of the best before it.
     """
@@ -213,12 +213,18 @@ class Ladder:
             **(self._plain() if rung == "probe" else {}),
         )
         plan = build_plan(copy.deepcopy(self.model), arguments)
-        train_plan(self.task, plan, self.splits, arguments, [TimeLimit(self.budget.ends - self.reserve)])
-        trial = Trial(rung, method, epochs, self._score(place), time.time() - started, self._is_better(place))
-        if trial.best:
+        score, better = -math.inf if self.arguments.greater_is_better else math.inf, False
+        try:
+            train_plan(self.task, plan, self.splits, arguments, [TimeLimit(self.budget.ends - self.reserve)])
+            score, better = self._score(place), self._is_better(place)
+        except Diverged as error:
+            if not self.trials:
+                raise
+            say(f"auto: {method} failed: {error}")
+        if better:
             folder.promote(place, self.path)
-        shutil.rmtree(place)
-        self.trials.append(trial)
+        shutil.rmtree(place, ignore_errors=True)
+        self.trials.append(Trial(rung, method, epochs, score, time.time() - started, better))
         _write_table(self.path / TABLE, self.trials, self.budget.spent)
 
     def _plain(self) -> dict[str, Any]:

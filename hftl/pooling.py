@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
+
+from hftl.folder import say
 
 #: how much the mean outweighs the token's own value, which the residual path adds; fp16 still holds the sum
 _SCALE = 1000.0
@@ -34,6 +37,9 @@ def declares_mean(source: str, revision: str = "main") -> bool:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
+    is_unknown = path is None and not Path(source).is_dir() and constants.HF_HUB_OFFLINE
+    if is_unknown and try_to_load_from_cache(source, "1_Pooling/config.json", revision=revision) is None:
+        say(f"pooling: offline {source} cannot be asked whether it was trained with mean pooling (--pooling mean)")
     return path is not None and bool(json.loads(Path(path).read_text(encoding="utf-8")).get("pooling_mode_mean_tokens"))
 
 

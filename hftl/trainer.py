@@ -111,10 +111,10 @@ class TransferTrainer(Trainer):
         are told before it asks for that.
         """
         for loader in self.accelerator._dataloaders:
-            iterator = getattr(loader, "_iterator", None)
-            if iterator is not None:
-                iterator._shutdown_workers()
-                loader._iterator = None
+            inner = getattr(loader, "base_dataloader", loader)  # below Accelerate's
+            if inner._iterator is not None:
+                inner._iterator._shutdown_workers()
+                inner._iterator = None
 
     def bare_model(self) -> Any:
         """The model as it was given, for another trainer or to be saved.
@@ -137,6 +137,7 @@ class TransferTrainer(Trainer):
             UsageError: not even one row fits.
         """
         if self.args.auto_find_batch_size:
+            self.end_workers()  # of the try before
             if self.start is None:
                 state = self.bare_model().state_dict()
                 self.start = {name: value.detach().cpu().clone() for name, value in state.items()}

@@ -32,6 +32,7 @@ from hftl.folder import CHECKPOINTS, LOGS, RECIPE, say
 from hftl.losses import check_loss
 from hftl.lr_find import PICTURE, STEPS, Sweep, draw, report, scaled, sweep
 from hftl.methods import Plan, Stage
+from hftl.methods.plan import with_least_steps
 from hftl.probes.beside import FOLDER as PROBE
 from hftl.probes.beside import Probe, load_probe
 from hftl.saving import write_run
@@ -41,8 +42,6 @@ from hftl.trainer import TransferTrainer, diverged, prepare_modules
 if TYPE_CHECKING:
     from torch import nn
 
-#: more epochs than this are never added to reach the least number of steps
-_MOST_EPOCHS = 50
 #: batches by which a stage chooses what trains: enough for an order of blocks, and done in seconds
 _CHOOSING_BATCHES = 8
 
@@ -162,10 +161,7 @@ def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tr
         raise UsageError(f"--dataloader_drop_last leaves none of {len(splits.train)} rows in batches of {rows}.")
     if arguments.dataloader_prefetch_factor is not None and not arguments.dataloader_num_workers:
         raise UsageError("--dataloader_prefetch_factor is for data workers, and there are none: leave it out.")
-    stages = [
-        dataclasses.replace(stage, epochs=max(stage.epochs, min(_MOST_EPOCHS, math.ceil(stage.least_steps / steps))))
-        for stage in plan.stages
-    ]
+    stages = [with_least_steps(stage, steps) for stage in plan.stages]
     for name, value in plan.settings.items():
         setattr(arguments, name, value)
     arguments.num_train_epochs = stages[-1].epochs

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,15 +39,6 @@ CASES = [
     ("ln_tuning", "timm_convnext_tiny"),
     *((name, "gpt2") for name in ("lora", "dora", "adalora", "ia3", "vera", "fourierft")),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _imported_objects_are_not_collected() -> Iterator[None]:
-    """Trainer collects garbage as it starts: most of a second here, nearly all of it among the libraries' objects."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @cache

@@ -133,6 +133,20 @@ def test_the_time_limit_ends_a_training_with_an_evaluated_model(world: Path, tmp
     assert [entry["step"] for entry in entries if "eval_loss" in entry] == [1]
 
 
+def test_a_trial_that_diverges_does_not_end_the_ladder(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(auto, "_EPOCHS_FOR_TRIALS", 1e9)
+    rates = hftl.methods.plan.Rates(1e30, 1e30, 1e30)
+    monkeypatch.setattr(hftl.methods.plan, "default_rates", lambda *_: rates)
+    train(world, tmp_path / "run", "--max_grad_norm=0", "--warmup_steps=0", "--time_budget=60s")
+    with (tmp_path / "run" / "trials.csv").open() as file:
+        rows = [(row["rung"], row["score"], row["best"]) for row in csv.DictReader(file)]
+    assert rows[1] == ("final", "-inf", "False")
+    assert "auto: lp_ft failed: " in capsys.readouterr().out
+    assert "test" in hftl.load_run(tmp_path / "run").metrics
+
+
 def run_folder(folder: Path, accuracy: float, right: list[int]) -> Path:
     """What a comparison of two runs reads: a score, and which predictions are right."""
     folder.mkdir()

@@ -157,7 +157,7 @@ def test_frozen_statistics_are_left_alone(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = small_data.write_both(tmp_path_factory.mktemp("averaging"))
-    tiny_models.write_timm_folder(folder / "cnn", "resnet18", channels=[8, 16, 16, 32], stem_width=8)
+    tiny_models.write_tiny_cnn(folder / "cnn")
     tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
     return folder
 

@@ -133,7 +133,7 @@ def test_failed_job_shows_what_it_printed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_table_on_built_in_data(tmp_path: Path) -> None:
-    done = run_script("--quick", "--repeats=2", "--only=first-step,predict-text", f"--output={tmp_path}")
+    done = run_script("--quick", "--repeats=1", "--only=predict-text", f"--output={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
     check_files(tmp_path)
     assert "ratio" in done.stdout
@@ -141,14 +141,14 @@ def test_table_on_built_in_data(tmp_path: Path) -> None:
 
 def check_files(folder: Path) -> None:
     content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    assert list(content["results"]) == ["first-step", "predict-text"]
+    assert list(content["results"]) == ["predict-text"]
     assert torch.__version__.startswith(content["versions"]["torch"])  # which says nothing of the build
     assert content["machine"]["cores"] == os.cpu_count()
     for result in content["results"].values():
         ours, peer = result["hftl"], result["peers"][0]
         for side in (ours, peer):
             values = [run[result["measure"]] for run in side["runs"]]
-            assert len(values) == 2
+            assert len(values) == 1
             assert side["min"] == min(values) > 0
             assert side["median"] == pytest.approx(statistics.median(values))
             for run in side["runs"]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     small_data.write_images(folder / "images", {"train": 8, "val": 3, "test": 5})
-    tiny_models.write_timm_folder(folder / "convnet", "tf_efficientnet_lite0")
+    tiny_models.write_tiny_cnn(folder / "convnet")
     small_data.write_texts(folder / "texts", {"train": 32, "dev": 11, "test": 13})
     tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
     config = json.loads((folder / "bert" / "config.json").read_text())

@@ -88,7 +88,7 @@ def test_the_rest_of_the_model_gives_the_same_outputs_and_gradients(name: str, m
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = small_data.write_both(tmp_path_factory.mktemp("features"))
-    tiny_models.write_timm_folder(folder / "cnn", "resnet18")
+    tiny_models.write_tiny_cnn(folder / "cnn")
     tiny_models.write_tiny_image_model(folder / "vit", kind="vit")
     tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
     tiny_models.write_tiny_text_model(folder / "gpt2", kind="gpt2")
@@ -306,7 +306,7 @@ def test_another_run_may_empty_the_cache(
 
 
 def test_two_processes_fill_one_cache(home: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     processes = [context.Process(target=write_rows, args=(str(home), start)) for start in (0, 50)]
     for process in processes:
         process.start()

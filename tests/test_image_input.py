@@ -191,8 +191,8 @@ class OwnTask(ImageClassification):
 
 def test_a_task_that_opens_images_itself_sees_them_whole(place: Path, home: Path) -> None:
     task = task_for(place, "--image_cache=on", kind=OwnTask)
-    for training in (True, False):
-        data = task.dataset([{"image": str(place / "large.jpg")}], training)
+    for in_training in (True, False):
+        data = task.dataset([{"image": str(place / "large.jpg")}], in_training)
         assert data[0]["pixel_values"].shape == (3, 32, 32)
         assert task.seen == (3000, 2000)
     assert not kept(home)

@@ -29,7 +29,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prediction")
     small_data.write_images(folder / "images", {"train": 4, "val": 2}, size=16)
-    tiny_models.write_timm_folder(folder / "convnet", "tf_efficientnet_lite0")
+    tiny_models.write_tiny_cnn(folder / "convnet")
     small_data.write_texts(folder / "texts", {"train": 16, "dev": 8})
     tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
     random = np.random.default_rng(0)

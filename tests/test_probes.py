@@ -251,7 +251,7 @@ def test_the_settings_are_chosen_on_validation() -> None:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = small_data.write_both(tmp_path_factory.mktemp("probes"))
-    tiny_models.write_timm_folder(folder / "cnn", "resnet18")
+    tiny_models.write_tiny_cnn(folder / "cnn")
     tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
     tiny_models.write_tiny_text_model(folder / "gpt2", kind="gpt2")
     tiny_models.write_tiny_text_model(folder / "roberta", kind="roberta")

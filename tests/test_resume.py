@@ -80,7 +80,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "stopping.py").write_text(METHOD, encoding="utf-8")
     small_data.write_images(folder / "images", {"train": 8, "val": 4})
     small_data.write_texts(folder / "texts", {"train": 24, "dev": 8})
-    tiny_models.write_timm_folder(folder / "convnet", "tf_efficientnet_lite0", drop_path_rate=0.2)
+    tiny_models.write_tiny_cnn(folder / "convnet", drop_path_rate=0.2)
     tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
     return folder
 

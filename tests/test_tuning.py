@@ -148,6 +148,8 @@ def test_values_that_do_not_go_together_fail_a_trial(world: Path, tmp_path: Path
     tune(world, tmp_path / "run", 4, "method=full,lora", "--wise_ft", "--num_train_epochs=1", "--seed=2")
     rows = trials_of(tmp_path / "run")
     assert {(row["state"], row["method"]) for row in rows} == {("complete", "full"), ("failed", "lora")}
+    with pytest.raises(hftl.UsageError, match="Unknown loss 'fo"):
+        tune(world, tmp_path / "none", 1, "loss=focla,fokal", "--num_train_epochs=1")
     with pytest.raises(hftl.UsageError, match="--wise_ft: --method lora leaves the backbone's weights alone"):
         tune(world, tmp_path / "none", 2, "lora_r=int(1,4)", "--method=lora", "--wise_ft")
     assert not (tmp_path / "none").exists()

@@ -49,6 +49,11 @@ LETTERS = [*"abcdefghijklmnopqrstuvwxyz"]
 # --- timm ------------------------------------------------------------------------------------------------------------
 
 
+def write_tiny_cnn(folder: Path, **model_args: Any) -> Path:
+    """A convolutional network with BatchNorm (a narrow ResNet-18) as a timm checkpoint folder."""
+    return write_timm_folder(folder, "resnet18", channels=[8, 16, 16, 32], stem_width=8, **model_args)
+
+
 def write_timm_folder(folder: str | Path, architecture: str, num_classes: int = 5, **model_args: Any) -> Path:
     """Write a random timm model to `folder` as a timm checkpoint, as on the Hub, and return the folder.
 

@@ -57,7 +57,7 @@ def lp_ft(model: nn.Module, arguments: TransferArguments) -> Plan:
     """First the head, then everything at half the rate (Kumar et al. 2022: a fitted head distorts features less)."""
     reinitialise(model, arguments)
     rates = resolved_rates(model, arguments)
-    first = head_stage(model, arguments, rates.backbone, rates.head)
+    first = head_stage(model, arguments, rates)
     second = make_stage(arguments, "all", all_parameters(model), rates.backbone / 2, rates.head / 2)
     settings = {"learning_rate": rates.backbone, "head_learning_rate": rates.head, "head_epochs": first.epochs}
     return Plan(model, (first, second), settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -106,18 +107,15 @@ def default_rates(model: nn.Module, pretrained: bool = True) -> Rates:
 LEAST_STEPS = 80
 
 
-#: methods that train few parameters a layer, at the rates of adapters
-_FEW_PARAMETERS = ("bitfit", "norm")
+#: more epochs than this are never added to reach the least number of steps
+MOST_EPOCHS = 50
 
 
-def resolved_rates(
-    model: nn.Module, arguments: TransferArguments, key: str | None = None, factor: float = 1.0
-) -> Rates:
+def resolved_rates(model: nn.Module, arguments: TransferArguments, key: str = "backbone", factor: float = 1.0) -> Rates:
     """The person's rates, else the defaults; a given rate of the backbone scales the head's along.
 
-    `--learning_rate` is the rate of `key` (None: by method), whose default is multiplied by `factor`.
+    `--learning_rate` is the rate of `key`, whose default is multiplied by `factor`.
     """
-    key = key or ("adapters" if arguments.method in _FEW_PARAMETERS else "backbone")
     default = default_rates(model, is_pretrained(arguments))
     default = replace(default, **{key: getattr(default, key) * factor})
     scale = arguments.learning_rate / getattr(default, key) if arguments.learning_rate else 1.0
@@ -147,16 +145,21 @@ def make_stage(arguments: TransferArguments, name: str, trainable: list[str], ba
     )
 
 
+def with_least_steps(stage: Stage, steps_an_epoch: int) -> Stage:
+    """The stage with as many epochs as its least number of steps takes."""
+    return replace(stage, epochs=max(stage.epochs, min(MOST_EPOCHS, math.ceil(stage.least_steps / steps_an_epoch))))
+
+
 def _batch_norm(arguments: TransferArguments) -> str:
     """Statistics of a pretrained model stay; what starts anew has none to keep."""
     return "frozen" if is_pretrained(arguments) and not arguments.reinit_blocks else "train"
 
 
-def head_stage(model: nn.Module, arguments: TransferArguments, backbone: float, head: float) -> Stage:
+def head_stage(model: nn.Module, arguments: TransferArguments, rates: Rates) -> Stage:
     """The stage before others, in which the head trains alone, or with the blocks that start anew."""
-    stage = make_stage(arguments, "head", fresh_parameters(model, arguments), backbone, head)
+    stage = make_stage(arguments, "head", fresh_parameters(model, arguments), rates.backbone, rates.head)
     if not arguments.reinit_blocks:
-        stage = replace(stage, learning_rate=head, batch_norm="frozen", layer_decay=1.0)
+        stage = replace(stage, learning_rate=rates.head, batch_norm="frozen", layer_decay=1.0)
     least = 0 if arguments.head_epochs else LEAST_STEPS // 2
     return replace(stage, epochs=arguments.head_epochs or 2.0, least_steps=least)
 

@@ -32,7 +32,7 @@ def gradual(model: nn.Module, arguments: TransferArguments) -> Plan:
     blocks = backbones.parameter_blocks(model)
     count = max(blocks.values())
     steps = min(_STAGES, count)
-    stages = [head_stage(model, arguments, rates.backbone, rates.head)]
+    stages = [head_stage(model, arguments, rates)]
     for step in range(1, steps + 1):
         unfrozen = math.ceil(count * step / steps)
         names = [name for name, block in blocks.items() if block >= count - unfrozen]
@@ -66,7 +66,7 @@ def _few(model: nn.Module, arguments: TransferArguments, what: str, names: list[
             f"--method {arguments.method}: {type(model).__name__} has no {what} outside its head. Take another method "
             "(frozen, partial, full)."
         )
-    rates = resolved_rates(model, arguments)
+    rates = resolved_rates(model, arguments, "adapters")
     stage = make_stage(arguments, f"{what} and head", [*names, *head], rates.adapters, rates.head)
     return Plan(model, (stage,), {"learning_rate": rates.adapters, "head_learning_rate": rates.head})
 
@@ -77,7 +77,7 @@ def surgical(model: nn.Module, arguments: TransferArguments) -> Plan:
     The block is chosen when the second stage begins: a head that knows nothing yet would send noise through all blocks.
     """
     rates = resolved_rates(model, arguments)
-    first = head_stage(model, arguments, rates.backbone, rates.head)
+    first = head_stage(model, arguments, rates)
     second = make_stage(arguments, "one block", all_parameters(model), rates.backbone, rates.head / 2)
     settings = {"learning_rate": rates.backbone, "head_learning_rate": rates.head, "head_epochs": first.epochs}
     return Plan(model, (first, replace(second, choose=largest_relative_gradient)), settings)
