@@ -252,6 +252,25 @@ def test_rates_and_epochs_are_those_that_were_given() -> None:
     assert (stage.learning_rate, stage.head_learning_rate) == (2e-4, 5e-3)
 
 
+#: rates of the blocks or adapters and of the head, by method; vit as if it were 768 wide
+DEFAULT_RATES = {
+    "bert": {"full": (1e-4, 1e-3), "partial": (1e-4, 1e-3), "lora": (1e-3, 1e-3), "frozen": (1e-3, 1e-3)},
+    "vit": {"full": (5e-5, 1e-3), "partial": (5e-5, 1e-3), "lora": (5e-4, 1e-3), "frozen": (1e-3, 1e-3)},
+    "timm_resnet18": {"full": (2e-4, 3e-3), "partial": (2e-4, 3e-3), "lora": (1e-3, 3e-3), "frozen": (3e-3, 3e-3)},
+}
+
+
+@pytest.mark.parametrize("method", ["full", "partial", "lora", "frozen"])
+@pytest.mark.parametrize("name", DEFAULT_RATES)
+def test_default_rates(name: str, method: str) -> None:
+    for model_name, expected in (("some/model", DEFAULT_RATES[name][method]), ("random:any", (1e-3, 1e-3))):
+        model = fresh(name)
+        if name == "vit":
+            model.config.hidden_size = 768  # where the width is read
+        (stage,) = plan_of(method, model, f"--model={model_name}").stages
+        assert (stage.learning_rate, stage.head_learning_rate) == pytest.approx(expected), model_name
+
+
 def test_a_given_rate_of_the_backbone_takes_the_head_along() -> None:
     model = fresh("vit")
     (plain,), (slower,) = plan_of("full", model).stages, plan_of("full", model, "--learning_rate=5e-5").stages
@@ -319,3 +338,19 @@ def test_the_plan_of_a_function_in_a_file(tmp_path: Path) -> None:
         build_plan(model, tiny_arguments(model, f"--method={tmp_path / 'mine.py'}:nothing"))
     with pytest.raises(UsageError, match=r"has no function 'biasses'.*biases"):
         build_plan(model, tiny_arguments(model, f"--method={tmp_path / 'mine.py'}:biasses"))
+
+
+def test_the_plan_of_a_function_in_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_package_of_methods").mkdir()
+    (tmp_path / "own_package_of_methods" / "few.py").write_text(
+        "from hftl import Plan, Stage\n"
+        "def last_bias(model, arguments):\n"
+        "    return Plan(model, (Stage('bias', ['classifier.bias'], 1e-3, 1e-2, arguments.num_train_epochs),))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model = fresh("bert")
+    flags = ["--method=own_package_of_methods.few:last_bias", "--num_train_epochs=7"]
+    plan = build_plan(model, tiny_arguments(model, *flags))
+    (stage,) = plan.stages
+    assert plan.model is model
+    assert (stage.name, stage.trainable, stage.epochs) == ("bias", {"classifier.bias"}, 7)

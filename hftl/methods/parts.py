@@ -9,7 +9,7 @@ from torch import nn
 from hftl import backbones
 from hftl.arguments import TransferArguments
 from hftl.errors import UsageError
-from hftl.methods.plan import Plan, all_parameters, default_rates, head_stage, make_stage, resolved_rates
+from hftl.methods.plan import Plan, all_parameters, default_rates, head_stage, is_pretrained, make_stage, resolved_rates
 from hftl.methods.reinit import reinitialise
 
 
@@ -27,7 +27,8 @@ def full(model: nn.Module, arguments: TransferArguments) -> Plan:
 
 def frozen(model: nn.Module, arguments: TransferArguments) -> Plan:
     """The head alone trains, on fixed features (linear probing). Five epochs: the problem is small and convex."""
-    rate = arguments.head_learning_rate or arguments.learning_rate or default_rates(model).head
+    default = default_rates(model, is_pretrained(arguments)).head
+    rate = arguments.head_learning_rate or arguments.learning_rate or default
     stage = make_stage(arguments, "head", backbones.head_parameters(model), rate, rate)
     stage = replace(stage, epochs=arguments.num_train_epochs or 5.0, batch_norm="frozen", layer_decay=1.0)
     return Plan(model, (stage,), {"head_learning_rate": rate})

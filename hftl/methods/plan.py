@@ -91,7 +91,9 @@ def default_rates(model: nn.Module, pretrained: bool = True) -> Rates:
     - Transformers: 1e-4 at width 384 (MiniLM on movie reviews: 0.878, Trainer's 5e-5 gave 0.831), less for wider models
       in inverse proportion, which meets the 5e-5 of the BERT paper at 768; a fresh head takes ten times that of width
       384.
-    - Adapters start at zero and take ten times the rate of full fine-tuning (Hu et al. 2022).
+    - Adapters start at zero and take larger steps than full fine-tuning (Hu et al. 2022): 1e-3, at a width above 384
+      less in inverse proportion. That is ten times the rate of the backbone in Transformers, five times in
+      convolutional models.
     - A model that is not pretrained has no features to spare: 1e-3 everywhere.
     """
     if not pretrained:
