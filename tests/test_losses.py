@@ -6,14 +6,19 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from tiny_models import TINY, tiny_inputs
 from tiny_training import TinyData, tiny_arguments, tiny_trainer
 from transformers import PreTrainedModel
 
+import hftl
+from hftl.data import Splits
 from hftl.losses import CrossEntropyLoss, FocalLoss, LogitAdjustedLoss, balanced_class_weights
 from hftl.methods import build_plan
+from hftl.tasks.text_classification import TextClassification
 
 WEIGHTS = torch.tensor([0.2, 1.0, 3.0])
 LOSSES = {
@@ -161,6 +166,17 @@ def test_half_precision_logits_are_raised_to_float32() -> None:
     loss = CrossEntropyLoss()({"logits": logits}, labels)
     assert loss.dtype == torch.float32
     assert float(loss) == pytest.approx(float(by_hand(logits.double(), labels, None, 0.0)), rel=1e-6)
+
+
+def test_the_flags_give_the_loss() -> None:
+    flags = ["--class_weights=balanced", "--label_smoothing_factor=0.1"]
+    task = TextClassification(hftl.parse(hftl.TextArguments, flags))
+    counts = [6, 3, 1]
+    rows = datasets.Dataset.from_dict({"label": np.repeat([0, 1, 2], counts)})
+    loss = task.loss(Splits(rows, rows, None, ["a", "b", "c"], columns={}, report=[]))
+    assert type(loss) is CrossEntropyLoss
+    assert loss.label_smoothing == 0.1
+    torch.testing.assert_close(loss.class_weights, balanced_class_weights(counts), rtol=0, atol=0)
 
 
 def test_balanced_weights_have_mean_1_over_the_rows() -> None:
