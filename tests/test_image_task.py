@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import timm
 import torch
 from PIL import Image
 from tiny_models import TINY, write_timm_folder, write_tiny_image_model
+from torchvision.transforms import InterpolationMode
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BitImageProcessor, pipeline
 
 import hftl
@@ -156,6 +159,48 @@ def test_training_pixels_are_scaled_as_the_processor_does(
             torch.testing.assert_close(pixels, expected, rtol=1e-4, atol=1e-4)
 
 
+#: what of augmentation is in the transform of training images
+AUGMENTATION = {
+    "none": set(),
+    "light": {"RandomResizedCrop", "RandomHorizontalFlip"},
+    "strong": {"RandomResizedCrop", "RandomHorizontalFlip", "RandAugment", "RandomErasing"},
+}
+
+
+@pytest.mark.parametrize("augmentation", [None, *AUGMENTATION])
+def test_augmentation_is_light_unless_said_otherwise(checkpoints: dict[str, Path], augmentation: str | None) -> None:
+    flags = [] if augmentation is None else [f"--augmentation={augmentation}"]
+    task, _ = task_with(checkpoints["vit"], *flags)
+    transform = task.dataset([], training=True).transform
+    steps = {type(step).__name__: step for step in getattr(transform, "transforms", [transform])}
+    assert {name for name in steps if name.startswith("Rand")} == AUGMENTATION[augmentation or "light"]
+    if augmentation != "none":
+        assert steps["RandomResizedCrop"].scale == (0.5, 1.0)
+        assert steps["RandomHorizontalFlip"].p == 0.5
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_crop_is_resized_as_the_processor_resizes(
+    checkpoints: dict[str, Path], interpolation: str, tmp_path: Path
+) -> None:
+    resample = {"bilinear": 2, "bicubic": 3}[interpolation]
+    shutil.copytree(checkpoints["timm_resnet"], tmp_path / "timm")
+    config = json.loads((tmp_path / "timm" / "config.json").read_text())
+    config["pretrained_cfg"] |= {"interpolation": interpolation, "input_size": [3, 48, 80]}
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(config))
+    oblong = {"height": 24, "width": 40}
+    resized_and_cropped = AutoImageProcessor.from_pretrained(checkpoints["dinov2"], resample=resample)
+    processors = {
+        (24, 40): AutoImageProcessor.from_pretrained(checkpoints["vit"], resample=resample, size=oblong),
+        (32, 32): resized_and_cropped,
+        (64, 64): AutoImageProcessor.from_pretrained(checkpoints["resnet"], resample=resample),
+        (48, 80): AutoImageProcessor.from_pretrained(tmp_path / "timm"),
+    }
+    for size, processor in processors.items():
+        _, crop, *_ = training_transform(processor, "light", horizontal_flip=True).transforms
+        assert (crop.size, crop.interpolation) == (size, InterpolationMode(interpolation))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -164,15 +209,19 @@ def test_training_pixels_are_scaled_as_the_processor_does(
         {"do_rescale": False, "do_normalize": False},
         {"rescale_factor": 1 / 127.5},
         {"resample": 2},
+        {"resample": 3},
         {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]},
     ],
     ids=str,
 )
-def test_processors_with_other_settings(checkpoints: dict[str, Path], settings: dict[str, Any]) -> None:
+def test_processors_with_other_settings(
+    checkpoints: dict[str, Path], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hftl.tasks.image_classification._LEAST_CROP", 1.0)  # of a square all, as the processor
     processor = AutoImageProcessor.from_pretrained(checkpoints["vit"], **settings)
-    image = Image.new("RGB", (80, 60), (200, 30, 90))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8))
     expected = processor(images=image, return_tensors="pt")["pixel_values"][0].float()
-    found = training_transform(processor, "light", horizontal_flip=True)(image)
+    found = training_transform(processor, "light", horizontal_flip=False)(image)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
