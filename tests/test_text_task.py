@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import TINY, tiny_tokenizer, write_tiny_text_model
+from tiny_training import tiny_arguments, tiny_trainer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import hftl
 from hftl.data import Splits
 from hftl.errors import UsageError
+from hftl.methods import build_plan
 from hftl.pretrained import save_model
 from hftl.run import Run
 from hftl.tasks.text_classification import TextClassification, TextDataset
@@ -185,6 +189,31 @@ def test_the_limit_is_saved(checkpoints: dict[str, Path], tmp_path: Path) -> Non
     assert AutoTokenizer.from_pretrained(folder).model_max_length == 16
 
 
+@pytest.mark.parametrize(
+    ("lacking", "count"),
+    [
+        ("layer.1.output.dense.bias", 1),
+        ("layer.1.output.LayerNorm.", 2),  # 96 % are there
+        ("layer.1.attention.output.", 4),  # 92 %
+        ("layer.1.", 16),
+    ],
+)
+def test_weights_that_fill_too_little_are_refused(
+    checkpoints: dict[str, Path], lacking: str, count: int, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoints["bert"], tmp_path / "lacking")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if lacking not in name}
+    assert len(weights) - len(kept) == count
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    if count > 2:
+        with pytest.raises(UsageError, match=rf"fill {53 - count} of the 53 tensors of the backbone .*{lacking}"):
+            task_with(folder)
+        return
+    loaded = task_with(folder)[1].base_model.state_dict()
+    torch.testing.assert_close({name: loaded[name] for name in kept}, kept, rtol=0, atol=0)
+
+
 def test_a_tokenizer_of_another_model_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     for path in checkpoints["bert"].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -193,6 +222,26 @@ def test_a_tokenizer_of_another_model_is_refused(checkpoints: dict[str, Path], t
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="its tokenizer has more tokens than the model"):
         task_with(tmp_path)
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_trainer_puts_texts_of_like_length_together(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    task, model = task_with(checkpoints["bert"])
+    texts = [" ".join(["film"] * (1 + row % 16)) for row in range(64)]
+    (stage,) = build_plan(model, tiny_arguments(model)).stages
+    trainer = tiny_trainer(
+        model,
+        stage,
+        tmp_path,
+        "--per_device_train_batch_size=4",
+        train_dataset=task.dataset(splits(texts).train, training=True),
+        data_collator=task.collate,
+    )
+    lengths = [batch["attention_mask"].sum(1).tolist() for batch in trainer.get_train_dataloader()]
+    assert all(len(set(batch)) == 1 for batch in lengths)
+    assert sorted(batch[0] for batch in lengths) == list(range(3, 19))  # with two special tokens
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------
@@ -265,6 +314,26 @@ def test_mean_pooling_that_needs_code_is_left_out(checkpoints: dict[str, Path], 
     assert "own pooling is kept" in said
     _, plain = task_with(checkpoints[kind])
     assert torch.equal(logits(task, model, TEXTS), logits(task, plain, TEXTS))
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "head"), [("bert", "classifier"), ("gpt2", "score")])
+def test_a_trained_head_is_drawn_anew_unless_it_is_kept(
+    checkpoints: dict[str, Path], kind: str, head: str, tmp_path: Path
+) -> None:
+    task, model = task_with(checkpoints[kind])
+    for parameter in model.get_submodule(head).parameters():
+        torch.nn.init.normal_(parameter)  # biases start at zero, in a trained head they are not
+    folder = saved(task, model, tmp_path)
+    first = AutoModelForSequenceClassification.from_pretrained(folder)
+    _, kept = task_with(folder, "--keep_head=true")
+    torch.testing.assert_close(kept.state_dict(), first.state_dict(), rtol=0, atol=0)
+    _, fresh = task_with(folder)
+    changed = {key for key, value in fresh.state_dict().items() if not torch.equal(value, first.state_dict()[key])}
+    assert changed == {key for key in first.state_dict() if key.startswith(f"{head}.")}
+    assert fresh.config.id2label == {0: "ant", 1: "bee", 2: "cat"}
 
 
 # --- untrained models ------------------------------------------------------------------------------------------------
