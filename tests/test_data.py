@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from hftl.data import load_inputs, load_labelled, load_splits, stratified_part
 from hftl.errors import UsageError
@@ -210,6 +210,16 @@ def test_folder_of_tables(tmp_path):
     assert splits.train["text"][:] == ["a", "b", "c", "d"]
     assert splits.validation[:] == {"id": ["0"], "text": ["e"], "label": [1]}
     assert "not used: extra" in splits.report
+
+
+def test_validation_is_taken_from_train_and_never_from_test(tmp_path):
+    write_table(tmp_path / "train.csv", [f"train {row},{'ab'[row % 2]}" for row in range(40)])
+    write_table(tmp_path / "test.csv", [f"test {row},{'ab'[row % 2]}" for row in range(10)])
+    splits = splits_of(tmp_path)
+    assert len(splits.validation) == 4
+    taken = [*splits.train["text"], *splits.validation["text"]]
+    assert sorted(taken) == sorted(f"train {row}" for row in range(40))  # each once
+    assert splits.test["text"][:] == [f"test {row}" for row in range(10)]
 
 
 def test_splits_by_name(tmp_path):
@@ -549,12 +559,34 @@ def test_open_image_kinds(tmp_path):
     assert open_image(pixels[..., 0] > 100).mode == "RGB"
 
 
-def test_open_image_applies_the_orientation(tmp_path):
+@pytest.mark.parametrize(
+    ("orientation", "size", "corner"),  # where the marked corner, at the top left of the file, is seen
+    [
+        (1, (8, 4), (0, 0)),
+        (2, (8, 4), (7, 0)),
+        (3, (8, 4), (7, 3)),
+        (4, (8, 4), (0, 3)),
+        (5, (4, 8), (0, 0)),
+        (6, (4, 8), (3, 0)),
+        (7, (4, 8), (3, 7)),
+        (8, (4, 8), (0, 7)),
+    ],
+)
+def test_open_image_applies_the_orientation(tmp_path, orientation, size, corner):
     image = Image.new("RGB", (8, 4))
+    image.putpixel((0, 0), (250, 60, 10))
     exif = image.getexif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg").size == (4, 8)
+    exif[0x0112] = orientation
+    for kind in ("jpg", "png"):
+        path = tmp_path / f"turned.{kind}"
+        image.save(path, exif=exif)
+        with Image.open(path) as original:
+            expected = np.asarray(ImageOps.exif_transpose(original))
+            assert np.array_equal(np.asarray(open_image(original)), expected)
+        for value in (path, path.read_bytes()):
+            assert np.array_equal(np.asarray(open_image(value)), expected)
+    turned = open_image(path)
+    assert (turned.size, turned.getpixel(corner)) == (size, (250, 60, 10))
 
 
 def test_open_image_errors(tmp_path):
