@@ -97,6 +97,14 @@ def started_apart(patch: pytest.MonkeyPatch) -> None:
     patch.setenv("WORLD_SIZE", "2")
 
 
+def unseen_by_accelerate(patch: pytest.MonkeyPatch) -> None:
+    """A GPU, and all that a launcher sets; but Accelerate takes this LOCAL_RANK for none, and the process for one."""
+    patch.setattr(torch.accelerator, "is_available", lambda: True)
+    settings = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "-1", "MASTER_ADDR": "localhost"}
+    for name, value in settings.items():
+        patch.setenv(name, value)
+
+
 def half_precision_launched(patch: pytest.MonkeyPatch) -> None:
     no_gpu(patch)
     patch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
@@ -635,6 +643,7 @@ FOLDERS = [
     Bad("bf16 on an old GPU", f"{TEXT} --bf16", ("--bf16 is not supported", "--fp16"), patch=old_gpu),
     Bad("fp16 of the launcher", TEXT, ("fp16", "needs a GPU"), patch=half_precision_launched),
     Bad("processes started apart", TEXT, ("2 processes", "accelerate launch"), patch=started_apart),
+    Bad("processes that are not seen", TEXT, ("2 processes", "do not see each other"), patch=unseen_by_accelerate),
     Bad("file that is no metric", f"{TEXT} --metrics ./mine.py", ("./mine.py",), {"mine.py": "x = 1\n"}),
     Bad(
         "metric that fails",
