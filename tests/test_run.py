@@ -18,12 +18,14 @@ import tiny_models
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, pipeline
 
 import hftl
 from hftl import cli
 from hftl.folder import check_output_folder, check_space, default_output_dir, promote, resume_settings
+from hftl.pretrained import save_model
+from hftl.tasks.text_classification import TextClassification
 
 
 @pytest.fixture(scope="module")
@@ -323,6 +325,53 @@ def test_a_single_step_trains(place: Path) -> None:
     )
     before, after = load_file(place / "lora" / "model.safetensors"), load_file(run.folder / "model.safetensors")
     assert sum(not before[name].equal(after[name]) for name in after) > len(after) / 2
+
+
+def test_the_best_epoch_is_restored(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the scores that validation is made to give, which is neither the first nor the last."""
+    forced = iter([0.1, 0.9, 0.2])
+    score = TextClassification.score
+
+    def scored(self: Any, *values: Any) -> dict[str, float]:
+        scores = score(self, *values)
+        return scores | {"accuracy": next(forced, scores["accuracy"])}
+
+    monkeypatch.setattr(TextClassification, "score", scored)
+    run = hftl.finetune(
+        "text-classification",
+        model=place / "bert",
+        dataset=place / "texts",
+        num_train_epochs=3,
+        per_device_train_batch_size=8,
+        metric_for_best_model="accuracy",
+        keep_checkpoints=True,
+        save_total_limit=3,
+        output_dir=place / "best",
+    )
+    final = load_file(run.folder / "model.safetensors")
+    epochs = [load_file(run.folder / f"checkpoints/1-all/checkpoint-{step}/model.safetensors") for step in (3, 6, 9)]
+    assert [all(final[name].equal(epoch[name]) for name in final) for epoch in epochs] == [False, True, False]
+    assert run.metrics["validation"]["accuracy"] == 0.9
+
+
+def test_a_model_that_is_saved_wrongly_is_not_published(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoiled(model: Any, folder: Path, *others: Any) -> None:
+        save_model(model, folder, *others)
+        weights = load_file(folder / "model.safetensors")
+        weights["classifier.bias"][0] += 1
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    folder = place / "spoiled"
+    settings = {"model": place / "bert", "dataset": place / "texts", "num_train_epochs": 1, "output_dir": folder}
+    with monkeypatch.context() as patch:
+        patch.setattr("hftl.fitting.save_model", spoiled)
+        with pytest.raises(RuntimeError, match="gives other logits than the trained one"):
+            hftl.finetune("text-classification", **settings)
+    assert {path.name for path in folder.iterdir() if path.name[0] != "."} == {"checkpoints", "logs"}
+    trained = load_file(folder / "checkpoints" / "1-all" / "final" / "model.safetensors")
+    hftl.finetune("text-classification", **settings, resume=True)
+    saved = load_file(folder / "model.safetensors")
+    assert [name for name in trained if not trained[name].equal(saved[name])] == []
 
 
 def test_untrained_model_is_the_same_each_time(place: Path) -> None:
