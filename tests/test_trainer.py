@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from torchvision.transforms import v2
 from transformers import TrainerCallback
 
 from hftl import backbones
+from hftl.callbacks import ReadableProgress
 from hftl.errors import UsageError
 from hftl.images import open_image
 from hftl.methods import Stage, build_plan
@@ -198,6 +201,37 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path: Path) -> None:
 
     with pytest.raises(UsageError, match=r"The loss is nan at step 1 of stage 'all': try a lower --learning_rate"):
         tiny_trainer(model, stage, tmp_path, "--max_steps=2", loss=loss).train()
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+class Clock(TrainerCallback):
+    """A step takes ten seconds."""
+
+    now = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.now += 10
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere(
+    terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("hftl.callbacks.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    model = TINY["bert"]()
+    (stage,) = build_plan(model, tiny_arguments(model)).stages
+    progress = [clock, ReadableProgress("all")]
+    tiny_trainer(model, stage, tmp_path, "--max_steps=10", rows=20, callbacks=progress).train()
+    printed = capsys.readouterr()
+    lines = [re.sub(r"\d\.\d{3}", "…", line) for line in re.findall("all: step .*", printed.out)]
+    # More than half a minute after the last one.
+    expected = [f"all: step {step} of 10, loss …, about {left} s left" for step, left in ((4, 60), (8, 20))]
+    assert lines == ([] if terminal else expected)
+    assert ("10/10" in printed.err) == terminal
 
 
 # --- augmentation ----------------------------------------------------------------------------------------------------
