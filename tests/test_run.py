@@ -364,7 +364,7 @@ def test_a_model_that_is_saved_wrongly_is_not_published(place: Path, monkeypatch
     folder = place / "spoiled"
     settings = {"model": place / "bert", "dataset": place / "texts", "num_train_epochs": 1, "output_dir": folder}
     with monkeypatch.context() as patch:
-        patch.setattr("hftl.fitting.save_model", spoiled)
+        patch.setattr("hftl.saving.save_model", spoiled)
         with pytest.raises(RuntimeError, match="gives other logits than the trained one"):
             hftl.finetune("text-classification", **settings)
     assert {path.name for path in folder.iterdir() if path.name[0] != "."} == {"checkpoints", "logs"}
