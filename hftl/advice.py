@@ -27,11 +27,10 @@ from hftl.errors import UsageError
 from hftl.folder import say
 from hftl.images import image_header_size
 from hftl.methods import build_plan
-from hftl.methods.plan import LEAST_STEPS, Plan, with_least_steps
+from hftl.methods.plan import LEAST_STEPS, Plan, prepare_modules, with_least_steps
 from hftl.ranking import Pooled, features_of, load_rows
 from hftl.tasks import find_task
 from hftl.tasks.classification import class_counts
-from hftl.trainer import prepare_modules
 
 #: the part of the error of guessing that the probe must take away. It is 0.98 on cats and dogs with EfficientNet-Lite0,
 #: where training everything is no better than the head alone (0.979 to 0.989 and 0.989), and 0.57 on movie reviews with

@@ -618,8 +618,6 @@ def _check_ranges(arguments: TransferArguments) -> None:
             raise UsageError(f"--{name} must be above 0, not {value}.")
     if arguments.max_steps == 0 or arguments.max_steps < -1:
         raise UsageError(f"--max_steps must be above 0, not {arguments.max_steps}.")
-    if arguments.keep_head and str(arguments.model_name_or_path).startswith("random:"):
-        raise UsageError("--keep_head: a model that is not pretrained has no trained head. Leave it out.")
     for name, needed in (("eval_do_concat_batches", True), ("prediction_loss_only", False)):
         if getattr(arguments, name) is not needed:
             raise UsageError(f"--{name}: hftl scores an evaluation by all of its answers. Leave it out.")
@@ -737,6 +735,11 @@ NOT_IN_RECIPE = {
     "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "bf16", "fp16",  # precision says it
 }  # fmt: skip
+
+
+def is_pretrained(arguments: TransferArguments) -> bool:
+    """Whether the model comes with weights that learned something."""
+    return not str(arguments.model_name_or_path).startswith("random:")
 
 
 def to_recipe(arguments: TransferArguments) -> dict[str, Any]:

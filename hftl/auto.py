@@ -2,8 +2,9 @@
 
 The first rung solves the head on features that run once: a usable model after seconds, and what the features cost says
 what a pass over the rows costs. What trains more of the model follows where a step, measured, fits into the time left:
-short trials of several ways where there is much time, the most promising one alone where there is little, then that one
-for longer. Each rung is a finished run of its own, and the best so far stands in the run folder at every moment.
+short trials of several ways where there is much time, the better half of them again and again, or the most promising
+one alone where there is little; then that one for longer, with a soup of its best epochs. Each rung is a finished run
+of its own, and the best so far stands in the run folder at every moment.
 Validation alone decides; the test split is touched once, at the end.
 """
 
@@ -26,10 +27,12 @@ from transformers import TrainerCallback
 
 from hftl import compute, folder
 from hftl.arguments import TransferArguments, read_yaml, seconds_of, set_precision, stage_arguments
+from hftl.averaging import INGREDIENTS
 from hftl.data import Splits
 from hftl.errors import Diverged, UsageError
 from hftl.folder import CHECKPOINTS, METRICS, PREDICTIONS, RECIPE, say
 from hftl.launch import started
+from hftl.lr_find import main_rate, scaled
 from hftl.methods import Plan, build_plan
 from hftl.tasks.classification import ClassificationTask
 from hftl.training import train_plan
@@ -38,8 +41,9 @@ from hftl.training import train_plan
 TABLE, TRIALS = "trials.csv", "trials"
 #: budgets, and nothing else
 PRESETS = {"fast": "1m", "medium": "10m", "best": "1h"}
-#: ways to train more than the head, the one that is taken unseen first: its first stage is the probe, done already
-_WAYS = ("lp_ft", "full", "lora")
+#: ways to train more than the head, with a factor of their default rates; the first is taken unseen: its first stage is
+#: the probe, done already
+_WAYS = (("lp_ft", 1.0), ("full", 1.0), ("lora", 1.0), ("full", 2.0), ("lp_ft", 2.0), ("partial", 1.0))
 #: what the ladder sets itself
 _CHOSEN = {"num_train_epochs", "max_steps", "head_solver", "early_stopping_patience"}
 #: what changes the rows in each epoch: the probe, whose rows run once, does without
@@ -48,8 +52,14 @@ _PLAIN = {"mixup": None, "cutmix": None, "random_erasing": None, "word_dropout":
 _PLANNED = 0.85
 #: more epochs gained nothing on a few thousand rows (MiniLM on movie reviews), and overfit on fewer
 _MOST_EPOCHS = 8.0
-#: with fewer epochs of the whole model left than this, trials would eat what the last training needs
+#: with fewer epochs of the whole model left than this, trials would eat what the last training needs …
 _EPOCHS_FOR_TRIALS = 12.0
+#: … and so would trials of all ways, which take 12 epochs, and not 3
+_EPOCHS_FOR_ALL = 24.0
+#: ways that are tried where there is less time
+_FEW_WAYS = 3
+#: a soup needs some epochs to choose from
+_LEAST_FOR_SOUP = 2.0
 #: a training shorter than this is not worth its start
 _LEAST_EPOCHS = 0.5
 #: seconds for the files of a run and for reading them back
@@ -65,6 +75,7 @@ class Trial:
     Attributes:
         rung: probe, trial or final.
         method: as `--method`.
+        factor: of the method's default rates.
         epochs: passes over the training rows; 0 where the head was solved.
         score: on validation, of `--metric_for_best_model`; infinitely bad where it diverged.
         seconds: from its start to its saved run.
@@ -73,6 +84,7 @@ class Trial:
 
     rung: str
     method: str
+    factor: float
     epochs: float
     score: float
     seconds: float
@@ -149,22 +161,19 @@ class Ladder:
         self._finish_interrupted()
         if self._of("final"):
             return
-        self.reserve += 1.2 * prediction * (test_rows + len(self.splits.validation))
+        self.reserve += 1.2 * prediction * (test_rows + (1 + INGREDIENTS) * len(self.splits.validation))
         if not self._of("probe"):
             self._check_probe_fits(prediction)
-            self._train("probe", "frozen", 0.0)
+            self._train("probe", "frozen", 1.0, 0.0)
         epoch = training * len(self.splits.train) + prediction * len(self.splits.validation)
         say(f"auto: an epoch of the whole model takes about {epoch:.0f} s, {max(0, self.budget.left):.0f} s are left")
-        if self.left / epoch >= _EPOCHS_FOR_TRIALS:
-            for method in _WAYS:
-                if method not in [trial.method for trial in self._of("trial")]:
-                    self._train("trial", method, 1.0)
+        method, factor = self._most_promising(self.left / epoch)
         epochs = min(_MOST_EPOCHS, self.left / epoch)
         if epochs >= _LEAST_EPOCHS:
             # Whole epochs: a part of one at the end would see some rows more often than others.
-            self._train("final", self._most_promising(), math.floor(epochs) if epochs >= 2 else round(epochs, 2))
+            self._train("final", method, factor, math.floor(epochs) if epochs >= 2 else round(epochs, 2))
         elif self.left > _PARTIAL_COSTS * self._of("probe")[0].seconds:
-            self._train("final", "partial", 3.0)
+            self._train("final", "partial", 1.0, 3.0)
 
     def _check_probe_fits(self, prediction: float) -> None:
         """Refuse a budget in which not even the head alone can be fitted.
@@ -183,23 +192,44 @@ class Ladder:
     def _of(self, rung: str) -> list[Trial]:
         return [trial for trial in self.trials if trial.rung == rung]
 
-    def _most_promising(self) -> str:
-        """The best of the short trials, or without them the first of the ways."""
+    def _most_promising(self, epochs: float) -> tuple[str, float]:
+        """The first of the ways, or where `epochs` of the whole model fit, the one that short trials leave.
+
+        Successive halving (Jamieson and Talwalkar 2016): all train for one epoch, the better half anew for two, and so
+        on. What an interrupted run has tried is not tried again.
+        """
+        if epochs < _EPOCHS_FOR_TRIALS and not self._of("trial"):
+            return _WAYS[0]
+        spent = sum(trial.epochs for trial in self._of("trial"))
+        ways = list(_WAYS if epochs + spent >= _EPOCHS_FOR_ALL else _WAYS[:_FEW_WAYS])
         sign = 1 if self.arguments.greater_is_better else -1
-        trials = sorted(self._of("trial"), key=lambda trial: -sign * trial.score)
-        return trials[0].method if trials else _WAYS[0]
+        length = 1.0
+        while len(ways) > 1:
+            for method, factor in ways:
+                if self._tried(method, factor, length) is None:
+                    self._train("trial", method, factor, length)
+            scores = {way: self._tried(*way, length).score for way in ways}  # type: ignore[union-attr]
+            ways = sorted(ways, key=lambda way: -sign * scores[way])[: len(ways) // 2]
+            length *= 2
+        return ways[0]
+
+    def _tried(self, method: str, factor: float, epochs: float) -> Trial | None:
+        wanted = (method, factor, epochs)
+        trials = [trial for trial in self._of("trial") if (trial.method, trial.factor, trial.epochs) == wanted]
+        return trials[0] if trials else None
 
     def _finish_interrupted(self) -> None:
         """Go on with the trial in the midst of which an interrupted run was stopped."""
         for recipe in sorted((self.path / TRIALS).glob(f"*/{CHECKPOINTS}/{RECIPE}")):
-            _, rung, method = recipe.parents[1].name.split("-")
-            self._train(rung, method, float(read_yaml(recipe).get("num_train_epochs") or 0.0))
+            _, rung, method, factor = recipe.parents[1].name.split("-")
+            self._train(rung, method, float(factor), float(read_yaml(recipe).get("num_train_epochs") or 0.0))
 
-    def _train(self, rung: str, method: str, epochs: float) -> None:
+    def _train(self, rung: str, method: str, factor: float, epochs: float) -> None:
         """Train one way; where it is better than the run so far it takes its place."""
         started = time.time()
-        place = self.path / TRIALS / f"{len(self.trials) + 1}-{rung}-{method}"
+        place = self.path / TRIALS / f"{len(self.trials) + 1}-{rung}-{method}-{factor:g}"
         length = f" for {epochs:g} epoch{'' if epochs == 1 else 's'}" if epochs else ""
+        length += f" at {factor:g} times its rates" if factor != 1 else ""
         say(f"\nauto: {rung}, {method}{length}; {self.budget.left:.0f} of {self.budget.seconds:.0f} s left")
         arguments = stage_arguments(
             self.arguments,
@@ -210,9 +240,13 @@ class Ladder:
             preset=None,
             overwrite=False,
             resume=(place / CHECKPOINTS / RECIPE).is_file(),
+            average="soup" if rung == "final" and epochs >= _LEAST_FOR_SOUP else "none",
             **(self._plain() if rung == "probe" else {}),
         )
         plan = build_plan(copy.deepcopy(self.model), arguments)
+        if factor != 1:
+            stages, rates = scaled(plan, list(plan.stages), main_rate(plan) * factor, keeps_head=False)
+            plan = dataclasses.replace(plan, stages=tuple(stages), settings=plan.settings | rates)
         score, better = -math.inf if self.arguments.greater_is_better else math.inf, False
         try:
             train_plan(self.task, plan, self.splits, arguments, [TimeLimit(self.budget.ends - self.reserve)])
@@ -224,7 +258,7 @@ class Ladder:
         if better:
             folder.promote(place, self.path)
         shutil.rmtree(place, ignore_errors=True)
-        self.trials.append(Trial(rung, method, epochs, score, time.time() - started, better))
+        self.trials.append(Trial(rung, method, factor, epochs, score, time.time() - started, better))
         _write_table(self.path / TABLE, self.trials, self.budget.spent)
 
     def _plain(self) -> dict[str, Any]:
@@ -307,12 +341,15 @@ def _correct(path: Path) -> np.ndarray[Any, Any]:
 
 def _table(trials: list[Trial], metric: str) -> str:
     """What was tried, one line each."""
-    lines = [f"{'rung':<8}{'method':<10}{'epochs':>7}{'validation ' + metric:>24}{'seconds':>9}"]
+    lines = [f"{'rung':<8}{'method':<10}{'rates':>6}{'epochs':>8}{'validation ' + metric:>24}{'seconds':>9}"]
     kept = max((number for number, trial in enumerate(trials) if trial.best), default=0)
     for number, trial in enumerate(trials):
         epochs = f"{trial.epochs:g}" if trial.epochs else "solved"
         mark = "  kept" if number == kept else ""
-        lines.append(f"{trial.rung:<8}{trial.method:<10}{epochs:>7}{trial.score:>24.4f}{trial.seconds:>9.0f}{mark}")
+        rates = f"x{trial.factor:g}" if epochs != "solved" else ""
+        lines.append(
+            f"{trial.rung:<8}{trial.method:<10}{rates:>6}{epochs:>8}{trial.score:>24.4f}{trial.seconds:>9.0f}{mark}"
+        )
     return "\n".join(lines)
 
 
@@ -333,6 +370,7 @@ def _read_table(path: Path) -> tuple[list[Trial], float]:
         Trial(
             row["rung"],
             row["method"],
+            float(row["factor"]),
             float(row["epochs"]),
             float(row["score"]),
             float(row["seconds"]),

@@ -40,7 +40,7 @@ _SWA_PART = 0.25
 #: … but no fewer than two
 _SWA_LEAST = 2
 #: checkpoints that a soup may be made of, as AutoGluon's top_k
-_INGREDIENTS = 3
+INGREDIENTS = 3
 #: mixes of the pretrained and the fine-tuned backbone that are tried, as in the paper
 _MIXES = tuple(round(tenth / 10, 1) for tenth in range(11))
 
@@ -208,7 +208,7 @@ class GreedySoup(Averaging):
         values = {name: tensor.detach().contiguous() for name, tensor in self.tensors.items()}
         save_file(values, beside, metadata={"score": repr(score)})
         os.replace(beside, path)
-        for unneeded in self._ingredients()[_INGREDIENTS:]:
+        for unneeded in self._ingredients()[INGREDIENTS:]:
             unneeded.unlink()
 
     def _ingredients(self) -> list[Path]:
@@ -278,8 +278,6 @@ def check_averaging(plan: Plan, arguments: TransferArguments) -> None:
     """
     if not arguments.wise_ft:
         return
-    if str(arguments.model_name_or_path).startswith("random:"):
-        raise UsageError("--wise_ft mixes in the pretrained weights, and --model random: has none. Leave it out.")
     if arguments.reinit_blocks:
         raise UsageError("--wise_ft mixes in what --reinit_blocks throws away: leave one of them out.")
     if hasattr(plan.model, "peft_config"):
@@ -287,18 +285,22 @@ def check_averaging(plan: Plan, arguments: TransferArguments) -> None:
             f"--wise_ft: --method {arguments.method} leaves the backbone's weights alone, and a mix of adapters is no "
             "mix of weights. Use it with full, partial or lp_ft."
         )
-    if not pretrained_weights(plan):
+    if not _mixed(plan):
         raise UsageError(
             f"--wise_ft: --method {arguments.method} trains none of the backbone. Use it with full, partial or lp_ft."
         )
 
 
-def pretrained_weights(plan: Plan) -> Tensors:
-    """Copies of the backbone's parameters that any stage trains, and of its BatchNorm statistics that do."""
+def _mixed(plan: Plan) -> set[str]:
+    """Names of the backbone's parameters that any stage trains."""
     blocks = backbones.parameter_blocks(plan.model)
     head = max(blocks.values())
-    trained = set().union(*(stage.trainable for stage in plan.stages))
-    names = {name for name in trained if blocks[name] < head}
+    return {name for stage in plan.stages for name in stage.trainable if blocks[name] < head}
+
+
+def pretrained_weights(plan: Plan) -> Tensors:
+    """Copies of the backbone's parameters that any stage trains, and of its BatchNorm statistics that do."""
+    names = _mixed(plan)
     values: Tensors = {name: tensor for name, tensor in plan.model.named_parameters() if name in names}
     if names and any(stage.batch_norm == "train" for stage in plan.stages):
         norms = backbones.normalisation_modules(plan.model)

@@ -112,7 +112,7 @@ def head_parameters(model: nn.Module) -> list[str]:
         UsageError: as `structure`.
     """
     blocks = parameter_blocks(model)
-    head = len(structure(model).blocks)
+    head = max(blocks.values())
     return [name for name, index in blocks.items() if index == head]
 
 

@@ -183,16 +183,19 @@ def load_inputs(
         columns, _ = _resolve_columns(rows, _like_training(rows, given, known), modality, labelled=False)
         _require_same_pair(rows, columns, known)
         return _canonical(rows, columns, None, modality)
-    if modality == "image":
-        rows = _read_image_inputs(place)
-        return _canonical(rows, {"image": "image"}, None, modality)
     if place.is_dir():
-        files = [(file.name, decoded(file).strip()) for file in sorted(place.glob("*.txt"))]
-        return _texts_without_labels(files, f"{path}: the folder has no .txt files with text in them")
+        return datasets.Dataset.from_list(list(iter_folder(place, modality)))
+    if modality == "image":
+        if not _is_image(place):
+            raise UsageError(f"{place} is not an image ({_suffixes(IMAGE_SUFFIXES)})")
+        return datasets.Dataset.from_list([{"id": place.name, "image": os.path.abspath(place)}])
     if place.suffix.lower() != ".txt":
         raise UsageError(f"{path}: give a .txt file with one text a line, or a table ({_suffixes(TABLE_SUFFIXES)})")
     lines = [(str(number), line.rstrip("\r")) for number, line in enumerate(decoded(place).split("\n"))]
-    return _texts_without_labels(lines, f"{path} has no text in it")
+    lines = [(number, line) for number, line in lines if line.strip()]
+    if not lines:
+        raise UsageError(f"{path} has no text in it")
+    return datasets.Dataset.from_list([{"id": number, "text": line} for number, line in lines])
 
 
 def iter_folder(path: str | os.PathLike, modality: str) -> Iterator[dict[str, Any]]:
@@ -223,13 +226,6 @@ def iter_folder(path: str | os.PathLike, modality: str) -> Iterator[dict[str, An
 def _below(start: str, path: str) -> str:
     """The part of a path below a folder, with / on every system."""
     return path[len(start) :].lstrip(os.sep).replace(os.sep, "/")
-
-
-def _texts_without_labels(texts: list[tuple[str, str]], otherwise: str) -> datasets.Dataset:
-    texts = [(name, text) for name, text in texts if text.strip()]
-    if not texts:
-        raise UsageError(otherwise)
-    return datasets.Dataset.from_dict({"id": [name for name, _ in texts], "text": [text for _, text in texts]})
 
 
 def _like_training(rows: _Rows, given: Mapping[str, str | None], known: Mapping[str, str | None]) -> dict[str, str]:
@@ -552,18 +548,6 @@ def _walk_images(folder: Path, skipped: Counter[str]) -> Iterator[str]:
 def _kind(name: str) -> str:
     suffix = os.path.splitext(name)[1].lower()
     return f"{suffix} file" if suffix else "file without a suffix"
-
-
-def _read_image_inputs(place: Path) -> _Rows:
-    if place.is_file():
-        if not _is_image(place):
-            raise UsageError(f"{place} is not an image ({_suffixes(IMAGE_SUFFIXES)})")
-        return _Rows(str(place), {"image": [os.path.abspath(place)]}, [place.name])
-    images = list(_walk_images(place, Counter()))
-    if not images:
-        raise UsageError(f"{place} holds no images ({_suffixes(IMAGE_SUFFIXES)})")
-    start = os.path.abspath(place)
-    return _Rows(str(place), {"image": images}, [Path(os.path.relpath(image, start)).as_posix() for image in images])
 
 
 # ---- reading tables ------------------------------------------------------------------------------------------------

@@ -40,9 +40,9 @@ from hftl.errors import UsageError
 from hftl.folder import folder_bytes, say, write_json
 from hftl.losses import LOSSES, CrossEntropyLoss, LogitAdjustedLoss
 from hftl.methods import Plan, Stage
+from hftl.methods.plan import prepare_modules
 from hftl.pretrained import public_name
 from hftl.probes import BESIDE, LinearHead, Probe, check_every_class, fit_linear_head, fit_probe
-from hftl.trainer import prepare_modules
 
 #: examples on which it is tried how the activations can be kept
 _ROWS = 32
@@ -744,7 +744,7 @@ def keep_features(
     blocks = backbones.parameter_blocks(model)
     first, head = min(blocks[name] for name in stage.trainable), max(blocks.values())
     # With less than half of the blocks frozen, large activations would be kept for little.
-    worth = mostly_frozen(stage, model) or arguments.feature_cache == "on"
+    worth = first * 2 >= head or arguments.feature_cache == "on"
     if arguments.feature_cache == "off" or first == 0 or not worth:
         return None
     solves = first == head and _may_solve(task, stage, splits, alone, last)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from hftl.callbacks import StopSignals
 from hftl.compute import wait_for_all
 from hftl.data import Splits
 from hftl.errors import UsageError
-from hftl.folder import CHECKPOINTS, METRICS, PREDICTIONS, RECIPE, say
+from hftl.folder import METRICS, PREDICTIONS, say
 from hftl.lr_find import draw, report, sweep
 from hftl.methods import Plan, build_plan
 from hftl.repeats import repeat
@@ -81,8 +80,7 @@ def _search(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tra
                     folder.discard_first(path, TRIALS)
                 raise
             run = score_on_test(type(task), splits, arguments)
-            (path / CHECKPOINTS / RECIPE).unlink()
-            shutil.rmtree(path / CHECKPOINTS)
+            folder.finish(path)
     finally:
         signals.close()
     return run
@@ -98,8 +96,7 @@ def _repeat(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tra
         run = load_run(path, type(task))
         if folder.is_main_process():
             write_card(path, run.task, run.task.arguments, splits, run.metrics)
-            (path / CHECKPOINTS / RECIPE).unlink()  # first: with it the run counts as interrupted
-            shutil.rmtree(path / CHECKPOINTS)
+            folder.finish(path)
     wait_for_all()
     return run
 
@@ -116,8 +113,8 @@ def score_on_test(task_class: type[ClassificationTask], splits: Splits, argument
         write_answers(path / PREDICTIONS, run.task.label_names, splits, "test", logits, labels)
         run.metrics["test"] = scores
         if run.probe is not None:
-            plain = load_run(path, task_class)
-            plain.probe = None  # the model's own head answers
+            plain = Run(path, run.task, run.model)  # whose own head answers
+            plain.probe = None
             run.metrics["ordinary_head_test"] = scores_of(
                 run.task, run.task.loss(splits), plain.logits(splits.test), labels
             )

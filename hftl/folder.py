@@ -143,7 +143,7 @@ def _shown(value: Any) -> str:
     return "not given" if value is None else repr(value)
 
 
-def start_folder(arguments: TransferArguments, settings: dict[str, Any]) -> Path:
+def start_folder(arguments: TransferArguments, settings: dict[str, Any]) -> None:
     """Make the folder of a run that starts; a finished run that it replaces is kept aside until this one is whole.
 
     Args:
@@ -161,7 +161,6 @@ def start_folder(arguments: TransferArguments, settings: dict[str, Any]) -> Path
     except OSError:
         discard_start(folder)
         raise
-    return folder
 
 
 def _set_aside(folder: Path) -> None:
@@ -236,6 +235,13 @@ def promote(place: Path, folder: Path) -> None:
         elif path.is_file() and not (partial / path.name).exists():
             path.unlink()
     publish(folder)
+
+
+def finish(folder: Path, keep_checkpoints: bool = False) -> None:
+    """Let a run count as finished: what it could be gone on with is no longer needed."""
+    (folder / CHECKPOINTS / RECIPE).unlink()  # first: with it the run counts as interrupted
+    if not keep_checkpoints:
+        shutil.rmtree(folder / CHECKPOINTS)
 
 
 def discard_first(folder: Path, trainings: str) -> None:

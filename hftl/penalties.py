@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from hftl import backbones
-from hftl.arguments import TransferArguments
+from hftl.arguments import TransferArguments, is_pretrained
 from hftl.errors import UsageError, did_you_mean
 from hftl.loading import import_function
 
@@ -178,8 +178,7 @@ def reference_model(model: nn.Module, arguments: TransferArguments) -> nn.Module
     None where no penalty looks at it, or nothing is pretrained.
     """
     own = str(arguments.penalty) not in PENALTIES
-    pretrained = not str(arguments.model_name_or_path).startswith("random:")
-    if arguments.penalty is None or not pretrained or not (own or arguments.penalty in NEED_REFERENCE):
+    if arguments.penalty is None or not is_pretrained(arguments) or not (own or arguments.penalty in NEED_REFERENCE):
         return None
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     for prefix in backbones.structure(model).head:

@@ -167,8 +167,6 @@ def check_quantisation(arguments: TransferArguments) -> None:
     if arguments.finds_learning_rate or arguments.auto_find_batch_size:
         other = "--learning_rate auto" if arguments.finds_learning_rate else "--auto_find_batch_size"
         raise UsageError(f"{flag}: {other} cannot put weights of so few bits back. Leave one of them out.")
-    if str(arguments.model_name_or_path).startswith("random:"):
-        raise UsageError(f"{flag}: a model that is not pretrained has nothing to keep in so few bits. Leave it out.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError(f"{flag} needs bitsandbytes, which is not installed: pip install 'hftl[quantized]'")
 

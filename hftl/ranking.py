@@ -24,16 +24,16 @@ import torch
 from torch import nn
 
 from hftl import backbones, compute, data, folder, pretrained, transferability
-from hftl.arguments import ArgumentsType, parse, set_precision
+from hftl.arguments import ArgumentsType, is_pretrained, parse, set_precision
 from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.features import HeadInputs, PooledFeatures, pooled
 from hftl.folder import say
 from hftl.methods.parts import frozen
+from hftl.methods.plan import prepare_modules
 from hftl.metrics import softmax
 from hftl.tasks import find_task
 from hftl.tasks.classification import ClassificationTask
-from hftl.trainer import prepare_modules
 
 #: scores that models can be ranked by
 MEASURES = ("logme", "probe", "h_score", "transrate", "leep", "nce")
@@ -206,7 +206,7 @@ def head_probabilities(found: Pooled) -> np.ndarray[Any, Any] | None:
     """What the model's own trained head says of the rows, shape (rows, its classes); None where it has none."""
     arguments = found.task.arguments
     name = str(arguments.model_name_or_path)
-    if name.startswith("random:") or isinstance(found.source, HeadInputs):
+    if not is_pretrained(arguments) or isinstance(found.source, HeadInputs):
         return None
     place = pretrained.find_model(name)
     with pretrained.explained_load(name, found.task.auto_class):

@@ -70,9 +70,7 @@ def write_run(
     folder.write_json(partial / METRICS, metrics)
     write_card(partial, task, arguments, splits, metrics)
     folder.publish(path)
-    (path / CHECKPOINTS / RECIPE).unlink()  # first: with it the run counts as interrupted
-    if not arguments.keep_checkpoints:
-        shutil.rmtree(path / CHECKPOINTS)
+    folder.finish(path, arguments.keep_checkpoints)
 
 
 def _whole_model(task: ClassificationTask, trainer: TransferTrainer, path: Path) -> Any:

@@ -24,6 +24,7 @@ from hftl.averaging import AVERAGES, Averaging
 from hftl.cut import Cut
 from hftl.errors import Diverged, UsageError
 from hftl.methods import Stage
+from hftl.methods.plan import prepare_modules
 
 
 class TransferTrainer(Trainer):
@@ -467,49 +468,3 @@ class EpochSampler(Sampler[int]):
         # The last batch may be smaller and must stay last, or the batches behind it would be cut elsewhere.
         last = [batches.pop()] if len(batches[-1]) < self.batch_size else []
         return iter(np.concatenate([batches[index] for index in random.permutation(len(batches))] + last).tolist())
-
-
-def prepare_modules(model: nn.Module, stage: Stage) -> list[nn.Module]:
-    """Set what trains in a stage, and every module to its mode in it; the modules that stay in eval mode."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in stage.trainable)
-    frozen = frozen_modules(model, stage)
-    model.train()
-    for module in frozen:
-        module.training = False
-    return frozen
-
-
-def frozen_modules(model: nn.Module, stage: Stage) -> list[nn.Module]:
-    """Modules that must stay in eval mode: those in which nothing trains, and BatchNorm whose statistics are kept.
-
-    A module without parameters (dropout, stochastic depth, pooling) goes with the block that it is inside. Outside all
-    blocks it goes with the parameter that follows it in depth order: the dropout before a trained head is on.
-    """
-    blocks = backbones.parameter_blocks(model)
-    trained_blocks = {blocks[name] for name in stage.trainable}
-    block_of: dict[str, int] = {}
-    block = max(blocks.values())
-    for prefix, module in reversed(list(model.named_modules())):
-        own = [f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters(recurse=False)]
-        block = next((blocks[name] for name in own if name in blocks), block)
-        block_of[prefix] = block
-    below: dict[str, set[int]] = {}
-    for name, block in blocks.items():
-        while name := name.rpartition(".")[0]:
-            below.setdefault(name, set()).add(block)
-    frozen = []
-    for prefix, module in model.named_modules():
-        # Shared parameters have one name only; a module that holds them under another one is judged by its block.
-        names = [f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()]
-        known = [name for name in names if name in blocks]
-        around = prefix
-        while around and around not in below:
-            around = around.rpartition(".")[0]
-        inside = below.get(around, set())
-        block = next(iter(inside)) if len(inside) == 1 else block_of[prefix]
-        trains = any(name in stage.trainable for name in known) if known else block in trained_blocks
-        keeps_statistics = stage.batch_norm != "train" and isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if keeps_statistics or not trains:
-            frozen.append(module)
-    return frozen

@@ -32,12 +32,12 @@ from hftl.folder import CHECKPOINTS, LOGS, RECIPE, say
 from hftl.losses import check_loss
 from hftl.lr_find import PICTURE, STEPS, Sweep, draw, report, scaled, sweep
 from hftl.methods import Plan, Stage
-from hftl.methods.plan import with_least_steps
+from hftl.methods.plan import prepare_modules, with_least_steps
 from hftl.probes.beside import FOLDER as PROBE
 from hftl.probes.beside import Probe, load_probe
 from hftl.saving import write_run
 from hftl.tasks.classification import ClassificationTask
-from hftl.trainer import TransferTrainer, diverged, prepare_modules
+from hftl.trainer import TransferTrainer, diverged
 
 if TYPE_CHECKING:
     from torch import nn
@@ -176,14 +176,14 @@ def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tr
     return stages
 
 
-def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, rows: Any, path: Path) -> str:
+def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, rows: Any, path: Path) -> None:
     """Choose the precision of the whole run by its last stage, the longest; an interrupted run keeps its own.
 
     Accelerate knows one precision a process, and one is what the recipe can say.
     """
     arguments = task.arguments
     if arguments.precision != "auto" or arguments.mixed_precision != "no":  # fp8, which the launcher asks for
-        return arguments.precision
+        return
     if arguments.resume:
         precision = folder.read_yaml(path / CHECKPOINTS / RECIPE)[folder.CHOSEN_PRECISION]
     else:
@@ -195,7 +195,6 @@ def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, 
             model, batch, training=not mostly_frozen(stage, model), rows=passes, arguments=arguments
         )
     set_precision(arguments, precision)
-    return precision
 
 
 def _workers(task: ClassificationTask) -> int:
@@ -279,10 +278,11 @@ def _chosen(task: ClassificationTask, stage: Stage, model: nn.Module, splits: Sp
     if stage.choose is None:
         return stage
     arguments = task.arguments
-    rows = task.dataset(splits.train, training=False)
     size = arguments.per_device_train_batch_size or task.batch_size
-    order = np.random.default_rng(arguments.seed).permutation(len(splits.train))[: _CHOOSING_BATCHES * size].tolist()
-    batches = [task.collate([rows[row] for row in order[start : start + size]]) for start in range(0, len(order), size)]
+    order = np.random.default_rng(arguments.seed).permutation(len(splits.train))[: _CHOOSING_BATCHES * size]
+    dataset = task.dataset(splits.train.select(order), training=False)
+    rows = [dataset[row] for row in range(len(order))]
+    batches = [task.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
     batches = [{name: value.to(arguments.device) for name, value in batch.items()} for batch in batches]
     name, trainable = stage.choose(model.to(arguments.device).eval(), stage.loss or task.loss(splits), batches)
     name, trainable = of_all_processes((name, trainable))[0]

@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +14,11 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from forked import ROOT, run_command
+from small_data import write_texts
+from tiny_models import write_tiny_text_model
 
-CONFIGS = Path(__file__).resolve().parent.parent / "accelerate_configs"
+CONFIGS = ROOT / "accelerate_configs"
 LOCAL = {  # file: how the processes are distributed, how many
     "single_gpu": (DistributedType.NO, 1),
     "multi_gpu": (DistributedType.MULTI_GPU, 2),
@@ -29,20 +29,6 @@ LOCAL = {  # file: how the processes are distributed, how many
     "cpu_2_processes": (DistributedType.MULTI_GPU, 2),
 }
 EXPECTED = {**LOCAL, "multi_node": (DistributedType.MULTI_GPU, 16)}
-
-SCRIPT = """
-import torch
-from accelerate import PartialState
-
-state = PartialState(cpu=True)
-total = torch.tensor(state.process_index + 1)
-if state.num_processes > 1:
-    torch.distributed.all_reduce(total)
-print(f"rank={state.process_index} world={state.num_processes} total={total.item()}\\n", end="", flush=True)
-if state.num_processes > 1:
-    state.wait_for_everyone()
-    state.destroy_process_group()
-"""
 
 
 def config_file(name: str) -> str:
@@ -69,34 +55,6 @@ def _environment():
     for name in set(os.environ) - set(before):
         del os.environ[name]
     os.environ.update(before)
-
-
-def clean_environment() -> dict[str, str]:
-    """This process's environment without what a launcher around the tests, or a user, may have set for Accelerate."""
-    dropped = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_")
-    names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"}
-    return {k: v for k, v in os.environ.items() if not k.startswith(dropped) and k not in names}
-
-
-def launch(name: str, script: Path) -> list[str]:
-    """The lines that the ranks printed, sorted; every process is gone when this returns."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config_file(name), str(script)]
-    process = subprocess.Popen(
-        command,
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=120)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # the ranks too
-            process.wait(timeout=30)
-    assert process.returncode == 0, err
-    return sorted(line for line in out.splitlines() if line.startswith("rank="))
 
 
 def test_every_file_is_known():
@@ -202,14 +160,15 @@ def test_header_shows_a_command_that_uses_the_file(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "lines"),
-    [
-        ("cpu", ["rank=0 world=1 total=1"]),
-        ("cpu_2_processes", ["rank=0 world=2 total=3", "rank=1 world=2 total=3"]),
-    ],
-)
-def test_cpu_really_runs(tmp_path, name, lines):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT, encoding="utf-8")
-    assert launch(name, script) == lines
+@pytest.mark.parametrize("name", ["cpu", "cpu_2_processes"])
+def test_a_recipe_runs_on_a_cpu(tmp_path, name):
+    """With the reader's data and model, small."""
+    write_texts(tmp_path / "texts", {"train": 16, "dev": 6})
+    write_tiny_text_model(tmp_path / "bert")
+    flags = ["--model=bert", "--dataset=texts", "--method=full", "--max_steps=2", "--output_dir=run"]
+    recipe = str(ROOT / "recipes" / "text_classification.py")
+    done = run_command(["accelerate.commands.launch", "--config_file", config_file(name), recipe, *flags], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    settings = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text(encoding="utf-8"))
+    assert settings["task"] == "text-classification"
+    assert done.stdout.count("saved in: run") == 1

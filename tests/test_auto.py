@@ -32,9 +32,13 @@ def train(world: Path, run: Path, *flags: str) -> None:
     cli._run(["train", "text-classification", *settings, "--report_to=none", *flags])
 
 
-def tried(run: Path) -> list[tuple[str, str]]:
+def rows_of(run: Path) -> list[dict[str, str]]:
     with (run / "trials.csv").open() as file:
-        return [(row["rung"], row["method"]) for row in csv.DictReader(file)]
+        return list(csv.DictReader(file))
+
+
+def tried(run: Path) -> list[tuple[str, str]]:
+    return [(row["rung"], row["method"]) for row in rows_of(run)]
 
 
 def test_the_whole_ladder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,14 +48,20 @@ def test_the_whole_ladder(world: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Run, "logits", lambda self, rows: predicted.append(len(rows)) or logits(self, rows))
     train(world, tmp_path / "run", "--time_budget=100s", "--hub_model_id=someone/mine")
     rungs = tried(tmp_path / "run")
-    assert rungs[:-1] == [("probe", "frozen"), ("trial", "lp_ft"), ("trial", "full"), ("trial", "lora")]
-    assert rungs[-1][0] == "final"
+    ways = [method for method, _ in auto._WAYS]
+    assert rungs[0] == ("probe", "frozen")
+    assert rungs[1:7] == [("trial", method) for method in ways]
+    assert [rung for rung, _ in rungs[7:]] == ["trial"] * 3 + ["final"]  # the better half again, then the best of it
+    lengths = [(row["epochs"], row["factor"]) for row in rows_of(tmp_path / "run")]
+    assert [epochs for epochs, _ in lengths[1:10]] == ["1.0"] * 6 + ["2.0"] * 3
+    assert lengths[10] == (str(auto._MOST_EPOCHS), lengths[10][1])
+    assert [factor for _, factor in lengths[1:7]] == [str(factor) for _, factor in auto._WAYS]
     assert predicted == [20]
 
     run = hftl.load_run(tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} & {"trials", "checkpoints"} == set()
-    with (tmp_path / "run" / "trials.csv").open() as file:
-        kept = [row for row in csv.DictReader(file) if row["best"] == "True"][-1]
+    kept = [row for row in rows_of(tmp_path / "run") if row["best"] == "True"][-1]
+    assert run.task.arguments.average == ("soup" if kept["rung"] == "final" else "none")
     assert float(kept["score"]) == run.metrics["validation"]["accuracy"]
     assert run.task.arguments.method == kept["method"]
     assert (tmp_path / "run" / "adapter").is_dir() == (kept["method"] == "lora")
@@ -73,10 +83,10 @@ def test_an_interrupted_ladder_leaves_a_run_and_goes_on(
 ) -> None:
     whole = auto.Ladder._train
 
-    def stop(self: Any, rung: str, method: str, epochs: float) -> None:
+    def stop(self: Any, rung: str, *others: Any) -> None:
         if rung != "probe":
             raise KeyboardInterrupt
-        whole(self, rung, method, epochs)
+        whole(self, rung, *others)
 
     monkeypatch.setattr(auto.Ladder, "_train", stop)
     monkeypatch.setattr(auto, "_EPOCHS_FOR_TRIALS", 1e9)
@@ -140,8 +150,7 @@ def test_a_trial_that_diverges_does_not_end_the_ladder(
     rates = hftl.methods.plan.Rates(1e30, 1e30, 1e30)
     monkeypatch.setattr(hftl.methods.plan, "default_rates", lambda *_: rates)
     train(world, tmp_path / "run", "--max_grad_norm=0", "--warmup_steps=0", "--time_budget=60s")
-    with (tmp_path / "run" / "trials.csv").open() as file:
-        rows = [(row["rung"], row["score"], row["best"]) for row in csv.DictReader(file)]
+    rows = [(row["rung"], row["score"], row["best"]) for row in rows_of(tmp_path / "run")]
     assert rows[1] == ("final", "-inf", "False")
     assert "auto: lp_ft failed: " in capsys.readouterr().out
     assert "test" in hftl.load_run(tmp_path / "run").metrics

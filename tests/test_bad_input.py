@@ -515,7 +515,9 @@ MODELS = [
     Bad("unknown architecture", with_model("random:bret"), ("random:bret", "Did you mean 'bert'")),
     Bad("architecture that does not run", with_model("random:t5"), ("random:t5", "random:bert")),
     Bad("architecture that is not made small", with_model("random:xlnet"), ("random:xlnet", "random:bert")),
-    Bad("kept head of no model", with_model("random:bert") + " --keep_head", ("--keep_head", "no trained head")),
+    Bad(
+        "kept head of no model", with_model("random:bert") + " --keep_head", ("--keep_head", "needs a pretrained model")
+    ),
     Bad("image architecture", with_model("random:vit"), ("random:vit", "not a model for texts")),
     Bad("offline with a Hub id", with_model("google/bert"), ("'google/bert'", "the Hub", "connection"), patch=offline),
     Bad("offline with a folder's name", with_model("brt"), ("'brt'", "Did you mean 'bert'"), {"bert": FOLDER}, offline),

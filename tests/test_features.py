@@ -23,7 +23,7 @@ import hftl
 from hftl import batches, cli, features, methods
 from hftl.cut import Cut, NoCut
 from hftl.features import NotKept, Shards
-from hftl.trainer import prepare_modules
+from hftl.methods.plan import prepare_modules
 
 
 @pytest.fixture(autouse=True)

@@ -74,8 +74,11 @@ def test_push_and_load(tmp_path: Path) -> None:
         assert len(hub.commits) == 1
         assert set(hub.commits[0]) == names - left
 
-        again = hftl(tmp_path, hub.url, *train, "--model=tester/mine", "--output_dir=again")
+        second = ["--push_to_hub", "--hub_model_id=tester/second"]
+        again = hftl(tmp_path, hub.url, *train, "--model=tester/mine", "--output_dir=again", *second)
         assert again.returncode == 0, again.stderr
+        assert f"{hub.url}/tester/second" in again.stdout
+        assert "README.md" in hub.commits[1]
         missing = hftl(tmp_path, hub.url, *train, "--model=tester/nothing", "--output_dir=none")
         assert missing.returncode == 2
         assert "tester/nothing" in missing.stderr

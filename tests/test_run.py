@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import small_data
 import tiny_models
 import torch
 import yaml
+from forked import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, pipeline
@@ -208,6 +210,20 @@ def test_ls_cp_version_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     capsys.readouterr()
     cli._run(["--version"])
     assert capsys.readouterr().out == f"hftl {hftl.__version__}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "model"), [("image-classification", "convnet"), ("text-classification", "bert")])
+def test_a_run_says_little_and_warns_of_nothing(place: Path, tmp_path: Path, task: str, model: str) -> None:
+    """Of a process that begins from nothing: libraries warn when they are imported, too."""
+    data = "images" if model == "convnet" else "texts"
+    command = [sys.executable, "-m", "hftl", "train", task, f"--model={place / model}", f"--dataset={place / data}"]
+    command += [f"--output_dir={tmp_path / 'run'}", "--num_train_epochs=1", "--method=full"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    before = done.stdout[: done.stdout.index("epoch 1")].splitlines()
+    assert len(before) <= 15
 
 
 def test_help_imports_no_torch() -> None:

@@ -24,9 +24,10 @@ from hftl.callbacks import ReadableProgress
 from hftl.errors import UsageError
 from hftl.images import open_image
 from hftl.methods import Stage, build_plan
+from hftl.methods.plan import frozen_modules
 from hftl.optim import parameter_groups
 from hftl.tasks.image_classification import ImageDataset
-from hftl.trainer import EpochSampler, frozen_modules
+from hftl.trainer import EpochSampler
 
 LENGTHS = np.random.default_rng(0).integers(1, 200, size=1_003).tolist()
 

@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from hftl import backbones, penalties
-from hftl.arguments import TransferArguments
+from hftl.arguments import TransferArguments, is_pretrained
 from hftl.errors import UsageError, did_you_mean
 from hftl.loading import import_function
 from hftl.methods.adapters import SHORT_NAMES, add_adapters, peft_settings
 from hftl.methods.parts import frozen, full, lp_ft, partial
-from hftl.methods.plan import Plan, Stage, is_pretrained
+from hftl.methods.plan import Plan, Stage
 from hftl.methods.selected import bitfit, gradual, norm, surgical
 from hftl.pretrained import check_quantisation
 
@@ -138,6 +138,10 @@ def _check_pretrained(arguments: TransferArguments) -> None:
         "--reinit_blocks": arguments.reinit_blocks is not None,
         "--batch_norm adapt": arguments.batch_norm == "adapt",
         f"--penalty {arguments.penalty}": arguments.penalty in penalties.NEED_REFERENCE,
+        "--wise_ft": arguments.wise_ft,
+        "--keep_head": arguments.keep_head,
+        "--load_in_8bit": arguments.load_in_8bit,
+        "--load_in_4bit": arguments.load_in_4bit,
     }
     for flag, given in wished.items():
         if given and not is_pretrained(arguments):

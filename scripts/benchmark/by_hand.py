@@ -36,7 +36,8 @@ def bare_loop(settings: Settings, clock: Clock) -> dict[str, Any]:
 
     import hftl
     from hftl import backbones, optim
-    from hftl.trainer import EpochSampler, frozen_modules
+    from hftl.methods.plan import frozen_modules
+    from hftl.trainer import EpochSampler
 
     _ = hftl.ImageClassification, hftl.TextClassification, hftl.parse, hftl.build_plan
     clock.watch_steps()
@@ -113,7 +114,8 @@ def trainer_same_blocks(settings: Settings, clock: Clock) -> dict[str, Any]:
 
     import hftl
     from hftl import optim
-    from hftl.trainer import EpochSampler, frozen_modules
+    from hftl.methods.plan import frozen_modules
+    from hftl.trainer import EpochSampler
 
     _ = hftl.ImageClassification, hftl.parse, hftl.build_plan
     clock.watch_steps()
