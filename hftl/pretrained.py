@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from hftl import backbones
 from hftl.arguments import TransferArguments
@@ -283,14 +283,12 @@ _SMALL = {
 }  # fmt: skip
 
 
-def random_config(model_type: str, **settings: Any) -> Any:
-    """A small configuration of a transformers architecture.
+def random_config(model_type: str, auto_class: Any, label_names: list[str], **settings: Any) -> Any:
+    """A small configuration of a transformers architecture, as a classifier of one label.
 
     Raises:
-        UsageError: transformers has no such architecture.
+        UsageError: transformers has no such architecture, or not for `auto_class`.
     """
-    from transformers import CONFIG_MAPPING
-
     if model_type not in CONFIG_MAPPING:
         raise UsageError(
             f"--model random:{model_type}: no such architecture.{did_you_mean(model_type, CONFIG_MAPPING)}"
@@ -298,9 +296,17 @@ def random_config(model_type: str, **settings: Any) -> Any:
     config_class = CONFIG_MAPPING[model_type]
     default = config_class()
     small = {key: value for key, value in _SMALL.items() if isinstance(getattr(default, key, None), int)}
+    labels = dict(enumerate(label_names))
+    settings |= {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
     try:
-        return config_class(**small, **settings)
+        config = config_class(**small, **settings, problem_type="single_label_classification")
     except Exception as error:  # each architecture checks its own sizes with errors of its own
         raise UsageError(
             f"--model random:{model_type} cannot be made small: choose another, such as random:bert."
         ) from error
+    if config_class not in auto_class._model_mapping:
+        data, other = ("images", "vit") if "Image" in auto_class.__name__ else ("texts", "bert")
+        raise UsageError(
+            f"--model random:{model_type} is not a model for {data}: choose another, such as random:{other}."
+        )
+    return config

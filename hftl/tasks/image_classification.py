@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from hftl import data, images, pretrained
 from hftl.arguments import ImageArguments, is_pretrained
@@ -52,7 +52,6 @@ class ImageClassification(ClassificationTask):
         return model
 
     def _random_model(self, architecture: str) -> PreTrainedModel:
-        from transformers import CONFIG_MAPPING
         from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
         if architecture not in CONFIG_MAPPING:
@@ -62,15 +61,7 @@ class ImageClassification(ClassificationTask):
             self._set_size(model)
             return model
         size = {"image_size": self.arguments.image_size} if self.arguments.image_size else {}
-        labels = dict(enumerate(self.label_names))
-        config = pretrained.random_config(
-            architecture, **size, id2label=labels, label2id={name: index for index, name in labels.items()}
-        )
-        if type(config) not in self.auto_class._model_mapping:
-            raise UsageError(
-                f"--model random:{architecture} is not a model for images: choose another, such as random:vit."
-            )
-        config.problem_type = "single_label_classification"
+        config = pretrained.random_config(architecture, self.auto_class, self.label_names, **size)
         model = self.auto_class.from_config(config)
         backends = IMAGE_PROCESSOR_MAPPING[type(config)]
         self.processor = (backends.get("torchvision") or backends["pil"])()  # as AutoImageProcessor chooses

@@ -91,19 +91,8 @@ class TextClassification(ClassificationTask):
 
     def _random_model(self, architecture: str, splits: Splits) -> PreTrainedModel:
         self.processor = train_tokenizer(splits.train["text"], self.arguments.max_length)
-        labels = dict(enumerate(self.label_names))
-        config = pretrained.random_config(
-            architecture,
-            vocab_size=len(self.processor),
-            pad_token_id=self.processor.pad_token_id,
-            id2label=labels,
-            label2id={name: index for index, name in labels.items()},
-        )
-        if type(config) not in self.auto_class._model_mapping:
-            raise UsageError(
-                f"--model random:{architecture} is not a model for texts: choose another, such as random:bert."
-            )
-        config.problem_type = "single_label_classification"
+        sizes = {"vocab_size": len(self.processor), "pad_token_id": self.processor.pad_token_id}
+        config = pretrained.random_config(architecture, self.auto_class, self.label_names, **sizes)
         self._check_tokenizer_comes_back(architecture, config, splits.train[:100]["text"])
         model = self.auto_class.from_config(config)
         self._limit_length(model)
