@@ -391,7 +391,9 @@ class KeptDataset(Dataset[dict[str, Any]]):
     def matrix(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All views of all rows, shape (views × rows, features), and their labels, shape (views × rows,)."""
         places = self.places.reshape(-1, 3)
-        values = torch.stack([self.shards.read(place) for place in places]).float()
+        values = torch.empty(len(places), *self.shards.read(places[0]).shape)  # of many rows one copy, in float32
+        for value, place in zip(values, places, strict=True):
+            value.copy_(self.shards.read(place))
         return values, torch.tensor(self.labels).repeat(len(self.places))
 
 

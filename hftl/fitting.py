@@ -59,9 +59,8 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
 def push(run: Run, arguments: TransferArguments) -> None:
     """Push a finished run to the Hub, where that was asked for."""
     if arguments.push_to_hub and folder.is_main_process():
-        run.push(
-            arguments.hub_model_id or run.folder.name, private=arguments.hub_private_repo, token=arguments.hub_token
-        )
+        name = arguments.hub_model_id or run.folder.name
+        say(f"pushed to:  {run.push(name, private=arguments.hub_private_repo, token=arguments.hub_token)}")
 
 
 def _search(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Run:

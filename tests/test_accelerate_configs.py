@@ -171,4 +171,4 @@ def test_a_recipe_runs_on_a_cpu(tmp_path, name):
     assert done.returncode == 0, done.stdout + done.stderr
     settings = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text(encoding="utf-8"))
     assert settings["task"] == "text-classification"
-    assert done.stdout.count("saved in: run") == 1
+    assert done.stdout.count("saved in:   run ") == 1

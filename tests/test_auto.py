@@ -54,7 +54,7 @@ def test_the_whole_ladder(world: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert [rung for rung, _ in rungs[7:]] == ["trial"] * 3 + ["final"]  # the better half again, then the best of it
     lengths = [(row["epochs"], row["factor"]) for row in rows_of(tmp_path / "run")]
     assert [epochs for epochs, _ in lengths[1:10]] == ["1.0"] * 6 + ["2.0"] * 3
-    assert lengths[10] == (str(auto._MOST_EPOCHS), lengths[10][1])
+    assert float(lengths[10][0]) == auto._MOST_EPOCHS
     assert [factor for _, factor in lengths[1:7]] == [str(factor) for _, factor in auto._WAYS]
     assert predicted == [20]
 

@@ -22,8 +22,10 @@ WORSE = 3
 _SMALL = 1e8
 #: numbers of logits held at once: a thousand classes are solved in pieces of 16,000 rows
 _LOGITS = 2**24
-#: below so many numbers features are held in double precision, in which L-BFGS stops where it should
+#: below so many numbers of features the loss is computed in double precision, in which L-BFGS stops where it should …
 _DOUBLE = 5e7
+#: … and below so many they are held in it, rather than converted in pieces of as many for every evaluation
+_HELD = 2**22
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def solve_linear_head(
     """Multinomial logistic regression by L-BFGS (Liu and Nocedal 1989), its penalty chosen on validation.
 
     The penalties form a path from strong to weak, each solved from the one before. The best by `score` is taken, of
-    equal ones that with the lowest validation loss. Memory: the features, and logits of a piece of the rows.
+    equal ones that with the lowest validation loss. Features are standardised within the weights, not in a copy.
+    Memory: the features as they are given, and a piece of them and of the logits.
 
     Args:
         train: features of shape (rows, features) and class ids of shape (rows,).
@@ -70,11 +73,11 @@ def solve_linear_head(
     """
     features, labels = train
     dtype = torch.float64 if features.numel() < _DOUBLE else torch.float32
-    mean, scale = standardisation(features.to(dtype), intercept)
-    features = (features.to(dtype) - mean) * scale
+    features = features.to(dtype) if features.numel() < _HELD else features
+    mean, scale = (value.to(dtype) for value in standardisation(features, intercept))
     held_out = validation[0].to(dtype)
-    problem = _Problem(features, labels, classes, loss, intercept)
-    parameters = features.new_zeros(classes, features.shape[1] + intercept)
+    problem = _Problem(features, labels, loss, (mean, scale), intercept)
+    parameters = torch.zeros(classes, features.shape[1] + intercept, dtype=dtype)
     path, best, best_key = [], parameters, (-math.inf, -math.inf)
     chosen = STRENGTHS[0]
     for strength in STRENGTHS:
@@ -124,10 +127,15 @@ class _Problem:
     """The penalised loss over all rows, and its minimum."""
 
     def __init__(
-        self, features: torch.Tensor, labels: torch.Tensor, classes: int, loss: CrossEntropyLoss, intercept: bool
+        self,
+        features: torch.Tensor,
+        labels: torch.Tensor,
+        loss: CrossEntropyLoss,
+        standardised: tuple[torch.Tensor, torch.Tensor],
+        intercept: bool,
     ) -> None:
-        self.features, self.labels, self.loss, self.intercept = features, labels, loss, intercept
-        self.piece = max(1, _LOGITS // classes)
+        self.features, self.labels, self.loss = features, labels, loss
+        self.standardised, self.intercept = standardised, intercept
         self.steps = 0
 
     def solve(self, start: torch.Tensor, strength: float) -> torch.Tensor:
@@ -146,17 +154,17 @@ class _Problem:
 
     def _value_and_gradient(self, parameters: torch.Tensor, strength: float) -> torch.Tensor:
         self.steps += 1
-        width = self.features.shape[1]
-        weight = parameters[:, :width]
-        value = strength / 2 * weight.square().sum()
+        rows, width = self.features.shape
+        value = strength / 2 * parameters[:, :width].square().sum()
         parameters.grad = None
         value.backward()
         total = value.detach()
-        rows = len(self.labels)
-        for start in range(0, rows, self.piece):
-            part = slice(start, start + self.piece)
-            logits = self.features[part] @ parameters[:, :width].T
-            logits = logits + parameters[:, -1] if self.intercept else logits
+        piece = max(1, min(_LOGITS // len(parameters), _HELD // width))
+        for start in range(0, rows, piece):
+            part = slice(start, start + piece)
+            weight, bias = unscaled(parameters, *self.standardised, self.intercept)
+            logits = self.features[part].to(parameters.dtype) @ weight.T
+            logits = logits if bias is None else logits + bias
             loss = self.loss({"logits": logits}, self.labels[part], rows)
             loss.backward()
             total = total + loss.detach()

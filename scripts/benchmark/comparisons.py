@@ -144,14 +144,16 @@ def one_epoch(setting: Setting) -> list[str]:
 
 
 def partial(setting: Setting) -> dict[str, Comparison]:
-    """The last blocks; without augmentation and in float32, so that both sides have the same losses."""
+    """The last blocks; without augmentation, computed and kept in float32, so that both sides have the same losses."""
     flags = [
         "--method=partial",
         "--unfreeze_blocks=2",
         "--augmentation=none",
         f"--num_train_epochs={setting.epochs(5)}",
     ]
-    ours = hftl_train(setting, "hftl partial", "image", *flags, "--logging_steps=1", precision="fp32")
+    ours = hftl_train(
+        setting, "hftl partial", "image", *flags, "--logging_steps=1", precision="fp32", feature_cache_dtype="float32"
+    )
     settings = {"flags": [*base_flags(setting, "image"), *flags, "--output_dir={output}"], "epochs": setting.epochs(5)}
     theirs = peer(setting, "Trainer, same blocks", "trainer_same_blocks", "image", **settings)
     title = "partial, last 2 blocks, 5 epochs"
