@@ -37,7 +37,7 @@ class _Captured(Exception):
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class TracedTensor:
     """A tensor that a module gave: its shape, where "rows" and "tokens" stand for what changes from batch to batch."""
 
     shape: tuple[int | str, ...]
@@ -74,10 +74,10 @@ class Cut:
         if sizes[0]["rows"] == sizes[1]["rows"] or sizes[0].get("tokens") == sizes[1].get("tokens", -1):
             raise NoCut("there are too few rows to find out how the model treats them")
         with self._as_trained(), explained_probe():
-            traces = [_trace(model, batch) for batch in batches]
+            traces = [traced(model, batch) for batch in batches]
             self._blocks = backbones.parameter_blocks(model)
             self._first = min(self._blocks[name] for name in stage.trainable)
-            self._name = _entry(model, self._blocks, self._first, frozen, traces[0])
+            self._name = entry_module(model, self._blocks, self._first, frozen, traces[0])
             self.entry = backbones.plain_name(model, self._name)
             self.carried = tuple(name for name, value in batches[0].items() if not value.is_floating_point())
             self._inputs = _merged(*(_described(dict(batch)) for batch in batches), *sizes)
@@ -110,7 +110,7 @@ class Cut:
         captured: list[torch.Tensor] = []
 
         def stop(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            captured.append(_first_tensor(arguments, named))
+            captured.append(first_tensor(arguments, named))
             raise _Captured
 
         name = self._name if hasattr(model, "peft_config") else self.entry
@@ -158,7 +158,7 @@ class Cut:
         dummies = {name: self.empty(value) for name, value in self._inputs.items() if name not in self.carried}
         return {**carried, **dummies}
 
-    def empty(self, description: _Tensor) -> torch.Tensor:
+    def empty(self, description: TracedTensor) -> torch.Tensor:
         """A tensor of zeros that takes no memory, in the size of the current batch."""
         assert self._kept is not None
         sizes = {"rows": len(self._kept), "tokens": self._tokens}
@@ -225,7 +225,7 @@ class _Stub:
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return pytree.tree_map(
-            lambda leaf: self.cut.empty(leaf) if isinstance(leaf, _Tensor) else leaf, self.description
+            lambda leaf: self.cut.empty(leaf) if isinstance(leaf, TracedTensor) else leaf, self.description
         )
 
 
@@ -233,7 +233,7 @@ class _Stub:
 
 
 @dataclass
-class _Trace:
+class Trace:
     """The order in which modules were entered and left, how often, and what they gave."""
 
     entered: dict[str, int]
@@ -242,8 +242,9 @@ class _Trace:
     outputs: dict[str, Any]
 
 
-def _trace(model: nn.Module, batch: Batch) -> _Trace:
-    trace = _Trace({}, {}, {}, {})
+def traced(model: nn.Module, batch: Batch) -> Trace:
+    """Run the model on a batch and watch its modules."""
+    trace = Trace({}, {}, {}, {})
     clock = iter(range(10**9))
     hooks = []
     for name, module in model.named_modules():
@@ -275,8 +276,12 @@ def _seeded() -> Iterator[None]:
         yield
 
 
-def _entry(model: nn.Module, blocks: dict[str, int], first: int, frozen: list[nn.Module], trace: _Trace) -> str:
-    """The first module called that has no part before the block `first`, or a dropout that belongs to it."""
+def entry_module(model: nn.Module, blocks: dict[str, int], first: int, frozen: list[nn.Module], trace: Trace) -> str:
+    """The first module called that has no part before the block `first`, or a dropout that belongs to it.
+
+    Raises:
+        NoCut: there is none, or it is called more than once.
+    """
     asleep = set(map(id, frozen))
     for name in sorted(trace.entered, key=trace.entered.__getitem__):
         module = model.get_submodule(name)
@@ -290,7 +295,7 @@ def _entry(model: nn.Module, blocks: dict[str, int], first: int, frozen: list[nn
     raise NoCut("no module holds the trained parameters alone")
 
 
-def _before(model: nn.Module, entry: str, trace: _Trace) -> list[str]:
+def _before(model: nn.Module, entry: str, trace: Trace) -> list[str]:
     """The outermost modules that are done before the trained part begins and are not called again.
 
     What has no parameters and gives more than a tensor (rotary positions) costs nothing and stays.
@@ -299,7 +304,7 @@ def _before(model: nn.Module, entry: str, trace: _Trace) -> list[str]:
     for name, module in model.named_modules():
         if name not in trace.left or trace.left[name] > trace.entered[entry] or backbones.is_below_any(name, names):
             continue
-        if isinstance(trace.outputs[name], _Tensor) or next(module.parameters(), None) is not None:
+        if isinstance(trace.outputs[name], TracedTensor) or next(module.parameters(), None) is not None:
             names.append(name)
     return names
 
@@ -316,7 +321,7 @@ def _sizes(batch: Batch) -> dict[str, int]:
 
 def _described(value: Any) -> Any:
     return pytree.tree_map(
-        lambda leaf: _Tensor(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf, value
+        lambda leaf: TracedTensor(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf, value
     )
 
 
@@ -328,7 +333,7 @@ def _merged(one: Any, other: Any, sizes: dict[str, int], other_sizes: dict[str, 
         raise NoCut("a frozen layer gives different things for different batches")
     merged = []
     for leaf, same in zip(leaves, others, strict=True):
-        if not isinstance(leaf, _Tensor):
+        if not isinstance(leaf, TracedTensor):
             merged.append(leaf)
             continue
         shape: list[int | str] = []
@@ -337,12 +342,17 @@ def _merged(one: Any, other: Any, sizes: dict[str, int], other_sizes: dict[str, 
             if size != other_size and not names:
                 raise NoCut("a frozen layer mixes rows and tokens")
             shape.append(size if size == other_size else names[0])
-        merged.append(_Tensor(tuple(shape), leaf.dtype))
+        merged.append(TracedTensor(tuple(shape), leaf.dtype))
     return pytree.tree_unflatten(merged, structure)
 
 
-def _first_tensor(arguments: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
+def first_tensor(arguments: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
+    """What enters a module that was called with these arguments.
+
+    Raises:
+        NoCut: it is no single tensor.
+    """
     for value in (*arguments[:1], *named.values()):
         if isinstance(value, torch.Tensor):
             return value
-    raise NoCut("the first trained layer takes no single tensor")
+    raise NoCut("what enters one of its layers is no single tensor")
