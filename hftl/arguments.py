@@ -164,6 +164,17 @@ class TransferArguments(TrainingArguments):
         "model's own output layer holds them. knn, mlp, tip (Tip-Adapter's cache): beside the model, for hftl alone.",
         choices=("logistic", "svm", "ridge", "nearest_mean", "knn", "mlp", "tip"),
     )
+    feature_layers: int | None = _argument(
+        None,
+        "frozen: fit the head on the outputs of the last so many blocks, joined; 1 (default) is what the model's own "
+        "output layer reads. Beside the model, for hftl alone.",
+    )
+    feature_pooling: str | None = _argument(
+        None,
+        "frozen: how the output of a block becomes one vector. model (default): the last block's as the model does it, "
+        "earlier ones by their mean; mean, max, mean_max (both): the last block's that way too, joined to the model's.",
+        choices=("model", "mean", "max", "mean_max"),
+    )
     head_solver: str = _argument(
         "auto",
         "How a head alone is fitted. lbfgs: solved on kept features, the penalty chosen on validation; sgd: trained; "
@@ -610,7 +621,7 @@ def _check_ranges(arguments: TransferArguments) -> None:
     positive = ["num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "head_epochs"]
     positive += ["max_train_samples", "max_eval_samples", "learning_rate", "head_learning_rate", "lora_r", "lora_alpha"]
     positive += ["shots", "repeats", "lora_blocks", "lora_plus_ratio", "reinit_blocks", "mixup", "cutmix"]
-    positive += ["feature_views", "feature_cache_gb"]
+    positive += ["feature_views", "feature_layers", "feature_cache_gb"]
     positive += ["image_size", "image_cache_gb", "max_length", "gradient_accumulation_steps", "early_stopping_patience"]
     for name in positive:
         value = getattr(arguments, name, None)

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hftl.arguments import TransferArguments
 from hftl.data import Splits
+from hftl.joined import as_flags, wished
 from hftl.merging import BASE
 from hftl.pretrained import public_name
 from hftl.tasks.classification import ClassificationTask, class_counts
@@ -42,7 +43,7 @@ _TEXT = """# {title}
 
 _PROBE = """
 This is the ordinary model with a logistic head, whose scores are those of `ordinary_head`. The other scores are
-those of the `{head}` head in `probe/`, which plain libraries do not know: `hftl predict`, `hftl evaluate` and
+those of the `{head}` head in `probe/`{joined}, which plain libraries do not know: `hftl predict`, `hftl evaluate` and
 `hftl.load_run(FOLDER).predict` answer by it.
 """
 _MERGED = """from transformers import pipeline
@@ -98,13 +99,19 @@ def write_card(
         title=title, base=base, task=task.name, dataset=dataset, method=method, split=split,
         preparation=f" {task.preparation}" if task.preparation else "",
         results="\n".join(rows), repeats=_repeats(metrics, split), classes="\n".join(classes),
-        probe=_PROBE.format(head=arguments.head) if f"ordinary_head_{split}" in metrics else "",
+        probe=_probe(arguments) if f"ordinary_head_{split}" in metrics else "",
         usage=usage.format(
             task=task.name, title=title, auto_class=task.auto_class.__name__,
             example='"image.jpg"' if task.modality == "image" else '"A text.", truncation=True',
         ),
     )  # fmt: skip
     ModelCard(f"---\n{header.to_yaml()}\n---\n\n{text}").save(target / "README.md")
+
+
+def _probe(arguments: TransferArguments) -> str:
+    """Which head the scores are of."""
+    flags = as_flags(wished(arguments))
+    return _PROBE.format(head=arguments.head or "logistic", joined=f" (`{flags}`)" if flags else "")
 
 
 def _repeats(metrics: dict[str, Any], split: str) -> str:

@@ -38,11 +38,12 @@ from hftl.builtin import cache_folder
 from hftl.cut import Batch, Cut, NoCut, explained_probe
 from hftl.errors import UsageError
 from hftl.folder import folder_bytes, say, write_json
+from hftl.joined import Joined, as_flags, find_joined, mean_of_positions, wished
 from hftl.losses import LOSSES, CrossEntropyLoss, LogitAdjustedLoss
 from hftl.methods import Plan, Stage
 from hftl.methods.plan import prepare_modules
 from hftl.pretrained import public_name
-from hftl.probes import BESIDE, LinearHead, Probe, check_every_class, fit_linear_head, fit_probe
+from hftl.probes import BESIDE, LinearHead, Probe, check_every_class, fit_linear_head, fit_probe, linear_probe
 
 #: examples on which it is tried how the activations can be kept
 _ROWS = 32
@@ -240,6 +241,7 @@ class PooledFeatures:
     entry = "output layer"
     ragged = False
     carried: tuple[str, ...] = ()
+    joined = Joined()  # nothing, before `join`
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
         """Find the output layer.
@@ -261,18 +263,29 @@ class PooledFeatures:
         ):
             raise NoCut("the logits are not those of a linear layer on one vector a row")
 
+    def join(self, model: nn.Module, batch: Batch, layers: int, pooling: str) -> None:
+        """Join the outputs of the last blocks to the features, see `hftl.joined`.
+
+        Raises:
+            NoCut: the model has no such outputs.
+        """
+        self.joined = find_joined(model, batch, layers, pooling)
+        with explained_probe():
+            self.capture(model, batch)
+        self.entry = f"output layer, last {layers} blocks, pooling {pooling}"
+
     def is_trained(self, name: str) -> bool:
         """Whether an entry of the state dict belongs to the output layer."""
         return backbones.is_below_any(name, (self.name,))
 
     def capture(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Features of shape (rows, features)."""
-        return backbones.head_input(model, self.name, batch)
+        """Features of shape (rows, features); what is joined stands behind what the output layer reads."""
+        return self.joined.features(model, self.name, batch)
 
     def outputs(self, kept: torch.Tensor, carried: Batch) -> torch.Tensor:
         """Logits of shape (rows, classes) from features."""
         with torch.no_grad():
-            return self.layer(kept.to(self.layer.weight.dtype))
+            return self.layer(kept[:, : self.layer.in_features].to(self.layer.weight.dtype))
 
 
 class HeadInputs(PooledFeatures):
@@ -318,8 +331,7 @@ class HeadInputs(PooledFeatures):
         (features,) = found
         if features.ndim != 3:
             return features
-        mask = batch["attention_mask"].unsqueeze(-1).to(features.dtype)
-        return (features * mask).sum(dim=1) / mask.sum(dim=1)
+        return mean_of_positions(features, batch["attention_mask"])
 
     def outputs(self, kept: torch.Tensor, carried: Batch) -> torch.Tensor:
         """The features: there are no logits yet."""
@@ -624,7 +636,7 @@ class KeptFeatures:
             self.cut.remove()
 
     def solve(self, trainer: Any) -> LinearHead:
-        """Solve the output layer of the model, once for all processes; and what `--head` puts beside it."""
+        """Solve the output layer of the model, once for all processes; and a head beside it, where one answers."""
         layer: Any = self.source.layer  # type: ignore[union-attr]
         metric = trainer.args.metric_for_best_model
         sign = 1 if trainer.args.greater_is_better else -1
@@ -634,11 +646,13 @@ class KeptFeatures:
             return sign * (scores | self.task.score(logits.numpy(), labels.numpy()))[metric]
 
         kind = self.task.arguments.head or "logistic"
+        beside = kind in BESIDE or bool(wished(self.task.arguments))
         train, validation = (self.data[split].matrix() for split in ("train", "validation"))
+        ordinary = [(features[:, : layer.in_features], labels) for features, labels in (train, validation)]
         solution = fit_linear_head(
-            "logistic" if kind in BESIDE else kind,
-            train,
-            validation,
+            "logistic" if beside else kind,
+            ordinary[0],
+            ordinary[1],
             self.task.label_names,
             trainer.compute_loss_func,
             score,
@@ -650,12 +664,29 @@ class KeptFeatures:
                 layer.bias.copy_(solution.bias)
             for parameter in layer.parameters() if trainer.args.world_size > 1 else ():
                 torch.distributed.broadcast(parameter, src=0)
-        if kind in BESIDE:
-            if kind == "mlp":
-                check_every_class(kind, train[1], self.task.label_names)
-            linear = self.source.outputs(validation[0].to(layer.weight.device), {}).cpu()
-            self.probe = fit_probe(kind, train, validation, linear, score, trainer.args.seed)
+        if beside:
+            self.probe = self._fit_beside(kind, train, validation, trainer, score)
         return solution
+
+    def _fit_beside(
+        self,
+        kind: str,
+        train: tuple[torch.Tensor, torch.Tensor],
+        validation: tuple[torch.Tensor, torch.Tensor],
+        trainer: Any,
+        score: Callable[[torch.Tensor, torch.Tensor], float],
+    ) -> Probe:
+        """A head that the output layer cannot hold: of another kind, or on more than it reads."""
+        source: Any = self.source
+        names = self.task.label_names
+        if kind not in BESIDE:
+            head = fit_linear_head(kind, train, validation, names, trainer.compute_loss_func, score)
+            return linear_probe(head, source.joined)
+        if kind == "mlp":
+            check_every_class(kind, train[1], names)
+        linear = source.outputs(validation[0].to(source.layer.weight.device), {}).cpu()
+        probe = fit_probe(kind, train, validation, linear, score, trainer.args.seed)
+        return dataclasses.replace(probe, joined=source.joined)
 
     def logits(self, split: str, ordinary: bool = False) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Logits of shape (rows, classes) and class ids of shape (rows,) of a whole split.
@@ -675,7 +706,8 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
 
     Raises:
         UsageError: `--feature_cache on` where everything trains, `--head_solver lbfgs` where no head is fitted alone,
-            `--head` of another kind than logistic where it would be trained, or another method than frozen.
+            `--head` of another kind than logistic, or on joined features, where it would be trained, or another method
+            than frozen; more `--feature_layers` than there are.
     """
     blocks = backbones.parameter_blocks(plan.model)
     first = [min(blocks[name] for name in stage.trainable) for stage in plan.stages]
@@ -692,25 +724,34 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
         raise UsageError("--head_solver lbfgs has no learning rate to find: use --head_solver sgd, or give no rate.")
     if arguments.head_solver == "lbfgs" and arguments.feature_cache == "off":
         raise UsageError("--head_solver lbfgs needs kept features: leave out --feature_cache off.")
-    if arguments.head is not None:
+    if (arguments.feature_layers or 1) > max(blocks.values()):
+        raise UsageError(
+            f"--feature_layers must lie between 1 and the model's {max(blocks.values())} blocks, not "
+            f"{arguments.feature_layers}."
+        )
+    if arguments.head is not None or wished(arguments):
         _check_head(arguments)
 
 
 def _check_head(arguments: TransferArguments) -> None:
-    kind = arguments.head
+    kind, joined = arguments.head or "logistic", as_flags(wished(arguments))
+    flag = joined if kind == "logistic" and joined else f"--head {kind}"
     if arguments.method != "frozen":
-        raise UsageError(f"--head {kind} belongs to --method frozen, not to {arguments.method}. Leave it out.")
-    if kind == "logistic":
+        raise UsageError(f"{flag} belongs to --method frozen, not to {arguments.method}. Leave it out.")
+    if kind == "logistic" and not joined:
         return
+    head = f"{flag}: the head" if kind == "logistic" else flag
     for name, value in (("head_solver", "sgd"), ("feature_cache", "off")):
         if getattr(arguments, name) == value:
-            raise UsageError(f"--head {kind} is fitted on kept features: leave out --{name} {value}.")
+            raise UsageError(f"{head} is fitted on kept features: leave out --{name} {value}.")
     for name in sorted(_of_training(alone=True) & arguments.given if arguments.head_solver == "auto" else ()):
-        raise UsageError(f"--head {kind} is fitted, not trained: leave out --{name}.")
-    if kind in BESIDE and getattr(arguments, "test_time_flip", False):
-        raise UsageError(f"--head {kind} answers for the plain view alone: leave out --test_time_flip.")
+        raise UsageError(f"{head} is fitted, not trained: leave out --{name}.")
+    if (kind in BESIDE or joined) and getattr(arguments, "test_time_flip", False):
+        raise UsageError(f"{head} answers for the plain view alone: leave out --test_time_flip.")
     if unused := _unsolved(arguments, last=True):
-        raise UsageError(f"--head {kind} is fitted, not trained: leave out {unused[0]}.")
+        raise UsageError(f"{head} is fitted, not trained: leave out {unused[0]}.")
+    if kind == "logistic":
+        return  # its loss, targets and weights are the task's
     if arguments.loss != "cross_entropy":
         raise UsageError(f"--head {kind} has a loss of its own: leave out --loss {arguments.loss}.")
     if arguments.label_smoothing_factor:
@@ -751,7 +792,7 @@ def keep_features(
         return None
     solves = first == head and _may_solve(task, stage, splits, alone, last)
     try:
-        if not solves and arguments.head not in (None, "logistic"):
+        if not solves and (arguments.head not in (None, "logistic") or wished(arguments)):
             raise NotKept("the task or the stage has a loss of its own")
         _check_possible(task, stage, data, solves)
         started = time.perf_counter()
@@ -771,7 +812,7 @@ def keep_features(
 
 def _insists(arguments: TransferArguments) -> list[tuple[str, str]]:
     """Flags, with their values, that allow nothing but kept features."""
-    flags = {"feature_cache": "on", "head_solver": "lbfgs"}
+    flags = {**wished(arguments), "feature_cache": "on", "head_solver": "lbfgs"}
     if arguments.head not in (None, "logistic"):
         flags = {"head": str(arguments.head), **flags}
     return [(flag, value) for flag, value in flags.items() if getattr(arguments, flag) == value]
@@ -856,6 +897,8 @@ def _source(task: Any, stage: Stage, model: nn.Module, data: dict[str, Any], sol
     if solves:
         try:
             pooled = PooledFeatures(model.eval(), probes[0])
+            if wished(arguments):
+                pooled.join(model, probes[0], arguments.feature_layers or 1, arguments.feature_pooling or "model")
         except NoCut as error:
             if any(flag != "feature_cache" for flag, _ in _insists(arguments)):
                 raise

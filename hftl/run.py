@@ -20,6 +20,7 @@ from hftl import backbones, batches, compute, data, merging
 from hftl.arguments import argument_tokens, parse, read_yaml, stage_arguments
 from hftl.errors import UsageError
 from hftl.folder import CHECKPOINTS, LOGS, METRICS, RECIPE
+from hftl.joined import as_flags, wished
 from hftl.metrics import softmax
 from hftl.probes.beside import FOLDER as PROBE
 from hftl.probes.beside import Probe, load_probe
@@ -99,7 +100,9 @@ class Run:
                 )
                 lines.append(f"{split + ':':<12}{text}")
         if self.probe is not None:
-            kind, split = self.probe.kind, split if split in self.metrics else "validation"
+            split = split if split in self.metrics else "validation"
+            flags = as_flags(wished(self.task.arguments))
+            kind = (self.task.arguments.head or "logistic") + (f" ({flags})" if flags else "")
             scores = self.metrics[f"ordinary_head_{split}"]
             lines.append(
                 f"{'head:':<12}these are answers of {kind}, which hftl alone gives; plain transformers has a "
@@ -163,7 +166,7 @@ class Run:
 
     @functools.cached_property
     def probe(self) -> Probe | None:
-        """The head of `--head knn`, `mlp` or `tip`, which answers in the place of the model's own; else None."""
+        """A head of `--head knn`, `mlp`, `tip` or `--feature_layers`, answering for the model's own; else None."""
         return load_probe(self.folder / PROBE)
 
     def _answers(self, network: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -171,8 +174,9 @@ class Run:
         if self.probe is None:
             return network(**inputs).logits
         name = backbones.structure(self.model).head[0]
-        features = backbones.head_input(network, name, inputs)
-        return self.probe.logits(features, network.get_submodule(name)(features))
+        layer = network.get_submodule(name)
+        features = self.probe.joined.features(network, name, inputs)
+        return self.probe.logits(features, layer(features[:, : layer.in_features]))
 
     def _network(self, inputs: dict[str, torch.Tensor]) -> Any:
         """What predicts: the model, or once and for all a copy of it without the work of its BatchNorm layers."""

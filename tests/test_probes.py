@@ -18,7 +18,10 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.svm import LinearSVC
 
 import hftl
-from hftl import cli, training
+from hftl import backbones, cli, pooling, training
+from hftl.cut import NoCut
+from hftl.features import PooledFeatures
+from hftl.joined import Joined, find_joined
 from hftl.losses import CrossEntropyLoss, balanced_class_weights
 from hftl.probes import beside, fit_linear_head, fit_probe, linear, load_probe, logistic, solve_linear_head
 
@@ -245,6 +248,118 @@ def test_the_settings_are_chosen_on_validation() -> None:
     assert accuracy(probe.logits(validation[0], torch.zeros(400, 3)), validation[1]) == max(scores)
 
 
+# --- features of several blocks ---------------------------------------------------------------------------------------
+
+#: architecture → the modules that give the outputs of its last three blocks, from the last one back
+BLOCKS = {
+    "timm_resnet18": ["timm_model.layer4.1", "timm_model.layer4.0", "timm_model.layer3.1"],
+    "timm_efficientnet_lite0": ["timm_model.bn2", "timm_model.blocks.5.3", "timm_model.blocks.5.2"],
+    "timm_mobilenetv3_small_100": ["timm_model.blocks.5.0", "timm_model.blocks.4.2", "timm_model.blocks.4.1"],
+    "timm_vit_tiny": ["timm_model.norm", "timm_model.blocks.1", "timm_model.blocks.0"],
+    "vit": ["vit.layernorm", "vit.layers.1", "vit.layers.0"],
+    "bert": ["bert.encoder.layer.2", "bert.encoder.layer.1", "bert.encoder.layer.0"],
+    "gpt2": ["transformer.ln_f", "transformer.h.1", "transformer.h.0"],
+    "qwen2": ["model.norm", "model.layers.1", "model.layers.0"],
+}
+
+
+def vector(values: torch.Tensor, mask: torch.Tensor | None, kind: str) -> torch.Tensor:
+    """One row's output of a block as one vector, position by position."""
+    if values.ndim == 3:
+        positions = [values[:, high, wide] for high in range(values.shape[1]) for wide in range(values.shape[2])]
+    else:
+        positions = [token for index, token in enumerate(values) if mask is None or mask[index]]
+    stacked = torch.stack(positions)
+    return stacked.mean(dim=0) if kind == "mean" else stacked.max(dim=0).values
+
+
+@torch.no_grad()
+def by_hand(model: Any, batch: dict[str, torch.Tensor], modules: list[str], kinds: list[str]) -> torch.Tensor:
+    found: dict[str, torch.Tensor] = {}
+
+    def keeps(name: str) -> Any:
+        def hook(module: Any, arguments: Any, output: Any) -> None:
+            found[name] = (output[0] if isinstance(output, tuple) else output).clone()
+
+        return hook
+
+    for name in modules:
+        model.get_submodule(name).register_forward_hook(keeps(name))
+    model(**batch)
+    masks = batch.get("attention_mask", [None] * len(next(iter(batch.values()))))
+    parts = [
+        torch.stack([vector(values, mask, kind) for values, mask in zip(found[name], masks, strict=True)])
+        for name in modules
+        for kind in kinds
+    ]
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("flag", ["model", "mean", "max", "mean_max"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_joined_features_are_the_pooled_outputs_of_the_last_blocks(name: str, flag: str) -> None:
+    model: Any = tiny_models.TINY[name]()
+    batch = tiny_models.tiny_inputs(model, batch=3)
+    if name in ("timm_efficientnet_lite0", "timm_mobilenetv3_small_100"):
+        batch = {"pixel_values": torch.rand(3, 3, 96, 96)}  # several positions are left at the end
+    head = backbones.structure(model).head[0]
+    joined = find_joined(model, batch, 3, flag)
+    found = joined.features(model, head, batch)
+    ordinary = backbones.head_input(model, head, batch)
+    modules = BLOCKS[name][:0:-1] if flag == "model" else BLOCKS[name][::-1]  # in depth order
+    kinds = {"model": ["mean"], "mean_max": ["mean", "max"]}.get(flag, [flag])
+    assert found[:, : ordinary.shape[1]].equal(ordinary)
+    assert torch.allclose(found[:, ordinary.shape[1] :], by_hand(model, batch, modules, kinds), rtol=1e-4, atol=1e-5)
+    assert find_joined(model, batch, 1, "model") == Joined()
+
+
+def test_all_blocks_can_be_joined() -> None:
+    model: Any = tiny_models.TINY["gpt2"]()
+    batch = tiny_models.tiny_inputs(model)
+    embedded = model.transformer.wte(batch["input_ids"]) + model.transformer.wpe(torch.arange(8))  # no module's output
+    found = find_joined(model, batch, 4, "model").features(model, "score", batch)
+    expected = torch.stack([vector(*row, "mean") for row in zip(embedded, batch["attention_mask"], strict=True)])
+    assert torch.allclose(found[:, 16:32], expected, atol=1e-6)
+    assert found.shape == (2, 4 * 16)
+
+
+def test_what_is_pooled_lies_before_the_layer_that_takes_the_mean() -> None:
+    model: Any = pooling.pool_by_mean(tiny_models.TINY["bert"]())
+    batch = tiny_models.tiny_inputs(model.eval(), batch=3)
+    found = find_joined(model, batch, 2, "max").features(model, "classifier", batch)[:, 16:]
+    modules = ["bert.encoder.layer.1", "bert.encoder.layer.2"]
+    assert torch.allclose(found, by_hand(model, batch, modules, ["max"]), atol=1e-5)
+
+
+def test_a_text_without_tokens_has_features_too() -> None:
+    model: Any = tiny_models.TINY["gpt2"]()
+    batch = tiny_models.tiny_inputs(model, batch=3)
+    joined = find_joined(model, batch, 1, "mean_max")
+    batch["attention_mask"][1] = 0
+    found = joined.features(model, "score", batch)
+    assert found[1, 16:].equal(torch.zeros(32))
+    assert found[0, 16:].abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "flag", "message"),
+    [
+        ("timm_swin_tiny", 2, "model", "values of shape .*, not .rows, tokens, channels"),  # channels come last
+        ("timm_densenet121", 3, "model", "no single tensor"),  # a list of all before
+        ("albert", 2, "model", "more than once"),  # one layer, shared
+        ("timm_resnet18", 1, "max", "no more than one position a row"),  # at 32 pixels
+    ],
+)
+def test_blocks_that_cannot_be_joined(name: str, layers: int, flag: str, message: str) -> None:
+    model: Any = tiny_models.TINY[name]()
+    batch = tiny_models.tiny_inputs(model)
+    if flag == "max":
+        batch = {"pixel_values": torch.rand(2, 3, 32, 32)}
+    source = PooledFeatures(model, batch)
+    with pytest.raises(NoCut, match=message):
+        source.join(model, batch, layers, flag)
+
+
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +367,7 @@ def test_the_settings_are_chosen_on_validation() -> None:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = small_data.write_both(tmp_path_factory.mktemp("probes"))
     tiny_models.write_tiny_cnn(folder / "cnn")
+    tiny_models.write_tiny_image_model(folder / "vit", kind="vit")
     tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
     tiny_models.write_tiny_text_model(folder / "gpt2", kind="gpt2")
     tiny_models.write_tiny_text_model(folder / "roberta", kind="roberta")
@@ -259,7 +375,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(place: Path, model: str, run: Path, *flags: str) -> list[str]:
-    task = "image" if model == "cnn" else "text"
+    task = "image" if model in ("cnn", "vit") else "text"
     data = place / f"{task}s"
     words = ["train", f"{task}-classification", f"--model={place / model}", f"--dataset={data}", "--report_to=none"]
     return [*words, "--method=frozen", "--precision=fp32", f"--output_dir={run}", *flags]
@@ -327,6 +443,94 @@ def test_a_probe_answers_beside_an_ordinary_head(
     assert ordinary["log_loss"] == pytest.approx(run.metrics["ordinary_head_test"]["log_loss"], abs=1e-3)
 
 
+#: model, flags, the kind of the head that answers, and what its features are: numbers of the parts that are joined
+JOINED = [
+    ("cnn", ["--feature_layers=3"], "linear", [32, 16, 32]),
+    ("vit", ["--feature_layers=2", "--feature_pooling=mean_max", "--head=svm"], "linear", [16, 32, 32]),
+    ("bert", ["--feature_pooling=max", "--head=knn"], "knn", [16, 16]),
+    ("gpt2", ["--feature_layers=4", "--head=ridge"], "linear", [16, 16, 16, 16]),
+]
+
+
+@pytest.mark.parametrize(("model", "flags", "kind", "parts"), JOINED)
+def test_a_head_on_joined_features_answers_beside_an_ordinary_one(
+    place: Path, tmp_path: Path, model: str, flags: list[str], kind: str, parts: list[int], monkeypatch: Any
+) -> None:
+    flags = [*flags, "--feature_cache_dtype=float32"]
+    write, kept = training.write_run, {}
+
+    def stops(task: Any, trainer: Any, splits: Any, *others: Any) -> None:
+        raise KeyboardInterrupt
+
+    def remembers(task: Any, trainer: Any, splits: Any, data: Any, records: Any, results: Any) -> None:
+        kept.update(rows=splits.test, answers=results["test"][0], ordinary=results["ordinary_head_test"][0])
+        write(task, trainer, splits, data, records, results)
+
+    monkeypatch.setattr(training, "write_run", stops)  # the head is fitted, the run is not written
+    with pytest.raises(KeyboardInterrupt):
+        cli._run(command(place, model, tmp_path / "run", *flags))
+    monkeypatch.setattr(training, "write_run", remembers)
+    cli._run(command(place, model, tmp_path / "run", *flags, "--resume"))
+    run = hftl.load_run(tmp_path / "run")
+    assert run.probe is not None
+    assert run.probe.kind == kind
+    assert run.probe.arrays["keys" if kind == "knn" else "weight"].shape[1] == sum(parts)
+    assert run.metrics["train"]["stages"][0]["probe"] == run.probe.settings
+    # The saved run answers as the training did, and the model alone as its ordinary head.
+    logits = run.logits(kept["rows"])
+    assert logits == pytest.approx(kept["answers"], rel=1e-3, abs=1e-3)
+    assert logits != pytest.approx(kept["ordinary"], rel=0.1, abs=0.1)
+    plain = run.task.auto_class.from_pretrained(run.folder).eval()
+    dataset = run.task.dataset(kept["rows"], training=False)
+    batch = run.task.collate([dataset[index] for index in range(len(dataset))])
+    with torch.no_grad():
+        alone = plain(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    assert alone.numpy() == pytest.approx(kept["ordinary"], rel=1e-3, abs=1e-3)
+    assert run.metrics["ordinary_head_test"]["log_loss"] != run.metrics["test"]["log_loss"]
+    # It says so.
+    asked = " ".join(flag.replace("=", " ") for flag in flags if flag.startswith(("--feature_l", "--feature_p")))
+    head = next((flag.removeprefix("--head=") for flag in flags if flag.startswith("--head=")), "logistic")
+    assert f"`{head}` head in `probe/` (`{asked}`)" in (run.folder / "README.md").read_text()
+    assert f"these are answers of {head} ({asked})" in run.summary()
+    # The recipe repeats it.
+    cli._run(["train", f"--config={run.folder / 'recipe.yaml'}", f"--output_dir={tmp_path / 'again'}"])
+    again = load_probe(tmp_path / "again" / "probe")
+    assert again is not None
+    assert again.joined == run.probe.joined != Joined()
+    assert all(value.equal(run.probe.arrays[name]) for name, value in again.arrays.items())
+
+
+def test_joined_features_are_kept(place: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HFTL_HOME", str(tmp_path / "home"))
+
+    def missing(*flags: str) -> str:
+        cli._run(command(place, "cnn", tmp_path / "run", "--overwrite", *flags))
+        line = next(line for line in capsys.readouterr().out.splitlines() if "runs once" in line)
+        return line.partition("(")[2].partition(")")[0]
+
+    count = f"{sum(1 for _ in (place / 'images').rglob('*.png'))} to compute"
+    assert missing("--feature_layers=2") == count
+    assert missing("--feature_layers=2", "--head=ridge") == "all in the cache"
+    assert missing("--feature_layers=2", "--feature_pooling=model", "--head=knn") == "all in the cache"
+    assert missing("--feature_layers=3") == count
+    assert missing("--feature_layers=2", "--feature_pooling=mean") == count
+    assert missing("--feature_layers=2", "--feature_pooling=max") == count
+    assert missing("--feature_layers=1") == count
+    assert missing("--feature_pooling=model") == "all in the cache"  # as without the flag
+    assert not (tmp_path / "run" / "probe").exists()
+
+
+def test_class_weights_reach_a_head_on_joined_features(place: Path, tmp_path: Path) -> None:
+    found = []
+    for weights in ("none", "balanced"):
+        flags = ("--feature_layers=2", "--max_train_samples=23", f"--class_weights={weights}")
+        cli._run(command(place, "bert", tmp_path / weights, *flags))
+        probe = load_probe(tmp_path / weights / "probe")
+        assert probe is not None
+        found.append(probe.arrays["weight"])
+    assert not found[0].equal(found[1])
+
+
 @pytest.mark.parametrize(
     ("model", "flags", "message"),
     [
@@ -340,6 +544,12 @@ def test_a_probe_answers_beside_an_ordinary_head(
         ("bert", ["--head=knn", "--class_weights=balanced"], "weighs no classes"),
         ("bert", ["--head=nearest_mean", "--class_weights=balanced"], "weighs no classes"),
         ("roberta", ["--head=svm"], "--head svm cannot be: the head is more than one linear layer"),
+        ("roberta", ["--feature_layers=2"], "--feature_layers 2 cannot be: the head is more than one linear layer"),
+        ("roberta", ["--feature_pooling=max"], "--feature_pooling max cannot be: the head is more than one linear layer"),
+        ("cnn", ["--feature_layers=2", "--augmentation=light"], "--feature_layers 2 cannot be: --augmentation light"),
+        ("bert", ["--feature_layers=2", "--num_train_epochs=2"], "--feature_layers 2: the head is fitted, not trained"),
+        ("bert", ["--feature_layers=2", "--loss=focal"], "--feature_layers 2: .* leave out --loss focal"),
+        ("bert", ["--feature_layers=2", "--head=knn", "--class_weights=balanced"], "--head knn weighs no classes"),
     ],
 )
 def test_heads_that_cannot_be(place: Path, tmp_path: Path, model: str, flags: list[str], message: str) -> None:

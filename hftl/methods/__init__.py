@@ -44,7 +44,7 @@ _LORA_ARGUMENTS = _ADAPTER_ARGUMENTS | {"lora_r", "lora_alpha", "lora_dropout", 
 #: the method arguments that each method uses; any other that is given is an error
 METHOD_ARGUMENTS = {
     "full": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "reinit_blocks", *_PENALTY},
-    "frozen": {"learning_rate", "head_learning_rate", "head"},
+    "frozen": {"learning_rate", "head_learning_rate", "head", "feature_layers", "feature_pooling"},
     "partial": {
         "learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "unfreeze_blocks", "reinit_blocks",
         *_PENALTY,

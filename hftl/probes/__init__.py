@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hftl.probes.beside import BESIDE, Probe, fit_probe, load_probe
+from hftl.probes.beside import BESIDE, Probe, fit_probe, linear_probe, load_probe
 from hftl.probes.linear import check_every_class, fit_linear_head
 from hftl.probes.logistic import LinearHead, solve_linear_head
 
@@ -13,6 +13,7 @@ __all__ = [
     "check_every_class",
     "fit_linear_head",
     "fit_probe",
+    "linear_probe",
     "load_probe",
     "solve_linear_head",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -14,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hftl.folder import write_json
+from hftl.joined import Joined
 from hftl.probes.linear import fit_temperature
-from hftl.probes.logistic import standardisation
+from hftl.probes.logistic import LinearHead, standardisation
 
 #: of a run, where they are
 FOLDER = "probe"
@@ -43,21 +45,23 @@ class Probe:
     """A fitted head.
 
     Attributes:
-        kind: knn, mlp or tip.
+        kind: knn, mlp, tip, or linear, which is what is fitted on joined features in place of an output layer.
         arrays: what it knows; see the function of its kind.
         settings: what validation chose.
+        joined: which outputs of blocks its features hold, beside what the output layer reads.
     """
 
     kind: str
     arrays: dict[str, torch.Tensor]
     settings: dict[str, float]
+    joined: Joined = Joined()
 
     def logits(self, features: torch.Tensor, linear: torch.Tensor) -> torch.Tensor:
         """Logits of shape (rows, classes).
 
         Args:
-            features: what the model's output layer reads, shape (rows, features).
-            linear: what it makes of them, shape (rows, classes).
+            features: what `joined.features` gives, shape (rows, features).
+            linear: what the model's output layer makes of those that it reads, shape (rows, classes).
         """
         rows = len(self.arrays["keys"]) if "keys" in self.arrays else 1
         piece = max(1, _PIECE // rows)
@@ -69,7 +73,8 @@ class Probe:
         """Write arrays and settings into a folder, which is made."""
         folder.mkdir()
         save_file({name: value.contiguous() for name, value in self.arrays.items()}, folder / _ARRAYS)
-        write_json(folder / _SETTINGS, {"kind": self.kind, **self.settings})
+        joined = {} if self.joined == Joined() else {"joined": dataclasses.asdict(self.joined)}
+        write_json(folder / _SETTINGS, {"kind": self.kind, **self.settings, **joined})
 
 
 def load_probe(folder: Path) -> Probe | None:
@@ -77,7 +82,16 @@ def load_probe(folder: Path) -> Probe | None:
     if not (folder / _SETTINGS).is_file():
         return None
     settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
-    return Probe(settings.pop("kind"), load_file(folder / _ARRAYS), settings)
+    joined = settings.pop("joined", {})
+    joined |= {name: tuple(joined[name]) for name in ("inputs", "outputs") if name in joined}
+    return Probe(settings.pop("kind"), load_file(folder / _ARRAYS), settings, Joined(**joined))
+
+
+def linear_probe(head: LinearHead, joined: Joined) -> Probe:
+    """A linear head with a bias, on features that no output layer reads."""
+    assert head.bias is not None
+    settings = {"penalty": head.strength} | ({} if head.temperature is None else {"temperature": head.temperature})
+    return Probe("linear", {"weight": head.weight.float(), "bias": head.bias.float()}, settings, joined)
 
 
 def fit_probe(
@@ -178,6 +192,16 @@ def _mlp_logits(arrays: Arrays, settings: Settings, features: torch.Tensor, line
     return hidden @ arrays["second"] + arrays["second_bias"]
 
 
+def _linear_logits(arrays: Arrays, settings: Settings, features: torch.Tensor, linear: torch.Tensor) -> torch.Tensor:
+    """Standardisation and temperature are folded in."""
+    return features @ arrays["weight"].T + arrays["bias"]
+
+
 #: kind → the candidates among which validation chooses
 BESIDE: dict[str, Callable[[Rows, Rows, int, int], Iterator[Probe]]] = {"knn": _knn, "mlp": _mlp, "tip": _tip}
-_LOGITS: dict[str, Callable[..., torch.Tensor]] = {"knn": _knn_logits, "mlp": _mlp_logits, "tip": _tip_logits}
+_LOGITS: dict[str, Callable[..., torch.Tensor]] = {
+    "knn": _knn_logits,
+    "mlp": _mlp_logits,
+    "tip": _tip_logits,
+    "linear": _linear_logits,
+}
