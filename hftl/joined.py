@@ -147,23 +147,27 @@ def find_joined(model: nn.Module, batch: Batch, layers: int, pooling: str) -> Jo
     if pooling != "model":
         mean_layer = backbones.pooling_layer(model)  # behind it all tokens are the mean, before it not
         inputs += mean_layer
-        outputs += [] if mean_layer else [_last_output(model, blocks, last, trace, maps)]
+        outputs += [] if mean_layer else [_last_output(model, trace)]
     return Joined(tuple(inputs), tuple(outputs), pooling, maps)
 
 
-def _last_output(model: nn.Module, blocks: dict[str, int], last: int, trace: Trace, maps: bool) -> str:
-    """The last module of the last block that still gives several positions: a norm may stand behind the pooling."""
-    for name in sorted(trace.left, key=trace.left.__getitem__, reverse=True):
-        keys = [f"{name}.{key}" if name else key for key, _ in model.get_submodule(name).named_parameters()]
+def _last_output(model: nn.Module, trace: Trace) -> str:
+    """The last part of the last block that gives several positions: a norm may stand behind the model's pooling."""
+    block = backbones.structure(model).blocks[-1]
+    parts: list[str] = []
+    for name in sorted(trace.left, key=len):  # those that are called themselves; a list of layers is not
+        if backbones.is_below_any(name, block) and not backbones.is_below_any(name, parts):
+            parts.append(name)
+    for name in sorted(parts, key=trace.left.__getitem__, reverse=True):
         output = _first(trace.outputs[name])
-        if {blocks.get(key, last) for key in keys} != {last} or not isinstance(output, TracedTensor):
-            continue
-        shape = [int(size) for size in output.shape]
-        if len(shape) == (4 if maps else 3) and math.prod(shape[2:] if maps else shape[1:2]) > 1:
+        sizes = output.shape if isinstance(output, TracedTensor) else ()
+        if len(sizes) in (3, 4) and sizes[len(sizes) - 2] != 1:  # tokens, or a side of a map wherever its channels are
             return name
     raise NoCut("its last block gives no more than one position a row, of which there is nothing to pool")
 
 
 def _first(output: Any) -> Any:
     """What a layer gives, which many do as the first of several things."""
+    if isinstance(output, dict):  # such as those of transformers' encoders
+        return next(iter(output.values()))
     return output[0] if isinstance(output, tuple) else output

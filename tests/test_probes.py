@@ -12,6 +12,7 @@ import pytest
 import small_data
 import tiny_models
 import torch
+import transformers
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
@@ -331,6 +332,22 @@ def test_all_blocks_can_be_joined() -> None:
     assert found.shape == (2, 4 * 16)
 
 
+def test_the_last_round_of_a_shared_layer_counts() -> None:
+    model: Any = tiny_models.TINY["albert"]()
+    batch = tiny_models.tiny_inputs(model, batch=3)
+    found = find_joined(model, batch, 1, "max").features(model, "classifier", batch)
+    layer = "albert.encoder.albert_layer_groups.0"
+    assert torch.allclose(found[:, 16:], by_hand(model, batch, [layer], ["max"]), atol=1e-5)
+
+
+def test_a_model_of_one_layer_is_joined_too() -> None:
+    config = transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    model = transformers.BertForSequenceClassification(config).eval()  # the encoder is the whole block
+    batch = tiny_models.tiny_inputs(model)
+    found = find_joined(model, batch, 1, "mean").features(model, "classifier", batch)
+    assert torch.allclose(found[:, 16:], by_hand(model, batch, ["bert.encoder.layer.0"], ["mean"]), atol=1e-5)
+
+
 def test_what_is_pooled_lies_before_the_layer_that_takes_the_mean() -> None:
     model: Any = pooling.pool_by_mean(tiny_models.TINY["bert"]())
     batch = tiny_models.tiny_inputs(model.eval(), batch=3)
@@ -353,6 +370,7 @@ def test_a_text_without_tokens_has_features_too() -> None:
     ("name", "layers", "flag", "message"),
     [
         ("timm_swin_tiny", 2, "model", "values of shape .*, not .rows, tokens, channels"),  # channels come last
+        ("timm_swin_tiny", 1, "mean", "values of shape .*, not .rows, tokens, channels"),
         ("timm_densenet121", 3, "model", "no single tensor"),  # a list of all before
         ("albert", 2, "model", "more than once"),  # one layer, shared
         ("timm_resnet18", 1, "max", "no more than one position a row"),  # at 32 pixels
@@ -361,7 +379,7 @@ def test_a_text_without_tokens_has_features_too() -> None:
 def test_blocks_that_cannot_be_joined(name: str, layers: int, flag: str, message: str) -> None:
     model: Any = tiny_models.TINY[name]()
     batch = tiny_models.tiny_inputs(model)
-    if flag == "max":
+    if name == "timm_resnet18":
         batch = {"pixel_values": torch.rand(2, 3, 32, 32)}
     source = PooledFeatures(model, batch)
     with pytest.raises(NoCut, match=message):
