@@ -401,9 +401,10 @@ class KeptDataset(Dataset[dict[str, Any]]):
         return example
 
     def matrix(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All views of all rows, shape (views × rows, features), and their labels, shape (views × rows,)."""
+        """All views of all rows as they are kept, shape (views × rows, features), and labels, shape (views × rows,)."""
         places = self.places.reshape(-1, 3)
-        values = torch.empty(len(places), *self.shards.read(places[0]).shape)  # of many rows one copy, in float32
+        first = self.shards.read(places[0])
+        values = first.new_empty(len(places), *first.shape)
         for value, place in zip(values, places, strict=True):
             value.copy_(self.shards.read(place))
         return values, torch.tensor(self.labels).repeat(len(self.places))

@@ -181,7 +181,13 @@ def features_of(task: ClassificationTask, splits: Splits) -> Pooled:
     if not speed.is_file():
         folder.write_json(speed, compute.seconds_a_row(model, batch, False, arguments.precision))
     return Pooled(
-        task, model, source, features.numpy(), labels.numpy(), json.loads(speed.read_text(encoding="utf-8")), rows
+        task,
+        model,
+        source,
+        features.float().numpy(),
+        labels.numpy(),
+        json.loads(speed.read_text(encoding="utf-8")),
+        rows,
     )
 
 

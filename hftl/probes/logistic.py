@@ -98,8 +98,11 @@ def solve_linear_head(
 
 
 def standardisation(features: torch.Tensor, intercept: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is taken off each of the features, shape (rows, features), and what the rest is multiplied by."""
-    deviation, mean = torch.std_mean(features, dim=0, correction=0)
+    """What is taken off each feature, of shape (rows, features), and what the rest is multiplied by; in float64."""
+    pieces = features.split(max(1, _HELD // features.shape[1]))
+    mean = torch.stack([piece.double().sum(dim=0) for piece in pieces]).sum(dim=0) / len(features)
+    squares = torch.stack([(piece.double() - mean).square().sum(dim=0) for piece in pieces])
+    deviation = (squares.sum(dim=0) / len(features)).sqrt()
     # A layer without a bias has nowhere to put the mean; a feature that never changes says nothing.
     mean = mean if intercept else torch.zeros_like(mean)
     return mean, torch.where(deviation > 1e-6, 1 / deviation.clamp(min=1e-6), 0.0)
