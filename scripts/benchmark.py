@@ -47,7 +47,7 @@ sys.path[:0] = [str(ROOT)]  # this checkout's hftl, whatever is installed
 
 # The folder of the same name beside this file: Python looks for packages before modules.
 from benchmark import quality, report, scaling  # noqa: E402
-from benchmark.comparisons import COMPARISONS, Comparison, Runs, Setting, hftl_train, missing_flags, summarise  # noqa: E402
+from benchmark.comparisons import COMPARISONS, Comparison, Runs, Setting, missing_flags, summarise  # noqa: E402
 from benchmark.jobs import Job, JobError, Runner  # noqa: E402
 from benchmark.prepare import many_images, prepare  # noqa: E402
 
@@ -148,21 +148,11 @@ def make_setting(options: argparse.Namespace, work: Path, notes: list[str]) -> t
     from hftl.builtin import builtin_model
 
     known = json.loads(_answer(flags))
-    setting = Setting(data, many, home, options, known, {}, python, builtin_model("minilm"))
+    setting = Setting(data, many, home, options, known, python, builtin_model("minilm"))
     for name, value in OPTIONAL_FLAGS.items():
         for flag in missing_flags(setting, **{name: value}):
             notes.append(f"{flag} is left out: this checkout does not have the flag")
     return setting, runner
-
-
-def find_precision(setting: Setting, runner: Runner, names: list[str]) -> None:
-    """What hftl computes in by itself: the peers that do the same work compute in the same."""
-    for task in ("image", "text"):
-        setting.precision[task] = "no"
-        if any(name.startswith(f"full-{task}") for name in names):
-            probe = hftl_train(setting, "probe", task, "--method=full", "--max_steps=2")
-            setting.precision[task] = runner.run(probe)["precision"]
-            print(f"hftl computes in {setting.precision[task]} on {task}s", flush=True)
 
 
 def choose(setting: Setting, options: argparse.Namespace, notes: list[str]) -> dict[str, Comparison]:
@@ -222,7 +212,6 @@ def run_table(options: argparse.Namespace, work: Path) -> int:
     """The table in the terminal and as files; 1 when a job failed."""
     notes: list[str] = []
     setting, runner = make_setting(options, work, notes)
-    find_precision(setting, runner, options.names)
     chosen = choose(setting, options, notes)
     content = start_content(options, notes)
     for note in notes:
