@@ -226,6 +226,8 @@ def _check_output(output: str | None, source: str = "") -> None:
         raise UsageError(f"--output {output!r}: there is no folder {str(Path(output).parent)!r}.")
     if output is not None and Path(output).is_dir():
         raise UsageError(f"--output {output!r} is a folder: name a file in it.")
+    if output is not None and os.path.exists(output) and not Path(output).is_file():
+        raise UsageError(f"--output {output!r} is no ordinary file, and would be replaced by one: name another.")
 
 
 def _evaluate(argv: list[str]) -> None:

@@ -319,13 +319,13 @@ def explained_disk_errors(folder: Path) -> Iterator[None]:
     """Turn a failed write, whichever library met it, into one clear error."""
     hook = threading.excepthook
     # The writer thread of TensorBoard would print a traceback, and its error comes up again in the main thread.
-    threading.excepthook = lambda failed: None if _disk_error(failed.exc_value) else hook(failed)
+    threading.excepthook = lambda failed: None if disk_error(failed.exc_value) else hook(failed)
     try:
         yield
     except UsageError:
         raise
     except Exception as error:
-        reason = _disk_error(error)
+        reason = disk_error(error)
         if reason is None:
             raise
         resume = " with --resume added" if (folder / CHECKPOINTS / RECIPE).is_file() else ""
@@ -336,8 +336,8 @@ def explained_disk_errors(folder: Path) -> Iterator[None]:
         threading.excepthook = hook
 
 
-def _disk_error(error: BaseException | None) -> str | None:
-    """What a disk error means; safetensors and torch report it in the text of an error of their own."""
+def disk_error(error: BaseException | None) -> str | None:
+    """What a disk error means, None for another; safetensors and torch report it in the text of one of their own."""
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return _DISK_ERRORS[error.errno]
     for number, reason in _DISK_ERRORS.items():

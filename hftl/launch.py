@@ -65,15 +65,15 @@ def launch(main: Callable[..., Any], *arguments: Any) -> None:
         _end("Stopped by SIGTERM.", 143)
     except KeyboardInterrupt:
         _end("Stopped by Ctrl-C.", 130)
-    except BrokenPipeError:  # `hftl ls | head`: the reader has what it wanted
+    except BrokenPipeError:  # `hftl ls | head`: the reader has what it wanted, and a training has not been done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(128 + signal.SIGPIPE)
     except BaseException as error:
         # Compared by name: importing the class would cost `hftl --help` the import of torch.
         if type(error).__name__ != "Interrupted":
             raise
         _end(
-            f"Stopped by {error}. Go on with the same command and --resume.",
+            f"Stopped by {error}. Go on with the same command and --resume, in the place of --overwrite if it has that.",
             128 + error.number,  # type: ignore[attr-defined]
         )
     else:
@@ -86,10 +86,12 @@ def launch(main: Callable[..., Any], *arguments: Any) -> None:
 def _end(message: str, code: int) -> None:
     """Print the message once: other processes give the first one time to say the same, and are then ended with it."""
     if int(os.environ.get("RANK", "0")) != 0:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))  # the launcher's, once the first one has ended
         time.sleep(3)
     print(message, file=sys.stderr, flush=True)
     _leave_group()
-    sys.stdout.flush()
+    if sys.stdout is not None:  # `>&-`
+        sys.stdout.flush()
     sys.exit(code)
 
 

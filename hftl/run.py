@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from hftl import backbones, batches, compute, data, merging
 from hftl.arguments import argument_tokens, parse, read_yaml, stage_arguments
 from hftl.errors import UsageError
-from hftl.folder import CHECKPOINTS, LOGS, METRICS, RECIPE
+from hftl.folder import CHECKPOINTS, LOGS, METRICS, RECIPE, REPLACED
 from hftl.joined import as_flags, wished
 from hftl.metrics import softmax
 from hftl.probes.beside import FOLDER as PROBE
@@ -349,6 +349,8 @@ def load_run(folder: str | Path, task_class: type[ClassificationTask] | None = N
     for name in (METRICS, RECIPE, "config.json"):
         if not (path / name).is_file():
             state = f"has no {name}" if path.is_dir() else "does not exist"
+            if (path / REPLACED).is_dir():
+                state += f"; the run that was to be replaced lies in its folder {REPLACED}"
             raise UsageError(f"{str(path)!r} is no finished run: the folder {state}.")
     recipe = read_yaml(path / RECIPE)
     task_class = task_class or find_task(str(recipe.get("task")))

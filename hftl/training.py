@@ -74,6 +74,10 @@ def train_plan(
             except UsageError as error:
                 folder.discard_start(path)
                 raise without_worker(error) from None
+            except Exception as error:
+                if folder.disk_error(error) is None:  # behind which --resume goes on
+                    folder.discard_start(path)
+                raise
             if folder.is_main_process():
                 write_run(task, trainer, splits, data, records, results)
             wait_for_all()

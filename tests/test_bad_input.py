@@ -919,6 +919,24 @@ def test_names_are_unique():
     assert sorted(set(names)) == sorted(names)
 
 
+def test_a_device_is_not_replaced_by_a_table(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    assert exit_code(arguments_of("predict {run} fine --output pipe", world)) == 2
+    check_message(capsys.readouterr().err, ("--output 'pipe' is no ordinary file",))
+    assert Path("pipe").is_fifo()
+
+
+def test_an_error_of_ones_own_loss_brings_a_replaced_run_back(world, tmp_path):
+    run = copied(world.names["run"], tmp_path / "run")
+    before = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    (tmp_path / "own.py").write_text("def loss(outputs, labels, num_items_in_batch=None):\n    raise KeyError('x')\n")
+    flags = f"--output_dir {run} --overwrite --report_to none --loss {tmp_path / 'own.py'}:loss"
+    with pytest.raises(KeyError):
+        cli.main(arguments_of(f"train text-classification --model {{bert}} --dataset {{table}} {flags}", world))
+    assert {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("flags", ["--penalty r_drop", "--learning_rate 1e30 --max_grad_norm 0 --warmup_steps 0"])
 def test_a_run_comes_back_when_the_one_in_its_place_fails_at_once(flags, world, tmp_path, capsys):
     """Only a trainer sees that the model has no dropout, and only a step that the rate is too high."""
