@@ -73,7 +73,7 @@ def launch(main: Callable[..., Any], *arguments: Any) -> None:
         if type(error).__name__ != "Interrupted":
             raise
         _end(
-            f"Stopped by {error}. Go on with the same command and --resume, in the place of --overwrite if it has that.",
+            f"Stopped by {error}. Go on with the same command and --resume (instead of --overwrite).",
             128 + error.number,  # type: ignore[attr-defined]
         )
     else:
