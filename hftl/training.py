@@ -78,6 +78,7 @@ def train_plan(
                 if folder.disk_error(error) is None:  # behind which --resume goes on
                     folder.discard_start(path)
                 raise
+            wait_for_all()  # every process has read what its stages kept, which goes when the run is written
             if folder.is_main_process():
                 write_run(task, trainer, splits, data, records, results)
             wait_for_all()
