@@ -205,18 +205,17 @@ class Ladder:
         sign = 1 if self.arguments.greater_is_better else -1
         length = 1.0
         while len(ways) > 1:
-            for method, factor in ways:
-                if self._tried(method, factor, length) is None:
-                    self._train("trial", method, factor, length)
-            scores = {way: self._tried(*way, length).score for way in ways}  # type: ignore[union-attr]
+            scores = {way: self._trial(*way, length).score for way in ways}
             ways = sorted(ways, key=lambda way: -sign * scores[way])[: len(ways) // 2]
             length *= 2
         return ways[0]
 
-    def _tried(self, method: str, factor: float, epochs: float) -> Trial | None:
+    def _trial(self, method: str, factor: float, epochs: float) -> Trial:
+        """A short trial, trained now unless it has been."""
         wanted = (method, factor, epochs)
-        trials = [trial for trial in self._of("trial") if (trial.method, trial.factor, trial.epochs) == wanted]
-        return trials[0] if trials else None
+        if not any((trial.method, trial.factor, trial.epochs) == wanted for trial in self._of("trial")):
+            self._train("trial", method, factor, epochs)
+        return next(trial for trial in self._of("trial") if (trial.method, trial.factor, trial.epochs) == wanted)
 
     def _finish_interrupted(self) -> None:
         """Go on with the trial in the midst of which an interrupted run was stopped."""

@@ -7,9 +7,9 @@ from dataclasses import replace
 from torch import nn
 
 from hftl import backbones
-from hftl.arguments import TransferArguments
+from hftl.arguments import TransferArguments, is_pretrained
 from hftl.errors import UsageError
-from hftl.methods.plan import Plan, all_parameters, default_rates, head_stage, is_pretrained, make_stage, resolved_rates
+from hftl.methods.plan import Plan, all_parameters, default_rates, head_stage, make_stage, resolved_rates
 from hftl.methods.reinit import reinitialise
 
 
