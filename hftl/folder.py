@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,10 @@ LOGS = "logs"
 PARTIAL = ".partial"
 #: where a finished run stands until the one that replaces it is whole
 REPLACED = ".replaced"
+#: seconds after which data workers of a killed process have noticed its death, and hold its folder no longer
+_ORPHANS = 15.0
+#: folders that this process writes into, with the descriptor that holds the lock
+_held: dict[Path, int] = {}
 #: settings that may differ between an interrupted run and the command that goes on with it
 _FREE_ON_RESUME = {
     "keep_checkpoints",
@@ -149,18 +155,59 @@ def start_folder(arguments: TransferArguments, settings: dict[str, Any]) -> None
     Args:
         arguments: the resolved arguments.
         settings: what `resume_settings` gave before they were resolved, for `--resume` to compare with.
+
+    Raises:
+        UsageError: another process is training into it.
     """
     folder = Path(str(arguments.output_dir))
-    if arguments.overwrite and folder.exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    _hold(folder, _ORPHANS if arguments.resume else 0.0)
+    if arguments.overwrite:
         _set_aside(folder)
     shutil.rmtree(folder / PARTIAL, ignore_errors=True)
     try:
-        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        (folder / CHECKPOINTS).mkdir(exist_ok=True)
         (folder / LOGS).mkdir(exist_ok=True)
         write_text(folder / CHECKPOINTS / RECIPE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     except OSError:
         discard_start(folder)
         raise
+
+
+def _hold(folder: Path, patience: float) -> None:
+    """Keep other processes out until `_release`; the lock is on the folder itself and goes with the process.
+
+    Args:
+        folder: which is there.
+        patience: seconds to wait for another process.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    place, until = folder.resolve(), time.monotonic() + patience
+    if place in _held:
+        return
+    descriptor = os.open(place, os.O_RDONLY)
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                os.close(descriptor)
+                raise UsageError(
+                    f"--output_dir {str(folder)!r}: another process is training into it. Wait for it, or name another "
+                    "folder."
+                ) from None
+        time.sleep(0.2)
+    _held[place] = descriptor
+
+
+def _release(folder: Path) -> None:
+    descriptor = _held.pop(folder.resolve(), None)
+    if descriptor is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for data workers, which have a copy of the descriptor
+        os.close(descriptor)
 
 
 def _set_aside(folder: Path) -> None:
@@ -189,6 +236,7 @@ def discard_start(folder: Path) -> None:
         shutil.rmtree(folder / LOGS, ignore_errors=True)
         if (folder / REPLACED).is_dir():
             _move_all(folder / REPLACED, folder)
+        _release(folder)
         with contextlib.suppress(OSError):  # not empty, or not there
             folder.rmdir()
 
@@ -242,6 +290,7 @@ def finish(folder: Path, keep_checkpoints: bool = False) -> None:
     (folder / CHECKPOINTS / RECIPE).unlink()  # first: with it the run counts as interrupted
     if not keep_checkpoints:
         shutil.rmtree(folder / CHECKPOINTS)
+    _release(folder)
 
 
 def discard_first(folder: Path, trainings: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import small_data
 import tiny_models
-from forked import Done, run_command
+from forked import Command, Done, run_command
 from safetensors.torch import load_file
 
 import hftl
@@ -163,6 +163,21 @@ def test_a_signal_before_there_is_anything_to_keep(tmp_path: Path) -> None:
     stopped = run_command(["train", "recipe.py"], tmp_path)
     assert (stopped.returncode, stopped.stderr) == (143, "Stopped by SIGTERM.\n")
     assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["recipe.py"]
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_do_not_share_a_folder(place: Path) -> None:
+    words = ["train", "text-classification", "--model=bert", "--dataset=texts", "--num_train_epochs=8"]
+    words += ["--output_dir=shared", "--per_device_train_batch_size=8", "--report_to=none"]
+    both = [Command([*words, f"--seed={seed}"], place) for seed in (1, 2)]
+    done = {seed: command.wait() for seed, command in enumerate(both, start=1)}
+    assert sorted(entry.returncode for entry in done.values()) == [0, 2]
+    winner = next(seed for seed, entry in done.items() if entry.returncode == 0)
+    assert "'shared': another process is training into it" in done[3 - winner].stderr
+    assert len(done[3 - winner].stderr.splitlines()) == 1
+    alone = run_command([*words, f"--seed={winner}", "--output_dir=alone"], place)
+    assert alone.returncode == 0, alone.stderr
+    assert_equal_weights(place / "shared", place / "alone")
 
 
 @pytest.mark.slow
