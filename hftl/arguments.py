@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import importlib.util
 import json
+import math
 import os
 import re
 import sys
@@ -245,7 +247,7 @@ class TransferArguments(TrainingArguments):
     early_stopping_patience: int | None = _argument(None, "Stop after so many evaluations without a better one.")
     metrics: list[str] | None = _argument(None, "Further metrics for evaluate.load: a Hub id or a local folder.")
     resume: bool = _argument(False, "Go on with the interrupted run in the output folder.")
-    overwrite: bool = _argument(False, "Replace the run in the output folder.")
+    overwrite: bool = _argument(False, "Replace the run in the output folder, with all that is in the folder.")
     keep_checkpoints: bool = _argument(False, "Keep the training checkpoints of a finished run.")
 
     # Not a field: names of the arguments that the person gave (configuration file or command line), set by `parse`.
@@ -258,13 +260,16 @@ class TransferArguments(TrainingArguments):
         _match_precision(self)
         _check_device(self)
         metric: str | None = self.metric_for_best_model  # type: ignore[has-type]  # a field of TrainingArguments
-        folder = self.output_dir
         _match_strategies(self)
+        if self.output_dir is not None:
+            self.output_dir = os.path.expanduser(self.output_dir)
+        _check_finite(self)
         schedule: str = self.lr_scheduler_type
         if schedule in OWN_SCHEDULES:
             self.lr_scheduler_type = "constant"  # Trainer knows none but its own
             if self.lr_scheduler_kwargs:
                 raise UsageError(f"--lr_scheduler_kwargs: {schedule} takes none. Leave it out.")
+        folder = self.output_dir
         super().__post_init__()
         if schedule in OWN_SCHEDULES:
             self.lr_scheduler_type = schedule
@@ -406,7 +411,7 @@ def parse(
         namespace.learning_rate = None if finds else namespace.learning_rate
         keys = {item.name for item in dataclasses.fields(arguments_class) if item.init}
         arguments = arguments_class(**{key: value for key, value in vars(namespace).items() if key in keys})
-    except (ValueError, ImportError) as error:  # TrainingArguments' own checks
+    except (ValueError, ImportError, OSError) as error:  # TrainingArguments' own checks
         raise UsageError(_with_flag(" ".join(str(error).split()), vars(namespace), given)) from error
     object.__setattr__(arguments, "given", frozenset(given))
     if arguments.lr_scheduler_type == "one_cycle" and "warmup_steps" not in given:
@@ -465,7 +470,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise UsageError(f"Configuration file {str(path)!r} does not exist.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except RecursionError:
+        raise UsageError(f"Configuration file {str(path)!r} is nested too deeply to be settings.") from None
+    except (yaml.YAMLError, ValueError, OSError) as error:  # ValueError: another encoding, or 2020-13-45
         raise UsageError(f"Configuration file {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UsageError(f"Configuration file {str(path)!r} must hold `name: value` lines.")
@@ -477,6 +484,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """A mapping whose keys are all different."""
+        other = next((key for key, _ in node.value if not isinstance(key, yaml.ScalarNode)), None)
+        if other is not None:
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a name", other.start_mark)
         twice = [name for name, count in Counter(key.value for key, _ in node.value).items() if count > 1]
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands there twice")
@@ -616,6 +626,14 @@ def _match_strategies(arguments: TransferArguments) -> None:
         arguments.eval_strategy, arguments.eval_steps = "steps", arguments.save_steps
 
 
+def _check_finite(arguments: TransferArguments) -> None:
+    """Python reads nan and inf as numbers."""
+    for item in dataclasses.fields(arguments):
+        value = getattr(arguments, item.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--{item.name} must be a finite number, not {value}.")
+
+
 def _check_ranges(arguments: TransferArguments) -> None:
     """Values that argparse lets through and that mean nothing."""
     positive = ["num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "head_epochs"]
@@ -623,6 +641,7 @@ def _check_ranges(arguments: TransferArguments) -> None:
     positive += ["shots", "repeats", "lora_blocks", "lora_plus_ratio", "reinit_blocks", "mixup", "cutmix"]
     positive += ["feature_views", "feature_layers", "feature_cache_gb"]
     positive += ["image_size", "image_cache_gb", "max_length", "gradient_accumulation_steps", "early_stopping_patience"]
+    positive += ["eval_accumulation_steps"]
     for name in positive:
         value = getattr(arguments, name, None)
         if value is not None and not value > 0:
@@ -633,10 +652,18 @@ def _check_ranges(arguments: TransferArguments) -> None:
         if getattr(arguments, name) is not needed:
             raise UsageError(f"--{name}: hftl scores an evaluation by all of its answers. Leave it out.")
     for name in ("weight_decay", "max_grad_norm"):
-        if not 0 <= getattr(arguments, name) < float("inf"):
+        if not getattr(arguments, name) >= 0:
             raise UsageError(f"--{name} must be a number from 0 on, not {getattr(arguments, name)}.")
     if arguments.output_dir is not None and not arguments.output_dir.strip():
         raise UsageError("--output_dir is empty: name a folder, or leave it out.")
+    if not all(name.strip() for name in arguments.metrics or []):
+        raise UsageError("--metrics is empty: name metrics, or leave it out.")
+    if not isinstance(arguments.lr_scheduler_kwargs or {}, dict):
+        raise UsageError("--lr_scheduler_kwargs must be settings by name, as JSON: '{\"num_cycles\": 0.5}'.")
+    if arguments.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise UsageError("--use_liger_kernel: its package is not installed: pip install liger-kernel, or leave it out.")
+    if arguments.neftune_noise_alpha is not None and isinstance(arguments, ImageArguments):
+        raise UsageError("--neftune_noise_alpha disturbs the embeddings of tokens, which an image model has not.")
     if arguments.time_budget is not None:
         seconds_of(arguments.time_budget)
         if arguments.preset is not None:

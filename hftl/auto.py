@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
-import json
 import math
 import shutil
 import time
@@ -30,10 +29,12 @@ from hftl.arguments import TransferArguments, read_yaml, seconds_of, set_precisi
 from hftl.averaging import INGREDIENTS
 from hftl.data import Splits
 from hftl.errors import Diverged, UsageError
-from hftl.folder import CHECKPOINTS, METRICS, PREDICTIONS, RECIPE, say
+from hftl.features import OF_KEPT_FEATURES
+from hftl.folder import CHECKPOINTS, METRICS, PREDICTIONS, RECIPE, read_json, say
 from hftl.launch import started
 from hftl.lr_find import main_rate, scaled
 from hftl.methods import Plan, build_plan
+from hftl.tables import aligned, as_csv
 from hftl.tasks.classification import ClassificationTask
 from hftl.training import train_plan
 
@@ -241,6 +242,7 @@ class Ladder:
             resume=(place / CHECKPOINTS / RECIPE).is_file(),
             average="soup" if rung == "final" and epochs >= _LEAST_FOR_SOUP else "none",
             **(self._plain() if rung == "probe" else {}),
+            **(OF_KEPT_FEATURES if method == "full" else {}),
         )
         plan = build_plan(copy.deepcopy(self.model), arguments)
         if factor != 1:
@@ -267,7 +269,7 @@ class Ladder:
 
     def _score(self, place: Path) -> float:
         metric = str(self.arguments.metric_for_best_model)
-        return float(json.loads((place / METRICS).read_text(encoding="utf-8"))["validation"][metric])
+        return float(read_json(place / METRICS)["validation"][metric])
 
     def _is_better(self, place: Path) -> bool:
         """Whether a trial beats the run so far by more than chance would.
@@ -340,23 +342,20 @@ def _correct(path: Path) -> np.ndarray[Any, Any]:
 
 def _table(trials: list[Trial], metric: str) -> str:
     """What was tried, one line each."""
-    lines = [f"{'rung':<8}{'method':<10}{'rates':>6}{'epochs':>8}{'validation ' + metric:>24}{'seconds':>9}"]
+    lines = [["rung", "method", "rates", "epochs", f"validation {metric}", "seconds", ""]]
     kept = max((number for number, trial in enumerate(trials) if trial.best), default=0)
     for number, trial in enumerate(trials):
-        epochs = f"{trial.epochs:g}" if trial.epochs else "solved"
-        mark = "  kept" if number == kept else ""
-        rates = f"x{trial.factor:g}" if epochs != "solved" else ""
-        lines.append(
-            f"{trial.rung:<8}{trial.method:<10}{rates:>6}{epochs:>8}{trial.score:>24.4f}{trial.seconds:>9.0f}{mark}"
-        )
-    return "\n".join(lines)
+        length = [f"x{trial.factor:g}", f"{trial.epochs:g}"] if trial.epochs else ["", "solved"]
+        mark = "kept" if number == kept else ""
+        lines.append([trial.rung, trial.method, *length, f"{trial.score:.4f}", f"{trial.seconds:.0f}", mark])
+    return "\n".join(aligned(lines, left=[0, 1, 6]))
 
 
 def _write_table(path: Path, trials: list[Trial], spent: float) -> None:
     names = [item.name for item in dataclasses.fields(Trial)]
-    rows = [[str(getattr(trial, name)) for name in names] for trial in trials]
-    rows = [[*row, ""] for row in rows[:-1]] + [[*rows[-1], f"{spent:.1f}"]]
-    folder.write_text(path, "\n".join(",".join(row) for row in [[*names, "spent"], *rows]) + "\n")
+    rows = [[*dataclasses.astuple(trial), ""] for trial in trials]
+    rows[-1][-1] = f"{spent:.1f}"
+    folder.write_text(path, as_csv([[*names, "spent"], *rows]))
 
 
 def _read_table(path: Path) -> tuple[list[Trial], float]:

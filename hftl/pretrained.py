@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import pickle
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from hftl import backbones
 from hftl.arguments import TransferArguments
 from hftl.errors import UsageError, did_you_mean
+from hftl.folder import read_json
 from hftl.hub import check_hub
 
 #: what the libraries raise for files that are not there, torn, or of another kind
@@ -53,8 +55,8 @@ def find_model(name: str | None) -> str:
         from hftl.builtin import builtin_model
 
         return str(builtin_model(name.partition(":")[2]))
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
         if (path / "adapter_config.json").is_file():
             raise UsageError(
                 f"--model {name!r} is an adapter: name the folder of the run, which holds the merged model."
@@ -66,7 +68,7 @@ def find_model(name: str | None) -> str:
         if not (path / "config.json").is_file():
             raise UsageError(f"--model {name!r}: the folder holds no model (there is no config.json in it).")
         return str(path)
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(path)
     if looks_local:
         siblings = [str(path.parent / entry.name) for entry in path.parent.glob("*") if entry.is_dir()]
         raise UsageError(f"--model {name!r}: there is no such folder.{did_you_mean(str(path), siblings)}")
@@ -92,7 +94,7 @@ def explained_load(name: str, auto_class: type) -> Iterator[None]:
                 f"--model {name!r} is not a model for {kind}s ({auto_class.__name__} does not take it): choose another "
                 f"model, or the recipe of its own task."
             ) from error
-        if not Path(name).expanduser().is_dir() and (constants.HF_HUB_OFFLINE or "connect" in reason.lower()):
+        if not os.path.isdir(os.path.expanduser(name)) and (constants.HF_HUB_OFFLINE or "connect" in reason.lower()):
             raise UsageError(
                 f"--model {name!r} is neither a local folder nor in the cache, and the Hub cannot be reached: check "
                 "the name and the connection, or use a folder, builtin:NAME or random:ARCH."
@@ -103,14 +105,14 @@ def explained_load(name: str, auto_class: type) -> Iterator[None]:
 
 def hub_options(arguments: TransferArguments, source: str | Path) -> dict[str, Any]:
     """Which revision of a checkpoint to load, and whether its code may run."""
-    revision = {} if Path(source).is_dir() else {"revision": arguments.model_revision}
+    revision = {} if os.path.isdir(source) else {"revision": arguments.model_revision}
     return {**revision, "trust_remote_code": arguments.trust_remote_code}
 
 
 def public_name(name: str | None) -> str:
     """A name of a model or data set without the folders of this machine."""
     text = str(name)
-    return Path(text).name if Path(text).expanduser().exists() else text
+    return Path(text).name if os.path.exists(os.path.expanduser(text)) else text
 
 
 def load_model(
@@ -238,7 +240,7 @@ def save_model(model: PreTrainedModel, folder: Path, state: dict[str, torch.Tens
     model.save_pretrained(folder, state_dict=state)
     if model.config.model_type == "timm_wrapper":
         path = folder / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         # timm fails on null here, and on a number of classes given twice.
         config["model_args"] = {
             key: value for key, value in (config.get("model_args") or {}).items() if key != "num_classes"
@@ -269,7 +271,7 @@ def random_timm_folder(architecture: str, image_size: int | None) -> str:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     save_for_hf(model, folder, model_args=dict(sizes) or None)
     path = Path(folder) / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     config["model_args"] = sizes
     path.write_text(json.dumps(config), encoding="utf-8")
     return folder

@@ -6,10 +6,7 @@ Every model runs once over the training rows (from the cache of features where i
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-import json
 import math
 import re
 import shlex
@@ -28,10 +25,11 @@ from hftl.arguments import ArgumentsType, is_pretrained, parse, set_precision
 from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.features import HeadInputs, PooledFeatures, pooled
-from hftl.folder import say
+from hftl.folder import read_json, say
 from hftl.methods.parts import frozen
 from hftl.methods.plan import prepare_modules
 from hftl.metrics import softmax
+from hftl.tables import aligned, as_csv
 from hftl.tasks import find_task
 from hftl.tasks.classification import ClassificationTask
 
@@ -186,7 +184,7 @@ def features_of(task: ClassificationTask, splits: Splits) -> Pooled:
         source,
         features.float().numpy(),
         labels.numpy(),
-        json.loads(speed.read_text(encoding="utf-8")),
+        read_json(speed),
         rows,
     )
 
@@ -236,14 +234,7 @@ _COLUMNS = {
 def table(candidates: Sequence[Candidate]) -> str:
     """The models, one a line."""
     lines = [list(_COLUMNS.values()), *([_shown(getattr(entry, name)) for name in _COLUMNS] for entry in candidates)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if place == 1 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return "\n".join(aligned(lines, left=[1]))
 
 
 def _shown(value: Any) -> str:
@@ -252,13 +243,9 @@ def _shown(value: Any) -> str:
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def as_csv(candidates: Sequence[Candidate]) -> str:
+def csv_of(candidates: Sequence[Candidate]) -> str:
     """The same table with all digits, as CSV."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    writer.writerows(dataclasses.astuple(entry) for entry in candidates)
-    return text.getvalue()
+    return as_csv([list(_COLUMNS), *(dataclasses.astuple(entry) for entry in candidates)])
 
 
 def recommendation(candidates: Sequence[Candidate], rows: int, by: str, task_name: str, dataset: str) -> str:
@@ -293,4 +280,4 @@ def main(task_name: str, models: Sequence[str], tokens: Sequence[str], by: str, 
     candidates, rows, dataset = rank(task_name, models, tokens, by)
     say(f"\n{table(candidates)}\n\n{recommendation(candidates, rows, by, task_name, dataset)}")
     if output is not None:
-        folder.write_text(Path(output), as_csv(candidates))
+        folder.write_text(Path(output), csv_of(candidates))

@@ -6,7 +6,6 @@ run folder holds the model of the seed that validation likes best; test is not a
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from hftl.arguments import TransferArguments, read_yaml, stage_arguments
 from hftl.compute import wait_for_all
 from hftl.data import Splits
 from hftl.errors import UsageError
-from hftl.folder import CHECKPOINTS, LOGS, METRICS, PREDICTIONS, RECIPE, say
+from hftl.folder import CHECKPOINTS, LOGS, METRICS, PREDICTIONS, RECIPE, read_json, say
 from hftl.methods import Plan, build_plan
 from hftl.tasks.classification import ClassificationTask
 from hftl.training import check_plan, train_plan
@@ -94,15 +93,15 @@ def _keep_best(path: Path, place: Path, metric: str, sign: int) -> None:
 
 def _key(place: Path, metric: str, sign: int) -> tuple[float, float]:
     """What the best has most of: the metric on validation, among equal ones the lower loss."""
-    scores = json.loads((place / METRICS).read_text(encoding="utf-8"))["validation"]
+    scores = read_json(place / METRICS)["validation"]
     return sign * scores[metric], -scores["loss"]
 
 
 def _finish(path: Path, arguments: TransferArguments, seeds: range) -> None:
     """Add mean and interval to the scores; the recipe repeats all seeds."""
-    every = [json.loads((path / REPEATS / str(seed) / METRICS).read_text(encoding="utf-8")) for seed in seeds]
+    every = [read_json(path / REPEATS / str(seed) / METRICS) for seed in seeds]
     recipe = read_yaml(path / RECIPE)
-    metrics = json.loads((path / METRICS).read_text(encoding="utf-8"))
+    metrics = read_json(path / METRICS)
     metrics["repeats"] = {
         "seeds": list(seeds),
         "best_seed": metrics.get("repeats", recipe).get(

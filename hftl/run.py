@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from hftl import backbones, batches, compute, data, merging
 from hftl.arguments import argument_tokens, parse, read_yaml, stage_arguments
 from hftl.errors import UsageError
-from hftl.folder import CHECKPOINTS, LOGS, METRICS, RECIPE, REPLACED
+from hftl.folder import CHECKPOINTS, LOGS, METRICS, RECIPE, REPLACED, read_json
 from hftl.joined import as_flags, wished
 from hftl.metrics import softmax
 from hftl.probes.beside import FOLDER as PROBE
@@ -74,7 +73,7 @@ class Run:
     @functools.cached_property
     def metrics(self) -> dict[str, Any]:
         """The content of metrics.json."""
-        return json.loads((self.folder / METRICS).read_text(encoding="utf-8"))
+        return read_json(self.folder / METRICS)
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
@@ -321,9 +320,10 @@ class Run:
             )
         except known as error:
             reason = (" ".join(str(error).split())[:300] or type(error).__name__).rstrip(".")
+            again = f"hftl push {shlex.quote(str(self.folder))} {shlex.quote(repository)}"
             raise UsageError(
                 f"Pushing to {repository!r} failed: {reason}. The run in {str(self.folder)!r} is whole; push it again "
-                f"with `hftl push {self.folder} {repository}` (a token: `hf auth login`)."
+                f"with `{again}` (a token: `hf auth login`)."
             ) from error
         return str(address)
 
@@ -362,7 +362,7 @@ def load_run(folder: str | Path, task_class: type[ClassificationTask] | None = N
     tokens = [token for key, value in recipe.items() if key in own for token in argument_tokens(key, value)]
     arguments = parse(task_class.arguments_class, [*tokens, f"--output_dir={path}"])
     task = task_class(arguments)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_json(path / "config.json")
     names = config.get("label_names") or [
         name for _, name in sorted(config["id2label"].items(), key=lambda item: int(item[0]))
     ]

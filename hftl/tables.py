@@ -1,12 +1,14 @@
-"""Tables as columns: CSV and TSV, JSON lines, Parquet."""
+"""Tables: read as columns from CSV and TSV, JSON lines, Parquet; written as CSV, or for the eye."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import re
 import sys
 from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import datasets
@@ -14,6 +16,26 @@ import datasets
 from hftl.errors import UsageError
 
 TABLE_SUFFIXES = {".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet"}
+
+
+def as_csv(lines: Iterable[Sequence[object]]) -> str:
+    """Lines of cells as CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
+
+
+def aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
+    """Lines of cells with their columns one below the other, those whose numbers are in `left` to the left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    cells = [
+        [
+            cell.ljust(width) if place in left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        for line in lines
+    ]
+    return ["  ".join(line).rstrip() for line in cells]
 
 
 def read_columns(path: Path) -> dict[str, list] | datasets.Dataset:
@@ -94,14 +116,25 @@ def _read_json(path: Path) -> dict[str, list]:
         except json.JSONDecodeError as error:
             line = number + error.lineno - 1
             raise UsageError(f"{path}: line {line} is not valid JSON: {error.msg} (column {error.colno})") from error
+        except ValueError as error:  # a number with more digits than Python reads
+            raise UsageError(f"{path}: line {number} cannot be read: {str(error).partition(';')[0]}") from error
         except RecursionError as error:
             raise UsageError(f"{path}: line {number} is nested too deeply to be rows of a table") from error
         found = value if whole else [value]
         rows += found
         if not all(isinstance(row, dict) for row in found):
             raise UsageError(f'{path}: line {number} is not an object such as {{"text": "…", "label": "…"}}')
+        if any(_has_half_character(value) for row in found for value in row.values()):
+            raise UsageError(
+                f"{path}: line {number} has half a character (one of \\ud800 to \\udfff by itself): mend it"
+            )
     names = {name: None for row in rows for name in row}
     return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _has_half_character(value: object) -> bool:
+    """Whether a text has one half of a surrogate pair, which JSON can say and no file can hold."""
+    return isinstance(value, str) and not value.isascii() and re.search("[\ud800-\udfff]", value) is not None
 
 
 def _read_parquet(path: Path) -> datasets.Dataset:

@@ -98,7 +98,12 @@ class TransferTrainer(Trainer):
             shaped: Any = optim.schedule(name, optimizer or self.optimizer, num_training_steps, rise)
             self.lr_scheduler = shaped
             self._created_lr_scheduler = True
-        return super().create_scheduler(num_training_steps, optimizer)
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except TypeError as error:
+            if not self.args.lr_scheduler_kwargs:
+                raise
+            raise UsageError(f"--lr_scheduler_kwargs: {name} does not take them: {error}.") from error
 
     @property
     def is_sharded(self) -> bool:
@@ -159,7 +164,7 @@ class TransferTrainer(Trainer):
         """One step whose randomness is a function of (seed, step, process), so that a resumed run repeats it.
 
         Raises:
-            UsageError: the loss is not finite.
+            UsageError: the loss is not finite, or BatchNorm cannot train on the batch.
         """
         if self.seeded_step != self.state.global_step:
             self.seeded_step = self.state.global_step
@@ -167,7 +172,15 @@ class TransferTrainer(Trainer):
             seed_all = torch.default_generator.manual_seed if self.args.use_cpu else torch.manual_seed
             seed_all(self.args.seed + 1_000_003 * self.state.global_step + self.args.process_index)
         inputs = self.mixing(inputs) if self.mixing is not None else inputs
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UsageError(
+                "--batch_norm train: BatchNorm has no statistics of a single row whose maps are one pixel. Leave a "
+                "last batch of one row out with --dataloader_drop_last, or take another --per_device_train_batch_size."
+            ) from error
         if not torch.isfinite(loss):
             self.not_finite(loss)
         return loss

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import re
@@ -28,7 +27,7 @@ from hftl.compute import wait_for_all
 from hftl.data import Splits
 from hftl.errors import UsageError, without_worker
 from hftl.features import KeptFeatures, check_wishes, keep_features, mostly_frozen, of_all_processes
-from hftl.folder import CHECKPOINTS, LOGS, RECIPE, say
+from hftl.folder import CHECKPOINTS, LOGS, RECIPE, read_json, say
 from hftl.losses import check_loss
 from hftl.lr_find import PICTURE, STEPS, Sweep, draw, report, scaled, sweep
 from hftl.methods import Plan, Stage
@@ -274,7 +273,7 @@ def _run_stages(
                 results = _evaluate(task, trainer, rows, kept)
         if not is_last:
             trainer.bare_model()  # the next trainer puts its own around the model
-        records.append(json.loads((final / "stage.json").read_text(encoding="utf-8")))
+        records.append(read_json(final / "stage.json"))
     return trainer, records, results
 
 

@@ -7,10 +7,8 @@ command goes on with an interrupted search, and with the trial in whose midst it
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import importlib.util
-import io
 import json
 import math
 import re
@@ -27,9 +25,10 @@ from hftl.arguments import TransferArguments, flag_names, parse, stage_arguments
 from hftl.data import Splits
 from hftl.errors import DiskError, Diverged, UsageError, did_you_mean
 from hftl.fitting import push, score_on_test
-from hftl.folder import CHECKPOINTS, METRICS, RECIPE, say
+from hftl.folder import CHECKPOINTS, METRICS, RECIPE, read_json, say
 from hftl.methods import METHOD_ARGUMENTS, arguments_of, build_plan, find_method
 from hftl.run import Run
+from hftl.tables import aligned, as_csv
 from hftl.tasks import find_task
 from hftl.training import train_plan
 
@@ -280,7 +279,7 @@ class Search:
                 task = self.task_class(arguments)
                 plan = build_plan(task.build_model(splits), arguments)
                 train_plan(task, plan, splits, arguments, [_Pruning(trial, self.metric)])
-            score = float(json.loads((place / METRICS).read_text(encoding="utf-8"))["validation"][self.metric])
+            score = float(read_json(place / METRICS)["validation"][self.metric])
             if math.isnan(score):
                 raise Diverged(f"{self.metric} is no number")
             self.study.tell(trial, score)
@@ -297,7 +296,7 @@ class Search:
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
             say(f"trial: failed: {error}")
         shutil.rmtree(place, ignore_errors=True)
-        folder.write_text(self.path / TABLE, self.as_csv())
+        folder.write_text(self.path / TABLE, self.csv())
 
     def _suggest(self, trial: Any) -> dict[str, str]:
         """A value for every searched flag that the trial's method uses."""
@@ -330,20 +329,16 @@ class Search:
     def _head(self) -> list[str]:
         return ["trial", "state", self.metric, "epochs", "seconds", *(dimension.name for dimension in self.space)]
 
-    def as_csv(self) -> str:
+    def csv(self) -> str:
         """The trials as CSV."""
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([self._head(), *self._lines()])
-        return text.getvalue()
+        return as_csv([self._head(), *self._lines()])
 
     def table(self) -> str:
         """The trials, one a line, the best marked."""
         best = next(row for row, trial in enumerate(self._done()) if trial.number == self.study.best_trial.number)
-        lines = [self._head(), *self._lines()]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-        rows[best + 1] += "  best"
-        return "\n".join(row.rstrip() for row in rows)
+        marks = ["", *("best" if row == best else "" for row in range(len(self._done())))]
+        lines = [[*line, mark] for line, mark in zip([self._head(), *self._lines()], marks, strict=True)]
+        return "\n".join(aligned(lines, left=range(len(lines[0]))))
 
 
 def _is_used(name: str, method: str) -> bool:

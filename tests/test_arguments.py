@@ -72,3 +72,8 @@ def test_task_of_another_recipe_is_refused(tmp_path: Path) -> None:
     path.write_text("task: text-classification\n")
     with pytest.raises(hftl.UsageError, match=r"text-classification.*image-classification"):
         hftl.parse(hftl.ImageArguments, ["--config", str(path)])
+
+
+def test_the_home_of_the_person_in_the_output_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert hftl.parse(hftl.TextArguments, ["--output_dir=~/run"]).output_dir == "/home/somebody/run"

@@ -43,6 +43,7 @@ class Bad:
 
 
 FOLDER = b"folder"  # in place of a file's content
+BROKEN_LINK = b"broken link"
 
 
 def png(number: int) -> bytes:
@@ -285,7 +286,7 @@ FLAGS = [
     ),
     Bad("batch of none", f"{TEXT} --per_device_train_batch_size 0", ("--per_device_train_batch_size", "above 0")),
     Bad("epochs below none", f"{TEXT} --num_train_epochs -1", ("--num_train_epochs", "above 0")),
-    Bad("rate that is no number", f"{TEXT} --learning_rate nan", ("--learning_rate", "above 0", "nan")),
+    Bad("rate that is no number", f"{TEXT} --learning_rate nan", ("--learning_rate must be a finite number, not nan",)),
     Bad("seed below none", f"{TEXT} --seed -5", ("--seed", "between 0", "-5")),
     Bad("dropout of two", f"{TEXT} --method lora --lora_dropout 2", ("--lora_dropout", "between 0 and 1")),
     Bad("beta of two", f"{TEXT} --adam_beta1 2", ("settings cannot be used", "beta", "2.0")),
@@ -634,6 +635,30 @@ DATA = [
     Bad("no JSON", on_text("t.jsonl"), ("t.jsonl: line 1 is not valid JSON",), {"t.jsonl": "text\n"}),
     Bad("no Parquet", on_text("t.parquet"), ("t.parquet cannot be read as Parquet",), {"t.parquet": "text\n"}),
     Bad("rows of one class each", on_text("t.csv"), ("no class has two rows",), {"t.csv": "text,label\na,x\nb,y\n"}),
+    Bad(
+        "file name that is not UTF-8",
+        on_images("data"),
+        ("b\\udcff.png", "not UTF-8", "rename"),
+        classes("data", cat=4, dog=4) | {"data/cat/b\udcff.png": png(9)},
+    ),
+    Bad(
+        "half a character",
+        on_text("t.jsonl"),
+        ("t.jsonl: line 2", "half a character"),
+        {"t.jsonl": '{"text": "a", "label": 0}\n{"text": "b\\ud800", "label": 1}\n'},
+    ),
+    Bad(
+        "number with 5,000 digits",
+        on_text("t.jsonl"),
+        ("t.jsonl: line 1", "digits"),
+        {"t.jsonl": f'{{"text": "a", "label": {"1" * 5000}}}\n'},
+    ),
+    Bad(
+        "file name with a line break",
+        on_images("data"),
+        ("1 of 9 images", "cat/a\\nb.png"),
+        classes("data", cat=4, dog=4) | {"data/cat/a\nb.png": "no pixels"},
+    ),
     Bad("unknown split", f"{TEXT} --test_split tst", ("--test_split 'tst'", "no such split", "train")),
 ]
 
@@ -780,7 +805,92 @@ CHOOSING += [
     Bad("tune over a run", f"{TUNE} learning_rate=1e-4,1e-3 --output_dir {{run}}", ("holds no search",)),
 ]
 
-TABLE = [*FLAGS, *METHODS, *MODELS, *DATA, *FOLDERS, *RUNS, *CHOOSING]
+NESTED = f"a: {'[' * 5000}"
+
+
+def home_that_is_a_file(patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("HFTL_HOME", str(Path("home").resolve()))
+
+
+VALUES = [
+    Bad("endless epochs", f"{TEXT} --num_train_epochs inf", ("--num_train_epochs must be a finite number, not inf",)),
+    Bad("warm-up that is no number", f"{TEXT} --warmup_steps nan", ("--warmup_steps must be a finite number",)),
+    Bad("endless warm-up", f"{TEXT} --warmup_steps inf", ("--warmup_steps must be a finite number",)),
+    Bad("endless log interval", f"{TEXT} --logging_steps inf", ("--logging_steps must be a finite number",)),
+    Bad("accumulation of none", f"{TEXT} --eval_accumulation_steps 0", ("--eval_accumulation_steps", "above 0")),
+    Bad("empty metric", f"{TEXT} --metrics ''", ("--metrics is empty",)),
+    Bad(
+        "unknown setting of the schedule",
+        f"{TEXT} --lr_scheduler_kwargs '{{{{\"a\": 1}}}}'",
+        ("--lr_scheduler_kwargs", "'a'"),
+    ),
+    Bad(
+        "settings of the schedule in a list",
+        f"{TEXT} --lr_scheduler_kwargs '[1]'",
+        ("--lr_scheduler_kwargs must be settings by name",),
+    ),
+    Bad(
+        "statistics of a single row",
+        "train image-classification --model {timm} --dataset {images} --output_dir out --batch_norm train "
+        "--image_size 32 --per_device_train_batch_size 3 --max_train_samples 7",
+        ("--batch_norm train", "a single row", "--dataloader_drop_last"),
+    ),
+    Bad("no such accelerator file", f"{TEXT} --accelerator_config nope.json", ("nope.json",)),
+    Bad("adapter setting of null", with_settings("lora", '"r": null'), ("--peft_config", "r")),
+    Bad(
+        "noise on the embeddings of images",
+        f"{IMAGE} --neftune_noise_alpha 5",
+        ("--neftune_noise_alpha", "embeddings of tokens"),
+    ),
+    Bad("kernels that are not installed", f"{TEXT} --use_liger_kernel", ("liger", "not installed")),
+    Bad("views of what all trains", f"{IMAGE} --feature_views 4", ("--method full", "--feature_views", "frozen")),
+    Bad(
+        "kept features of what all trains",
+        f"{TEXT} --feature_cache_dtype float32",
+        ("--method full", "--feature_cache_dtype", "partial"),
+    ),
+    Bad(
+        "one split for two roles",
+        f"{TEXT} --train_split train --test_split train",
+        ("--train_split and --test_split", "'train'"),
+    ),
+    Bad("model with an endless name", with_model("m" * 300), ("--model 'mmm",)),
+    Bad("data with an endless name", on_text("d" * 300), ("no local file or folder",)),
+    Bad("folder that is a broken link", TEXT, ("'out' is a link to what is not there",), {"out": BROKEN_LINK}),
+    Bad("folder with an endless name", f"{TEXT}{'o' * 300}", ("--output_dir", "name another folder")),
+    Bad(
+        "cache that is a file",
+        with_model("builtin:efficientnet_lite0", "image", "images"),
+        ("builtin:efficientnet_lite0 cannot be written to", "HFTL_HOME"),
+        {"home": "a"},
+        home_that_is_a_file,
+    ),
+    Bad("copy to where nothing can be", f"cp image_classification {'o' * 300}.py", ("cannot be written", "too long")),
+    Bad("home of nobody", on_text("~nobody_at_all/t.csv"), ("no such file or folder: '~nobody_at_all/t.csv'",)),
+    Bad("model in the home of nobody", with_model("~nobody_at_all/bert"), ("'~nobody_at_all/bert'",)),
+    Bad(
+        "keys of YAML that are lists",
+        f"{TEXT} --config c.yaml",
+        ("c.yaml", "cannot be read"),
+        {"c.yaml": "? [a]\n: 1\n"},
+    ),
+    Bad(
+        "YAML in itself",
+        f"{TEXT} --method lora --config c.yaml",
+        ("lora_target_modules",),
+        {"c.yaml": "lora_target_modules: &a [*a]\n"},
+    ),
+    Bad("YAML without an end", f"{TEXT} --config c.yaml", ("c.yaml", "nested too deeply"), {"c.yaml": NESTED}),
+    Bad(
+        "no day of the calendar",
+        f"{TEXT} --config c.yaml",
+        ("c.yaml", "cannot be read"),
+        {"c.yaml": "loss: 2020-13-45\n"},
+    ),
+    Bad("YAML date for a number", f"{TEXT} --config c.yaml", ("seed", "2020-01-01"), {"c.yaml": "seed: 2020-01-01\n"}),
+]
+
+TABLE = [*FLAGS, *METHODS, *MODELS, *DATA, *FOLDERS, *RUNS, *CHOOSING, *VALUES]
 
 
 # ---- what the commands name -----------------------------------------------------------------------------------------
@@ -857,14 +967,16 @@ def write(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if content is FOLDER:
         path.mkdir()
-        return
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    elif content is BROKEN_LINK:
+        path.symlink_to("nowhere")
+    else:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def everything_in(*folders: Path) -> dict[str, tuple[int, int]]:
     """Every path with its size and time of change; what Python compiles is no trace of the command."""
     paths = [path for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts]
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+    return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in paths}
 
 
 def arguments_of(command: str, world: SimpleNamespace) -> list[str]:
@@ -984,6 +1096,7 @@ def program(command: str, world: SimpleNamespace, folder: Path, **environment: s
 
 
 REAL = [
+    Bad("terminal without arrows", f"{TEXT} --lr_scheduler_kwargs '{{{{\"a\": 1}}}}'", ("--lr_scheduler_kwargs",)),
     Bad("unknown command", "trian", ("Unknown command 'trian'", "Did you mean 'train'")),
     Bad("unknown flag", f"{TEXT} --learning_rat 1e-4", ("Unknown flag --learning_rat", "'learning_rate'")),
     Bad("offline with a Hub id", with_model("google/bert"), ("'google/bert'", "the Hub cannot be reached")),
@@ -993,7 +1106,7 @@ REAL = [
 @pytest.mark.slow
 @pytest.mark.parametrize("bad", REAL, ids=lambda bad: bad.name)
 def test_the_program_itself(bad, world, tmp_path):
-    done = program(bad.command, world, tmp_path, HF_HUB_OFFLINE="1")
+    done = program(bad.command, world, tmp_path, HF_HUB_OFFLINE="1", PYTHONIOENCODING="ascii")
     assert done.returncode == 2
     check_message(done.stderr, bad.words)
     assert list(tmp_path.iterdir()) == []

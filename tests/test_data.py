@@ -121,6 +121,17 @@ def test_stray_files_are_skipped_and_counted(tmp_path):
     assert report_line(splits, "skipped:") == "skipped: 6 × hidden or system file, 2 × .txt file"
 
 
+def test_linked_folders_are_read_once(tmp_path):
+    """A link in a class folder may lead elsewhere, or back to where it stands."""
+    folder = write_classes(tmp_path / "data", {"cat": 3, "dog": 3})
+    write_image(tmp_path / "elsewhere" / "more.png", 99)
+    (folder / "cat" / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "cat" / "again").symlink_to(folder / "cat")
+    splits = splits_of(folder, "image")
+    ids = sorted([*splits.train["id"], *splits.validation["id"]])
+    assert ids == ["cat/0.png", "cat/1.png", "cat/2.png", "cat/linked/more.png", "dog/0.png", "dog/1.png", "dog/2.png"]
+
+
 def test_bad_images(tmp_path):
     write_classes(tmp_path, {"cat": 6, "dog": 6})
     (tmp_path / "cat" / "0.png").write_bytes(b"this is not an image")

@@ -202,6 +202,8 @@ def peft_settings(arguments: TransferArguments) -> dict[str, Any]:
             raise UsageError(f"--peft_config: {key!r} is set by hftl; use {_OURS[key]}.")
         if key not in keys:
             raise UsageError(f"--peft_config: {name} has no setting {key!r}.{did_you_mean(key, keys)}")
+        if settings[key] is None:
+            raise UsageError(f"--peft_config: {key!r} is null. Leave it out.")
         if key in flags:
             raise UsageError(f"--peft_config: {key!r} is also given by --{_LORA_FLAGS[key]}. Leave one out.")
         if key in implied:

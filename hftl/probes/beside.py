@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hftl.folder import write_json
+from hftl.folder import read_json, write_json
 from hftl.joined import Joined
 from hftl.probes.linear import fit_temperature
 from hftl.probes.logistic import LinearHead, standardisation
@@ -81,7 +80,7 @@ def load_probe(folder: Path) -> Probe | None:
     """The head in a folder, or None where there is none."""
     if not (folder / _SETTINGS).is_file():
         return None
-    settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+    settings = read_json(folder / _SETTINGS)
     joined = settings.pop("joined", {})
     joined |= {name: tuple(joined[name]) for name in ("inputs", "outputs") if name in joined}
     return Probe(settings.pop("kind"), load_file(folder / _ARRAYS), settings, Joined(**joined))

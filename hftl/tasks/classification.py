@@ -167,7 +167,7 @@ class ClassificationTask:
         A task that reads folders in a way of its own overrides this too.
         """
         named = isinstance(inputs, Path) or (self.modality == "image" and isinstance(inputs, str | os.PathLike))
-        if named and self.modality in ("image", "text") and Path(inputs).expanduser().is_dir():
+        if named and self.modality in ("image", "text") and os.path.isdir(os.path.expanduser(inputs)):
             yield from data.iter_folder(inputs, self.modality)
             return
         rows = self.read_inputs(inputs, columns)
