@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -46,7 +47,8 @@ def write_predictions(run: Run, inputs: Any, output: Path | None, **settings: An
         raise UsageError("--output is missing: several processes cannot print one table.")
     pieces = run.predict_batches(inputs, share=(rank, processes), **settings)
     if output is None:
-        _write_rows(run, pieces, sys.stdout, header=True)
+        first = next(pieces, [])  # where it cannot be read nothing is printed
+        _write_rows(run, itertools.chain([first], pieces), sys.stdout, header=True)
     else:
         with _ended_by_sigterm(), explained_disk_errors(output.parent):
             beside = output.with_name(f".{output.name}.{os.getpid()}")

@@ -122,6 +122,10 @@ def test_unreadable_images_are_named_and_left_out(place: Path, image_run: hftl.R
     for path in folder.iterdir():
         path.write_bytes(b"no image")
     assert image_run.predict(folder, skip_bad_files=True) == []
+    capsys.readouterr()
+    with pytest.raises(hftl.UsageError, match="no image|cannot be read"):
+        cli._run(["predict", str(image_run.folder), str(folder)])
+    assert capsys.readouterr().out == ""
 
 
 def test_shares_make_up_the_whole(place: Path, text_run: hftl.Run) -> None:
