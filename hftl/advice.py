@@ -260,11 +260,11 @@ def _training(found: Pooled, figures: Figures, choice: Choice) -> tuple[list[str
     batch_size = arguments.per_device_train_batch_size or found.task.batch_size
     steps = math.ceil(figures.rows / (batch_size * arguments.gradient_accumulation_steps))
     epochs = with_least_steps(plan.stages[-1], steps).epochs
-    given = arguments.given
-    source = "as given" if "learning_rate" in given else "the best of a grid for models of this kind and width"
+    default = arguments.learning_rate is None
+    source = "the best of a grid for models of this kind and width" if default else "as given"
     seconds = epochs * figures.rows * _seconds_a_row(found, plan)
     reason = f"enough for {LEAST_STEPS} steps" if epochs > 3 else "more gained nothing on a few thousand rows"
-    reason = "as given" if "num_train_epochs" in given else reason
+    reason = "as given" if "num_train_epochs" in arguments.given else reason
     lines = [
         f"rate:      {rate:.2g}, new layers {head:.2g} ({source})",
         f"length:    {epochs:g} epochs ({reason}), about {_time(seconds)}",
@@ -272,7 +272,7 @@ def _training(found: Pooled, figures: Figures, choice: Choice) -> tuple[list[str
     if seconds > _LONG:
         lines.append("           shorter: --method auto --time_budget 10m finds what fits, or --max_train_samples")
     flags = {"learning_rate": f"{rate:.3g}", "num_train_epochs": f"{epochs:g}"}
-    return lines, tuple(f"--{name}={value}" for name, value in flags.items() if name not in given)
+    return lines, tuple(f"--{name}={value}" for name, value in flags.items() if name not in arguments.given)
 
 
 def _seconds_a_row(found: Pooled, plan: Plan) -> float:

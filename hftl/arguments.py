@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from hftl.errors import UsageError, did_you_mean
 
@@ -806,6 +807,28 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def unwatched(arguments: ArgumentsType, **changes: Any) -> ArgumentsType:
+    """The arguments of a training in which nothing is evaluated, saved or reported.
+
+    Args:
+        arguments: of the run.
+        changes: other fields; `dataloader_num_workers` is among them.
+    """
+    workers = changes["dataloader_num_workers"]
+    return stage_arguments(
+        arguments,
+        eval_strategy=IntervalStrategy.NO,
+        save_strategy=SaveStrategy.NO,
+        load_best_model_at_end=False,
+        report_to=[],
+        push_to_hub=False,
+        disable_tqdm=True,
+        dataloader_prefetch_factor=arguments.dataloader_prefetch_factor if workers else None,
+        dataloader_persistent_workers=workers > 0,
+        **changes,
+    )
 
 
 def stage_arguments(arguments: ArgumentsType, **changes: Any) -> ArgumentsType:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -38,7 +39,9 @@ class StopSignals(TrainerCallback):
     def __init__(self) -> None:
         """Start to listen; `close` gives the signals back."""
         self.number, self.process = 0, os.getpid()
-        self.previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        # Python tells the main thread alone; a training in another one cannot be asked to stop.
+        here = threading.current_thread() is threading.main_thread()
+        self.previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if here}
         for number in self.previous:
             signal.signal(number, self._receive)
         self.training = False

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 
-from hftl import backbones, builtin
+from hftl import backbones, builtin, merging
 from hftl.arguments import TransferArguments
 from hftl.folder import read_json, say, write_json
 
@@ -211,7 +211,7 @@ def _pass(
     model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor, precision: str, training: bool
 ) -> None:
     """One step without the optimizer, or one prediction."""
-    with torch.set_grad_enabled(training), autocast(precision):
+    with torch.set_grad_enabled(training), autocast(precision, labels.device):
         logits = model(**inputs).logits
     if training:
         functional.cross_entropy(logits.float(), labels).backward()
@@ -223,16 +223,15 @@ def _key(model: nn.Module, batch: dict[str, torch.Tensor], training: bool) -> st
     parameters = list(model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     kind = f"training {trained:,} of them" if training else "inference"
-    wrapped: Any = model
-    inner = wrapped.get_base_model() if hasattr(model, "peft_config") else model
+    inner: Any = backbones.without_adapters(model)
     architecture = getattr(inner.config, "architecture", "")  # timm's, which all have one class
     name = f"{type(inner).__name__} {architecture}".strip()
     shapes = ", ".join(f"{name} {list(value.shape[1:])}" for name, value in sorted(batch.items()) if name != "labels")
     count = sum(parameter.numel() for parameter in parameters)
-    return f"{_machine()}; {name}, {count:,} parameters, {kind}; {shapes}"
+    return f"{machine()}; {name}, {count:,} parameters, {kind}; {shapes}"
 
 
-def _machine() -> str:
+def machine() -> str:
     """The processor, its threads and torch: virtual machines give families of processors the same name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
@@ -282,8 +281,8 @@ def folded(model: nn.Module, example: dict[str, torch.Tensor]) -> nn.Module:
     """A copy in eval mode for prediction, with every BatchNorm that can be folded into the layer before it.
 
     What follows a convolution or linear layer directly is seen by running the example once: the layer's output is the
-    very tensor that the BatchNorm gets, and each is called exactly once. Adapters of PEFT are merged first. The copy of
-    a convolutional model is in channels_last. The model itself does not change.
+    very tensor that the BatchNorm gets, and each is called exactly once. Adapters are merged first, if they can be. The
+    copy of a convolutional model is in channels_last. The model itself does not change.
 
     The copy is compared with the model on the example. Where the outputs differ by more than 1e-4 of the largest (a
     convolution that standardises its weights, an output that something else reads too), the copy that is returned has
@@ -301,8 +300,10 @@ def folded(model: nn.Module, example: dict[str, torch.Tensor]) -> nn.Module:
     expected = _outputs(plain, inputs)
     copied = plain
     if hasattr(plain, "peft_config"):
-        copied = _copy(plain).merge_and_unload()
-        copied.eval()
+        copied = _copy(plain)
+        if merging.is_quantised(copied) or merging.merge(copied) is not None:
+            return plain
+        copied = copied.get_base_model().eval()
     pairs = _foldable(copied, inputs)
     if not pairs and copied is plain:
         return plain

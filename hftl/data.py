@@ -212,8 +212,8 @@ def iter_folder(path: str | os.PathLike, modality: str) -> Iterator[dict[str, An
         rows = ({"id": _below(start, image), "image": image} for image in _walk_images(place, Counter()))
         otherwise = f"{place} holds no images ({_suffixes(IMAGE_SUFFIXES)})"
     else:
-        names = sorted(name for name in os.listdir(place) if name.endswith(".txt"))
-        rows = ({"id": name, "text": decoded(place / name).strip()} for name in names)
+        files = [file for file in _entries(place)[1] if file.suffix.lower() == ".txt"]
+        rows = ({"id": _utf8(file.name), "text": decoded(file).strip()} for file in files)
         rows = (row for row in rows if row["text"])
         otherwise = f"{path}: the folder has no .txt files with text in them"
     first = next(rows, None)

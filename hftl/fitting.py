@@ -17,7 +17,7 @@ from hftl.compute import wait_for_all
 from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.folder import METRICS, PREDICTIONS, say
-from hftl.lr_find import draw, report, sweep
+from hftl.lr_find import FEWEST, draw, report, sweep
 from hftl.methods import Plan, build_plan
 from hftl.repeats import repeat
 from hftl.run import Run, load_run
@@ -128,6 +128,8 @@ def find_learning_rate(task_name: str, tokens: Sequence[str], output: Path, step
     Raises:
         UsageError: bad input.
     """
+    if steps < FEWEST:
+        raise UsageError(f"--steps {steps} are too few for a curve: take {FEWEST} or more.")
     task_class = find_task(task_name)
     arguments = parse(task_class.arguments_class, tokens)
     # A rate is what is looked for: a head alone is then trained, not solved.

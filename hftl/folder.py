@@ -163,7 +163,7 @@ def start_folder(arguments: TransferArguments, settings: dict[str, Any]) -> None
     """
     folder = Path(str(arguments.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    _hold(folder, _ORPHANS if arguments.resume else 0.0)
+    hold(folder, _ORPHANS if arguments.resume else 0.0)
     if arguments.overwrite:
         _set_aside(folder)
     shutil.rmtree(folder / PARTIAL, ignore_errors=True)
@@ -176,8 +176,8 @@ def start_folder(arguments: TransferArguments, settings: dict[str, Any]) -> None
         raise
 
 
-def _hold(folder: Path, patience: float) -> None:
-    """Keep other processes out until `_release`; the lock is on the folder itself and goes with the process.
+def hold(folder: Path, patience: float = 0.0) -> None:
+    """Keep other processes out until `release`; the lock is on the folder itself and goes with the process.
 
     Args:
         folder: which is there.
@@ -205,7 +205,8 @@ def _hold(folder: Path, patience: float) -> None:
     _held[place] = descriptor
 
 
-def _release(folder: Path) -> None:
+def release(folder: Path) -> None:
+    """Let other processes in again."""
     descriptor = _held.pop(folder.resolve(), None)
     if descriptor is not None:
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for data workers, which have a copy of the descriptor
@@ -221,7 +222,12 @@ def _set_aside(folder: Path) -> None:
         for path in [path for path in folder.iterdir() if path != beside]:
             os.replace(path, beside / path.name)
         os.replace(beside, aside)
-    for path in [path for path in folder.iterdir() if path != aside]:
+    empty(folder, but=aside)
+
+
+def empty(folder: Path, but: Path | None = None) -> None:
+    """Remove everything in a folder, but one thing perhaps; the folder itself stays, and who holds it."""
+    for path in [path for path in folder.iterdir() if path != but]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -238,7 +244,7 @@ def discard_start(folder: Path) -> None:
         shutil.rmtree(folder / LOGS, ignore_errors=True)
         if (folder / REPLACED).is_dir():
             _move_all(folder / REPLACED, folder)
-        _release(folder)
+        release(folder)
         with contextlib.suppress(OSError):  # not empty, or not there
             folder.rmdir()
 
@@ -297,7 +303,7 @@ def finish(folder: Path, keep_checkpoints: bool = False) -> None:
     (folder / CHECKPOINTS / RECIPE).unlink()  # first: with it the run counts as interrupted
     if not keep_checkpoints:
         shutil.rmtree(folder / CHECKPOINTS)
-    _release(folder)
+    release(folder)
 
 
 def discard_first(folder: Path, trainings: str) -> None:

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.trainer_utils import IntervalStrategy
 
-from hftl.arguments import stage_arguments
+from hftl.arguments import unwatched
 from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.features import keep_features
@@ -36,7 +36,7 @@ from hftl.trainer import TransferTrainer
 STEPS, LEAST, MOST = 100, 1e-7, 10.0
 _AVERAGE, _RUNS_AWAY = 0.98, 4.0
 #: fewer points than this show no valley
-_FEWEST = 10
+FEWEST = 10
 #: columns and lines of the plot in a terminal
 _WIDTH, _HEIGHT = 72, 14
 #: where the picture of `--learning_rate auto` is
@@ -197,7 +197,7 @@ def sweep(
         trainer.train()
         trainer.bare_model()
     losses = recorder.losses
-    if len(losses) < _FEWEST:
+    if len(losses) < FEWEST:
         raise UsageError(
             f"The range test of the learning rate ended after {len(losses)} steps: the loss runs away at once. Give a "
             "--learning_rate, and look at the data."
@@ -209,8 +209,8 @@ def sweep(
 
 
 def _settings(task: ClassificationTask, stage: Stage, place: str, steps: int, workers: int) -> Any:
-    """A training that is only watched: nothing is evaluated, saved or reported."""
-    return stage_arguments(
+    """A training that is only watched."""
+    return unwatched(
         task.arguments,
         output_dir=place,
         max_steps=steps,
@@ -219,17 +219,9 @@ def _settings(task: ClassificationTask, stage: Stage, place: str, steps: int, wo
         logging_strategy=IntervalStrategy.STEPS,
         logging_steps=1,
         logging_first_step=False,
-        eval_strategy=IntervalStrategy.NO,
-        save_strategy=SaveStrategy.NO,
-        load_best_model_at_end=False,
         auto_find_batch_size=False,
-        report_to=[],
-        push_to_hub=False,
-        disable_tqdm=True,
         label_smoothing_factor=0.0,  # it is in the loss
         dataloader_num_workers=workers,
-        dataloader_prefetch_factor=task.arguments.dataloader_prefetch_factor if workers else None,
-        dataloader_persistent_workers=workers > 0,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from hftl import backbones
-from hftl.arguments import stage_arguments
+from hftl.arguments import unwatched
 from hftl.callbacks import ReadableProgress
 from hftl.cut import NoCut
 from hftl.data import Splits
@@ -71,7 +71,7 @@ def tune_on_pairs(task: Any, model: Any, splits: Splits, steps: int, learning_ra
     batch_size = task.arguments.per_device_train_batch_size or task.batch_size
     say(f"pairs: {steps} steps on every pair of {batch_size} texts, rate {learning_rate:.2g}")
     with tempfile.TemporaryDirectory() as folder:
-        settings = stage_arguments(
+        settings = unwatched(
             task.arguments,
             output_dir=folder,
             max_steps=steps,
@@ -80,12 +80,6 @@ def tune_on_pairs(task: Any, model: Any, splits: Splits, steps: int, learning_ra
             per_device_train_batch_size=batch_size,
             dataloader_num_workers=0,
             sampler="random",  # pairs of different classes are in every batch anyway
-            eval_strategy="no",  # the head that would be scored has learned nothing yet
-            save_strategy="no",
-            load_best_model_at_end=False,
-            push_to_hub=False,
-            report_to=[],
-            disable_tqdm=True,
         )
         trainer = TransferTrainer(
             stage=stage,

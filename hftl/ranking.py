@@ -38,7 +38,7 @@ MEASURES = ("logme", "probe", "h_score", "transrate", "leep", "nce")
 #: a model that is so many times as fast is worth naming
 _FASTER = 1.25
 #: beside the shards of features: how fast they come
-_SPEED = "seconds.json"
+_SPEEDS = "speeds.json"
 
 
 @dataclass(frozen=True)
@@ -175,16 +175,18 @@ def features_of(task: ClassificationTask, splits: Splits) -> Pooled:
     set_precision(arguments, compute.choose_precision(model, batch, training=False, rows=passes, arguments=arguments))
     source, kept = pooled(task, stage, model, rows)
     features, labels = kept.matrix()
-    speed = kept.shards.folder / _SPEED
-    if not speed.is_file():
-        folder.write_json(speed, compute.seconds_a_row(model, batch, False, arguments.precision))
+    path, machine = kept.shards.folder / _SPEEDS, f"{compute.machine()}, {arguments.device}"
+    speeds = read_json(path) if path.is_file() else {}
+    if machine not in speeds:
+        speeds[machine] = compute.seconds_a_row(model, batch, False, arguments.precision)
+        folder.write_json(path, speeds)
     return Pooled(
         task,
         model,
         source,
         features.float().numpy(),
         labels.numpy(),
-        read_json(speed),
+        speeds[machine],
         rows,
     )
 

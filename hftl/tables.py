@@ -65,6 +65,8 @@ def decoded(path: Path) -> str:
         raise UsageError(
             f"{path} is not UTF-8 (line {line}): convert it, for example with iconv -f {encoding} -t UTF-8"
         ) from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _read_csv(path: Path, delimiter: str) -> dict[str, list]:

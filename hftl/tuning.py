@@ -101,7 +101,10 @@ def _dimension(name: str, values: str, names: dict[str, str]) -> Dimension:
     if name in _FIXED:
         raise UsageError(f"--search: {name} must be the same in all trials, or their scores would not compare.")
     if "(" not in values:
-        return Dimension(name, "list", tuple(filter(None, values.split(","))))
+        listed = tuple(filter(None, values.split(",")))
+        if not listed:
+            raise UsageError(f"--search {name}={values}: the list is empty.")
+        return Dimension(name, "list", listed)
     match = _RANGE.fullmatch(values)
     if not match:
         near = did_you_mean(values.partition("(")[0], ("log", "uniform", "int"))
@@ -167,6 +170,12 @@ class Search:
         Raises:
             UsageError: the folder cannot be used, or no trial finished.
         """
+        try:
+            return self._search()
+        finally:
+            folder.release(self.path)
+
+    def _search(self) -> Run:
         self._check_folder()
         splits = data.load_splits(self.arguments, self.task_class.modality)
         for line in splits.report:
@@ -201,7 +210,8 @@ class Search:
     def _check_folder(self) -> None:
         """Refuse a folder that is not this search's; `--overwrite` empties it."""
         if self.arguments.overwrite and (self.path / STUDY).is_file():
-            shutil.rmtree(self.path)
+            folder.hold(self.path)
+            folder.empty(self.path)
         if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / STUDY).is_file():
             raise UsageError(f"--output_dir {str(self.path)!r} is not empty and holds no search: name another folder.")
         if (self.path / STUDY).is_file():
@@ -222,6 +232,7 @@ class Search:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.path.mkdir(parents=True, exist_ok=True)
+        folder.hold(self.path)
         study = optuna.create_study(
             storage=f"sqlite:///{self.path / STUDY}",
             study_name="tune",

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import hftl
-from hftl import backbones, cli, merging, saving
+from hftl import backbones, cli, compute, merging, saving
 from hftl.errors import UsageError
 from hftl.methods import Plan, build_plan
 from hftl.methods.adapters import SHORT_NAMES, TYPES
@@ -96,6 +96,7 @@ def test_round_trip(method: str, base: str, tmp_path: Path, capsys: pytest.Captu
     train(plan, tmp_path / "training")
     batch = tiny_inputs(model)
     expected = logits_of(plan.model, batch)
+    torch.testing.assert_close(logits_of(compute.folded(plan.model, batch), batch), expected, rtol=1e-3, atol=1e-4)
     task, folder = task_of(model), tmp_path / "saved"
     folder.mkdir()
     saving.save_checked(task, plan.model, batch, folder)

@@ -505,6 +505,10 @@ def test_load_inputs(tmp_path):
         "text": ["first line", "third line"],
     }
     assert load_inputs(tmp_path / "images", "text", {}, {})[:] == {"id": ["note.txt"], "text": ["nothing"]}
+    (tmp_path / "images" / "deep.txt").mkdir()
+    (tmp_path / "images" / "MORE.TXT").write_text("shouted")
+    (tmp_path / "images" / "._note.txt").write_bytes(b"\xff of a Mac")
+    assert load_inputs(tmp_path / "images", "text", {}, {})["id"][:] == ["MORE.TXT", "note.txt"]
     table = write_table(tmp_path / "texts.csv", ["1,b", "2,c"], "number,words")
     assert load_inputs(table, "text", {"text": "words"}, {})[:] == {"id": ["0", "1"], "text": ["b", "c"]}
     assert load_inputs(

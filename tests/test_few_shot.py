@@ -163,7 +163,8 @@ def few_shot(place: Path, run: Path, *flags: str) -> hftl.Run:
 
 
 def test_pairs_tune_the_encoder_and_then_the_head_is_solved(place: Path, tmp_path: Path) -> None:
-    run = few_shot(place, tmp_path / "run", "--pair_steps=12")
+    workers = ["--dataloader_num_workers=2", "--dataloader_prefetch_factor=4"]  # of the data; pairs need none
+    run = few_shot(place, tmp_path / "run", "--pair_steps=12", *workers)
     probe = few_shot(place, tmp_path / "probe", "--pair_steps=0")
     tuned, before = (load_file(entry.folder / "model.safetensors") for entry in (run, probe))
     moved = {name for name, value in tuned.items() if not value.equal(before[name])}

@@ -123,7 +123,7 @@ def test_unreadable_images_are_named_and_left_out(place: Path, image_run: hftl.R
         path.write_bytes(b"no image")
     assert image_run.predict(folder, skip_bad_files=True) == []
     capsys.readouterr()
-    with pytest.raises(hftl.UsageError, match="no image|cannot be read"):
+    with pytest.raises(hftl.UsageError, match=r"no image|cannot be read"):
         cli._run(["predict", str(image_run.folder), str(folder)])
     assert capsys.readouterr().out == ""
 

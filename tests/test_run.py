@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -435,3 +436,11 @@ def test_a_run_in_the_place_of_another_keeps_nothing_of_it(tmp_path: Path) -> No
     found = {str(path.relative_to(tmp_path / "old")) for path in (tmp_path / "old").rglob("*") if path.is_file()}
     assert found == {"metrics.json", "base/model.safetensors", "trials.csv"}
     assert (tmp_path / "old" / "metrics.json").read_text() == "new"
+
+
+def test_a_thread_that_is_not_the_first_may_train(place: Path, tmp_path: Path) -> None:
+    """Python tells signals to the main thread alone."""
+    with ThreadPoolExecutor(1) as pool:
+        settings = {"model": str(place / "bert"), "dataset": str(place / "texts"), "num_train_epochs": 1}
+        run = pool.submit(hftl.finetune, "text-classification", output_dir=str(tmp_path / "run"), **settings).result()
+    assert run.metrics["train"]["seconds"] > 0

@@ -365,6 +365,16 @@ def test_the_tokenizer_of_an_untrained_model_knows_the_words(checkpoints: dict[s
     assert (pair[-1], pair.count("[SEP]")) == ("[SEP]", 2)
 
 
+def test_the_tokenizer_of_an_untrained_model_knows_both_texts_of_a_pair(tmp_path: Path) -> None:
+    table = tmp_path / "pairs.csv"
+    rows = [f"a film {row},a room {row},{'yes' if row % 2 else 'no'}" for row in range(8)]
+    table.write_text("\n".join(["sentence1,sentence2,label", *rows]))
+    flags = ["--model=random:bert", f"--dataset={table}", "--output_dir=unused"]
+    task = TextClassification(hftl.parse(hftl.TextArguments, flags))
+    task.build_model(task.load_splits())
+    assert task.processor.unk_token_id not in task.processor("a film", "a room")["input_ids"]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

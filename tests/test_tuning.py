@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,22 @@ def test_the_same_command_goes_on(world: Path, tmp_path: Path, monkeypatch: pyte
     weights = load_file(tmp_path / "whole" / "model.safetensors")
     for name, value in load_file(tmp_path / "run" / "model.safetensors").items():
         assert value.equal(weights[name]), name
+
+
+def test_a_search_is_alone_in_its_folder(world: Path, tmp_path: Path) -> None:
+    """A second one would take the trial that runs for one that was interrupted."""
+    run = tmp_path / "run"
+    run.mkdir()
+    other = os.open(run, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(hftl.UsageError, match="another process"):
+        tune(world, run, 1, "learning_rate=1e-3,1e-2")
+    os.close(other)
+    tune(world, run, 1, "learning_rate=1e-3,1e-2", "--num_train_epochs=1")
+    assert len(trials_of(run)) == 1
+    other = os.open(run, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back
+    os.close(other)
 
 
 def test_a_trial_that_falls_behind_is_stopped_and_one_that_diverges_fails(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -90,7 +91,9 @@ class TextClassification(ClassificationTask):
         return model
 
     def _random_model(self, architecture: str, splits: Splits) -> PreTrainedModel:
-        self.processor = train_tokenizer(splits.train["text"], self.arguments.max_length)
+        columns = [name for name in ("text", "text_pair") if name in splits.train.column_names]
+        texts = itertools.chain.from_iterable(splits.train[name] for name in columns)
+        self.processor = train_tokenizer(texts, self.arguments.max_length)
         sizes = {"vocab_size": len(self.processor), "pad_token_id": self.processor.pad_token_id}
         config = pretrained.random_config(architecture, self.auto_class, self.label_names, **sizes)
         self._check_tokenizer_comes_back(architecture, config, splits.train[:100]["text"])
