@@ -34,10 +34,7 @@ def adapt_batch_norm(task: Any, model: nn.Module, splits: Any) -> None:
         layer.train()
     threads = batches.decoding_threads(splits.train)
     for _, examples in batches.prepared(rows, [group.tolist() for group in groups], threads, skip_bad_files=False):
-        inputs = {
-            name: value.to(arguments.device) for name, value in task.collate(examples).items() if name != "labels"
-        }
-        model(**inputs)
+        model(**backbones.inputs_of(task.collate(examples), arguments.device))
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
         layer.eval()

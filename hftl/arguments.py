@@ -748,7 +748,7 @@ def seconds_of(duration: str) -> float:
 def _separate_processes() -> UsageError:
     return UsageError(
         f"{os.environ['WORLD_SIZE']} processes were started, but they do not see each other, and would train "
-        "alone, over one folder: launch with `accelerate launch --config_file accelerate_configs/FILE.yaml`."
+        "alone, over one folder: launch with `accelerate launch --config_file accelerate_configs/FILE.yaml` (hftl ls)."
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hftl.compute import wait_for_all
 from hftl.folder import is_main_process, say
 
 #: a run in a file rather than a terminal gets a line of progress every so many seconds
@@ -84,8 +85,7 @@ class StopSignals(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """The checkpoint is there: stop."""
         if self.number:
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.barrier()  # rank 0 may still be writing
+            wait_for_all()  # rank 0 may still be writing
             raise Interrupted(self.number)
 
 

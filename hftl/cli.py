@@ -85,7 +85,7 @@ Fine-tune pretrained models with the Hugging Face stack.
   hftl tune TASK --model M --dataset D --trials N --search 'learning_rate=log(1e-5,1e-3) method=lora,partial'
   hftl push RUN REPOSITORY          to the Hub; --private
   hftl ls                           the recipes and configurations that come with hftl
-  hftl cp RECIPE my_recipe.py       a copy of a recipe, to change
+  hftl cp RECIPE my_recipe.py       a copy of a recipe, or of a configuration, to change
   hftl cache ls|size|rm             features and pictures that are kept; rm NAME, rm --all
   hftl --version
 
@@ -345,8 +345,14 @@ def _list(argv: list[str]) -> None:
     for path in sorted(recipes_folder().glob("*.py")):
         first = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
         print(f"{path.stem:<40}{first}")
-    for path in sorted(recipes_folder().glob("configs/*.yaml")):
-        print(f"configs/{path.name}")
+    print("\n".join(_configurations()))
+
+
+def _configurations() -> dict[str, Path]:
+    """The files of settings that come with hftl, by the names that `hftl ls` shows."""
+    recipes = recipes_folder()
+    files = [*recipes.glob("configs/*.yaml"), *recipes.parent.glob("accelerate_configs/*.yaml")]
+    return {f"{path.parent.name}/{path.name}": path for path in sorted(files)}
 
 
 def _copy(argv: list[str]) -> None:
@@ -354,11 +360,10 @@ def _copy(argv: list[str]) -> None:
     parser.add_argument("name", help="as hftl ls shows it")
     parser.add_argument("target", help="file or folder")
     options = parser.parse_args(argv)
-    folder = recipes_folder()
-    source = folder / options.name if options.name.endswith(".yaml") else find_recipe(options.name)
-    if not source.is_file():
-        names = [str(path.relative_to(folder)) for path in folder.glob("configs/*.yaml")]
-        raise UsageError(f"There is no {options.name!r}.{did_you_mean(options.name, names)} See hftl ls.")
+    known = _configurations()
+    if options.name.endswith(".yaml") and options.name not in known:
+        raise UsageError(f"There is no {options.name!r}.{did_you_mean(options.name, known)} See hftl ls.")
+    source = known.get(options.name) or find_recipe(options.name)
     target = Path(options.target)
     target = target / source.name if os.path.isdir(target) else target
     if os.path.lexists(target):

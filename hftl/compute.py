@@ -67,6 +67,28 @@ def share_threads(on_cpu: bool) -> None:
         say(f"1 of {share} cores computes in each process, since OMP_NUM_THREADS is 1: set it to {share} for all")
 
 
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def _several_processes() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def wait_for_all() -> None:
+    """Wait until every process of this run has come here."""
+    if _several_processes():
+        torch.distributed.barrier()
+
+
+def of_all_processes(value: Any) -> list[Any]:
+    """The value of every process."""
+    if not _several_processes():
+        return [value]
+    values = [value] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 # --- precision -------------------------------------------------------------------------------------------------------
 
 
@@ -119,9 +141,9 @@ def choose_precision(
     if arguments.precision != "auto" or arguments.mixed_precision != "no":  # fp8, which the launcher asks for
         return arguments.precision
     answer = [""]
-    if not _distributed() or torch.distributed.get_rank() == 0:
+    if not _several_processes() or torch.distributed.get_rank() == 0:
         answer = [_precision_of_cpu(model, batch, training, rows)]
-    if _distributed():
+    if _several_processes():
         torch.distributed.broadcast_object_list(answer, src=0)
     return answer[0]
 
@@ -135,7 +157,7 @@ def seconds_a_row(model: nn.Module, batch: dict[str, torch.Tensor], training: bo
         training: whether gradients are computed.
         precision: of the computation.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = backbones.inputs_of(batch)
     seconds = 0.0
     on_gpu = batch["labels"].device.type != "cpu"
     for _ in range(2):
@@ -145,10 +167,6 @@ def seconds_a_row(model: nn.Module, batch: dict[str, torch.Tensor], training: bo
             torch.accelerator.synchronize()  # kernels run on after the call
         seconds = time.perf_counter() - started
     return seconds / len(batch["labels"])
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _precision_of_cpu(model: nn.Module, batch: dict[str, torch.Tensor], training: bool, rows: float) -> str:
@@ -169,7 +187,7 @@ def _precision_of_cpu(model: nn.Module, batch: dict[str, torch.Tensor], training
 
 def _measured(model: nn.Module, batch: dict[str, torch.Tensor], training: bool) -> dict[str, str]:
     """What the two precisions do on one batch, in turns, with a copy of the model: the choice and its reason."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = backbones.inputs_of(batch)
     with torch.random.fork_rng(devices=[]):
         copied = copy.deepcopy(model).eval()
         logits = {"fp32": _logits(copied, inputs, "fp32")}
@@ -226,7 +244,7 @@ def _key(model: nn.Module, batch: dict[str, torch.Tensor], training: bool) -> st
     inner: Any = backbones.without_adapters(model)
     architecture = getattr(inner.config, "architecture", "")  # timm's, which all have one class
     name = f"{type(inner).__name__} {architecture}".strip()
-    shapes = ", ".join(f"{name} {list(value.shape[1:])}" for name, value in sorted(batch.items()) if name != "labels")
+    shapes = ", ".join(f"{name} {list(value.shape[1:])}" for name, value in sorted(backbones.inputs_of(batch).items()))
     count = sum(parameter.numel() for parameter in parameters)
     return f"{machine()}; {name}, {count:,} parameters, {kind}; {shapes}"
 
@@ -271,12 +289,6 @@ def _remember(known: dict[str, dict[str, str]]) -> None:
 # --- folding ---------------------------------------------------------------------------------------------------------
 
 
-def wait_for_all() -> None:
-    """Wait until every process of this run has come here."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
 def folded(model: nn.Module, example: dict[str, torch.Tensor]) -> nn.Module:
     """A copy in eval mode for prediction, with every BatchNorm that can be folded into the layer before it.
 
@@ -295,7 +307,7 @@ def folded(model: nn.Module, example: dict[str, torch.Tensor]) -> nn.Module:
     Returns:
         The copy: its parameters are its own, and are not for training.
     """
-    inputs = {name: value for name, value in example.items() if name != "labels"}
+    inputs = backbones.inputs_of(example)
     plain = _copy(model)
     expected = _outputs(plain, inputs)
     copied = plain
@@ -317,8 +329,7 @@ def folded(model: nn.Module, example: dict[str, torch.Tensor]) -> nn.Module:
 
 def _copy(model: nn.Module) -> Any:
     """A copy in eval mode, in the memory layout that suits it."""
-    copied = copy.deepcopy(model).eval()
-    return copied.to(memory_format=torch.channels_last) if backbones.is_convolutional(copied) else copied
+    return backbones.to_channels_last(copy.deepcopy(model).eval())
 
 
 @torch.no_grad()

@@ -115,7 +115,7 @@ def load_splits(arguments: Any, modality: str) -> Splits:
     rows = {role: source.splits[name]() for role, name in roles.items()}
     columns, guessed = _resolve_columns(rows["train"], arguments, modality)
     notes = [*_columns_note(columns, guessed, rows["train"]), *_unused_note(source, roles), *_skipped_note(rows)]
-    _require_columns(rows, columns, source, arguments, notes)
+    _require_columns(rows, columns, arguments, notes)
 
     row_labels = {role: _row_labels(part, columns["label"]) for role, part in rows.items()}
     declared = _declared_labels(rows["train"], columns["label"])
@@ -713,9 +713,7 @@ def _refuse_images(rows: _Rows, columns: dict[str, str], names: list[str]) -> No
         )
 
 
-def _require_columns(
-    rows: dict[str, _Rows], columns: dict[str, str], source: _Source, arguments: Any, notes: list[str]
-) -> None:
+def _require_columns(rows: dict[str, _Rows], columns: dict[str, str], arguments: Any, notes: list[str]) -> None:
     """Every split has the columns; a test split without labels, as competitions give it, is left out."""
     for role, part in list(rows.items()):
         names = _column_names(part.data)

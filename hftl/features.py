@@ -443,7 +443,7 @@ def keep(task: Any, model: nn.Module, source: Source, data: dict[str, list[Any]]
             shards.reload()
         places = {split: np.stack([shards.find(entry) for entry in entries]) for split, entries in keys.items()}
         missing = any((entry[..., 0] < 0).any() for entry in places.values())
-        if not any(of_all_processes(missing)):
+        if not any(compute.of_all_processes(missing)):
             return {
                 split: KeptDataset(shards, places[split], views[0], source.carried) for split, views in data.items()
             }
@@ -497,7 +497,7 @@ class _Extraction:
 
     def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         """A batch as the model takes it."""
-        return {name: value.to(self.arguments.device) for name, value in batch.items() if name != "labels"}
+        return backbones.inputs_of(batch, self.arguments.device)
 
     def capture(self, batch: Batch) -> torch.Tensor:
         """The activations of a batch in the run's precision."""
@@ -579,17 +579,8 @@ def _together() -> Iterator[None]:
         yield
     except NotKept as error:
         reason = str(error)
-    for found in filter(None, of_all_processes(reason)):
+    for found in filter(None, compute.of_all_processes(reason)):
         raise NotKept(found)
-
-
-def of_all_processes(value: Any) -> list[Any]:
-    """The value of every process."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    values = [value] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
 
 
 # --- a stage on kept activations -------------------------------------------------------------------------------------
@@ -889,8 +880,8 @@ def _check_possible(task: Any, stage: Stage, data: dict[str, Any], solves: bool)
         raise NotKept("one process has several GPUs (start one for each with accelerate launch)")
     if arguments.torch_compile and not solves:
         raise NotKept("--torch_compile compiles the whole model")
-    wished = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
-    if wished and arguments.device.type != "cpu":  # on a CPU Accelerate shards nothing, whatever it was asked
+    sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+    if sharded and arguments.device.type != "cpu":  # on a CPU Accelerate shards nothing, whatever it was asked
         raise NotKept("the model is sharded")
     if not all(hasattr(rows, name) for rows in data.values() for name in ("key", "labels")):
         raise NotKept("the task's data sets have no `key` and `labels`")
@@ -908,16 +899,16 @@ def _source(task: Any, stage: Stage, model: nn.Module, data: dict[str, Any], sol
     probes = _probes(task, data["train"], arguments.device)
     if solves:
         try:
-            pooled = PooledFeatures(model.eval(), probes[0])
+            source = PooledFeatures(model.eval(), probes[0])
             if wished(arguments):
-                pooled.join(model, probes[0], arguments.feature_layers or 1, arguments.feature_pooling or "model")
+                source.join(model, probes[0], arguments.feature_layers or 1, arguments.feature_pooling or "model")
         except NoCut as error:
             if any(flag != "feature_cache" for flag, _ in _insists(arguments)):
                 raise
             say(f"head: trained by SGD, since {error}")
         else:
-            names = frozenset(name for name in stage.trainable if pooled.is_trained(name))
-            return pooled, dataclasses.replace(stage, trainable=names)
+            names = frozenset(name for name in stage.trainable if source.is_trained(name))
+            return source, dataclasses.replace(stage, trainable=names)
     with compute.autocast(arguments.precision, arguments.device):
         return Cut(model, stage, frozen, probes), stage
 
@@ -930,7 +921,7 @@ def _probes(task: Any, dataset: Any, device: torch.device) -> tuple[Batch, Batch
     probes = []
     for rows in (order[:2], order[-3:]):
         batch = task.collate([dataset[int(index)] for index in rows])
-        probes.append({name: value.to(device) for name, value in batch.items() if name != "labels"})
+        probes.append(backbones.inputs_of(batch, device))
     short, long = probes
     if "input_ids" in short and short["input_ids"].shape == (2, long["input_ids"].shape[1]):
         half = short["input_ids"].shape[1] // 2

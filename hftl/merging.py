@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from hftl import backbones
 from hftl.pretrained import save_model
@@ -61,8 +62,6 @@ def _put_back_trained_parts(model: Any) -> None:
 
 def base_state(model: Any) -> dict[str, torch.Tensor]:
     """The state of the model without its adapters, with the trained head, by the plain names; copies on the CPU."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     inner = model.get_base_model()
     layers = [name for name, module in inner.named_modules() if isinstance(module, BaseTunerLayer)]
     return {

@@ -58,7 +58,7 @@ def tune_on_pairs(task: Any, model: Any, splits: Splits, steps: int, learning_ra
     started = time.perf_counter()
     dataset = task.dataset(splits.train, training=True)
     rows = [dataset[index] for index in range(len(dataset))]  # drawn at random, not with those of like length
-    probe = {name: value.to(model.device) for name, value in task.collate(rows[:2]).items() if name != "labels"}
+    probe = backbones.inputs_of(task.collate(rows[:2]), model.device)
     try:
         head = PooledFeatures(model.eval(), probe)
     except NoCut as error:

@@ -62,7 +62,7 @@ def delta(stage: Stage, model: nn.Module, batch: dict[str, torch.Tensor], output
     assert stage.reference is not None
     names = tuple(outputs["blocks"])
     with torch.no_grad(), watching(stage.reference, Watched(names)) as start:
-        stage.reference(**{name: value for name, value in batch.items() if name != "labels"})
+        stage.reference(**backbones.inputs_of(batch))
     distances = [
         _distance(outputs["blocks"][name], start["blocks"][name], batch.get("attention_mask")) for name in names
     ]
@@ -100,7 +100,7 @@ def r_drop(stage: Stage, model: nn.Module, batch: dict[str, torch.Tensor], outpu
     Half of the Kullback-Leibler divergence each way. The cross entropy is that of the first pass, whose expectation is
     that of the paper's mean over both. A step costs twice the time.
     """
-    again = model(**{name: value for name, value in batch.items() if name != "labels"})["logits"]
+    again = model(**backbones.inputs_of(batch))["logits"]
     first, second = (logits.float().log_softmax(dim=-1) for logits in (outputs["logits"], again))
     divergence = nn.functional.kl_div
     return (

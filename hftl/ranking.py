@@ -164,9 +164,7 @@ def features_of(task: ClassificationTask, splits: Splits) -> Pooled:
     model = task.build_model(splits)
     (stage,) = frozen(model, arguments).stages
     compute.share_threads(on_cpu=arguments.device.type == "cpu")
-    if backbones.is_convolutional(model):
-        model.to(memory_format=torch.channels_last)
-    model.to(arguments.device)
+    backbones.to_channels_last(model).to(arguments.device)
     prepare_modules(model, stage)
     rows: Any = task.dataset(splits.train, training=False)
     batch = compute.typical_batch(rows, task.collate)

@@ -80,8 +80,7 @@ class Run:
         """The fine-tuned model in eval mode, on the GPU where there is one."""
         model = self._model or load_saved(self.task.auto_class, self.folder)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        model = model.to(device or "cpu").eval()
-        return model.to(memory_format=torch.channels_last) if backbones.is_convolutional(model) else model
+        return backbones.to_channels_last(model.to(device or "cpu").eval())
 
     @property
     def label_names(self) -> list[str]:
@@ -99,7 +98,7 @@ class Run:
                 )
                 lines.append(f"{split + ':':<12}{text}")
         if self.probe is not None:
-            split = split if split in self.metrics else "validation"
+            split = "test" if "test" in self.metrics else "validation"
             flags = as_flags(wished(self.task.arguments))
             kind = (self.task.arguments.head or "logistic") + (f" ({flags})" if flags else "")
             scores = self.metrics[f"ordinary_head_{split}"]
@@ -154,7 +153,7 @@ class Run:
             if not examples:
                 continue
             batch = self.task.collate(examples)
-            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+            inputs = backbones.inputs_of(batch, device)
             network = self._network(inputs)
             with torch.inference_mode():
                 views = [self._answers(network, view).float().cpu() for view in self.task.test_views(inputs)]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import resource
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
 
-from hftl import folder, merging
+from hftl import backbones, folder, merging
 from hftl.arguments import to_recipe
 from hftl.data import Splits
 from hftl.folder import CHECKPOINTS, METRICS, PARTIAL, PREDICTIONS, RECIPE, say
@@ -21,11 +20,9 @@ from hftl.metrics import softmax
 from hftl.pretrained import save_model
 from hftl.probes.beside import FOLDER as PROBE
 from hftl.run import load_saved
+from hftl.tables import as_csv
 from hftl.tasks.classification import ClassificationTask
 from hftl.trainer import TransferTrainer
-
-if TYPE_CHECKING:
-    pass
 
 #: How far logits may move by saving and loading (nothing), or by merging adapters (rounding), relative to the largest;
 #: bitsandbytes' kernel for weights of 4 bits on a CPU keeps their scales in 16 bits (9e-4 seen).
@@ -49,7 +46,7 @@ def write_run(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     batch = task.collate([data["validation"][index] for index in range(min(8, len(data["validation"])))])
-    save_checked(task, _whole_model(task, trainer, path), batch, partial)
+    save_checked(task, _whole_model(task, trainer), batch, partial)
     probe = Path(str(trainer.args.output_dir), "final", PROBE)
     if probe.is_dir():
         shutil.copytree(probe, partial / PROBE)
@@ -73,7 +70,7 @@ def write_run(
     folder.finish(path, arguments.keep_checkpoints)
 
 
-def _whole_model(task: ClassificationTask, trainer: TransferTrainer, path: Path) -> Any:
+def _whole_model(task: ClassificationTask, trainer: TransferTrainer) -> Any:
     """The trained model in this process alone; where it is sharded, from the weights that the last stage gathered."""
     if not trainer.is_sharded:
         return trainer.bare_model()
@@ -135,7 +132,7 @@ def _difference(model: Any, batch: dict[str, torch.Tensor], expected: torch.Tens
 
 
 def _logits(model: Any, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
-    inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+    inputs = backbones.inputs_of(batch, device)
     with torch.inference_mode():
         return model(**inputs).logits.float()
 
@@ -144,11 +141,12 @@ def write_answers(path: Path, label_names: list[str], splits: Splits, split: str
     """A line for each row of a split: its id, what it is, what the model says, and the probability of every class."""
     rows: Any = splits.test if split == "test" else splits.validation
     probabilities = softmax(np.asarray(logits))
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "label", "prediction", *(f"probability_{name}" for name in label_names)])
-        for row_id, label, row in zip(rows["id"], labels, probabilities, strict=True):
-            writer.writerow([row_id, label_names[label], label_names[int(row.argmax())], *(f"{p:.6f}" for p in row)])
+    head = ["id", "label", "prediction", *(f"probability_{name}" for name in label_names)]
+    lines = (
+        [row_id, label_names[label], label_names[int(row.argmax())], *(f"{p:.6f}" for p in row)]
+        for row_id, label, row in zip(rows["id"], labels, probabilities, strict=True)
+    )
+    folder.write_text(path, as_csv([head, *lines]))
 
 
 def _peak_memory_mb() -> float:

@@ -338,7 +338,7 @@ def _check_checkpointing(model: Any, frozen: list[nn.Module], args: TrainingArgu
     """
     if not args.activation_checkpointing:
         return
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    inner = backbones.without_adapters(model)
     if not getattr(inner, "supports_gradient_checkpointing", False):
         raise UsageError(f"--activation_checkpointing: {type(inner).__name__} does not have it. Leave it out.")
     still = {id(module) for module in frozen}

@@ -23,10 +23,10 @@ from hftl.adaptation import adapt_batch_norm
 from hftl.arguments import TransferArguments, set_precision, stage_arguments
 from hftl.averaging import check_averaging, interpolate, pretrained_weights
 from hftl.callbacks import LogFile, ReadableProgress, StopSignals
-from hftl.compute import wait_for_all
+from hftl.compute import of_all_processes, wait_for_all
 from hftl.data import Splits
 from hftl.errors import UsageError, without_worker
-from hftl.features import KeptFeatures, check_wishes, keep_features, mostly_frozen, of_all_processes
+from hftl.features import KeptFeatures, check_wishes, keep_features, mostly_frozen
 from hftl.folder import CHECKPOINTS, LOGS, RECIPE, read_json, say
 from hftl.losses import check_loss
 from hftl.lr_find import PICTURE, STEPS, Sweep, draw, report, scaled, sweep
@@ -116,8 +116,7 @@ def prepare(
     for name, rows in (("validation", splits.validation), ("test", splits.test)):
         if rows is not None:
             data[name] = task.dataset(rows, training=False)
-    if backbones.is_convolutional(plan.model):
-        plan.model.to(memory_format=torch.channels_last)
+    backbones.to_channels_last(plan.model)
     if any(stage.batch_norm == "adapt" for stage in stages):
         adapt_batch_norm(task, plan.model, splits)
         for stage in stages:
@@ -351,13 +350,13 @@ def _stage_trainer(
         cut=kept.cut if kept else None,
         mixing=task.mixing(),
         average=arguments.average if is_last else "none",
-        compute_metrics=lambda result: _finitescores_of(task, stage, place, result),
+        compute_metrics=lambda result: _finite_scores(task, stage, place, result),
         preprocess_logits_for_metrics=_first,
         callbacks=callbacks,
     )
 
 
-def _finitescores_of(task: ClassificationTask, stage: Stage, place: Path, result: Any) -> dict[str, float]:
+def _finite_scores(task: ClassificationTask, stage: Stage, place: Path, result: Any) -> dict[str, float]:
     """Scores of an evaluation; before its checkpoint is written, a model that gives no numbers stops the run."""
     if not np.isfinite(result.predictions).all():
         raise diverged(f"The model's outputs are no finite numbers after training in stage {stage.name!r}", str(place))

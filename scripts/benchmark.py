@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import shlex
 import shutil
@@ -47,12 +46,10 @@ sys.path[:0] = [str(ROOT)]  # this checkout's hftl, whatever is installed
 
 # The folder of the same name beside this file: Python looks for packages before modules.
 from benchmark import quality, report, scaling  # noqa: E402
-from benchmark.comparisons import COMPARISONS, Comparison, Runs, Setting, missing_flags, summarise  # noqa: E402
+from benchmark.comparisons import COMPARISONS, Comparison, Runs, Setting, summarise  # noqa: E402
 from benchmark.jobs import Job, JobError, Runner  # noqa: E402
 from benchmark.prepare import many_images, prepare  # noqa: E402
 
-#: flags that some comparisons set where the checkout has them
-OPTIONAL_FLAGS = {"precision": "fp32", "feature_cache": "on", "head_solver": "sgd"}
 _COUNT = "import torch; print(torch.cuda.device_count())"
 
 
@@ -124,14 +121,12 @@ def _answer(code: str) -> str:
 
 
 def make_setting(options: argparse.Namespace, work: Path, notes: list[str]) -> tuple[Setting, Runner]:
-    """Data, weights, and what this checkout and this machine have; what is missing is added to `notes`."""
+    """Data, weights, and what this machine has; what is missing is added to `notes`."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "scripts"), str(ROOT)])}
     home = work / "home"
     weights = [sys.executable, "-m", "hftl.builtin", "efficientnet_lite0"]
     subprocess.run(weights, env={**environment, "HFTL_HOME": str(home)}, check=True, stdout=subprocess.DEVNULL)
     data = prepare(options.data_root, work, environment, options.rows, options.quick)
-    flags = "import json; from hftl.arguments import *; "
-    flags += "print(json.dumps({'image': [*flag_names(ImageArguments)], 'text': [*flag_names(TextArguments)]}))"
     many = {}
     if "memory" in options.names and not options.scaling:
         for count in (40, 200) if options.quick else (1000, 20000):
@@ -147,25 +142,17 @@ def make_setting(options: argparse.Namespace, work: Path, notes: list[str]) -> t
     runner = Runner(work / "jobs", home, options.gpu)
     from hftl.builtin import builtin_model
 
-    known = json.loads(_answer(flags))
-    setting = Setting(data, many, home, options, known, python, builtin_model("minilm"))
-    for name, value in OPTIONAL_FLAGS.items():
-        for flag in missing_flags(setting, **{name: value}):
-            notes.append(f"{flag} is left out: this checkout does not have the flag")
-    return setting, runner
+    return Setting(data, many, home, options, python, builtin_model("minilm")), runner
 
 
 def choose(setting: Setting, options: argparse.Namespace, notes: list[str]) -> dict[str, Comparison]:
     """The comparisons that were asked for and can be made here; the others are noted."""
     chosen: dict[str, Comparison] = {}
     for name in options.names:
-        made = {} if name == "memory" and not setting.many else COMPARISONS[name](setting)
-        if name not in made:
-            notes.append(f"{name}: needs {' and '.join(missing_flags(setting, **OPTIONAL_FLAGS))}")
-        elif name == "two-processes" and options.gpu and int(_answer(_COUNT)) < 2:
+        if name == "two-processes" and options.gpu and int(_answer(_COUNT)) < 2:
             notes.append(f"{name}: needs two GPUs")
         else:
-            chosen[name] = made[name]
+            chosen[name] = COMPARISONS[name](setting)[name]
     return chosen
 
 

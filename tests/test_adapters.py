@@ -93,6 +93,7 @@ QUICK += [(f"peft --peft_type {name}", "timm_resnet18") for name in ("LN_TUNING"
 def test_round_trip(method: str, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = fresh(base)
     plan = plan_of(model, method, "--learning_rate=1e-2", "--head_learning_rate=1e-2")
+    backbones.to_channels_last(plan.model)
     train(plan, tmp_path / "training")
     batch = tiny_inputs(model)
     expected = logits_of(plan.model, batch)
@@ -166,6 +167,31 @@ def test_adalora_gives_up_ranks_and_keeps_the_sizes(tmp_path: Path) -> None:
     assert {len(entry) for entry in ranks} == {12}
     assert sum(int((entry != 0).sum()) for entry in ranks) == 8 * len(ranks)  # on average target_r
     assert plan.model.peft_config["default"].rank_pattern is None
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_adalora_takes_any_number_of_steps(steps: int, tmp_path: Path) -> None:
+    plan = plan_of(fresh("bert"), "adalora", "--learning_rate=1e-2", "--head_learning_rate=1e-2")
+    train(plan, tmp_path, steps)
+    left = sum(int((entry != 0).sum()) for name, entry in plan.model.named_parameters() if ".lora_E." in name)
+    layers = sum(".lora_E." in name for name, _ in plan.model.named_parameters())
+    assert left == (12 if steps == 1 else 8) * layers
+
+
+@pytest.mark.parametrize("method", ["dora", "boft", "hra"])
+def test_adapters_of_convolutions_train_in_the_layout_of_a_run(method: str, tmp_path: Path) -> None:
+    small_data.write_images(tmp_path / "images", {"train": 8, "val": 4})
+    _built("timm_resnet18").save_pretrained(tmp_path / "model")
+    hftl.finetune(
+        "image-classification",
+        model=tmp_path / "model",
+        dataset=tmp_path / "images",
+        method=method,
+        image_size=32,
+        num_train_epochs=1,
+        output_dir=tmp_path / "run",
+    )
+    assert (tmp_path / "run" / "model.safetensors").is_file()  # merged, and compared
 
 
 def test_a_wrong_merge_keeps_the_adapter_with_its_base(

@@ -43,4 +43,5 @@ def test_the_wheel_works_alone(tmp_path: Path) -> None:
     hftl("cp", "image_classification", "my.py")
     assert (tmp_path / "my.py").read_bytes() == (ROOT / "recipes" / "image_classification.py").read_bytes()
     hftl("cp", "configs/text_classification_lora.yaml", ".")
+    hftl("cp", "accelerate_configs/cpu_2_processes.yaml", ".")
     assert (tmp_path / "text_classification_lora.yaml").is_file()

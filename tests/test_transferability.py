@@ -124,8 +124,7 @@ def test_the_probe_leaves_each_row_out(monkeypatch: pytest.MonkeyPatch) -> None:
         assert scores.linear_probe(decompose(features), labels) == pytest.approx(accuracy)
 
 
-def test_neighbours_as_scikit_learn_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scores, "_PIECE", 7)
+def test_neighbours_as_scikit_learn_finds_them() -> None:
     features, labels = clusters(51, 2)  # two classes and five votes: no ties
     answers = []
     for row in range(51):

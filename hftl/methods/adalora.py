@@ -41,7 +41,9 @@ class RankSchedule(TrainerCallback):
         total = state.max_steps
         self.config.total_step = total
         self.config.tinit = min(self.settings.get("tinit", total // 10), max(0, total - 2))
-        self.config.tfinal = min(self.settings.get("tfinal", total // 2), max(0, total - self.config.tinit - 1))
+        # Before the last allocation there must be a step that says what matters.
+        latest = total - max(self.config.tinit + 1, 2)
+        self.config.tfinal = min(self.settings.get("tfinal", total // 2), max(0, latest))
         file = Path(args.output_dir, f"checkpoint-{state.global_step}", _FILE)
         if state.global_step and file.is_file():
             self._load(load_file(file, device=str(args.device)))
@@ -64,7 +66,9 @@ class RankSchedule(TrainerCallback):
                 parameter.grad.add_(gradient)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give up the least important ranks; the gradients are still there."""
+        """Give up the least important ranks; the gradients are still there. One step alone says too little of them."""
+        if state.max_steps < 2:
+            return
         self.config.rank_pattern = self.pattern
         self.model.base_model.update_and_allocate(state.global_step + 1)
         self.pattern, self.config.rank_pattern = self.config.rank_pattern or {}, None

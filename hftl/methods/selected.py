@@ -101,7 +101,7 @@ def largest_relative_gradient(
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     for batch in batches:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        inputs = backbones.inputs_of(batch)
         loss(model(**inputs), batch["labels"]).backward()
     count = max(blocks.values())
     ratios = []

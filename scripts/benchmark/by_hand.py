@@ -45,9 +45,7 @@ def bare_loop(settings: Settings, clock: Clock) -> dict[str, Any]:
     task, plan, data = _hftl_parts(settings)
     model, stage, batch_size = plan.model, plan.stages[0], task.batch_size
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if backbones.is_convolutional(model):
-        model.to(memory_format=torch.channels_last)
-    model.to(device)
+    backbones.to_channels_last(model).to(device)
     frozen = frozen_modules(model, stage)
     order = EpochSampler(len(data["train"]), 42, lengths=getattr(data["train"], "lengths", None), batch_size=batch_size)
     workers = {"num_workers": CORES - 1, "persistent_workers": CORES > 1} if settings["task"] == "image" else {}

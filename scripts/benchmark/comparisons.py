@@ -56,7 +56,6 @@ class Setting:
         many: folder of tables by number of training images.
         home: the `HFTL_HOME` with the built-in weights.
         options: of the command line.
-        known: names of the flags that this checkout has, by task.
         python: interpreters of the libraries that are installed, by name.
         minilm: the folder of the built-in text model.
     """
@@ -65,7 +64,6 @@ class Setting:
     many: dict[int, Path]
     home: Path
     options: argparse.Namespace
-    known: dict[str, list[str]]
     python: dict[str, str]
     minilm: Path
 
@@ -80,11 +78,10 @@ class Setting:
 
 
 def hftl_train(
-    setting: Setting, name: str, task: str, *flags: str, before: Job | None = None, processes: int = 1, **optional: Any
+    setting: Setting, name: str, task: str, *flags: str, before: Job | None = None, processes: int = 1
 ) -> Job:
-    """`hftl train`; `optional` flags are given where the checkout has them (`missing_flags` says which it has not)."""
+    """`hftl train`."""
     argv = ["train", f"{task}-classification", *base_flags(setting, task), *flags, "--output_dir={output}"]
-    argv += [f"--{key}={value}" for key, value in optional.items() if key in setting.known[task]]
     return job(name, "hftl", before, processes, argv=argv, run="{output}")
 
 
@@ -102,11 +99,6 @@ def base_flags(setting: Setting, task: str) -> list[str]:
     return [*flags, f"--image_size={setting.image_size}"] if setting.options.quick else flags
 
 
-def missing_flags(setting: Setting, **wanted: str) -> list[str]:
-    """Of the flags in `wanted`, those that this checkout does not have."""
-    return [f"--{name} {value}" for name, value in wanted.items() if name not in setting.known["image"]]
-
-
 def peer(setting: Setting, name: str, kind: str, task: str, **settings: Any) -> Job:
     """A job of a peer with what all of them are told."""
     places = {"task": task, "data": str(setting.data / f"{task}s"), "output": "{output}"}
@@ -115,7 +107,7 @@ def peer(setting: Setting, name: str, kind: str, task: str, **settings: Any) -> 
 
 def frozen(setting: Setting) -> dict[str, Comparison]:
     """The head alone."""
-    flags = ["--method=frozen", *(one_epoch(setting) if setting.options.quick else [])]
+    flags = ["--method=frozen"]
     cold = hftl_train(setting, "hftl frozen, cold", "image", *flags)
     column = ["--label_column=other_label", "--seed=7"]
     first = hftl_train(setting, "hftl frozen, filling the cache", "image", *flags, "--label_column=label")
@@ -136,11 +128,6 @@ def frozen(setting: Setting) -> dict[str, Comparison]:
     }
 
 
-def one_epoch(setting: Setting) -> list[str]:
-    """One pass for a head that is trained by steps; a number of epochs would keep hftl from solving it instead."""
-    return [] if "head_solver" in setting.known["image"] else ["--num_train_epochs=1"]
-
-
 def partial(setting: Setting) -> dict[str, Comparison]:
     """The last blocks; without augmentation, computed and kept in float32, so that both sides have the same losses."""
     flags = [
@@ -149,9 +136,8 @@ def partial(setting: Setting) -> dict[str, Comparison]:
         "--augmentation=none",
         f"--num_train_epochs={setting.epochs(5)}",
     ]
-    ours = hftl_train(
-        setting, "hftl partial", "image", *flags, "--logging_steps=1", precision="fp32", feature_cache_dtype="float32"
-    )
+    exact = ["--logging_steps=1", "--precision=fp32", "--feature_cache_dtype=float32"]
+    ours = hftl_train(setting, "hftl partial", "image", *flags, *exact)
     settings = {"flags": [*base_flags(setting, "image"), *flags, "--output_dir={output}"], "epochs": setting.epochs(5)}
     theirs = peer(setting, "Trainer, same blocks", "trainer_same_blocks", "image", **settings)
     title = "partial, last 2 blocks, 5 epochs"
@@ -191,7 +177,7 @@ def full_text(setting: Setting) -> dict[str, Comparison]:
 
 def against_bare(setting: Setting, task: str, flags: list[str], epochs: int) -> Comparison:
     """The same work in a bare loop, both in float32: what hftl would choose here is no merit of its loop."""
-    ours = hftl_train(setting, "hftl full, float32", task, *flags, precision="fp32")
+    ours = hftl_train(setting, "hftl full, float32", task, *flags, "--precision=fp32")
     settings = {"flags": [*base_flags(setting, task), *flags, "--output_dir={output}"], "epochs": epochs}
     theirs = peer(setting, "bare loop by hand", "bare_loop", task, precision="no", **settings)
     return Comparison(f"full, {task}", ours, (theirs,), 1 / 1.03)
@@ -245,7 +231,7 @@ def memory(setting: Setting) -> dict[str, Comparison]:
     jobs = []
     for count, folder in sorted(setting.many.items()):
         flags = [f"--model={IMAGE_MODEL}", f"--dataset={folder}", "--image_size=96", "--method=frozen"]
-        argv = ["train", "image-classification", *flags, *one_epoch(setting), "--output_dir={output}"]
+        argv = ["train", "image-classification", *flags, "--output_dir={output}"]
         jobs.append(job(f"hftl frozen, {count:,} images", "hftl", argv=argv, run="{output}"))
     few, many = jobs
     measures = ("memory_mb", "memory_mb")
@@ -264,12 +250,9 @@ def two_processes(setting: Setting) -> dict[str, Comparison]:
 
 
 def cached_step(setting: Setting) -> dict[str, Comparison]:
-    """A step of the head on cached features; only where the checkout has a cache."""
-    wanted: dict[str, Any] = {"feature_cache": "on", "head_solver": "sgd"}
-    if missing_flags(setting, **wanted):
-        return {}
-    flags = ["--method=frozen", "--num_train_epochs=5"]
-    ours = hftl_train(setting, "hftl frozen, cached, SGD", "image", *flags, **wanted)
+    """A step of the head on cached features."""
+    flags = ["--method=frozen", "--num_train_epochs=5", "--feature_cache=on", "--head_solver=sgd"]
+    ours = hftl_train(setting, "hftl frozen, cached, SGD", "image", *flags)
     with (setting.data / "images" / "train.csv").open(encoding="utf-8") as file:
         rows = sum(1 for _ in file) - 1
     settings: dict[str, Any] = {"rows": rows, "width": 1280, "classes": 2, "batch_size": 32, "epochs": 5}

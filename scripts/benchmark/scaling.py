@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmark.comparisons import Setting, hftl_train, one_epoch
+from benchmark.comparisons import Setting, hftl_train
 from benchmark.jobs import Job, Runner
 
 FACTORS = (1, 2, 4, 8)
@@ -31,7 +31,7 @@ def scaling_jobs(setting: Setting, task: str) -> dict[str, dict[int, Job]]:
         for processes in (1, 2):
             name = f"full, {processes} process{'es' * (processes > 1)}"
             lines.setdefault(name, {})[rows] = hftl_train(setting, name, task, *full, processes=processes)
-        frozen = ["--method=frozen", *one_epoch(setting), part]
+        frozen = ["--method=frozen", part]
         cold = hftl_train(setting, "frozen, cache cold", task, *frozen)
         warm = hftl_train(setting, "frozen, cache warm", task, *frozen, "--seed=7", before=cold)
         lines.setdefault(cold.name, {})[rows] = cold
