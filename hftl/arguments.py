@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -208,6 +208,11 @@ class TransferArguments(TrainingArguments):
     )
     eval_strategy: str = _argument("epoch", "When to evaluate on validation: no, steps or epoch.")
     save_strategy: str = _argument("epoch", "When to write a checkpoint: no, steps, epoch or best.")
+    eval_epochs: int | None = _argument(
+        None,
+        "With the strategy epoch: epochs from one evaluation and checkpoint to the next (default 1; more where a few "
+        "rows make many short epochs, so that there are about ten).",
+    )
     save_total_limit: int | None = _argument(1, "Checkpoints kept beside the best one.")
     load_best_model_at_end: bool = _argument(True, "Keep the best checkpoint on validation, not the last.")
     logging_steps: float = _argument(10, "Log the loss every so many steps.")
@@ -280,6 +285,8 @@ class TransferArguments(TrainingArguments):
         if metric is None:
             self.greater_is_better = None
         _check_ranges(self)
+        _check_values(self)
+        _check_combinations(self)
         self.label_names = ["labels"]
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
@@ -635,26 +642,50 @@ def _check_finite(arguments: TransferArguments) -> None:
             raise UsageError(f"--{item.name} must be a finite number, not {value}.")
 
 
+#: what numbers may be: names, whether a value is right, and the rule in words
+_RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (
+        (
+            "num_train_epochs", "head_epochs", "eval_epochs", "per_device_train_batch_size",
+            "per_device_eval_batch_size", "gradient_accumulation_steps", "eval_accumulation_steps",
+            "max_train_samples", "max_eval_samples", "shots", "repeats", "learning_rate", "head_learning_rate",
+            "lora_r", "lora_alpha", "lora_blocks", "lora_plus_ratio", "reinit_blocks", "mixup", "cutmix",
+            "feature_views", "feature_layers", "feature_cache_gb", "image_size", "image_cache_gb", "max_length",
+            "early_stopping_patience",
+        ),
+        lambda value: value > 0,
+        "be above 0",
+    ),
+    (("max_steps",), lambda value: value > 0 or value == -1, "be above 0"),
+    (("weight_decay", "max_grad_norm"), lambda value: value >= 0, "be a number from 0 on"),
+    (("lora_dropout", "label_smoothing_factor"), lambda value: 0 <= value < 1, "lie between 0 and 1"),
+    (
+        ("validation_fraction", "random_erasing", "word_dropout", "ema_decay"),
+        lambda value: 0 < value < 1,
+        "lie between 0 and 1",
+    ),
+    (("layer_decay",), lambda value: 0 < value <= 1, "lie above 0 and not above 1"),
+)  # fmt: skip
+
+
 def _check_ranges(arguments: TransferArguments) -> None:
-    """Values that argparse lets through and that mean nothing."""
-    positive = ["num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "head_epochs"]
-    positive += ["max_train_samples", "max_eval_samples", "learning_rate", "head_learning_rate", "lora_r", "lora_alpha"]
-    positive += ["shots", "repeats", "lora_blocks", "lora_plus_ratio", "reinit_blocks", "mixup", "cutmix"]
-    positive += ["feature_views", "feature_layers", "feature_cache_gb"]
-    positive += ["image_size", "image_cache_gb", "max_length", "gradient_accumulation_steps", "early_stopping_patience"]
-    positive += ["eval_accumulation_steps"]
-    for name in positive:
-        value = getattr(arguments, name, None)
-        if value is not None and not value > 0:
-            raise UsageError(f"--{name} must be above 0, not {value}.")
-    if arguments.max_steps == 0 or arguments.max_steps < -1:
-        raise UsageError(f"--max_steps must be above 0, not {arguments.max_steps}.")
+    """Numbers that argparse lets through and that mean nothing."""
+    for names, is_right, rule in _RANGES:
+        for name in names:
+            value = getattr(arguments, name, None)
+            if value is not None and not is_right(value):
+                raise UsageError(f"--{name} must {rule}, not {value}.")
+    if not 0 <= arguments.seed <= 2**32 - arguments.repeats:
+        raise UsageError(f"--seed must lie between 0 and {2**32 - arguments.repeats}, not {arguments.seed}.")
+    if arguments.time_budget is not None:
+        seconds_of(arguments.time_budget)
+
+
+def _check_values(arguments: TransferArguments) -> None:
+    """Other values that hftl has no use for, or that this machine has not."""
     for name, needed in (("eval_do_concat_batches", True), ("prediction_loss_only", False)):
         if getattr(arguments, name) is not needed:
             raise UsageError(f"--{name}: hftl scores an evaluation by all of its answers. Leave it out.")
-    for name in ("weight_decay", "max_grad_norm"):
-        if not getattr(arguments, name) >= 0:
-            raise UsageError(f"--{name} must be a number from 0 on, not {getattr(arguments, name)}.")
     if arguments.output_dir is not None and not arguments.output_dir.strip():
         raise UsageError("--output_dir is empty: name a folder, or leave it out.")
     if not all(name.strip() for name in arguments.metrics or []):
@@ -665,12 +696,19 @@ def _check_ranges(arguments: TransferArguments) -> None:
         raise UsageError("--use_liger_kernel: its package is not installed: pip install liger-kernel, or leave it out.")
     if arguments.neftune_noise_alpha is not None and isinstance(arguments, ImageArguments):
         raise UsageError("--neftune_noise_alpha disturbs the embeddings of tokens, which an image model has not.")
-    if arguments.time_budget is not None:
-        seconds_of(arguments.time_budget)
-        if arguments.preset is not None:
-            raise UsageError("--time_budget and --preset exclude each other: leave one out.")
-    if not 0 <= arguments.seed <= 2**32 - arguments.repeats:
-        raise UsageError(f"--seed must lie between 0 and {2**32 - arguments.repeats}, not {arguments.seed}.")
+    if arguments.push_to_hub and arguments.hub_strategy != "end":
+        raise UsageError("--hub_strategy must be end: the finished run is pushed in one commit.")
+    if arguments.resume_from_checkpoint:
+        raise UsageError("--resume_from_checkpoint is not used: --resume finds the checkpoint in --output_dir.")
+    _check_trackers(arguments)
+    if arguments.world_size != int(os.environ.get("WORLD_SIZE", "1")):
+        raise _separate_processes()
+
+
+def _check_combinations(arguments: TransferArguments) -> None:
+    """Values that contradict each other."""
+    if arguments.time_budget is not None and arguments.preset is not None:
+        raise UsageError("--time_budget and --preset exclude each other: leave one out.")
     if arguments.shots is not None:
         # Of the fraction only a changed one is refused: the recipe of a run holds every setting.
         changed = {"max_train_samples": None, "validation_fraction": 0.1}
@@ -679,22 +717,6 @@ def _check_ranges(arguments: TransferArguments) -> None:
                 raise UsageError(f"--shots and --{name} exclude each other: leave one out.")
     if arguments.repeats > 1 and arguments.method == "auto":
         raise UsageError("--repeats: --method auto chooses a method for each seed anew. Name a method.")
-    if arguments.lora_dropout is not None and not 0 <= arguments.lora_dropout < 1:
-        raise UsageError(f"--lora_dropout must lie between 0 and 1, not {arguments.lora_dropout}.")
-    if not 0 < arguments.validation_fraction < 1:
-        raise UsageError(f"--validation_fraction must lie between 0 and 1, not {arguments.validation_fraction}.")
-    if arguments.layer_decay is not None and not 0 < arguments.layer_decay <= 1:
-        raise UsageError(f"--layer_decay must lie above 0 and not above 1, not {arguments.layer_decay}.")
-    if arguments.label_smoothing_factor and not 0 <= arguments.label_smoothing_factor < 1:
-        raise UsageError(f"--label_smoothing_factor must lie between 0 and 1, not {arguments.label_smoothing_factor}.")
-    if arguments.push_to_hub and arguments.hub_strategy != "end":
-        raise UsageError("--hub_strategy must be end: the finished run is pushed in one commit.")
-    if arguments.resume_from_checkpoint:
-        raise UsageError("--resume_from_checkpoint is not used: --resume finds the checkpoint in --output_dir.")
-    for name in ("random_erasing", "word_dropout"):
-        value = getattr(arguments, name, None)
-        if value is not None and not 0 < value < 1:
-            raise UsageError(f"--{name} must lie between 0 and 1, not {value}.")
     if getattr(arguments, "random_erasing", None) and getattr(arguments, "augmentation", None) == "none":
         raise UsageError("--random_erasing and --augmentation none contradict each other: leave one out.")
     if getattr(arguments, "test_time_flip", False) and not getattr(arguments, "horizontal_flip", True):
@@ -709,18 +731,12 @@ def _check_ranges(arguments: TransferArguments) -> None:
         )
     if arguments.resume and arguments.overwrite:
         raise UsageError("--resume and --overwrite exclude each other.")
-    _check_trackers(arguments)
-    if arguments.world_size != int(os.environ.get("WORLD_SIZE", "1")):
-        raise _separate_processes()
 
 
 def _check_averaging(arguments: TransferArguments) -> None:
     """What an average needs of the training."""
-    if arguments.ema_decay is not None:
-        if arguments.average != "ema":
-            raise UsageError("--ema_decay is for --average ema: add that, or leave it out.")
-        if not 0 < arguments.ema_decay < 1:
-            raise UsageError(f"--ema_decay must lie between 0 and 1, not {arguments.ema_decay}.")
+    if arguments.ema_decay is not None and arguments.average != "ema":
+        raise UsageError("--ema_decay is for --average ema: add that, or leave it out.")
     if arguments.average == "swa" and arguments.early_stopping_patience:
         raise UsageError(
             "--average swa takes the last part of a training whose length is known: leave out "

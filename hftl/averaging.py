@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from hftl import backbones
 from hftl.arguments import TransferArguments
 from hftl.compute import wait_for_all
 from hftl.errors import UsageError
-from hftl.folder import is_main_process, say
+from hftl.folder import is_main_process, replacing, say
 from hftl.methods import Plan, Stage
 
 if TYPE_CHECKING:
@@ -204,10 +203,9 @@ class GreedySoup(Averaging):
         score = sign * float(metrics[f"eval_{args.metric_for_best_model}"])
         self.place.mkdir(exist_ok=True)
         path = self.place / f"{state.global_step}.safetensors"
-        beside = path.with_suffix(".partial")
         values = {name: tensor.detach().contiguous() for name, tensor in self.tensors.items()}
-        save_file(values, beside, metadata={"score": repr(score)})
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            save_file(values, beside, metadata={"score": repr(score)})
         for unneeded in self._ingredients()[INGREDIENTS:]:
             unneeded.unlink()
 

@@ -138,16 +138,16 @@ def fetch_movie_snippets() -> Path:
     # The order of the hashes says where a text goes, so that the split depends on the texts alone.
     texts = sorted(labels, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
     ends = {"train": len(texts) * 8 // 10, "validation": len(texts) * 9 // 10, "test": len(texts)}
+    from hftl.folder import replacing  # which needs transformers: slow to import, and not needed to find a name
+
     path = cache_folder() / "movie_snippets.csv"
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8", newline="") as file:
+    with replacing(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["split", "text", "label"])
         start = 0
         for split, end in ends.items():
             writer.writerows([split, text, labels[text]] for text in texts[start:end])
             start = end
-    os.replace(partial, path)
     return path
 
 

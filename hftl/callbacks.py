@@ -89,6 +89,20 @@ class StopSignals(TrainerCallback):
             raise Interrupted(self.number)
 
 
+class EveryFewEpochs(TrainerCallback):
+    """Evaluates and writes a checkpoint after every few epochs, and after the last, rather than after each."""
+
+    def __init__(self, epochs: int) -> None:
+        """Keep how many."""
+        self.epochs = epochs
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        """Take back what Trainer asks for after each epoch."""
+        if round(state.epoch or 0) % self.epochs and not control.should_training_stop:
+            control.should_evaluate = control.should_save = False
+        return control
+
+
 class ReadableProgress(ProgressCallback):
     """A bar with the time left in a terminal, a line now and then elsewhere, and a line for each evaluation."""
 

@@ -3,8 +3,7 @@
 Rows are kept in shards that are written once, under a fingerprint of all that determines their values but the example:
 the weights of the frozen part, the preprocessing, the size, the precision. Within it a row is found by the content of
 its example. So another method, seed, head, learning rate or label column, and a second run on grown data, compute only
-what is new. Shards are written beside their place and renamed, each under a name of its own: several processes and runs
-may fill one cache, and an interrupted extraction goes on.
+what is new.
 """
 
 from __future__ import annotations
@@ -19,9 +18,6 @@ import json
 import os
 import shutil
 import time
-import uuid
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,157 +33,25 @@ from hftl.arguments import TransferArguments
 from hftl.builtin import cache_folder
 from hftl.cut import Batch, Cut, NoCut, explained_probe
 from hftl.errors import UsageError
-from hftl.folder import folder_bytes, read_json, say, write_json
+from hftl.folder import folder_bytes, say
 from hftl.joined import Joined, as_flags, find_joined, mean_of_positions, wished
 from hftl.losses import LOSSES, CrossEntropyLoss, LogitAdjustedLoss
 from hftl.methods import Plan, Stage
 from hftl.methods.plan import prepare_modules
 from hftl.pretrained import public_name
 from hftl.probes import BESIDE, LinearHead, Probe, check_every_class, fit_linear_head, fit_probe, linear_probe
+from hftl.shards import DTYPES, NotKept, Shards
 
 #: examples on which it is tried how the activations can be kept
 _ROWS = 32
 #: a shard is published when it holds so many bytes, or after so many seconds: what an interruption can lose
 _SHARD_BYTES = 32_000_000
 _SECONDS_BETWEEN_SHARDS = 30.0
-_A_DAY = 86_400
 #: the settings of kept features, which a method that keeps none does not use, and their defaults
 OF_KEPT_FEATURES = {
     name: TransferArguments.__dataclass_fields__[name].default
     for name in ("feature_views", "feature_cache_gb", "feature_cache_dtype", "feature_cache_hash")
 }
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-#: numpy has no bfloat16: the bits are kept as whole numbers
-_STORED: dict[str, np.dtype[Any]] = {
-    "float16": np.dtype("float16"),
-    "bfloat16": np.dtype("int16"),
-    "float32": np.dtype("float32"),
-}
-
-
-class NotKept(Exception):
-    """The activations cannot be kept, and training goes on without; the message says why."""
-
-
-# --- on disk ---------------------------------------------------------------------------------------------------------
-
-
-class Shards:
-    """Rows of numbers on disk, found by the 64 bits of their key.
-
-    Attributes:
-        settings: `dtype` (float16, bfloat16 or float32), `shape` of a row (without its tokens where rows are ragged),
-            `ragged`, and what `hftl cache ls` shows.
-    """
-
-    def __init__(self, folder: Path, settings: Callable[[], dict[str, Any]]) -> None:
-        """Open the shards in a folder; `settings` is only called where there are none yet.
-
-        Raises:
-            NotKept: the folder cannot be written.
-        """
-        self.folder = folder
-        path = folder / "settings.json"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not path.is_file():
-                write_json(path, settings())
-            os.utime(path)  # last used
-            _remove_orphans(folder)
-            self.settings = read_json(path)
-        except (OSError, ValueError) as error:
-            raise NotKept(f"{folder} cannot be used: {error}") from error
-        self.dtype = _DTYPES[self.settings["dtype"]]
-        self._opened: dict[Path, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
-        self.reload()
-
-    def reload(self) -> None:
-        """Look at the shards anew; a damaged one is removed, and its rows count as missing."""
-        for path in sorted(self.folder.glob("[!.]*.npz")):  # with a dot before the name it is being written
-            if path not in self._opened:
-                shard = self._open(path)
-                if shard is not None:
-                    self._opened[path] = shard
-        shards = list(self._opened.values())
-        self._data = [data for data, _, _ in shards]
-        keys = [keys for _, keys, _ in shards]
-        places = [
-            np.stack([np.full_like(ends, number), ends - np.diff(ends, prepend=0), ends], axis=1)
-            for number, (_, _, ends) in enumerate(shards)
-        ]
-        every = np.concatenate(keys) if keys else np.empty(0, np.uint64)
-        order = np.argsort(every, kind="stable")
-        self._keys = every[order]
-        self._places = (np.concatenate(places) if places else np.empty((0, 3), np.int64))[order]
-
-    def _open(self, path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
-        """Values, keys and ends of a shard, or None where it is damaged."""
-        data = path.with_suffix(".bin")
-        try:
-            with np.load(path) as index:
-                keys, ends, checksum = index["keys"], index["ends"], int(index["checksum"])
-            values = np.memmap(data, dtype=_STORED[self.settings["dtype"]], mode="r")
-            if len(values) == ends[-1] and zlib.crc32(values.data) == checksum:
-                return values, keys, ends
-            reason = "its checksum is another"
-        except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            reason = str(error)
-        except OSError as error:  # too many open files, say: that is no fault of the shard
-            raise NotKept(f"{data} cannot be read: {error.strerror}") from error
-        say(f"feature cache: a shard in {self.folder} is damaged ({reason}): its rows are computed again")
-        path.unlink(missing_ok=True)
-        data.unlink(missing_ok=True)
-        return None
-
-    def find(self, keys: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Where the rows with these keys are: shard, start and end of each, shape (rows, 3); shard -1 for none."""
-        positions = np.searchsorted(self._keys, keys)
-        found = np.full((len(keys), 3), -1, dtype=np.int64)
-        inside = positions < len(self._keys)
-        inside[inside] = self._keys[positions[inside]] == keys[inside]
-        found[inside] = self._places[positions[inside]]
-        return found
-
-    def read(self, place: np.ndarray[Any, Any]) -> torch.Tensor:
-        """One row from its place."""
-        shard, start, end = place
-        values = torch.from_numpy(np.array(self._data[shard][start:end]))
-        values = values.view(torch.bfloat16) if self.settings["dtype"] == "bfloat16" else values
-        shape = self.settings["shape"]
-        return values.view(-1, *shape) if self.settings["ragged"] else values.view(shape)
-
-    def write(self, keys: np.ndarray[Any, Any], rows: Sequence[torch.Tensor]) -> None:
-        """Publish rows as one shard.
-
-        Raises:
-            NotKept: the disk is full, or a value is too large for the kept type.
-        """
-        values = torch.cat([row.to(self.dtype).flatten() for row in rows])
-        if not torch.isfinite(values).all():
-            raise NotKept(f"some activations are too large for {self.settings['dtype']}: --feature_cache_dtype float32")
-        stored = values.view(torch.int16).numpy() if self.dtype is torch.bfloat16 else values.numpy()
-        name = uuid.uuid4().hex
-        try:
-            stored.tofile(self.folder / f".{name}.bin")
-            os.replace(self.folder / f".{name}.bin", self.folder / f"{name}.bin")
-            ends = np.cumsum([row.numel() for row in rows])
-            np.savez(self.folder / f".{name}.npz", keys=keys, ends=ends, checksum=np.int64(zlib.crc32(stored.data)))
-            os.replace(self.folder / f".{name}.npz", self.folder / f"{name}.npz")
-        except OSError as error:
-            (self.folder / f"{name}.bin").unlink(missing_ok=True)
-            raise NotKept(f"the cache cannot be written: {error}") from error
-        finally:
-            for suffix in ("bin", "npz"):
-                (self.folder / f".{name}.{suffix}").unlink(missing_ok=True)
-
-
-def _remove_orphans(folder: Path) -> None:
-    """Remove what a killed process left half-written a day ago."""
-    for path in (*folder.glob(".*.bin"), *folder.glob(".*.npz"), *folder.glob("*.bin")):
-        with contextlib.suppress(FileNotFoundError):  # another process removes it too
-            left = path.name.startswith(".") or not path.with_suffix(".npz").is_file()
-            if left and time.time() - path.stat().st_mtime > _A_DAY:
-                path.unlink()
 
 
 # --- what determines the values --------------------------------------------------------------------------------------
@@ -461,7 +325,7 @@ def _announce(shards: Shards, keys: dict[str, list[Any]], data: dict[str, list[A
     missing = int((shards.find(every)[:, 0] < 0).sum())
     lengths = [length for views in data.values() for length in getattr(views[0], "lengths", [])]
     numbers = int(np.prod(settings["shape"], dtype=np.int64)) * (np.mean(lengths) if settings["ragged"] else 1)
-    row_bytes = float(numbers * _STORED[settings["dtype"]].itemsize)
+    row_bytes = float(numbers * DTYPES[settings["dtype"]].itemsize)
     needed, used = missing * row_bytes, folder_bytes(shards.folder.parent)
     free = shutil.disk_usage(shards.folder).free
     if missing and (needed + used > budget * 1e9 or needed * 1.05 > free):

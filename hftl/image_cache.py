@@ -7,13 +7,11 @@ read, not mapped: mapped pages would count as memory of the process, and it read
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import shutil
 import struct
 import time
-import uuid
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from hftl.builtin import cache_folder
-from hftl.folder import nearest_existing, say
+from hftl.folder import nearest_existing, replacing, say
 from hftl.images import content_key, image_header_size
 
 #: mark, height, width, checksum of the pixels; the mark changes with the format and with how pictures are resized
@@ -76,18 +74,14 @@ class ImageCache:
 
     def _keep(self, path: Path, pixels: np.ndarray[Any, Any]) -> None:
         """Write a picture; a disk that takes no more ends the keeping, not the training."""
-        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with beside.open("wb") as file:
+            with replacing(path) as beside, beside.open("wb") as file:
                 file.write(_HEADER.pack(_MARK, *pixels.shape[:2], _checksum(pixels)))
                 file.write(pixels.data)
-            os.replace(beside, path)
         except OSError as error:
             say(f"images: no more are kept in {self.folder}: {error.strerror or error}")
             self.folder = None
-            with contextlib.suppress(OSError):  # whatever keeps it from being written may keep it from being removed
-                beside.unlink()
 
 
 def picture_key(value: Any, side: int, decoded: int) -> bytes:

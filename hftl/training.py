@@ -22,7 +22,7 @@ from hftl import backbones, compute, folder
 from hftl.adaptation import adapt_batch_norm
 from hftl.arguments import TransferArguments, set_precision, stage_arguments
 from hftl.averaging import check_averaging, interpolate, pretrained_weights
-from hftl.callbacks import LogFile, ReadableProgress, StopSignals
+from hftl.callbacks import EveryFewEpochs, LogFile, ReadableProgress, StopSignals
 from hftl.compute import of_all_processes, wait_for_all
 from hftl.data import Splits
 from hftl.errors import UsageError, without_worker
@@ -31,7 +31,7 @@ from hftl.folder import CHECKPOINTS, LOGS, RECIPE, read_json, say
 from hftl.losses import check_loss
 from hftl.lr_find import PICTURE, STEPS, Sweep, draw, report, scaled, sweep
 from hftl.methods import Plan, Stage
-from hftl.methods.plan import prepare_modules, with_least_steps
+from hftl.methods.plan import epochs_between_evaluations, prepare_modules, with_least_steps
 from hftl.probes.beside import FOLDER as PROBE
 from hftl.probes.beside import Probe, load_probe
 from hftl.saving import write_run
@@ -168,6 +168,7 @@ def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tr
     for name, value in plan.settings.items():
         setattr(arguments, name, value)
     arguments.num_train_epochs = stages[-1].epochs
+    arguments.eval_epochs = arguments.eval_epochs or epochs_between_evaluations(stages[-1])
     if arguments.average == "swa" and "lr_scheduler_type" not in arguments.given:
         # A rate that falls to nothing would leave nothing to average (Izmailov et al. 2018, section 3.2).
         arguments.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
@@ -334,6 +335,7 @@ def _stage_trainer(
         restore_callback_states_from_checkpoint=True,  # or early stopping would count anew after an interruption
     )
     callbacks: list[Any] = [
+        EveryFewEpochs(arguments.eval_epochs or 1),
         ReadableProgress(stage.name),
         LogFile(Path(str(arguments.output_dir), LOGS, "log.jsonl"), stage.name),
     ]

@@ -22,8 +22,8 @@ from tiny_training import tiny_arguments
 import hftl
 from hftl import batches, cli, features, methods
 from hftl.cut import Cut, NoCut
-from hftl.features import NotKept, Shards
 from hftl.methods.plan import prepare_modules
+from hftl.shards import NotKept, Shards
 
 
 @pytest.fixture(autouse=True)

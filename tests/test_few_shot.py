@@ -61,6 +61,22 @@ def test_validation_takes_what_is_left(place: Path) -> None:
         drawn(place / "no_validation", 17)
 
 
+# --- evaluations -----------------------------------------------------------------------------------------------------
+
+
+def test_many_short_epochs_are_evaluated_ten_times(place: Path, tmp_path: Path) -> None:
+    flags = {"model": place / "bert", "dataset": place / "texts", "shots": 4, "report_to": "none"}
+    flags |= {"per_device_train_batch_size": 4, "precision": "fp32"}  # 2 steps an epoch: 40 epochs
+    run = hftl.finetune("text-classification", **flags, output_dir=tmp_path / "run")
+    entries = [json.loads(line) for line in (tmp_path / "run" / "logs" / "log.jsonl").read_text().splitlines()]
+    assert [entry["epoch"] for entry in entries if "eval_loss" in entry] == list(range(4, 41, 4))
+    assert run.task.arguments.eval_epochs == 4
+    again = {"eval_epochs": 3, "num_train_epochs": 4}
+    hftl.finetune("text-classification", **flags, **again, output_dir=tmp_path / "again")
+    entries = [json.loads(line) for line in (tmp_path / "again" / "logs" / "log.jsonl").read_text().splitlines()]
+    assert [entry["epoch"] for entry in entries if "eval_loss" in entry] == [3, 4]
+
+
 # --- repeats ---------------------------------------------------------------------------------------------------------
 
 

@@ -107,8 +107,8 @@ def default_rates(model: nn.Module, pretrained: bool = True) -> Rates:
 
 #: about three epochs of a thousand rows
 LEAST_STEPS = 80
-
-
+#: of a stage whose epochs were added to reach the least number of steps
+MOST_EVALUATIONS = 10
 #: more epochs than this are never added to reach the least number of steps
 MOST_EPOCHS = 50
 
@@ -145,6 +145,15 @@ def make_stage(arguments: TransferArguments, name: str, trainable: list[str], ba
 def with_least_steps(stage: Stage, steps_an_epoch: int) -> Stage:
     """The stage with as many epochs as its least number of steps takes."""
     return replace(stage, epochs=max(stage.epochs, min(MOST_EPOCHS, math.ceil(stage.least_steps / steps_an_epoch))))
+
+
+def epochs_between_evaluations(stage: Stage) -> int:
+    """1; where epochs were added as many as leave ten evaluations.
+
+    An evaluation and its checkpoint after each two or three steps would take longer than the steps, and the best of
+    fifty by a few dozen rows is the luckiest.
+    """
+    return math.ceil(stage.epochs / MOST_EVALUATIONS) if stage.least_steps else 1
 
 
 def _batch_norm(arguments: TransferArguments) -> str:
