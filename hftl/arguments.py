@@ -246,6 +246,11 @@ class TransferArguments(TrainingArguments):
         "checkpoints, as far as that helps on validation.",
         choices=("none", "ema", "swa", "soup"),
     )
+    soup_runs: int = _argument(
+        1,
+        "Trainings of the last stage from the same start, each in another order; their weights are averaged as far as "
+        "that helps on validation.",
+    )
     ema_decay: float | None = _argument(None, "ema: what is left of the average at each step (default 0.999).")
     wise_ft: bool = _argument(
         False, "Mix the pretrained and the fine-tuned backbone as is best on validation; goes well with lp_ft."
@@ -648,10 +653,10 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         (
             "num_train_epochs", "head_epochs", "eval_epochs", "per_device_train_batch_size",
             "per_device_eval_batch_size", "gradient_accumulation_steps", "eval_accumulation_steps",
-            "max_train_samples", "max_eval_samples", "shots", "repeats", "learning_rate", "head_learning_rate",
-            "lora_r", "lora_alpha", "lora_blocks", "lora_plus_ratio", "reinit_blocks", "mixup", "cutmix",
-            "feature_views", "feature_layers", "feature_cache_gb", "image_size", "image_cache_gb", "max_length",
-            "early_stopping_patience",
+            "max_train_samples", "max_eval_samples", "shots", "repeats", "soup_runs", "learning_rate",
+            "head_learning_rate", "lora_r", "lora_alpha", "lora_blocks", "lora_plus_ratio", "reinit_blocks", "mixup",
+            "cutmix", "feature_views", "feature_layers", "feature_cache_gb", "image_size", "image_cache_gb",
+            "max_length", "early_stopping_patience",
         ),
         lambda value: value > 0,
         "be above 0",
@@ -746,6 +751,8 @@ def _check_averaging(arguments: TransferArguments) -> None:
         raise UsageError(f"--save_only_model leaves the average of --average {arguments.average} out: leave out one.")
     if arguments.average == "soup" and arguments.eval_strategy == "no":
         raise UsageError("--average soup needs evaluations: --eval_strategy epoch, or steps.")
+    if arguments.soup_runs > 1 and arguments.wise_ft:
+        raise UsageError("--soup_runs and --wise_ft each average the result of the last stage: leave one out.")
 
 
 def seconds_of(duration: str) -> float:

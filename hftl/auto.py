@@ -52,7 +52,9 @@ _PLAIN = {"mixup": None, "cutmix": None, "random_erasing": None, "word_dropout":
 #: of the time left, what planned work may take: machines are noisy, and the limit is to be kept
 _PLANNED = 0.85
 #: more epochs gained nothing on a few thousand rows (MiniLM on movie reviews), and overfit on fewer
-_MOST_EPOCHS = 8.0
+_MOST_EPOCHS = 5.0
+#: time for more goes into further runs of the last training, whose mean is better than any of them; a third adds little
+_MOST_RUNS, _EPOCHS_OF_RUN = 3, 3.0
 #: with fewer epochs of the whole model left than this, trials would eat what the last training needs …
 _EPOCHS_FOR_TRIALS = 12.0
 #: … and so would trials of all ways, which take 12 epochs, and not 3
@@ -169,10 +171,9 @@ class Ladder:
         epoch = training * len(self.splits.train) + prediction * len(self.splits.validation)
         say(f"auto: an epoch of the whole model takes about {epoch:.0f} s, {max(0, self.budget.left):.0f} s are left")
         method, factor = self._most_promising(self.left / epoch)
-        epochs = min(_MOST_EPOCHS, self.left / epoch)
+        runs, epochs = _shape(self.left / epoch)
         if epochs >= _LEAST_EPOCHS:
-            # Whole epochs: a part of one at the end would see some rows more often than others.
-            self._train("final", method, factor, math.floor(epochs) if epochs >= 2 else round(epochs, 2))
+            self._train("final", method, factor, epochs, runs)
         elif self.left > _PARTIAL_COSTS * self._of("probe")[0].seconds:
             self._train("final", "partial", 1.0, 3.0)
 
@@ -222,13 +223,16 @@ class Ladder:
         """Go on with the trial in the midst of which an interrupted run was stopped."""
         for recipe in sorted((self.path / TRIALS).glob(f"*/{CHECKPOINTS}/{RECIPE}")):
             _, rung, method, factor = recipe.parents[1].name.split("-")
-            self._train(rung, method, float(factor), float(read_yaml(recipe).get("num_train_epochs") or 0.0))
+            settings = read_yaml(recipe)
+            epochs, runs = float(settings.get("num_train_epochs") or 0.0), int(settings.get("soup_runs") or 1)
+            self._train(rung, method, float(factor), epochs, runs)
 
-    def _train(self, rung: str, method: str, factor: float, epochs: float) -> None:
+    def _train(self, rung: str, method: str, factor: float, epochs: float, runs: int = 1) -> None:
         """Train one way; where it is better than the run so far it takes its place."""
         started = time.time()
         place = self.path / TRIALS / f"{len(self.trials) + 1}-{rung}-{method}-{factor:g}"
         length = f" for {epochs:g} epoch{'' if epochs == 1 else 's'}" if epochs else ""
+        length = f" {runs} times{length}" if runs > 1 else length
         length += f" at {factor:g} times its rates" if factor != 1 else ""
         say(f"\nauto: {rung}, {method}{length}; {self.budget.left:.0f} of {self.budget.seconds:.0f} s left")
         arguments = stage_arguments(
@@ -240,7 +244,8 @@ class Ladder:
             preset=None,
             overwrite=False,
             resume=(place / CHECKPOINTS / RECIPE).is_file(),
-            average="soup" if rung == "final" and epochs >= _LEAST_FOR_SOUP else "none",
+            average="soup" if rung == "final" and runs == 1 and epochs >= _LEAST_FOR_SOUP else "none",
+            soup_runs=runs,
             **(self._plain() if rung == "probe" else {}),
             **(OF_KEPT_FEATURES if method == "full" else {}),
         )
@@ -298,6 +303,16 @@ class Ladder:
         return training, compute.seconds_a_row(model.eval(), batch, False, precision)
 
 
+def _shape(epochs: float) -> tuple[int, float]:
+    """How many runs of how many epochs the last training has, where so many epochs fit in all.
+
+    Whole epochs: a part of one at the end would see some rows more often than others.
+    """
+    runs = int(min(max(epochs // _EPOCHS_OF_RUN, 1), _MOST_RUNS))
+    epochs = min(_MOST_EPOCHS, epochs / runs)
+    return runs, math.floor(epochs) if epochs >= 2 else round(epochs, 2)
+
+
 def check(arguments: TransferArguments) -> None:
     """Refuse what does not go with the ladder, before a folder is touched.
 
@@ -306,8 +321,8 @@ def check(arguments: TransferArguments) -> None:
     """
     for name in sorted(_CHOSEN & arguments.given):
         raise UsageError(f"--method auto chooses --{name} itself. Leave it out, or name a method.")
-    for name in ("average", "wise_ft"):
-        if getattr(arguments, name) not in ("none", False):
+    for name in ("average", "wise_ft", "soup_runs"):
+        if getattr(arguments, name) not in ("none", False, 1):
             raise UsageError(f"--{name} does not go with --method auto, whose time it would use up. Name a method.")
     if arguments.world_size > 1:
         raise UsageError("--method auto works in one process. Start it without accelerate launch, or name a method.")

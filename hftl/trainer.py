@@ -261,6 +261,14 @@ class TransferTrainer(Trainer):
         inner.worker_init_fn = functools.partial(_start_worker, inner.worker_init_fn)
         return loader
 
+    def score(self) -> float:
+        """What chooses, on validation, of the weights that training ended with; evaluated where it is not known."""
+        output = self.evaluation_of_the_best
+        if output is None:
+            return self.validate()[0]
+        name = self.args.metric_for_best_model
+        return next(value for key, value in output.metrics.items() if key in (f"eval_{name}", f"validation_{name}"))
+
     def validate(self) -> tuple[float, float]:
         """Evaluate the weights as they are on validation: the score that chooses, and the loss.
 

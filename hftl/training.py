@@ -21,7 +21,15 @@ from transformers import EarlyStoppingCallback, SchedulerType
 from hftl import backbones, compute, folder
 from hftl.adaptation import adapt_batch_norm
 from hftl.arguments import TransferArguments, set_precision, stage_arguments
-from hftl.averaging import check_averaging, interpolate, pretrained_weights
+from hftl.averaging import (
+    changing_tensors,
+    check_averaging,
+    interpolate,
+    keep_ingredient,
+    pretrained_weights,
+    put,
+    soup_of_runs,
+)
 from hftl.callbacks import EveryFewEpochs, LogFile, ReadableProgress, StopSignals
 from hftl.compute import of_all_processes, wait_for_all
 from hftl.data import Splits
@@ -109,7 +117,7 @@ def prepare(
     check_plan(plan, arguments)
     stages = _resolve(task, plan, splits, arguments)
     path = Path(str(arguments.output_dir))
-    folder.check_space(path, _bytes_needed(plan, arguments.average != "none"))
+    folder.check_space(path, _bytes_needed(plan, arguments))
     AcceleratorState._reset_state()  # or another run in this process would dictate its precision
     compute.share_threads(on_cpu=arguments.device.type == "cpu")
     data = {"train": task.dataset(splits.train, training=True)}
@@ -165,6 +173,10 @@ def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tr
     if arguments.dataloader_prefetch_factor is not None and not arguments.dataloader_num_workers:
         raise UsageError("--dataloader_prefetch_factor is for data workers, and there are none: leave it out.")
     stages = [with_least_steps(stage, steps) for stage in plan.stages]
+    if arguments.soup_runs > 1:
+        last = stages.pop()
+        runs = range(1, arguments.soup_runs + 1)
+        stages += [dataclasses.replace(last, name=f"{last.name}, run {run}") for run in runs]
     for name, value in plan.settings.items():
         setattr(arguments, name, value)
     arguments.num_train_epochs = stages[-1].epochs
@@ -217,15 +229,16 @@ def _workers(task: ClassificationTask) -> int:
     return min(8, max(1, cores // 4) if task.arguments.use_cpu else cores - 1)
 
 
-def _bytes_needed(plan: Plan, averaged: bool) -> int:
+def _bytes_needed(plan: Plan, arguments: TransferArguments) -> int:
     """Disk for three checkpoints (best, last, the one being written) with two moments each, and two whole models."""
     parameters = list(plan.model.parameters())
     everything = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     names = set().union(*(stage.trainable for stage in plan.stages))
     trained = sum(4 * parameter.numel() for name, parameter in plan.model.named_parameters() if name in names)
     kept = trained if hasattr(plan.model, "peft_config") else everything
-    averages = 3 * trained if averaged else 0  # in each checkpoint, or the three of a soup
-    return 3 * (kept + 2 * trained) + 2 * everything + averages
+    averages = 3 * trained if arguments.average != "none" else 0  # in each checkpoint, or the three of a soup
+    runs = (arguments.soup_runs - 1) * (kept + trained)
+    return 3 * (kept + 2 * trained) + 2 * everything + averages + runs
 
 
 def _run_stages(
@@ -237,18 +250,24 @@ def _run_stages(
     callbacks: Sequence[Any],
 ) -> tuple[TransferTrainer, list[dict[str, Any]], dict[str, Any]]:
     """Train every stage that is not finished yet; the results are those of the last one."""
-    records = []
-    start = pretrained_weights(Plan(model, tuple(stages))) if task.arguments.wise_ft else {}
+    records, finals = [], []
+    pretrained = pretrained_weights(Plan(model, tuple(stages))) if task.arguments.wise_ft else {}
+    start: dict[str, torch.Tensor] = {}
     for index, stage in enumerate(stages):
         is_last = index + 1 == len(stages)
+        is_run = index + task.arguments.soup_runs >= len(stages)  # of the last stage, mostly its only one
+        if is_run and not is_last and not start:
+            start = changing_tensors(model, stage)
+        elif start:
+            put(changing_tensors(model, stage, copied=False), start)
         stage = _chosen(task, stage, model, splits)
-        kept = keep_features(task, stage, model, splits, data, alone=len(stages) == 1, last=is_last)
+        kept = keep_features(task, stage, model, splits, data, alone=len(stages) == 1, last=is_run)
         stage = stage if kept is None else kept.stage
         rows = data if kept is None else kept.data
         with contextlib.ExitStack() as after:
             if kept is not None:
                 after.callback(kept.release)  # also where the stage fails, or a second fit would keep what stubs give
-            trainer = _stage_trainer(task, stage, model, splits, rows, index, kept, is_last)
+            trainer = _stage_trainer(task, stage, model, splits, rows, index, kept, is_run)
             after.callback(trainer.end_workers)
             _check_sharding(task.arguments, trainer, model, stages)
             for callback in callbacks:
@@ -263,8 +282,12 @@ def _run_stages(
                 if kept is not None and kept.solved:
                     record = _solve_stage(task, trainer, kept)
                 else:
-                    record = _train_stage(trainer, stage, task.arguments.resume, start if is_last else {})
-                _keep_result(trainer, record, final, None if kept is None else kept.probe)
+                    record = _train_stage(trainer, stage, task.arguments.resume, pretrained if is_last else {})
+                _keep_result(trainer, record, final, None if kept is None else kept.probe, as_ingredient=bool(start))
+            records.append(read_json(final / "stage.json"))
+            finals.append(final)
+            if is_last and start:
+                records[-1] |= soup_of_runs(trainer, finals[-task.arguments.soup_runs :])
             if is_last and getattr(task.arguments, "test_time_flip", False):
                 if kept is not None:
                     kept.release()
@@ -273,7 +296,6 @@ def _run_stages(
                 results = _evaluate(task, trainer, rows, kept)
         if not is_last:
             trainer.bare_model()  # the next trainer puts its own around the model
-        records.append(read_json(final / "stage.json"))
     return trainer, records, results
 
 
@@ -314,7 +336,7 @@ def _stage_trainer(
     data: dict[str, Any],
     index: int,
     kept: KeptFeatures | None,
-    is_last: bool,
+    is_run: bool,
 ) -> TransferTrainer:
     arguments = task.arguments
     name = re.sub(r"[^A-Za-z0-9]+", "-", stage.name)
@@ -351,7 +373,7 @@ def _stage_trainer(
         data_collator=kept.collate if kept else task.collate,
         cut=kept.cut if kept else None,
         mixing=task.mixing(),
-        average=arguments.average if is_last else "none",
+        average=arguments.average if is_run else "none",
         compute_metrics=lambda result: _finite_scores(task, stage, place, result),
         preprocess_logits_for_metrics=_first,
         callbacks=callbacks,
@@ -378,11 +400,11 @@ def _first(logits: Any, labels: Any) -> torch.Tensor:
 
 
 def _train_stage(
-    trainer: TransferTrainer, stage: Stage, resume: bool, start: dict[str, torch.Tensor]
+    trainer: TransferTrainer, stage: Stage, resume: bool, pretrained: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
     """Train one stage, from its last whole checkpoint if there is one.
 
-    Weights are averaged behind it: those of its steps or epochs, then with the pretrained ones in `start`, if any.
+    Weights are averaged behind it: those of its steps or epochs, then with the pretrained ones, if any are given.
     """
     place = Path(str(trainer.args.output_dir))
     wait_for_all()
@@ -393,7 +415,7 @@ def _train_stage(
     started = time.perf_counter()
     output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     averaged = {} if trainer.average is None else trainer.average.finish()
-    averaged |= interpolate(trainer, start) if start else {}
+    averaged |= interpolate(trainer, pretrained) if pretrained else {}
     seconds = time.perf_counter() - started
     patience = trainer.args.early_stopping_patience
     if patience and trainer.state.global_step < trainer.state.max_steps:
@@ -450,13 +472,17 @@ def scores_of(task: ClassificationTask, loss: Any, logits: Any, labels: Any) -> 
     return {"loss": float(value), **task.score(logits, labels)}
 
 
-def _keep_result(trainer: TransferTrainer, record: dict[str, Any], final: Path, probe: Probe | None) -> None:
+def _keep_result(
+    trainer: TransferTrainer, record: dict[str, Any], final: Path, probe: Probe | None, as_ingredient: bool
+) -> None:
     """Keep the weights that a stage ends with: the next one starts from them, also after an interruption."""
     partial = final.with_name("final.partial")
     if folder.is_main_process():
         shutil.rmtree(partial, ignore_errors=True)
     wait_for_all()
     trainer.save_model(str(partial))
+    if as_ingredient:
+        keep_ingredient(trainer, partial)
     if folder.is_main_process():
         if probe is not None:
             probe.save(partial / PROBE)
@@ -519,8 +545,9 @@ def _check_sharding(
     }
     for what in (name for name, found in needs_all.items() if found):
         raise UsageError(f"{what} does not work with FSDP or DeepSpeed yet: use multi_gpu.yaml.")
-    if arguments.average != "none" or arguments.wise_ft:
+    if arguments.average != "none" or arguments.wise_ft or arguments.soup_runs > 1:
         flag = "--wise_ft" if arguments.wise_ft else f"--average {arguments.average}"
+        flag = "--soup_runs" if arguments.soup_runs > 1 else flag
         raise UsageError(
             f"{flag} needs whole weights in each process, not those of FSDP or DeepSpeed: use multi_gpu.yaml."
         )

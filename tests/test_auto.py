@@ -41,7 +41,17 @@ def tried(run: Path) -> list[tuple[str, str]]:
     return [(row["rung"], row["method"]) for row in rows_of(run)]
 
 
-def test_the_whole_ladder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("epochs", "shape"),
+    [(0.3, (1, 0.3)), (1.9, (1, 1.9)), (5.9, (1, 5)), (6, (2, 3)), (8.9, (2, 4)), (9, (3, 3)), (99, (3, 5))],
+)
+def test_time_for_more_epochs_goes_into_further_runs(epochs: float, shape: tuple[int, float]) -> None:
+    assert auto._shape(epochs) == shape
+
+
+def test_the_whole_ladder(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Short trials, the best of them longer, the winner in the run folder, and test seen by it alone."""
     predicted: list[int] = []
     logits = Run.logits
@@ -55,13 +65,14 @@ def test_the_whole_ladder(world: Path, tmp_path: Path, monkeypatch: pytest.Monke
     lengths = [(row["epochs"], row["factor"]) for row in rows_of(tmp_path / "run")]
     assert [epochs for epochs, _ in lengths[1:10]] == ["1.0"] * 6 + ["2.0"] * 3
     assert float(lengths[10][0]) == auto._MOST_EPOCHS
+    assert capsys.readouterr().out.count("soup: the mean of") == 1
     assert [factor for _, factor in lengths[1:7]] == [str(factor) for _, factor in auto._WAYS]
     assert predicted == [20]
 
     run = hftl.load_run(tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} & {"trials", "checkpoints"} == set()
     kept = [row for row in rows_of(tmp_path / "run") if row["best"] == "True"][-1]
-    assert run.task.arguments.average == ("soup" if kept["rung"] == "final" else "none")
+    assert run.task.arguments.soup_runs == (auto._MOST_RUNS if kept["rung"] == "final" else 1)
     assert float(kept["score"]) == run.metrics["validation"]["accuracy"]
     assert run.task.arguments.method == kept["method"]
     assert (tmp_path / "run" / "adapter").is_dir() == (kept["method"] == "lora")
@@ -123,7 +134,8 @@ def test_a_trial_goes_on_from_its_checkpoint(
     capsys.readouterr()
     train(world, tmp_path / "run", "--preset=fast", "--per_device_train_batch_size=16", "--resume")
     printed = capsys.readouterr().out
-    assert "going on from checkpoint-3 of stage 'all'" in printed
+    assert "going on from checkpoint-3 of stage 'all, run 1'" in printed
+    assert "soup: the mean of" in printed
     assert tried(tmp_path / "run") == [("probe", "frozen"), ("final", "lp_ft")]
 
 

@@ -204,6 +204,72 @@ def test_the_average_is_scored_saved_and_repeated(
     assert [name for name in one if not one[name].equal(other[name])] == []
 
 
+# --- several runs of the last stage ----------------------------------------------------------------------------------
+
+
+def ingredients(run: Path) -> list[dict[str, torch.Tensor]]:
+    return [load_file(path) for path in sorted(run.glob("checkpoints/*/final/ingredient.safetensors"))]
+
+
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        ("bert", ["--method=lp_ft", "--learning_rate=1e-3"]),
+        ("bert", ["--method=adalora", "--average=ema"]),
+        ("bert", ["--method=surgical"]),  # what it chooses is chosen by the start
+        ("bert", ["--method=partial", "--unfreeze_blocks=1"]),  # on kept features
+        ("cnn", ["--method=full", "--batch_norm=train"]),
+    ],
+)
+def test_runs_start_alike_and_their_mean_is_the_model(
+    place: Path, tmp_path: Path, model: str, flags: list[str]
+) -> None:
+    flags = [*flags, "--soup_runs=2", "--keep_checkpoints", "--warmup_steps=0"]
+    run = train(place, model, tmp_path / "run", *flags)
+    record, found = run.metrics["train"]["stages"][-1]["soup"], ingredients(tmp_path / "run")
+    assert record["tried"] == len(found) == 2
+    assert found[0].keys() == found[1].keys()
+    assert any(not found[0][name].equal(found[1][name]) for name in found[0])  # another order
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    for name in saved.keys() & found[0].keys():
+        mean = torch.stack([found[number - 1][name] for number in record["runs"]]).mean(dim=0)
+        torch.testing.assert_close(saved[name], mean)
+    assert record["score"] == run.metrics["validation"]["accuracy"]
+    # With no rate to speak of both end where they began, and that is the same place.
+    nothing = train(place, model, tmp_path / "still", *flags, "--learning_rate=1e-30", "--head_learning_rate=1e-30")
+    first, second = ingredients(tmp_path / "still")
+    assert nothing.metrics["train"]["stages"][-1]["soup"]["tried"] == 2
+    for name in first:
+        if "running_" not in name:
+            torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-12, msg=name)
+
+
+def test_an_interrupted_second_run_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = [f"--dataset={place / 'texts'}", f"--model={place / 'bert'}", "--per_device_train_batch_size=8"]
+    flags += ["--report_to=none", "--precision=fp32", "--num_train_epochs=3", "--learning_rate=1e-3", "--soup_runs=2"]
+    recipe = ROOT / "recipes" / "text_classification.py"
+    cli.run_recipe(recipe, [*flags, f"--output_dir={tmp_path / 'whole'}"])
+    step = TransferTrainer.training_step
+
+    def stopping(self: Any, *others: Any, **settings: Any) -> Any:
+        if self.stage.name == "all, run 2" and self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, *others, **settings)
+
+    monkeypatch.setattr(TransferTrainer, "training_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        cli.run_recipe(recipe, [*flags, f"--output_dir={tmp_path / 'run'}"])
+    monkeypatch.setattr(TransferTrainer, "training_step", step)
+    cli.run_recipe(recipe, [*flags, f"--output_dir={tmp_path / 'run'}", "--resume"])
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
+    assert [name for name in one if not one[name].equal(other[name])] == []
+
+
+def test_runs_of_a_head_alone_are_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(hftl.UsageError, match="--soup_runs: --method frozen ends with the head alone"):
+        train(place, "bert", tmp_path / "run", "--method=frozen", "--soup_runs=2")
+
+
 # --- with the pretrained weights -------------------------------------------------------------------------------------
 
 

@@ -44,6 +44,9 @@ class RankSchedule(TrainerCallback):
         # Before the last allocation there must be a step that says what matters.
         latest = total - max(self.config.tinit + 1, 2)
         self.config.tfinal = min(self.settings.get("tfinal", total // 2), max(0, latest))
+        if not state.global_step:  # what a training before this one left
+            self.pattern = {}
+            self._allocator.reset_ipt()
         file = Path(args.output_dir, f"checkpoint-{state.global_step}", _FILE)
         if state.global_step and file.is_file():
             self._load(load_file(file, device=str(args.device)))

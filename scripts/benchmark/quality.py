@@ -32,6 +32,7 @@ VARIANTS: dict[str, list[str]] = {
     "full": ["--method=full"],
     "full, layer decay 0.9": ["--method=full", "--layer_decay=0.9"],
     "full, soup": ["--method=full", "--average=soup"],
+    "full, soup of 3 runs": ["--method=full", "--soup_runs=3"],
     "lp_ft": ["--method=lp_ft"],
     "lp_ft, WiSE-FT": ["--method=lp_ft", "--wise_ft=true"],
     "frozen": ["--method=frozen"],
