@@ -39,7 +39,8 @@ class StopSignals(TrainerCallback):
 
     def __init__(self) -> None:
         """Start to listen; `close` gives the signals back."""
-        self.number, self.process = 0, os.getpid()
+        #: the signal that came to this process, and the one that all processes stop for
+        self.received, self.number, self.process = 0, 0, os.getpid()
         # Python tells the main thread alone; a training in another one cannot be asked to stop.
         here = threading.current_thread() is threading.main_thread()
         self.previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if here}
@@ -52,9 +53,9 @@ class StopSignals(TrainerCallback):
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
-        if self.number or not self.training:
+        if self.received or not self.training:
             raise Interrupted(number)
-        self.number = number
+        self.received = number
         say(f"\n{signal.Signals(number).name} received: writing a checkpoint after this step.")
 
     def close(self) -> None:
@@ -74,10 +75,10 @@ class StopSignals(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Ask for a checkpoint when a signal came, to this process or to another."""
+        number = torch.tensor(self.received, device=args.device)
         if args.world_size > 1:  # all must stop after the same step, or one would wait for the others for ever
-            number = torch.tensor(self.number, device=args.device)
             torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
-            self.number = int(number)
+        self.number = int(number)
         if self.number:
             control.should_save = True
         return control

@@ -79,6 +79,7 @@ def launch(main: Callable[..., Any], *arguments: Any) -> None:
         _end(
             f"Stopped by {error}. Go on with the same command and --resume (instead of --overwrite).",
             128 + error.number,  # type: ignore[attr-defined]
+            shared=True,
         )
     else:
         _leave_group()
@@ -93,12 +94,20 @@ def _in_one_line(text: str) -> str:
     return shown.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _end(message: str, code: int) -> None:
-    """Print the message once: other processes give the first one time to say the same, and are then ended with it."""
-    if int(os.environ.get("RANK", "0")) != 0:
+def _end(message: str, code: int, shared: bool = False) -> None:
+    """Print the message once: other processes give the first one time to say the same, and are then ended with it.
+
+    Args:
+        message: one line.
+        code: of the exit.
+        shared: whether all processes end with it, so that the first one says it for all.
+    """
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    if not is_first:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))  # the launcher's, once the first one has ended
         time.sleep(3)
-    print(message, file=sys.stderr, flush=True)
+    if is_first or not shared:
+        print(message, file=sys.stderr, flush=True)
     _leave_group()
     if sys.stdout is not None:  # `>&-`
         sys.stdout.flush()

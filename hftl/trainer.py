@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 import signal
@@ -14,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import BatchSampler, Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hftl import backbones, folder, optim, penalties
@@ -259,6 +261,12 @@ class TransferTrainer(Trainer):
         loader = super()._get_dataloader(*others, **settings)
         inner = getattr(loader, "base_dataloader", loader)  # below Accelerate's
         inner.worker_init_fn = functools.partial(_start_worker, inner.worker_init_fn)
+        shard = inner.batch_sampler
+        if settings.get("is_training") and isinstance(shard, BatchSamplerShard):
+            # BatchNorm has no statistics of one row.
+            least = 2 if self.stage.batch_norm == "train" and backbones.batch_norms(self.model) else 1
+            shares = EvenShares(shard.batch_sampler, self.args.world_size, self.args.process_index, least)
+            object.__setattr__(inner, "batch_sampler", shares)  # a DataLoader forbids it; no other way leads there
         return loader
 
     def score(self) -> float:
@@ -419,6 +427,40 @@ def _inner_sampler(dataloader: Any) -> EpochSampler:
     while not isinstance(sampler, EpochSampler):
         sampler = getattr(sampler, "batch_sampler", None) or sampler.sampler
     return sampler
+
+
+class EvenShares(BatchSamplerShard):
+    """The batches of one process; what is left for the last step of an epoch is shared out among the processes.
+
+    Accelerate fills that step up with rows from the start of the epoch, which would count twice: with 20 rows, two
+    processes and 8 rows each it is 4 rows and 12 others.
+    """
+
+    def __init__(self, batches: BatchSampler, processes: int, process: int, least: int = 1) -> None:
+        """Share out `batches`.
+
+        Args:
+            batches: of all processes, one after the other.
+            processes: how many there are.
+            process: the number of this one.
+            least: rows that each process needs for a step; where there are fewer, those of the step come again.
+        """
+        super().__init__(batches, processes, process)
+        self.least = least
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Lists of row numbers; as many for every process."""
+        step: list[list[int]] = []
+        for batch in self.batch_sampler:
+            step.append(batch)
+            if len(step) == self.num_processes and len(batch) == self.batch_size:
+                yield step[self.process_index]
+                step = []
+        left = list(itertools.chain.from_iterable(step))
+        if left and not self.drop_last:
+            count = max(len(left), self.least * self.num_processes)
+            rows = list(itertools.islice(itertools.cycle(left), count))
+            yield np.array_split(rows, self.num_processes)[self.process_index].tolist()
 
 
 class EpochSampler(Sampler[int]):

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
-    small_data.write_images(folder / "images", {"train": 8, "val": 3, "test": 5})
+    small_data.write_images(folder / "images", {"train": 7, "val": 3, "test": 5})
     tiny_models.write_tiny_cnn(folder / "convnet")
-    small_data.write_texts(folder / "texts", {"train": 32, "dev": 11, "test": 13})
+    small_data.write_texts(folder / "texts", {"train": 29, "dev": 11, "test": 13})
     tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
     config = json.loads((folder / "bert" / "config.json").read_text())
     config.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -169,6 +169,33 @@ def test_ranks_that_do_not_see_each_other_are_an_error(place: Path) -> None:
     assert result.returncode == 2, result.stderr
     assert "do not see each other" in result.stderr
     assert not (place / "alone").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", ["0", "1"])
+def test_a_signal_that_comes_when_the_processes_have_agreed(place: Path, late: str) -> None:
+    """A launcher tells one process after the other, and the end of a step may lie between."""
+    (place / "late.py").write_text(
+        "import os, signal\n"
+        "from transformers import TrainerCallback\n"
+        "from hftl.methods import METHODS\n"
+        "class Late(TrainerCallback):\n"
+        "    def on_step_begin(self, args, state, control, **others):\n"
+        "        if state.global_step == 2 and os.environ['RANK'] != os.environ['LATE']:\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    def on_step_end(self, args, state, control, **others):\n"
+        "        if state.global_step == 3 and os.environ['RANK'] == os.environ['LATE']:\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "def late(model, arguments):\n"
+        "    plan = METHODS['full'](model, arguments)\n"
+        "    return type(plan)(plan.model, plan.stages, plan.settings, (Late(),))\n"
+    )
+    flags = [*COMMON, "--model=bert", "--dataset=texts", "--method=late.py:late", "--per_device_train_batch_size=4"]
+    recipe = str(ROOT / "recipes" / "text_classification.py")
+    ranks = run_ranks([recipe, *flags, f"--output_dir=late-{late}"], place, LATE=late)
+    assert [done.returncode for done in ranks] == [143, 143], [done.stderr for done in ranks]
+    assert sum(done.stderr.count("Stopped by SIGTERM. Go on") for done in ranks) == 1
+    assert list(place.glob(f"late-{late}/checkpoints/1-all/checkpoint-3/trainer_state.json"))
 
 
 @pytest.mark.slow
