@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import enum
 import importlib.util
 import json
 import math
+import numbers
 import os
 import re
 import sys
@@ -538,6 +540,8 @@ def argument_tokens(name: str, value: Any) -> list[str]:
         return [f"--{name}={json.dumps(value)}"]
     if isinstance(value, list | tuple):
         return [f"--{name}", *map(str, value)] if value else []
+    if not isinstance(value, str | os.PathLike | numbers.Number | enum.Enum):
+        raise UsageError(f"--{name} is a name, a path or a number, and not a {type(value).__name__}.")
     return [f"--{name}={value}"]
 
 
@@ -729,6 +733,8 @@ def _check_combinations(arguments: TransferArguments) -> None:
     _check_averaging(arguments)
     if arguments.early_stopping_patience and arguments.eval_strategy == "no":
         raise UsageError("--early_stopping_patience needs evaluations: --eval_strategy epoch, or steps.")
+    if arguments.eval_epochs is not None and arguments.eval_strategy != "epoch":
+        raise UsageError(f"--eval_epochs goes with --eval_strategy epoch, not {arguments.eval_strategy}: leave it out.")
     if arguments.auto_find_batch_size and arguments.world_size > 1:
         raise UsageError(
             "--auto_find_batch_size works in one process: when one of several runs out of memory the others would wait "

@@ -3,9 +3,9 @@
 The first rung solves the head on features that run once: a usable model after seconds, and what the features cost says
 what a pass over the rows costs. What trains more of the model follows where a step, measured, fits into the time left:
 short trials of several ways where there is much time, the better half of them again and again, or the most promising
-one alone where there is little; then that one for longer, with a soup of its best epochs. Each rung is a finished run
-of its own, and the best so far stands in the run folder at every moment.
-Validation alone decides; the test split is touched once, at the end.
+one alone where there is little; then that one for longer, with a soup of its runs or epochs. Each rung is a finished
+run of its own, and the best so far stands in the run folder at every moment. Validation alone decides; the test split
+is touched once, at the end.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from transformers import TrainerCallback
 
 from hftl import compute, folder
 from hftl.arguments import TransferArguments, read_yaml, seconds_of, set_precision, stage_arguments
 from hftl.averaging import INGREDIENTS
+from hftl.callbacks import TimeLimit
 from hftl.data import Splits
 from hftl.errors import Diverged, UsageError
 from hftl.features import OF_KEPT_FEATURES
@@ -51,7 +51,7 @@ _CHOSEN = {"num_train_epochs", "max_steps", "head_solver", "early_stopping_patie
 _PLAIN = {"mixup": None, "cutmix": None, "random_erasing": None, "word_dropout": None, "augmentation": "none"}
 #: of the time left, what planned work may take: machines are noisy, and the limit is to be kept
 _PLANNED = 0.85
-#: more epochs gained nothing on a few thousand rows (MiniLM on movie reviews), and overfit on fewer
+#: of a run: three to five score alike on a few thousand rows (MiniLM on movie reviews), eight overfit them
 _MOST_EPOCHS = 5.0
 #: time for more goes into further runs of the last training, whose mean is better than any of them; a third adds little
 _MOST_RUNS, _EPOCHS_OF_RUN = 3, 3.0
@@ -115,23 +115,6 @@ class Budget:
     def left(self) -> float:
         """Seconds to the limit."""
         return self.ends - time.time()
-
-
-class TimeLimit(TrainerCallback):
-    """Ends a training at a moment, as if an epoch ended there: the model is evaluated, and kept if it is the best."""
-
-    def __init__(self, until: float) -> None:
-        """Keep the moment, as `time.time()` counts."""
-        self.until = until
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Stop when the time is up."""
-        if time.time() > self.until and state.global_step < state.max_steps:
-            say("auto: the time is up")
-            control.should_training_stop = True
-            control.should_evaluate = args.eval_strategy == "steps"
-            control.should_save = args.save_strategy == "steps"
-        return control
 
 
 class Ladder:
@@ -295,7 +278,7 @@ class Ladder:
         model = copy.deepcopy(self.model).to(self.arguments.device).train()
         batch = compute.typical_batch(self.task.dataset(self.splits.train, training=True), self.task.collate)
         batch = {name: value.to(self.arguments.device) for name, value in batch.items()}
-        rows = _MOST_EPOCHS * len(self.splits.train)
+        rows = _MOST_RUNS * _MOST_EPOCHS * len(self.splits.train)
         precision = compute.choose_precision(model, batch, training=True, rows=rows, arguments=self.arguments)
         if precision != self.arguments.precision:
             set_precision(self.arguments, precision)
@@ -321,8 +304,8 @@ def check(arguments: TransferArguments) -> None:
     """
     for name in sorted(_CHOSEN & arguments.given):
         raise UsageError(f"--method auto chooses --{name} itself. Leave it out, or name a method.")
-    for name in ("average", "wise_ft", "soup_runs"):
-        if getattr(arguments, name) not in ("none", False, 1):
+    for name, default in (("average", "none"), ("wise_ft", False), ("soup_runs", 1)):
+        if getattr(arguments, name) != default:
             raise UsageError(f"--{name} does not go with --method auto, whose time it would use up. Name a method.")
     if arguments.world_size > 1:
         raise UsageError("--method auto works in one process. Start it without accelerate launch, or name a method.")

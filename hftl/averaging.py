@@ -1,4 +1,4 @@
-"""Weights averaged: over the steps of a training, over its epochs, and with those of the pretrained model.
+"""Weights averaged: over the steps of a training, its epochs or several trainings, and with the pretrained ones.
 
 What is averaged are the parameters that train in the last stage, adapters included, and the running statistics of
 BatchNorm layers where those train (`--batch_norm train`): the mean of statistics stands for those of the mean, which
@@ -8,7 +8,6 @@ needs no further pass over the rows and is close for weights of one training.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -69,7 +68,7 @@ class Averaging(TrainerCallback):
     @property
     def tensors(self) -> Tensors:
         """What is averaged, as it stands in the model."""
-        return averaged_tensors(self.trainer.model, self.trainer.stage, self.trainer.frozen_modules)
+        return averaged_tensors(self.trainer)
 
     def start(self, resumed: bool) -> None:
         """Forget what a training before this one left."""
@@ -206,9 +205,8 @@ class GreedySoup(Averaging):
         score = sign * float(metrics[f"eval_{args.metric_for_best_model}"])
         self.place.mkdir(exist_ok=True)
         path = self.place / f"{state.global_step}.safetensors"
-        values = {name: tensor.detach().contiguous() for name, tensor in self.tensors.items()}
         with replacing(path) as beside:
-            save_file(values, beside, metadata={"score": repr(score)})
+            _save_scored(self.tensors, beside, score)
         for unneeded in self._ingredients()[INGREDIENTS:]:
             unneeded.unlink()
 
@@ -237,7 +235,7 @@ def cook(trainer: TransferTrainer, ingredients: Sequence[Path]) -> tuple[list[Pa
     Returns:
         What is in the mean, and its score.
     """
-    tensors = Averaging(trainer).tensors
+    tensors = averaged_tensors(trainer)
     best, evaluation = -math.inf, None
     chosen: list[Path] = []
     mean: Tensors = {}
@@ -259,8 +257,7 @@ def keep_ingredient(trainer: TransferTrainer, folder: Path) -> None:
     """Keep the weights that a training ended with, and their score on validation, for `soup_of_runs`."""
     score = trainer.score() * (1 if trainer.args.greater_is_better else -1)
     if is_main_process():
-        values = {name: tensor.contiguous() for name, tensor in Averaging(trainer).tensors.items()}
-        save_file(values, folder / INGREDIENT, metadata={"score": repr(score)})
+        _save_scored(averaged_tensors(trainer), folder / INGREDIENT, score)
 
 
 def soup_of_runs(trainer: TransferTrainer, folders: Sequence[Path]) -> dict[str, Any]:
@@ -284,22 +281,28 @@ def soup_of_runs(trainer: TransferTrainer, folders: Sequence[Path]) -> dict[str,
 AVERAGES = {"ema": ExponentialAverage, "swa": StochasticAverage, "soup": GreedySoup}
 
 
-def changing_tensors(model: nn.Module, stage: Stage, copied: bool = True) -> Tensors:
-    """Everything that a stage may change, by name: what may train, and all buffers; copies, or the model's own."""
-    parameters = ((name, tensor) for name, tensor in model.named_parameters() if name in stage.trainable)
-    every = itertools.chain(parameters, model.named_buffers())
-    return {name: tensor.detach().clone() if copied else tensor.detach() for name, tensor in every}
+def changing_tensors(model: nn.Module, stage: Stage) -> Tensors:
+    """Everything that a stage may change, by name: what may train, and all buffers."""
+    parameters = ((name, tensor.detach()) for name, tensor in model.named_parameters() if name in stage.trainable)
+    return {**dict(parameters), **dict(model.named_buffers())}
 
 
-def averaged_tensors(model: Any, stage: Stage, frozen: list[nn.Module]) -> Tensors:
-    """Parameters that train in a stage, and statistics of its BatchNorm layers that do, by name."""
-    tensors = {name: tensor.data for name, tensor in model.named_parameters() if name in stage.trainable}
-    still = {id(module) for module in frozen}
+def averaged_tensors(trainer: TransferTrainer) -> Tensors:
+    """Parameters that train in a trainer's stage, and statistics of its BatchNorm layers that do, by name."""
+    model: Any = trainer.model
+    tensors = {name: tensor.data for name, tensor in model.named_parameters() if name in trainer.stage.trainable}
+    still = {id(module) for module in trainer.frozen_modules}
     for prefix, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) not in still:
             buffers = {"running_mean": module.running_mean, "running_var": module.running_var}
             tensors |= {f"{prefix}.{name}": value for name, value in buffers.items() if value is not None}
     return tensors
+
+
+def _save_scored(tensors: Tensors, path: Path, score: float) -> None:
+    """Write weights with their score, larger is better."""
+    values = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(values, path, metadata={"score": repr(score)})
 
 
 def _score_in(path: Path) -> float:

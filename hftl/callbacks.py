@@ -90,6 +90,28 @@ class StopSignals(TrainerCallback):
             raise Interrupted(self.number)
 
 
+class TimeLimit(TrainerCallback):
+    """Ends a training at a moment, as if an epoch ended there: the model is evaluated, and kept if it is the best."""
+
+    def __init__(self, until: float) -> None:
+        """Keep the moment, as `time.time()` counts."""
+        self.until = until
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the moment is past."""
+        return time.time() > self.until
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Stop when the time is up."""
+        if self.is_up and state.global_step < state.max_steps:
+            say("the time is up")
+            control.should_training_stop = True
+            control.should_evaluate = args.eval_strategy == "steps"
+            control.should_save = args.save_strategy == "steps"
+        return control
+
+
 class EveryFewEpochs(TrainerCallback):
     """Evaluates and writes a checkpoint after every few epochs, and after the last, rather than after each."""
 

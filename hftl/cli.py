@@ -9,6 +9,7 @@ import argparse
 import ast
 import inspect
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -182,6 +183,12 @@ def _task_of_config(argv: list[str]) -> str:
     return str(task)
 
 
+#: what `hftl predict` does not write
+_OTHER_FORMATS = {".json", ".jsonl", ".parquet", ".tsv", ".xls", ".xlsx"}
+#: no text: a name without spaces that begins or ends as a path does
+_IS_PATH = re.compile(r"(~|\.{0,2})/\S*$|\S+/$")
+
+
 def _predict(argv: list[str]) -> None:
     parser = _Parser(prog="hftl predict", description="Labels and probabilities of new inputs.")
     parser.add_argument("run", help="folder of a finished run")
@@ -192,6 +199,8 @@ def _predict(argv: list[str]) -> None:
     _add_columns(parser, "text", "text_pair", "image")
     options = parser.parse_args(argv)
     _check_output(options.output, options.input)
+    if options.output is not None and Path(options.output).suffix.lower() in _OTHER_FORMATS:
+        raise UsageError(f"--output {options.output!r}: predictions are written as CSV: name a file that ends in .csv.")
     with quick_imports():
         from hftl.predictions import write_predictions
         from hftl.run import load_run
@@ -199,7 +208,7 @@ def _predict(argv: list[str]) -> None:
 
     _choose_device()
     run = load_run(options.run)
-    looks_like_path = Path(options.input).suffix.lower() in {".txt", *TABLE_SUFFIXES}
+    looks_like_path = Path(options.input).suffix.lower() in {".txt", *TABLE_SUFFIXES} or _IS_PATH.match(options.input)
     is_file = run.task.modality != "text" or looks_like_path or os.path.exists(options.input)
     source = Path(options.input) if is_file else options.input
     output = None if options.output is None else Path(options.output)

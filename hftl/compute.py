@@ -315,7 +315,7 @@ def folded(model: nn.Module, example: dict[str, torch.Tensor]) -> nn.Module:
         copied = _copy(plain)
         if merging.is_quantised(copied) or merging.merge(copied) is not None:
             return plain
-        copied = copied.get_base_model().eval()
+        copied = backbones.to_channels_last(copied.get_base_model().eval())
     pairs = _foldable(copied, inputs)
     if not pairs and copied is plain:
         return plain

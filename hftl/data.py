@@ -79,6 +79,15 @@ class Splits:
     report: list[str]
     """What was found and checked, in at most about 20 lines."""
 
+    def fingerprint(self) -> str:
+        """A name for what is trained and validated on: the rows' ids, labels and texts; not the content of images."""
+        digest = hashlib.blake2b(digest_size=8)
+        for part in (self.train, self.validation):
+            for name in ("id", "label", "text", "text_pair"):
+                if name in part.column_names:
+                    digest.update(repr((name, list(part[name]))).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
 
 @dataclass
 class _Rows:
@@ -436,11 +445,14 @@ def _take_validation(train: datasets.Dataset, fraction: float, seed: int, notes:
     if not 0 < fraction < 1:
         raise UsageError(f"--validation_fraction {fraction}: it must lie between 0 and 1")
     labels = np.asarray(train["label"])
-    taken = stratified_part(labels, max(1, round(len(labels) * fraction)), seed, leave_one=True)
+    # A class that validation does not have would not count in choosing the best checkpoint.
+    count = max(len(np.unique(labels)), round(len(labels) * fraction))
+    taken = stratified_part(labels, count, seed, leave_one=True)
     if not len(taken):
         raise UsageError("no class has two rows, so no validation part can be taken: add rows or a validation split")
     kept = np.setdiff1d(np.arange(len(labels)), taken)
-    notes.append(f"validation: {len(taken)} of {len(labels)} train rows, the same share of each class (seed {seed})")
+    share = "the same share of each class" if count == round(len(labels) * fraction) else "some of each class"
+    notes.append(f"validation: {len(taken)} of {len(labels)} train rows, {share} (seed {seed})")
     return {"train": train.select(kept), "validation": train.select(taken)}
 
 

@@ -29,5 +29,8 @@ def without_worker(error: UsageError) -> UsageError:
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """A sentence that suggests the nearest of `choices`, with a leading space; empty when none is near."""
-    near = difflib.get_close_matches(name, list(choices), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    near = difflib.get_close_matches(name, list(choices))
+    if not near:
+        return ""
+    swapped = (choice for choice in near if sorted(choice) == sorted(name))  # lroa: difflib finds road as near as lora
+    return f" Did you mean {next(swapped, near[0])!r}?"

@@ -577,8 +577,8 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
     for name, default in OF_KEPT_FEATURES.items() if max(first) == 0 else ():
         if getattr(arguments, name) != default:
             raise UsageError(
-                f"--{name}: --method {arguments.method} trains the whole model and keeps no features, unlike frozen, "
-                "partial and others. Leave it out."
+                f"--{name}: --method {arguments.method} trains from the first block on and keeps no features, unlike "
+                "frozen, partial and others. Leave it out."
             )
     if arguments.head_solver != "auto" and max(first) < max(blocks.values()):
         raise UsageError(

@@ -47,6 +47,8 @@ _FREE_ON_RESUME = {
 CHOSEN_PRECISION = "chosen_precision"
 #: the same of `--learning_rate auto`
 FOUND_RATE = "found_learning_rate"
+#: and which rows it was
+DATA = "data"
 
 
 def is_main_process() -> bool:
@@ -92,8 +94,14 @@ def check_output_folder(arguments: TransferArguments) -> None:
         raise UsageError(f"--output_dir {str(folder)!r}: {error.strerror}: name another folder.") from error
     if arguments.resume:
         if not interrupted:
-            state = "holds a finished run" if (folder / METRICS).is_file() else "holds no interrupted run"
-            raise UsageError(f"Nothing to resume: {str(folder)!r} {state}. Leave out --resume to start one.")
+            if (folder / METRICS).is_file():
+                raise UsageError(
+                    f"Nothing to resume: {str(folder)!r} holds a finished run. --overwrite in place of --resume trains "
+                    "it anew."
+                )
+            raise UsageError(
+                f"Nothing to resume: {str(folder)!r} holds no interrupted run. Leave out --resume to start one."
+            )
         _check_same_settings(folder / CHECKPOINTS / RECIPE, arguments)
     elif folder.exists() and any(folder.iterdir()):
         if not interrupted and not (folder / RECIPE).is_file() and not any(folder.glob(f"{REPLACED}*")):
@@ -132,7 +140,7 @@ def _check_same_settings(path: Path, arguments: TransferArguments) -> None:
     now = json.loads(json.dumps(resume_settings(arguments)))
     changed = [
         f"{name} was {_shown(before.get(name))}, is {_shown(now.get(name))}"
-        for name in sorted((set(before) | set(now)) - _FREE_ON_RESUME - {CHOSEN_PRECISION, FOUND_RATE})
+        for name in sorted((set(before) | set(now)) - _FREE_ON_RESUME - {CHOSEN_PRECISION, FOUND_RATE, DATA})
         if before.get(name) != now.get(name)
     ]
     if changed:
@@ -146,6 +154,20 @@ def resume_settings(arguments: TransferArguments) -> dict[str, Any]:
     """What must be the same when a run goes on: the recipe as asked for, and the processes that share out the rows."""
     wish = {"learning_rate": "auto"} if arguments.finds_learning_rate else {}
     return {**to_recipe(arguments), **wish, "processes": arguments.world_size}
+
+
+def check_same_data(arguments: TransferArguments, fingerprint: str) -> None:
+    """Refuse to go on with other rows than those that an interrupted run began with.
+
+    Raises:
+        UsageError: as said.
+    """
+    path = Path(str(arguments.output_dir), CHECKPOINTS, RECIPE)
+    if arguments.resume and path.is_file() and read_yaml(path).get(DATA) != fingerprint:
+        raise UsageError(
+            f"--resume: the data are not those of the interrupted run in {str(arguments.output_dir)!r}: rows or labels "
+            "have changed. Put them back, or start anew with --overwrite."
+        )
 
 
 def _shown(value: Any) -> str:

@@ -292,6 +292,10 @@ def random_config(model_type: str, auto_class: Any, label_names: list[str], **se
         UsageError: transformers has no such architecture, or not for `auto_class`.
     """
     if model_type not in CONFIG_MAPPING:
+        import timm
+
+        if timm.is_model(model_type):
+            raise UsageError(f"--model random:{model_type} is a model of images: name one of texts, as random:bert.")
         raise UsageError(
             f"--model random:{model_type}: no such architecture.{did_you_mean(model_type, CONFIG_MAPPING)}"
         )

@@ -30,10 +30,10 @@ from hftl.averaging import (
     put,
     soup_of_runs,
 )
-from hftl.callbacks import EveryFewEpochs, LogFile, ReadableProgress, StopSignals
+from hftl.callbacks import EveryFewEpochs, LogFile, ReadableProgress, StopSignals, TimeLimit
 from hftl.compute import of_all_processes, wait_for_all
 from hftl.data import Splits
-from hftl.errors import UsageError, without_worker
+from hftl.errors import Diverged, UsageError, without_worker
 from hftl.features import KeptFeatures, check_wishes, keep_features, mostly_frozen
 from hftl.folder import CHECKPOINTS, LOGS, RECIPE, read_json, say
 from hftl.losses import check_loss
@@ -49,6 +49,10 @@ from hftl.trainer import TransferTrainer, diverged
 if TYPE_CHECKING:
     from torch import nn
 
+#: between the name of a stage and the number of one of its runs
+_RUN = ", run "
+#: from the seed of one run to that of the next: seeds that people give are nearer to each other
+_RUN_SEEDS = 1_000_003
 #: batches by which a stage chooses what trains: enough for an order of blocks, and done in seconds
 _CHOOSING_BATCHES = 8
 
@@ -57,7 +61,8 @@ def train_plan(
     task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments, callbacks: Sequence[Any] = ()
 ) -> Path:
     """Run the stages of a plan, evaluate, and write the run folder, which is returned."""
-    settings = folder.resume_settings(arguments)
+    settings = folder.resume_settings(arguments) | {folder.DATA: splits.fingerprint()}
+    folder.check_same_data(arguments, settings[folder.DATA])
     stages, data = prepare(task, plan, splits, arguments)
     path = Path(str(arguments.output_dir))
     settings[folder.CHOSEN_PRECISION] = arguments.precision
@@ -176,11 +181,12 @@ def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tr
     if arguments.soup_runs > 1:
         last = stages.pop()
         runs = range(1, arguments.soup_runs + 1)
-        stages += [dataclasses.replace(last, name=f"{last.name}, run {run}") for run in runs]
+        stages += [dataclasses.replace(last, name=f"{last.name}{_RUN}{run}") for run in runs]
     for name, value in plan.settings.items():
         setattr(arguments, name, value)
     arguments.num_train_epochs = stages[-1].epochs
-    arguments.eval_epochs = arguments.eval_epochs or epochs_between_evaluations(stages[-1])
+    if arguments.eval_strategy == "epoch":
+        arguments.eval_epochs = arguments.eval_epochs or epochs_between_evaluations(stages[-1])
     if arguments.average == "swa" and "lr_scheduler_type" not in arguments.given:
         # A rate that falls to nothing would leave nothing to average (Izmailov et al. 2018, section 3.2).
         arguments.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
@@ -237,7 +243,7 @@ def _bytes_needed(plan: Plan, arguments: TransferArguments) -> int:
     trained = sum(4 * parameter.numel() for name, parameter in plan.model.named_parameters() if name in names)
     kept = trained if hasattr(plan.model, "peft_config") else everything
     averages = 3 * trained if arguments.average != "none" else 0  # in each checkpoint, or the three of a soup
-    runs = (arguments.soup_runs - 1) * (kept + trained)
+    runs = (arguments.soup_runs - 1) * (kept + trained) + trained if arguments.soup_runs > 1 else 0
     return 3 * (kept + 2 * trained) + 2 * everything + averages + runs
 
 
@@ -250,24 +256,27 @@ def _run_stages(
     callbacks: Sequence[Any],
 ) -> tuple[TransferTrainer, list[dict[str, Any]], dict[str, Any]]:
     """Train every stage that is not finished yet; the results are those of the last one."""
-    records, finals = [], []
+    records: list[dict[str, Any]] = []
+    finals: list[Path] = []
     pretrained = pretrained_weights(Plan(model, tuple(stages))) if task.arguments.wise_ft else {}
+    limits = [callback for callback in callbacks if isinstance(callback, TimeLimit)]
     start: dict[str, torch.Tensor] = {}
     for index, stage in enumerate(stages):
-        is_last = index + 1 == len(stages)
-        is_run = index + task.arguments.soup_runs >= len(stages)  # of the last stage, mostly its only one
-        if is_run and not is_last and not start:
-            start = changing_tensors(model, stage)
+        run = index + task.arguments.soup_runs - len(stages)  # of the last stage, which mostly has one
+        is_late = bool(start) and any(limit.is_up for limit in limits)  # what there is makes the soup
+        is_last = index + 1 == len(stages) or is_late
+        if run == 0 and not is_last:
+            start = {name: tensor.clone() for name, tensor in changing_tensors(model, stage).items()}
         elif start:
-            put(changing_tensors(model, stage, copied=False), start)
+            put(changing_tensors(model, stage), start)
         stage = _chosen(task, stage, model, splits)
-        kept = keep_features(task, stage, model, splits, data, alone=len(stages) == 1, last=is_run)
+        kept = keep_features(task, stage, model, splits, data, alone=len(stages) == 1, last=is_last)
         stage = stage if kept is None else kept.stage
         rows = data if kept is None else kept.data
         with contextlib.ExitStack() as after:
             if kept is not None:
                 after.callback(kept.release)  # also where the stage fails, or a second fit would keep what stubs give
-            trainer = _stage_trainer(task, stage, model, splits, rows, index, kept, is_run)
+            trainer = _stage_trainer(task, stage, model, splits, rows, index, kept, run)
             after.callback(trainer.end_workers)
             _check_sharding(task.arguments, trainer, model, stages)
             for callback in callbacks:
@@ -277,25 +286,34 @@ def _run_stages(
                 trainer._load_from_checkpoint(str(final))
                 if kept is not None:
                     kept.probe = load_probe(final / PROBE)
-            else:
+            elif not is_late:
                 say(_announcement(stage, model, index, len(stages), task.arguments.max_steps, kept))
-                if kept is not None and kept.solved:
-                    record = _solve_stage(task, trainer, kept)
+                try:
+                    if kept is not None and kept.solved:
+                        record = _solve_stage(task, trainer, kept)
+                    else:
+                        record = _train_stage(trainer, stage, task.arguments.resume, pretrained if is_last else {})
+                except Diverged as error:
+                    if run <= 0 or index - run == len(finals):  # no run of this stage has come to its end
+                        raise
+                    say(f"{stage.name} is left out: {error}")
                 else:
-                    record = _train_stage(trainer, stage, task.arguments.resume, pretrained if is_last else {})
-                _keep_result(trainer, record, final, None if kept is None else kept.probe, as_ingredient=bool(start))
-            records.append(read_json(final / "stage.json"))
-            finals.append(final)
+                    probe = None if kept is None else kept.probe
+                    _keep_result(trainer, record, final, probe, as_ingredient=bool(start))
+            if final.is_dir():
+                records.append(read_json(final / "stage.json"))
+                finals.append(final)
             if is_last and start:
-                records[-1] |= soup_of_runs(trainer, finals[-task.arguments.soup_runs :])
+                records[-1] |= soup_of_runs(trainer, finals[index - run :])
             if is_last and getattr(task.arguments, "test_time_flip", False):
                 if kept is not None:
                     kept.release()
                 results = _evaluate_views(task, trainer, data)
             elif is_last:
                 results = _evaluate(task, trainer, rows, kept)
-        if not is_last:
-            trainer.bare_model()  # the next trainer puts its own around the model
+        if is_last:
+            break
+        trainer.bare_model()  # the next trainer puts its own around the model
     return trainer, records, results
 
 
@@ -312,7 +330,8 @@ def _chosen(task: ClassificationTask, stage: Stage, model: nn.Module, splits: Sp
     batches = [{name: value.to(arguments.device) for name, value in batch.items()} for batch in batches]
     name, trainable = stage.choose(model.to(arguments.device).eval(), stage.loss or task.loss(splits), batches)
     name, trainable = of_all_processes((name, trainable))[0]
-    return dataclasses.replace(stage, name=name, trainable=trainable, choose=None)
+    _, comma, run = stage.name.rpartition(_RUN)
+    return dataclasses.replace(stage, name=f"{name}{comma}{run}" if comma else name, trainable=trainable, choose=None)
 
 
 def _announcement(
@@ -336,7 +355,7 @@ def _stage_trainer(
     data: dict[str, Any],
     index: int,
     kept: KeptFeatures | None,
-    is_run: bool,
+    run: int,
 ) -> TransferTrainer:
     arguments = task.arguments
     name = re.sub(r"[^A-Za-z0-9]+", "-", stage.name)
@@ -347,7 +366,7 @@ def _stage_trainer(
         output_dir=str(place),
         num_train_epochs=stage.epochs,
         learning_rate=stage.learning_rate,
-        seed=arguments.seed + index,  # another order in each stage
+        seed=arguments.seed + index + _RUN_SEEDS * max(run, 0),  # another order in each stage and run
         push_to_hub=False,  # the finished run is pushed, not its checkpoints
         disable_tqdm=True,  # our own progress takes the place of Trainer's
         label_smoothing_factor=0.0,  # it is in the loss
@@ -373,7 +392,7 @@ def _stage_trainer(
         data_collator=kept.collate if kept else task.collate,
         cut=kept.cut if kept else None,
         mixing=task.mixing(),
-        average=arguments.average if is_run else "none",
+        average=arguments.average if run >= 0 else "none",
         compute_metrics=lambda result: _finite_scores(task, stage, place, result),
         preprocess_logits_for_metrics=_first,
         callbacks=callbacks,
@@ -488,9 +507,9 @@ def _keep_result(
             probe.save(partial / PROBE)
         folder.write_json(partial / "stage.json", record)
         os.replace(partial, final)
-        for checkpoint in final.parent.glob("checkpoint-*"):
+        for path in (*final.parent.glob("checkpoint-*"), *final.parent.glob("soup")):
             if not trainer.args.keep_checkpoints:
-                shutil.rmtree(checkpoint)
+                shutil.rmtree(path)
     wait_for_all()
 
 

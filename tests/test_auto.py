@@ -188,7 +188,9 @@ def test_only_more_than_chance_takes_the_place(tmp_path: Path, gains: int, losse
     assert ladder._is_better(run_folder(tmp_path / "trial", now.mean(), now.tolist())) == better
 
 
-@pytest.mark.parametrize("flag", ["--num_train_epochs=3", "--feature_cache=on", "--average=ema"])
+@pytest.mark.parametrize(
+    "flag", ["--num_train_epochs=3", "--feature_cache=on", "--average=ema", "--wise_ft", "--soup_runs=2"]
+)
 def test_what_is_refused_leaves_the_run_that_was_to_be_replaced(world: Path, tmp_path: Path, flag: str) -> None:
     run = tmp_path / "run"
     run.mkdir()

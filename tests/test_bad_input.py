@@ -344,6 +344,7 @@ METHODS = [
         ("my.py cannot be imported", "'nosuchmodule'"),
         {"my.py": "import nosuchmodule\n"},
     ),
+    Bad("swapped letters", f"{TEXT} --method lroa", ("Unknown method 'lroa'", "Did you mean 'lora'")),
     Bad("unknown method", f"{TEXT} --method frozzen", ("Unknown method 'frozzen'", "Did you mean 'frozen'")),
     Bad(
         "flag that the method does not use",
@@ -545,6 +546,7 @@ MODELS = [
     Bad("text model, image task", with_model("{bert}", "image", "images"), ("bert", "not a model for images")),
     Bad("unknown builtin model", with_model("builtin:minlm"), ("no built-in model 'minlm'", "'minilm'")),
     Bad("unknown architecture", with_model("random:bret"), ("random:bret", "Did you mean 'bert'")),
+    Bad("architecture of images", with_model("random:resnet18"), ("random:resnet18 is a model of images",)),
     Bad("architecture that does not run", with_model("random:t5"), ("random:t5", "random:bert")),
     Bad("architecture that is not made small", with_model("random:xlnet"), ("random:xlnet", "random:bert")),
     Bad(
@@ -673,7 +675,11 @@ FOLDERS = [
     Bad("folder below a file", f"{TEXT}/deeper", ("out",), {"out": "a"}),
     Bad("folder of an interrupted run", "{stopped} --output_dir {interrupted}", ("--resume goes on", "--overwrite")),
     Bad("nothing to resume", f"{TEXT} --resume", ("Nothing to resume", "Leave out --resume")),
-    Bad("finished, not to resume", f"{TEXT[:-3]}{{run}} --resume", ("Nothing to resume", "holds a finished run")),
+    Bad(
+        "finished, not to resume",
+        f"{TEXT[:-3]}{{run}} --resume",
+        ("Nothing to resume", "holds a finished run", "--overwrite"),
+    ),
     Bad(
         "resumed with other settings",
         "{stopped} --output_dir {interrupted} --resume --learning_rate 0.5 --seed 7",
@@ -734,6 +740,9 @@ RUNS = [
     Bad("predict on a missing image", "predict {image_run} gone.png", ("no such file", "'gone.png'")),
     Bad("predict on no image", "predict {image_run} fake.png", ("fake.png", "not an image"), {"fake.png": "a"}),
     Bad("predict on a folder of nothing", "predict {image_run} data", ("data holds no images",), {"data/a.txt": "a"}),
+    Bad("other format", "predict {run} fine --output a.jsonl", ("--output 'a.jsonl'", "as CSV", ".csv")),
+    Bad("predict on a missing folder", "predict {run} gone/", ("gone",)),
+    Bad("predict on a missing path", "predict {run} ./gone", ("gone",)),
     Bad("no folder for the output", "predict {run} fine --output no/out.csv", ("--output", "there is no folder 'no'")),
     Bad(
         "output that is the input", "predict {run} t.csv --output ./t.csv", ("is the input itself",), {"t.csv": table()}

@@ -460,6 +460,21 @@ def test_limits_are_stratified_and_seeded(tmp_path):
     assert first.train["id"][:] != other.train["id"][:]
 
 
+def test_validation_has_a_row_of_every_class(tmp_path):
+    table = write_table(tmp_path / "data.csv", [f"text {row},{'abc'[row % 3]}" for row in range(24)])
+    splits = splits_of(table)
+    assert np.bincount(splits.validation["label"]).tolist() == [1, 1, 1]
+    assert "validation: 3 of 24 train rows, some of each class (seed 0)" in splits.report
+
+
+def test_a_fingerprint_is_that_of_the_rows(tmp_path):
+    rows = [f"text {row},{'ab'[row % 2]}" for row in range(20)]
+    first = splits_of(write_table(tmp_path / "a.csv", rows)).fingerprint()
+    assert splits_of(write_table(tmp_path / "a.csv", rows)).fingerprint() == first
+    for other in ([*rows, "one more,a"], [*rows[:-1], "text 19,a"], [*rows[:-1], "text 20,b"]):
+        assert splits_of(write_table(tmp_path / "a.csv", other)).fingerprint() != first
+
+
 def test_stratified_part():
     labels = np.array([0] * 90 + [1] * 9 + [2])
     taken = stratified_part(labels, 10, seed=0, leave_one=True)

@@ -280,6 +280,12 @@ def test_pairs_from_a_file(place: Path) -> None:
     from_file = [entry.probability for entry in run.predict(table)]
     in_memory = [entry.probability for entry in run.predict([tuple(row.split(",")[:2]) for row in rows])]
     assert from_file == pytest.approx(in_memory, abs=1e-5)
+    as_pipeline = run.predict([{"text": first, "text_pair": second} for first, second, _ in csv.reader(rows)])
+    assert [entry.probability for entry in as_pipeline] == pytest.approx(in_memory, abs=1e-5)
+    with pytest.raises(hftl.UsageError, match="pairs of texts"):
+        run.predict([("the film", 3)])
+    with pytest.raises(hftl.UsageError, match="--dataset is a name, a path or a number, and not a list_iterator"):
+        hftl.finetune("text-classification", model=place / "bert", dataset=iter(rows))
     single = place / "single.csv"
     single.write_text("text\nthe film\n")
     with pytest.raises(hftl.UsageError, match="pairs of texts"):

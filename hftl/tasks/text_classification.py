@@ -150,19 +150,29 @@ class TextClassification(ClassificationTask):
         return dict(DataCollatorWithPadding(self.processor, pad_to_multiple_of=8)(list(examples)))
 
     def read_inputs(self, inputs: Any, columns: Mapping[str, str] | None = None) -> Any:
-        """A text, a list of texts or of (text, text) pairs, or the path of a file of them (as `pathlib.Path`)."""
+        """A text, a list of texts or of pairs, or the path of a file of them (as `pathlib.Path`).
+
+        A pair is (text, text), or as transformers' pipeline takes it `{"text": …, "text_pair": …}`.
+        """
         if isinstance(inputs, Path):
             known = {"text": self.arguments.text_column, "text_pair": self.arguments.text_pair_column}
             return data.load_inputs(str(inputs), self.modality, columns or {}, known)
-        if isinstance(inputs, str):
+        if isinstance(inputs, str | Mapping):
             inputs = [inputs]
         known_pair = self.arguments.text_pair_column is not None
-        pairs = [value if isinstance(value, tuple | list) else (value,) for value in inputs]
-        if any(len(pair) != 1 + known_pair for pair in pairs):
+        pairs = [_as_pair(value) for value in inputs]
+        if any(len(pair) != 1 + known_pair or not all(isinstance(text, str) for text in pair) for pair in pairs):
             kind = "pairs of texts: give (text, text)" if known_pair else "single texts: give strings"
             raise UsageError(f"The model was trained on {kind}.")
         names = ("text", "text_pair")
         return [{"id": str(index), **dict(zip(names, pair, strict=False))} for index, pair in enumerate(pairs)]
+
+
+def _as_pair(value: Any) -> tuple[Any, ...]:
+    """The texts of one input."""
+    if isinstance(value, Mapping):
+        return tuple(value.get(name) for name in ("text", "text_pair") if name in value)
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
 class TextDataset(Dataset[dict[str, Any]]):
