@@ -109,7 +109,7 @@ def test_an_interrupted_ladder_leaves_a_run_and_goes_on(
     monkeypatch.setattr(auto.Ladder, "_train", whole)
     capsys.readouterr()
     train(world, tmp_path / "run", "--preset=fast", "--resume")
-    assert tried(tmp_path / "run") == [("probe", "frozen"), ("final", "lp_ft")]
+    assert tried(tmp_path / "run") == [("probe", "frozen"), ("final", "full")]
     assert "auto: probe" not in capsys.readouterr().out
     assert "test" in hftl.load_run(tmp_path / "run").metrics
 
@@ -136,7 +136,7 @@ def test_a_trial_goes_on_from_its_checkpoint(
     printed = capsys.readouterr().out
     assert "going on from checkpoint-3 of stage 'all, run 1'" in printed
     assert "soup: the mean of" in printed
-    assert tried(tmp_path / "run") == [("probe", "frozen"), ("final", "lp_ft")]
+    assert tried(tmp_path / "run") == [("probe", "frozen"), ("final", "full")]
 
 
 def test_the_time_limit_ends_a_training_with_an_evaluated_model(world: Path, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_trial_that_diverges_does_not_end_the_ladder(
     train(world, tmp_path / "run", "--max_grad_norm=0", "--warmup_steps=0", "--time_budget=60s")
     rows = [(row["rung"], row["score"], row["best"]) for row in rows_of(tmp_path / "run")]
     assert rows[1] == ("final", "-inf", "False")
-    assert "auto: lp_ft failed: " in capsys.readouterr().out
+    assert "auto: full failed: " in capsys.readouterr().out
     assert "test" in hftl.load_run(tmp_path / "run").metrics
 
 
