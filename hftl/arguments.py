@@ -13,6 +13,7 @@ import numbers
 import os
 import re
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -541,7 +542,8 @@ def argument_tokens(name: str, value: Any) -> list[str]:
     if isinstance(value, list | tuple):
         return [f"--{name}", *map(str, value)] if value else []
     if not isinstance(value, str | os.PathLike | numbers.Number | enum.Enum):
-        raise UsageError(f"--{name} is a name, a path or a number, and not a {type(value).__name__}.")
+        shown = f"{type(value).__name__} {textwrap.shorten(str(value), 60)}"
+        raise UsageError(f"--{name} is a name, a path or a number, and not a {shown}.")
     return [f"--{name}={value}"]
 
 

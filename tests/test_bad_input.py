@@ -843,7 +843,7 @@ VALUES = [
     Bad(
         "statistics of a single row",
         "train image-classification --model {timm} --dataset {images} --output_dir out --batch_norm train "
-        "--image_size 32 --per_device_train_batch_size 3 --max_train_samples 7",
+        "--image_size 32 --per_device_train_batch_size 5",
         ("--batch_norm train", "a single row", "--dataloader_drop_last"),
     ),
     Bad("no such accelerator file", f"{TEXT} --accelerator_config nope.json", ("nope.json",)),

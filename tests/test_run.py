@@ -336,7 +336,7 @@ def test_half_precision_gives_a_run(place: Path, method: str) -> None:
     assert next(iter(load_file(folder / "model.safetensors").values())).dtype == torch.float32
 
 
-def test_a_single_step_trains(place: Path) -> None:
+def test_a_single_step_trains(place: Path, lora_run: hftl.Run) -> None:
     """Warm-up must not leave the only step with rate 0."""
     run = hftl.finetune(
         "text-classification",
