@@ -52,6 +52,10 @@ def _stop(number: int, frame: Any) -> NoReturn:
     raise _Terminated
 
 
+#: how gloo says that a process at the other end has ended
+_PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer")
+
+
 def launch(main: Callable[..., Any], *arguments: Any) -> None:
     """Run a command's `main`; on bad input print one error line and exit with 2, on a signal with 130 or 143."""
     global _is_command
@@ -72,6 +76,11 @@ def launch(main: Callable[..., Any], *arguments: Any) -> None:
     except BrokenPipeError:  # `hftl ls | head`: the reader has what it wanted, and a training has not been done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _PEER_IS_GONE):
+            raise
+        print("Another process of this run has ended: see what it said.", file=sys.stderr, flush=True)
+        os._exit(1)  # leaving the group in order would wait for the other
     except BaseException as error:
         # Compared by name: importing the class would cost `hftl --help` the import of torch.
         if type(error).__name__ != "Interrupted":

@@ -26,7 +26,7 @@ from hftl.folder import read_json
 from hftl.hub import check_hub
 
 #: what the libraries raise for files that are not there, torn, or of another kind
-_LOAD_ERRORS = (
+LOAD_ERRORS = (
     OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError, pickle.UnpicklingError,
 )  # fmt: skip
 #: the least part of the backbone's tensors that a checkpoint must fill
@@ -83,7 +83,7 @@ def explained_load(name: str, auto_class: type) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         reason = " ".join(str(error).split())
         if (
             "Unrecognized configuration class" in reason

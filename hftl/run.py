@@ -21,6 +21,7 @@ from hftl.errors import UsageError
 from hftl.folder import CHECKPOINTS, LOGS, METRICS, RECIPE, REPLACED, read_json
 from hftl.joined import as_flags, wished
 from hftl.metrics import softmax
+from hftl.pretrained import LOAD_ERRORS
 from hftl.probes.beside import FOLDER as PROBE
 from hftl.probes.beside import Probe, load_probe
 from hftl.tasks import TASKS, find_task
@@ -78,9 +79,18 @@ class Run:
     @functools.cached_property
     def model(self) -> PreTrainedModel:
         """The fine-tuned model in eval mode, on the GPU where there is one."""
-        model = self._model or load_saved(self.task.auto_class, self.folder)
+        model = self._model or self._loaded()
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return backbones.to_channels_last(model.to(device or "cpu").eval())
+
+    def _loaded(self) -> Any:
+        try:
+            return load_saved(self.task.auto_class, self.folder)
+        except LOAD_ERRORS as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(
+                f"The run in {str(self.folder)!r} is damaged, its model cannot be loaded: {reason}"
+            ) from error
 
     @property
     def label_names(self) -> list[str]:

@@ -172,6 +172,25 @@ def test_ranks_that_do_not_see_each_other_are_an_error(place: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("gone", ["0", "1"])
+def test_a_process_that_is_left_alone_says_so(place: Path, gone: str) -> None:
+    (place / "gone.py").write_text(
+        "import os\n"
+        "from hftl.methods import METHODS\n"
+        "def gone(model, arguments):\n"
+        "    if os.environ['RANK'] == os.environ['GONE']:\n"
+        "        os._exit(143)\n"
+        "    return METHODS['full'](model, arguments)\n"
+    )
+    flags = ["--model=bert", "--dataset=texts", "--method=gone.py:gone", f"--output_dir=gone-{gone}"]
+    recipe = str(ROOT / "recipes" / "text_classification.py")
+    left = run_ranks([recipe, *flags], place, GONE=gone)[1 - int(gone)]
+    assert left.returncode == 1
+    assert "Another process of this run has ended" in left.stderr
+    assert "Traceback" not in left.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("late", ["0", "1"])
 def test_a_signal_that_comes_when_the_processes_have_agreed(place: Path, late: str) -> None:
     """A launcher tells one process after the other, and the end of a step may lie between."""

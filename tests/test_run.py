@@ -336,6 +336,28 @@ def test_half_precision_gives_a_run(place: Path, method: str) -> None:
     assert next(iter(load_file(folder / "model.safetensors").values())).dtype == torch.float32
 
 
+def test_a_damaged_run_is_said_to_be_one(lora_run: hftl.Run, place: Path, tmp_path: Path) -> None:
+    def copied(name: str) -> Path:
+        return Path(shutil.copytree(lora_run.folder, tmp_path / name))
+
+    torn = copied("torn")
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:5000])
+    empty = copied("empty")
+    (empty / "model.safetensors").unlink()
+    for folder in (torn, empty):
+        with pytest.raises(hftl.UsageError, match="is damaged, its model cannot be loaded"):
+            hftl.load_run(folder).predict("the film was good")
+    silent = copied("silent")
+    for path in silent.glob("*token*"):
+        path.unlink()
+    with pytest.raises(hftl.UsageError, match="has no vocabulary"):
+        hftl.load_run(silent)
+    (silent / "tokenizer_config.json").unlink(missing_ok=True)
+    with pytest.raises(hftl.UsageError, match="has no vocabulary"):
+        hftl.finetune("text-classification", model=silent, dataset=place / "texts", output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_single_step_trains(place: Path, lora_run: hftl.Run) -> None:
     """Warm-up must not leave the only step with rate 0."""
     run = hftl.finetune(

@@ -128,6 +128,11 @@ class TextClassification(ClassificationTask):
         """Set the tokenizer of a checkpoint."""
         with pretrained.explained_load(str(source), self.auto_class):
             self.processor = AutoTokenizer.from_pretrained(source, **pretrained.hub_options(self.arguments, source))
+        if len(self.processor) <= len(self.processor.all_special_ids):  # what AutoTokenizer makes of a configuration
+            raise UsageError(
+                f"{str(source)!r} has no vocabulary: the files of its tokenizer (tokenizer.json, vocab.txt, …) are "
+                "missing."
+            )
 
     def dataset(self, rows: Any, training: bool) -> Dataset[dict[str, Any]]:
         """Texts, tokenised at once; how many were cut is said."""
