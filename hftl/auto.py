@@ -148,7 +148,7 @@ class Ladder:
         self._finish_interrupted()
         if self._of("final"):
             return
-        self.reserve += 1.2 * prediction * (test_rows + (1 + INGREDIENTS) * len(self.splits.validation))
+        self.reserve += 1.2 * prediction * (test_rows + len(self.splits.validation))
         if not self._of("probe"):
             self._check_probe_fits(prediction)
             self._train("probe", "frozen", 1.0, 0.0)
@@ -156,6 +156,9 @@ class Ladder:
         say(f"auto: an epoch of the whole model takes about {epoch:.0f} s, {max(0, self.budget.left):.0f} s are left")
         method, factor = self._most_promising(self.left / epoch)
         runs, epochs = _shape(self.left / epoch)
+        if epochs >= _LEAST_FOR_SOUP:  # whose ingredients are scored one by one
+            self.reserve += 1.2 * prediction * INGREDIENTS * len(self.splits.validation)
+            runs, epochs = _shape(self.left / epoch)
         if epochs >= _LEAST_EPOCHS:
             self._train("final", method, factor, epochs, runs)
         elif self.left > _PARTIAL_COSTS * self._of("probe")[0].seconds:
