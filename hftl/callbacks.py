@@ -75,10 +75,11 @@ class StopSignals(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Ask for a checkpoint when a signal came, to this process or to another."""
-        number = torch.tensor(self.received, device=args.device)
+        self.number = self.received
         if args.world_size > 1:  # all must stop after the same step, or one would wait for the others for ever
+            number = torch.tensor(self.number, device=args.device)
             torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
-        self.number = int(number)
+            self.number = int(number)
         if self.number:
             control.should_save = True
         return control
