@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import enum
 import importlib.util
 import json
 import math
@@ -541,7 +540,7 @@ def argument_tokens(name: str, value: Any) -> list[str]:
         return [f"--{name}={json.dumps(value)}"]
     if isinstance(value, list | tuple):
         return [f"--{name}", *map(str, value)] if value else []
-    if not isinstance(value, str | os.PathLike | numbers.Number | enum.Enum):
+    if not isinstance(value, str | os.PathLike | numbers.Number | Enum):
         shown = f"{type(value).__name__} {textwrap.shorten(str(value), 60)}"
         raise UsageError(f"--{name} is a name, a path or a number, and not a {shown}.")
     return [f"--{name}={value}"]

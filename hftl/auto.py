@@ -80,7 +80,8 @@ class Trial:
         rung: probe, trial or final.
         method: as `--method`.
         factor: of the method's default rates.
-        epochs: passes over the training rows; 0 where the head was solved.
+        runs: trainings from the same start, whose weights are averaged.
+        epochs: passes over the training rows, of each; 0 where the head was solved.
         score: on validation, of `--metric_for_best_model`; infinitely bad where it diverged.
         seconds: from its start to its saved run.
         best: whether it took the place of the best before it.
@@ -89,6 +90,7 @@ class Trial:
     rung: str
     method: str
     factor: float
+    runs: int
     epochs: float
     score: float
     seconds: float
@@ -251,7 +253,7 @@ class Ladder:
         if better:
             folder.promote(place, self.path)
         shutil.rmtree(place, ignore_errors=True)
-        self.trials.append(Trial(rung, method, factor, epochs, score, time.time() - started, better))
+        self.trials.append(Trial(rung, method, factor, runs, epochs, score, time.time() - started, better))
         _write_table(self.path / TABLE, self.trials, self.budget.spent)
 
     def _plain(self) -> dict[str, Any]:
@@ -347,7 +349,8 @@ def _table(trials: list[Trial], metric: str) -> str:
     lines = [["rung", "method", "rates", "epochs", f"validation {metric}", "seconds", ""]]
     kept = max((number for number, trial in enumerate(trials) if trial.best), default=0)
     for number, trial in enumerate(trials):
-        length = [f"x{trial.factor:g}", f"{trial.epochs:g}"] if trial.epochs else ["", "solved"]
+        epochs = f"{trial.runs} x {trial.epochs:g}" if trial.runs > 1 else f"{trial.epochs:g}"
+        length = [f"x{trial.factor:g}", epochs] if trial.epochs else ["", "solved"]
         mark = "kept" if number == kept else ""
         lines.append([trial.rung, trial.method, *length, f"{trial.score:.4f}", f"{trial.seconds:.0f}", mark])
     return "\n".join(aligned(lines, left=[0, 1, 6]))
@@ -371,6 +374,7 @@ def _read_table(path: Path) -> tuple[list[Trial], float]:
             row["rung"],
             row["method"],
             float(row["factor"]),
+            int(row["runs"]),
             float(row["epochs"]),
             float(row["score"]),
             float(row["seconds"]),

@@ -66,7 +66,7 @@ def push(run: Run, arguments: TransferArguments) -> None:
 def _search(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Run:
     """`--method auto`: the best run that fits into the time, scored on test once it is chosen."""
     check(arguments)
-    settings = folder.resume_settings(arguments)
+    settings = folder.settings_with_data(arguments, splits.fingerprint())
     path = Path(str(arguments.output_dir))
     signals = StopSignals()
     try:

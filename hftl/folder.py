@@ -156,11 +156,11 @@ def resume_settings(arguments: TransferArguments) -> dict[str, Any]:
     return {**to_recipe(arguments), **wish, "processes": arguments.world_size}
 
 
-def check_same_data(arguments: TransferArguments, fingerprint: str) -> None:
-    """Refuse to go on with other rows than those that an interrupted run began with.
+def settings_with_data(arguments: TransferArguments, fingerprint: str) -> dict[str, Any]:
+    """`resume_settings`, and which rows they are for.
 
     Raises:
-        UsageError: as said.
+        UsageError: an interrupted run that is to go on began with other rows.
     """
     path = Path(str(arguments.output_dir), CHECKPOINTS, RECIPE)
     if arguments.resume and path.is_file() and read_yaml(path).get(DATA) != fingerprint:
@@ -168,6 +168,7 @@ def check_same_data(arguments: TransferArguments, fingerprint: str) -> None:
             f"--resume: the data are not those of the interrupted run in {str(arguments.output_dir)!r}: rows or labels "
             "have changed. Put them back, or start anew with --overwrite."
         )
+    return {**resume_settings(arguments), DATA: fingerprint}
 
 
 def _shown(value: Any) -> str:
@@ -179,7 +180,7 @@ def start_folder(arguments: TransferArguments, settings: dict[str, Any]) -> None
 
     Args:
         arguments: the resolved arguments.
-        settings: what `resume_settings` gave before they were resolved, for `--resume` to compare with.
+        settings: what `settings_with_data` gave before they were resolved, for `--resume` to compare with.
 
     Raises:
         UsageError: another process is training into it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from hftl import backbones
-from hftl.pretrained import save_model
 
 #: in a run folder: the adapter, and beside one that is not merged the model that it belongs to, with the trained head
 ADAPTER, BASE = "adapter", "base"
@@ -38,7 +36,7 @@ def merge(model: Any) -> str | None:
     Returns:
         None, or why it cannot be done; the model is then of no use.
     """
-    _put_back_trained_parts(model)
+    put_back_trained_parts(model)
     try:
         model.merge_and_unload()
     except _MERGE_ERRORS as error:
@@ -46,7 +44,7 @@ def merge(model: Any) -> str | None:
     return None
 
 
-def _put_back_trained_parts(model: Any) -> None:
+def put_back_trained_parts(model: Any) -> None:
     """The trained head in the place of its wrapper.
 
     PEFT itself fails to put back a part that is no single layer (BERT's pooler, with most types), or leaves it wrapped
@@ -70,19 +68,6 @@ def base_state(model: Any) -> dict[str, torch.Tensor]:
         if ".original_module." not in key
         and all(key.startswith(f"{layer}.base_layer.") or not key.startswith(f"{layer}.") for layer in layers)
     }
-
-
-def save_unmerged(model: Any, state: dict[str, torch.Tensor] | None, folder: Path) -> None:
-    """Save the model without its adapters, as `base_state` gave it, and the configuration above both.
-
-    A plain `from_pretrained` of the run folder then fails for want of weights, instead of giving another model. A
-    quantised model has no state that could be given: its adapters are removed.
-    """
-    if state is None:
-        _put_back_trained_parts(model)
-        model.unload()
-    save_model(model.get_base_model(), folder / BASE, state)
-    shutil.copy(folder / BASE / "config.json", folder / "config.json")
 
 
 def load_unmerged(auto_class: Any, folder: Path) -> Any:

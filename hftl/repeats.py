@@ -38,7 +38,7 @@ def repeat(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tran
     Raises:
         UsageError: as a single run.
     """
-    settings = folder.resume_settings(arguments)
+    settings = folder.settings_with_data(arguments, splits.fingerprint())
     path = Path(str(arguments.output_dir))
     seeds = range(arguments.seed, arguments.seed + arguments.repeats)
     check_plan(plan, arguments)

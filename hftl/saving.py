@@ -121,8 +121,21 @@ def _merged_or_kept(model: Any, batch: dict[str, torch.Tensor], expected: torch.
             return inner
         reason = f"the merged model's logits differ by {difference:.2g} of the largest"
     say(f"adapter: not merged, since {reason}; it is kept with its base, in {merging.ADAPTER}/ and {merging.BASE}/")
-    merging.save_unmerged(model, state, target)
+    _save_unmerged(model, state, target)
     return None
+
+
+def _save_unmerged(model: Any, state: dict[str, torch.Tensor] | None, target: Path) -> None:
+    """Save the model without its adapters, as `base_state` gave it, and the configuration above both.
+
+    A plain `from_pretrained` of the run folder then fails for want of weights, instead of giving another model. A
+    quantised model has no state that could be given: its adapters are removed.
+    """
+    if state is None:
+        merging.put_back_trained_parts(model)
+        model.unload()
+    save_model(model.get_base_model(), target / merging.BASE, state)
+    shutil.copy(target / merging.BASE / "config.json", target / "config.json")
 
 
 def _difference(model: Any, batch: dict[str, torch.Tensor], expected: torch.Tensor) -> float:

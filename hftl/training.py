@@ -61,8 +61,7 @@ def train_plan(
     task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments, callbacks: Sequence[Any] = ()
 ) -> Path:
     """Run the stages of a plan, evaluate, and write the run folder, which is returned."""
-    settings = folder.resume_settings(arguments) | {folder.DATA: splits.fingerprint()}
-    folder.check_same_data(arguments, settings[folder.DATA])
+    settings = folder.settings_with_data(arguments, splits.fingerprint())
     stages, data = prepare(task, plan, splits, arguments)
     path = Path(str(arguments.output_dir))
     settings[folder.CHOSEN_PRECISION] = arguments.precision
@@ -261,11 +260,11 @@ def _run_stages(
     pretrained = pretrained_weights(Plan(model, tuple(stages))) if task.arguments.wise_ft else {}
     limits = [callback for callback in callbacks if isinstance(callback, TimeLimit)]
     start: dict[str, torch.Tensor] = {}
+    first_run = len(stages) - task.arguments.soup_runs  # of the last stage, which mostly has one
     for index, stage in enumerate(stages):
-        run = index + task.arguments.soup_runs - len(stages)  # of the last stage, which mostly has one
         is_late = bool(start) and any(limit.is_up for limit in limits)  # what there is makes the soup
         is_last = index + 1 == len(stages) or is_late
-        if run == 0 and not is_last:
+        if index == first_run and not is_last:
             start = {name: tensor.clone() for name, tensor in changing_tensors(model, stage).items()}
         elif start:
             put(changing_tensors(model, stage), start)
@@ -276,7 +275,7 @@ def _run_stages(
         with contextlib.ExitStack() as after:
             if kept is not None:
                 after.callback(kept.release)  # also where the stage fails, or a second fit would keep what stubs give
-            trainer = _stage_trainer(task, stage, model, splits, rows, index, kept, run)
+            trainer = _stage_trainer(task, stage, model, splits, rows, index, kept, run=index - first_run)
             after.callback(trainer.end_workers)
             _check_sharding(task.arguments, trainer, model, stages)
             for callback in callbacks:
@@ -289,12 +288,9 @@ def _run_stages(
             elif not is_late:
                 say(_announcement(stage, model, index, len(stages), task.arguments.max_steps, kept))
                 try:
-                    if kept is not None and kept.solved:
-                        record = _solve_stage(task, trainer, kept)
-                    else:
-                        record = _train_stage(trainer, stage, task.arguments.resume, pretrained if is_last else {})
+                    record = _stage_record(task, trainer, stage, kept, pretrained if is_last else {})
                 except Diverged as error:
-                    if run <= 0 or index - run == len(finals):  # no run of this stage has come to its end
+                    if not finals[first_run:]:  # no run of the last stage has come to its end
                         raise
                     say(f"{stage.name} is left out: {error}")
                 else:
@@ -304,7 +300,7 @@ def _run_stages(
                 records.append(read_json(final / "stage.json"))
                 finals.append(final)
             if is_last and start:
-                records[-1] |= soup_of_runs(trainer, finals[index - run :])
+                records[-1] |= soup_of_runs(trainer, finals[first_run:])
             if is_last and getattr(task.arguments, "test_time_flip", False):
                 if kept is not None:
                     kept.release()
@@ -416,6 +412,19 @@ def _finite_scores(task: ClassificationTask, stage: Stage, place: Path, result: 
 def _first(logits: Any, labels: Any) -> torch.Tensor:
     """Models that give more than logits put them first."""
     return logits[0] if isinstance(logits, tuple | list) else logits
+
+
+def _stage_record(
+    task: ClassificationTask,
+    trainer: TransferTrainer,
+    stage: Stage,
+    kept: KeptFeatures | None,
+    pretrained: dict[str, torch.Tensor],
+) -> dict[str, Any]:
+    """Solve the head or train the stage; what metrics.json says of it."""
+    if kept is not None and kept.solved:
+        return _solve_stage(task, trainer, kept)
+    return _train_stage(trainer, stage, task.arguments.resume, pretrained)
 
 
 def _train_stage(

@@ -127,9 +127,7 @@ def _answer(code: str) -> str:
 def make_setting(options: argparse.Namespace, work: Path, notes: list[str]) -> tuple[Setting, Runner]:
     """Data, weights, and what this machine has; what is missing is added to `notes`."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "scripts"), str(ROOT)])}
-    home = work / "home"
-    weights = [sys.executable, "-m", "hftl.builtin", "efficientnet_lite0"]
-    subprocess.run(weights, env={**environment, "HFTL_HOME": str(home)}, check=True, stdout=subprocess.DEVNULL)
+    runner = _runner(options, work, "efficientnet_lite0")
     data = prepare(options.data_root, work, environment, options.rows, options.quick)
     many = {}
     if "memory" in options.names and not options.scaling:
@@ -143,10 +141,9 @@ def make_setting(options: argparse.Namespace, work: Path, notes: list[str]) -> t
             python[name] = path
         else:
             notes.append(f"{name}: not installed for {Path(path).name} (--{name}-python names another interpreter)")
-    runner = Runner(work / "jobs", home, options.gpu)
     from hftl.builtin import builtin_model
 
-    return Setting(data, many, home, options, python, builtin_model("minilm")), runner
+    return Setting(data, many, runner.home, options, python, builtin_model("minilm")), runner
 
 
 def choose(setting: Setting, options: argparse.Namespace, notes: list[str]) -> dict[str, Comparison]:

@@ -205,7 +205,7 @@ def test_a_wrong_merge_keeps_the_adapter_with_its_base(
 
     def unload(model: Any) -> None:
         """Leave out what was learned, as a merge that is wrong."""
-        merging._put_back_trained_parts(model)
+        merging.put_back_trained_parts(model)
         model.unload()
 
     monkeypatch.setattr(merging, "merge", unload)

@@ -107,6 +107,12 @@ def test_an_interrupted_ladder_leaves_a_run_and_goes_on(
     assert usable.predict("a good film").pop().label in ("bad", "good")
 
     monkeypatch.setattr(auto.Ladder, "_train", whole)
+    table = world / "texts" / "train.csv"
+    rows = table.read_text()
+    table.write_text(rows + "one row more,good\n")
+    with pytest.raises(hftl.UsageError, match="the data are not those of the interrupted run"):
+        train(world, tmp_path / "run", "--preset=fast", "--resume")
+    table.write_text(rows)
     capsys.readouterr()
     train(world, tmp_path / "run", "--preset=fast", "--resume")
     assert tried(tmp_path / "run") == [("probe", "frozen"), ("final", "full")]

@@ -23,6 +23,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((folder / "bert" / "config.json").read_text())
     config.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     (folder / "bert" / "config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text(MINE)
     return folder
 
 
@@ -43,14 +44,17 @@ def logged(run: Path, name: str) -> list[float]:
 
 
 COMMON = ("--logging_steps=1", "--num_train_epochs=2", "--max_grad_norm=0.5")
-# `full` in float64: AdamW makes a whole step of a gradient that is nothing but rounding. In float32 at the default
-# rates a convolutional network drifts by 2e-4 in four steps, in one process with 2 x 8 rows a step as in two with 8.
-DOUBLE = """
-import dataclasses
+# Methods, a penalty and a loss, in mine.py. `double` is `full` in float64: AdamW makes a whole step of a gradient that
+# is nothing but rounding. In float32 at the default rates a convolutional network drifts by 2e-4 in four steps, in one
+# process with 2 x 8 rows a step as in two with 8.
+MINE = """
+import dataclasses, os, signal
 import torch
+from transformers import TrainerCallback
+from hftl.losses import CrossEntropyLoss
 from hftl.methods import METHODS
 
-def loss(outputs, labels, num_items_in_batch=None):
+def loss_of_doubles(outputs, labels, num_items_in_batch=None):
     total = torch.nn.functional.cross_entropy(outputs["logits"].double(), labels, reduction="sum")
     return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
 
@@ -60,14 +64,55 @@ def as_double(module, args, inputs):
 def double(model, arguments):
     model.double().register_forward_pre_hook(as_double, with_kwargs=True)
     plan = METHODS["full"](model, arguments)
-    return dataclasses.replace(plan, stages=(dataclasses.replace(plan.stages[0], loss=loss),))
+    return dataclasses.replace(plan, stages=(dataclasses.replace(plan.stages[0], loss=loss_of_doubles),))
+
+def twice(stage, model, batch, outputs):
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return (model(**inputs)["logits"] * outputs["logits"]).sum(dim=1).mean()
+
+def shares(outputs, labels, num_items_in_batch=None):
+    if labels.ndim == 2:
+        with open(f"shares-{os.environ.get('RANK', '0')}", "a") as file:
+            share = float(labels[(labels > 0) & (labels < 1)].min())
+            file.write(f"{share:.4e} {labels.shape} {int(num_items_in_batch)}\\n")
+    return CrossEntropyLoss()(outputs, labels, num_items_in_batch)
+
+def gone(model, arguments):
+    if os.environ["RANK"] == os.environ["CHOSEN_RANK"]:
+        os._exit(143)
+    return METHODS["full"](model, arguments)
+
+class Late(TrainerCallback):
+    def on_step_begin(self, args, state, control, **others):
+        if state.global_step == 2 and os.environ["RANK"] != os.environ["CHOSEN_RANK"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_step_end(self, args, state, control, **others):
+        if state.global_step == 3 and os.environ["RANK"] == os.environ["CHOSEN_RANK"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+def late(model, arguments):
+    return dataclasses.replace(METHODS["full"](model, arguments), callbacks=(Late(),))
+
+class Stopping(CrossEntropyLoss):
+    calls = 0
+
+    def __call__(self, *values, **others):
+        self.calls += torch.is_grad_enabled()
+        if self.calls == 3 and os.environ.get("RANK") == os.environ.get("CHOSEN_RANK"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__call__(*values, **others)
+
+def stopping(model, arguments):
+    plan = METHODS["full"](model, arguments)
+    return dataclasses.replace(plan, stages=(dataclasses.replace(plan.stages[0], loss=Stopping()),))
 """
 
 
 #: recipe and flags. Real weights train in float32, at rates low enough that rounding stays below the tolerance.
 TRAININGS = {
     "untrained images": (
-        "image_classification.py --dataset=images --model=convnet --augmentation=none --method=double.py:double"
+        "image_classification.py --dataset=images --model=convnet --augmentation=none --method=mine.py:double"
     ),
     "pretrained images": (
         "image_classification.py --dataset=builtin:digits --model=builtin:efficientnet_lite0 --augmentation=none "
@@ -81,25 +126,18 @@ TRAININGS = {
         "--loss=focal --word_dropout=0.2 --penalty=delta"
     ),
     "moving average of texts, passed twice": (
-        "text_classification.py --dataset=texts --model=bert --average=ema --penalty=twice.py:twice"
+        "text_classification.py --dataset=texts --model=bert --average=ema --penalty=mine.py:twice"
     ),
 }
 
 
 #: those that begin with the real launcher; the others begin as it would begin them
 LAUNCHED = {"untrained images", "texts"}
-TWICE = """
-def twice(stage, model, batch, outputs):
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    return (model(**inputs)["logits"] * outputs["logits"]).sum(dim=1).mean()
-"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TRAININGS)
 def test_two_processes_train_as_one(place: Path, kind: str) -> None:
-    (place / "double.py").write_text(DOUBLE)
-    (place / "twice.py").write_text(TWICE)
     recipe, *flags = [*TRAININGS[kind].split(), *COMMON]
     script = str(ROOT / "recipes" / recipe)
     alone = printed(run_command([script, *flags, f"--output_dir={kind}-1", "--per_device_train_batch_size=8"], place))
@@ -137,17 +175,7 @@ def predictions(run: Path) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_two_processes_mix_their_own_rows(place: Path) -> None:
-    (place / "shares.py").write_text(
-        "import os\n"
-        "from hftl.losses import CrossEntropyLoss\n"
-        "def loss(outputs, labels, num_items_in_batch=None):\n"
-        "    if labels.ndim == 2:\n"
-        "        with open(f\"shares-{os.environ.get('RANK', '0')}\", 'a') as file:\n"
-        "            share = float(labels[(labels > 0) & (labels < 1)].min())\n"
-        "            file.write(f'{share:.4e} {labels.shape} {int(num_items_in_batch)}\\n')\n"
-        "    return CrossEntropyLoss()(outputs, labels, num_items_in_batch)\n"
-    )
-    flags = ["--dataset=images", "--model=convnet", "--mixup=1", "--max_steps=2", "--loss=shares.py:loss"]
+    flags = ["--dataset=images", "--model=convnet", "--mixup=1", "--max_steps=2", "--loss=mine.py:shares"]
     flags += ["--per_device_train_batch_size=4", "--logging_steps=1", "--test_time_flip"]
     recipe = str(ROOT / "recipes" / "image_classification.py")
     for done in run_ranks([recipe, *flags, "--output_dir=mixed-1"], place):
@@ -174,17 +202,9 @@ def test_ranks_that_do_not_see_each_other_are_an_error(place: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("gone", ["0", "1"])
 def test_a_process_that_is_left_alone_says_so(place: Path, gone: str) -> None:
-    (place / "gone.py").write_text(
-        "import os\n"
-        "from hftl.methods import METHODS\n"
-        "def gone(model, arguments):\n"
-        "    if os.environ['RANK'] == os.environ['GONE']:\n"
-        "        os._exit(143)\n"
-        "    return METHODS['full'](model, arguments)\n"
-    )
-    flags = ["--model=bert", "--dataset=texts", "--method=gone.py:gone", f"--output_dir=gone-{gone}"]
+    flags = ["--model=bert", "--dataset=texts", "--method=mine.py:gone", f"--output_dir=gone-{gone}"]
     recipe = str(ROOT / "recipes" / "text_classification.py")
-    left = run_ranks([recipe, *flags], place, GONE=gone)[1 - int(gone)]
+    left = run_ranks([recipe, *flags], place, CHOSEN_RANK=gone)[1 - int(gone)]
     assert left.returncode == 1
     assert "Another process of this run has ended" in left.stderr
     assert "Traceback" not in left.stderr
@@ -194,24 +214,9 @@ def test_a_process_that_is_left_alone_says_so(place: Path, gone: str) -> None:
 @pytest.mark.parametrize("late", ["0", "1"])
 def test_a_signal_that_comes_when_the_processes_have_agreed(place: Path, late: str) -> None:
     """A launcher tells one process after the other, and the end of a step may lie between."""
-    (place / "late.py").write_text(
-        "import os, signal\n"
-        "from transformers import TrainerCallback\n"
-        "from hftl.methods import METHODS\n"
-        "class Late(TrainerCallback):\n"
-        "    def on_step_begin(self, args, state, control, **others):\n"
-        "        if state.global_step == 2 and os.environ['RANK'] != os.environ['LATE']:\n"
-        "            os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    def on_step_end(self, args, state, control, **others):\n"
-        "        if state.global_step == 3 and os.environ['RANK'] == os.environ['LATE']:\n"
-        "            os.kill(os.getpid(), signal.SIGTERM)\n"
-        "def late(model, arguments):\n"
-        "    plan = METHODS['full'](model, arguments)\n"
-        "    return type(plan)(plan.model, plan.stages, plan.settings, (Late(),))\n"
-    )
-    flags = [*COMMON, "--model=bert", "--dataset=texts", "--method=late.py:late", "--per_device_train_batch_size=4"]
+    flags = [*COMMON, "--model=bert", "--dataset=texts", "--method=mine.py:late", "--per_device_train_batch_size=4"]
     recipe = str(ROOT / "recipes" / "text_classification.py")
-    ranks = run_ranks([recipe, *flags, f"--output_dir=late-{late}"], place, LATE=late)
+    ranks = run_ranks([recipe, *flags, f"--output_dir=late-{late}"], place, CHOSEN_RANK=late)
     assert [done.returncode for done in ranks] == [143, 143], [done.stderr for done in ranks]
     assert sum(done.stderr.count("Stopped by SIGTERM. Go on") for done in ranks) == 1
     assert list(place.glob(f"late-{late}/checkpoints/1-all/checkpoint-3/trainer_state.json"))
@@ -219,26 +224,9 @@ def test_a_signal_that_comes_when_the_processes_have_agreed(place: Path, late: s
 
 @pytest.mark.slow
 def test_two_processes_stop_and_go_on(place: Path) -> None:
-    method = place / "stopping.py"
-    method.write_text(
-        "import dataclasses, os, signal\n"
-        "from hftl.losses import CrossEntropyLoss\n"
-        "from hftl.methods import METHODS\n"
-        "import torch\n"
-        "class Stopping(CrossEntropyLoss):\n"
-        "    calls = 0\n"
-        "    def __call__(self, *values, **others):\n"
-        "        self.calls += torch.is_grad_enabled()\n"
-        "        if self.calls == 3 and os.environ.get('RANK') == os.environ.get('STOPPING_RANK'):\n"
-        "            os.kill(os.getpid(), signal.SIGTERM)\n"
-        "        return super().__call__(*values, **others)\n"
-        "def stopping(model, arguments):\n"
-        "    plan = METHODS['full'](model, arguments)\n"
-        "    return dataclasses.replace(plan, stages=(dataclasses.replace(plan.stages[0], loss=Stopping()),))\n"
-    )
-    flags = [f"--dataset={place / 'texts'}", f"--model={place / 'bert'}", *COMMON, f"--method={method}:stopping"]
+    flags = [*COMMON, "--model=bert", "--dataset=texts", "--method=mine.py:stopping"]
     flags += ["--per_device_train_batch_size=4", "--output_dir=stopped-2"]
-    stopped = launch(place, "text_classification.py", *flags, STOPPING_RANK="1")
+    stopped = launch(place, "text_classification.py", *flags, CHOSEN_RANK="1")
     assert stopped.returncode != 0  # the launcher's own code
     assert "SIGTERM" in stopped.stderr
     assert list(place.glob("stopped-2/checkpoints/1-all/checkpoint-3/trainer_state.json"))

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard
 from tiny_models import TINY
 from tiny_training import every_tensor, tiny_arguments, tiny_trainer
 from torch import nn
@@ -27,7 +26,7 @@ from hftl.methods import Stage, build_plan
 from hftl.methods.plan import frozen_modules
 from hftl.optim import parameter_groups
 from hftl.tasks.image_classification import ImageDataset
-from hftl.trainer import EpochSampler
+from hftl.trainer import EpochSampler, EvenShares
 
 LENGTHS = np.random.default_rng(0).integers(1, 200, size=1_003).tolist()
 
@@ -80,11 +79,11 @@ def test_lengths_do_not_fall_within_a_piece() -> None:
 
 @pytest.mark.parametrize("accumulated", [1, 4])
 def test_two_processes_share_the_batches_of_one(accumulated: int) -> None:
-    # What Accelerate gives each of two processes: every second batch of the single process's size.
+    # Each of two processes gets every second batch of the single process's size.
     rows = 8 * accumulated
     sampler = EpochSampler(960, 0, LENGTHS[:960], batch_size=rows)
     whole = list(sampler)
-    shards = [list(BatchSamplerShard(BatchSampler(sampler, 4, False), 2, process)) for process in (0, 1)]
+    shards = [list(EvenShares(BatchSampler(sampler, 4, False), 2, process)) for process in (0, 1)]
     for step, start in enumerate(range(0, len(whole), rows)):
         here = slice(step * accumulated, (step + 1) * accumulated)
         assert sorted(row for shard in shards for batch in shard[here] for row in batch) == sorted(
@@ -338,3 +337,23 @@ def test_batch_norm_is_frozen_by_default_and_trains_on_request() -> None:
     assert awake("resnet", "--batch_norm=train", kinds=kinds) == all_of_them
     last = awake("resnet", "--batch_norm=train", "--method=partial", "--unfreeze_blocks=1", kinds=kinds)
     assert last == {key for key in all_of_them if "stages.3" in key}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 9, 16, 17, 24, 25])
+def test_processes_share_out_every_row_once(rows: int, processes: int) -> None:
+    def shares(least: int, drop_last: bool = False) -> list[list[list[int]]]:
+        batches = BatchSampler(range(rows), 4, drop_last)
+        return [list(EvenShares(batches, processes, process, least)) for process in range(processes)]
+
+    each = shares(least=1)
+    assert len({len(steps) for steps in each}) == 1  # or one would wait for the others for ever
+    assert len(each[0]) == len(EvenShares(BatchSampler(range(rows), 4, False), processes, 0))
+    for number, step in enumerate(zip(*each, strict=True)):
+        wanted = range(rows)[number * 4 * processes : (number + 1) * 4 * processes]
+        assert sorted({row for share in step for row in share}) == list(wanted)  # those of one process
+        sizes = [len(share) for share in step]
+        assert max(sizes) - min(sizes) <= 1
+        assert sum(sizes) == max(len(wanted), processes)  # a row comes again only where there is none for a process
+    assert all(len(share) >= 2 for steps in shares(least=2) for share in steps)  # BatchNorm wants two
+    assert all(len(share) == 4 for steps in shares(least=1, drop_last=True) for share in steps)

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmark import report
 from benchmark.jobs import Job, JobError, Runner, job
 
 IMAGE, TEXT = ("image", "builtin:efficientnet_lite0"), ("text", "builtin:minilm")
@@ -95,16 +96,10 @@ def run(options: argparse.Namespace, root: Path, runner: Runner, content: dict[s
                 where = {"column": column, "variant": variant, "seed": seed}
                 entries.append(where | kept | {"commit": content["commit"], "date": content["date"]})
                 print(f"{column}, {variant}, seed {seed}: {kept}", flush=True)
-                write(options.output, {**content, "runs": entries})
+                grown = {**content, "runs": entries}
+                report.write_pair(options.output, "quality", grown, as_markdown(grown))
     print(f"written to {options.output / 'quality.md'} and quality.json")
     return failed
-
-
-def write(folder: Path, content: dict[str, Any]) -> None:
-    """`quality.json` and `quality.md`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "quality.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (folder / "quality.md").write_text(as_markdown(content), encoding="utf-8")
 
 
 def as_markdown(content: dict[str, Any]) -> str:

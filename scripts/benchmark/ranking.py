@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from benchmark import report
 from benchmark.jobs import Runner, job
 
 #: what is ranked, and fine-tuned
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace, dataset: str, flags: list[str], runner: Run
     command = [sys.executable, "-m", "hftl", "rank", "--task", "image-classification", "--dataset", dataset]
     environment = runner.environment(runner.home, 1)
     subprocess.run([*command, "--output", str(table), *flags, "--models", *CANDIDATES], env=environment, check=True)
-    rows: list[dict[str, Any]] = list(csv.DictReader(table.open(encoding="utf-8")))
+    rows: list[dict[str, Any]] = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
     for row in rows:
         model, _, side = row["model"].rpartition("@")
         argv = ["train", "image-classification", f"--model={model}", f"--image_size={side}", f"--dataset={dataset}"]
@@ -48,9 +48,7 @@ def run(options: argparse.Namespace, dataset: str, flags: list[str], runner: Run
         row["accuracy"], row["seconds"] = figures["accuracy"], figures["seconds"]
         print(f"{row['model']}: {row['accuracy']:.4f} in {row['seconds']:.0f} s", flush=True)
     content |= {"dataset": Path(dataset).name, "candidates": rows, "tau": kendall(rows)}
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "ranking.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (options.output / "ranking.md").write_text(as_markdown(content), encoding="utf-8")
+    report.write_pair(options.output, "ranking", content, as_markdown(content))
     print(f"written to {options.output / 'ranking.md'} and ranking.json")
     return 0
 

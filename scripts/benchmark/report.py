@@ -90,6 +90,11 @@ def as_markdown(content: dict[str, Any]) -> str:
 
 def write(folder: Path, content: dict[str, Any]) -> None:
     """`results.json` and `results.md`."""
+    write_pair(folder, "results", content, as_markdown(content))
+
+
+def write_pair(folder: Path, name: str, content: dict[str, Any], page: str) -> None:
+    """`NAME.json` with all that was measured, and `NAME.md` for people."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (folder / "results.md").write_text(as_markdown(content), encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(page, encoding="utf-8")
