@@ -1,4 +1,4 @@
-"""The command line: `hftl train | predict | evaluate | rank | advise | lr-find | tune | push | ls | cp | cache`.
+"""The command line: see `_HELP`.
 
 Nothing here imports torch before a command needs it.
 """
@@ -49,6 +49,7 @@ def _run(argv: list[str]) -> None:
         "train": _train,
         "predict": _predict,
         "evaluate": _evaluate,
+        "report": _report,
         "push": _push,
         "ls": _list,
         "cp": _copy,
@@ -84,6 +85,7 @@ Fine-tune pretrained models with the Hugging Face stack.
   hftl lr-find TASK --model M --dataset D …
                                     a range test of the learning rate; --output lr_find.png, --steps 100
   hftl tune TASK --model M --dataset D --trials N --search 'learning_rate=log(1e-5,1e-3) method=lora,partial'
+  hftl report RUN                   its report.html made anew: scores, mistakes, curves
   hftl push RUN REPOSITORY          to the Hub; --private
   hftl ls                           the recipes and configurations that come with hftl
   hftl cp RECIPE my_recipe.py       a copy of a recipe, or of a configuration, to change
@@ -336,6 +338,16 @@ def _named_task(argv: list[str], command: str) -> str:
         raise UsageError(f"Name the task: hftl {command} TASK --model M --dataset D …, with one of {', '.join(TASKS)}.")
     check_task(argv[0])
     return argv[0]
+
+
+def _report(argv: list[str]) -> None:
+    parser = _Parser(prog="hftl report", description="Make the report.html of a finished run anew.")
+    parser.add_argument("run", help="folder of a finished run")
+    options = parser.parse_args(argv)
+    with quick_imports():
+        from hftl.report import remake_report
+
+    print(f"written to {remake_report(Path(options.run))}")
 
 
 def _push(argv: list[str]) -> None:

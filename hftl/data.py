@@ -76,8 +76,32 @@ class Splits:
     """The index is the class id."""
     columns: dict[str, str]
     """From a role (image, text, text_pair, label) to the column that it was read from."""
-    report: list[str]
-    """What was found and checked, in at most about 20 lines."""
+    source: str = ""
+    """What was read, as it was named."""
+    notes: list[str] = field(default_factory=list)
+    """What was found and checked."""
+
+    @property
+    def report(self) -> list[str]:
+        """What a person sees of it, in at most about 20 lines."""
+        counts = self._counts()
+        notes = _class_notes(counts["train"], self.label_names)
+        return [f"data: {self.source}", *self.notes, *_class_table(counts, self.label_names), *notes]
+
+    def found(self) -> dict[str, Any]:
+        """The notes, and of each split the rows of every class by name."""
+        counts = self._counts()
+        rows = {role: dict(zip(self.label_names, part.tolist(), strict=True)) for role, part in counts.items()}
+        return {"notes": [*self.notes, *_class_notes(counts["train"], self.label_names)], "rows": rows}
+
+    def _counts(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Rows of each class in each split that is there."""
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {
+            role: np.bincount(np.asarray(part["label"], dtype=int), minlength=len(self.label_names))
+            for role, part in parts.items()
+            if part is not None
+        }
 
     def fingerprint(self) -> str:
         """A name for what is trained and validated on: the rows' ids, labels and texts; not the content of images."""
@@ -151,8 +175,8 @@ def load_splits(arguments: Any, modality: str) -> Splits:
     if len(np.unique(parts["train"]["label"])) < 2:
         raise UsageError("--max_train_samples leaves one class only: take more.")
     parts = {role: parts[role] for role in ("train", "validation", "test") if role in parts}
-    report = [f"data: {source.name}", *notes, *_content_notes(parts, modality), *_class_table(parts, label_names)]
-    return Splits(parts["train"], parts["validation"], parts.get("test"), label_names, columns, report)
+    notes += _content_notes(parts, modality)
+    return Splits(parts["train"], parts["validation"], parts.get("test"), label_names, columns, source.name, notes)
 
 
 def load_labelled(
@@ -1022,21 +1046,22 @@ def _digest(source: str | bytes | None) -> bytes | None:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def _class_table(parts: dict[str, datasets.Dataset], label_names: list[str]) -> list[str]:
-    """Rows by class and split; imbalance and classes with a single row."""
+def _class_table(counts: dict[str, np.ndarray[Any, Any]], label_names: list[str]) -> list[str]:
+    """Rows by class and split."""
     shown = 6 if len(label_names) <= 6 else 4  # with the stages that follow the report stays on one screen
-    counts = {
-        role: np.bincount(np.asarray(part["label"], dtype=int), minlength=len(label_names))
-        for role, part in parts.items()
-    }
-    head = ["class", *parts]
+    head = ["class", *counts]
     names = [name if len(name) <= 30 else f"{name[:29]}…" for name in label_names[:shown]]
-    body = [[name, *(str(counts[role][row]) for role in parts)] for row, name in enumerate(names)]
-    total = ["all", *(str(len(part)) for part in parts.values())]
+    body = [[name, *(str(part[row]) for part in counts.values())] for row, name in enumerate(names)]
+    total = ["all", *(str(part.sum()) for part in counts.values())]
     lines = aligned([head, *body, total], left=[0])
     if len(label_names) > shown:
         lines.insert(-1, f"… and {len(label_names) - shown} more")
-    train = counts["train"]
+    return lines
+
+
+def _class_notes(train: np.ndarray[Any, Any], label_names: list[str]) -> list[str]:
+    """Imbalance, names that are nearly one, and classes with a single row."""
+    lines = []
     present = train[train > 0]
     ratio = present.max() / present.min()
     if ratio > 3:

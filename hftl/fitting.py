@@ -20,6 +20,7 @@ from hftl.folder import METRICS, PREDICTIONS, say
 from hftl.lr_find import FEWEST, draw, report, sweep
 from hftl.methods import Plan, build_plan
 from hftl.repeats import repeat
+from hftl.report import write_report
 from hftl.run import Run, load_run
 from hftl.saving import write_answers
 from hftl.tasks import find_task
@@ -51,6 +52,8 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
         path = train_plan(task, plan, splits, arguments)
         unmerged = (path / merging.BASE).is_dir()
         run = Run(path, task, None if unmerged else backbones.without_adapters(plan.model))
+    if folder.is_main_process():
+        write_report(run, splits.validation if splits.test is None else splits.test)
     say(run.summary())
     push(run, arguments)
     return run

@@ -26,6 +26,8 @@ METRICS = "metrics.json"
 PREDICTIONS = "predictions.csv"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
+#: in the logs: rows of each class and split, and what was noticed
+FOUND_IN_DATA = "data.json"
 #: where the files of a run stand until all of them are there
 PARTIAL = ".partial"
 #: where a finished run stands until the one that replaces it is whole

@@ -15,7 +15,7 @@ import yaml
 from hftl import backbones, folder, merging
 from hftl.arguments import to_recipe
 from hftl.data import Splits
-from hftl.folder import CHECKPOINTS, METRICS, PARTIAL, PREDICTIONS, RECIPE, say
+from hftl.folder import CHECKPOINTS, FOUND_IN_DATA, LOGS, METRICS, PARTIAL, PREDICTIONS, RECIPE, say
 from hftl.metrics import softmax
 from hftl.pretrained import save_model
 from hftl.probes.beside import FOLDER as PROBE
@@ -65,6 +65,7 @@ def write_run(
         **{name: scores for name, (_, _, scores) in results.items()},
     }
     folder.write_json(partial / METRICS, metrics)
+    folder.write_json(path / LOGS / FOUND_IN_DATA, splits.found())  # file names may be in it: logs are never pushed
     write_card(partial, task, arguments, splits, metrics)
     folder.publish(path)
     folder.finish(path, arguments.keep_checkpoints)

@@ -487,10 +487,24 @@ def _solve_stage(task: ClassificationTask, trainer: TransferTrainer, kept: KeptF
     }
 
 
-def _parameters(trainer: TransferTrainer) -> dict[str, int]:
+def _parameters(trainer: TransferTrainer) -> dict[str, Any]:
+    """How many train in this stage and how many there are: in all, and of each block from the input on."""
+    model: Any = trainer.model
+    if trainer.is_sharded:  # no process knows the blocks
+        return {
+            "trainable_parameters": sum(entry.numel() for entry in model.parameters() if entry.requires_grad),
+            "total_parameters": sum(entry.numel() for entry in model.parameters()),
+        }
+    parts, block_of = backbones.structure(model), backbones.parameter_blocks(model)
+    blocks = [{"name": names[0], "trainable": 0, "total": 0} for names in (*parts.blocks, parts.head)]
+    for name, parameter in model.named_parameters():
+        block = blocks[block_of[name]]
+        block["total"] += parameter.numel()
+        block["trainable"] += parameter.numel() * parameter.requires_grad
     return {
-        "trainable_parameters": sum(entry.numel() for entry in trainer.model.parameters() if entry.requires_grad),
-        "total_parameters": sum(entry.numel() for entry in trainer.model.parameters()),
+        "trainable_parameters": sum(block["trainable"] for block in blocks),
+        "total_parameters": sum(block["total"] for block in blocks),
+        "blocks": blocks,
     }
 
 

@@ -52,7 +52,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def splits() -> Splits:
     rows = datasets.Dataset.from_dict({"id": [], "label": []})
-    return Splits(train=rows, validation=rows, test=None, label_names=NAMES, columns={}, report=[])
+    return Splits(train=rows, validation=rows, test=None, label_names=NAMES, columns={})
 
 
 def task_with(model: Any, *flags: str) -> tuple[ImageClassification, Any]:

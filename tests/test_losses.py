@@ -173,7 +173,7 @@ def test_the_flags_give_the_loss() -> None:
     task = TextClassification(hftl.parse(hftl.TextArguments, flags))
     counts = [6, 3, 1]
     rows = datasets.Dataset.from_dict({"label": np.repeat([0, 1, 2], counts)})
-    loss = task.loss(Splits(rows, rows, None, ["a", "b", "c"], columns={}, report=[]))
+    loss = task.loss(Splits(rows, rows, None, ["a", "b", "c"], columns={}))
     assert type(loss) is CrossEntropyLoss
     assert loss.label_smoothing == 0.1
     torch.testing.assert_close(loss.class_weights, balanced_class_weights(counts), rtol=0, atol=0)

@@ -147,7 +147,7 @@ def splits_of(train: list[int]) -> Splits:
     import datasets
 
     rows = datasets.Dataset.from_dict({"label": train})
-    return Splits(train=rows, validation=rows, test=None, label_names=NAMES, columns={}, report=[])
+    return Splits(train=rows, validation=rows, test=None, label_names=NAMES, columns={})
 
 
 def task_with(*flags: str) -> TextClassification:

@@ -44,7 +44,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def splits(texts: list[str] | None = None) -> Splits:
     texts = texts or TEXTS
     rows = datasets.Dataset.from_dict({"text": texts, "label": [row % 3 for row in range(len(texts))]})
-    return Splits(train=rows, validation=rows, test=None, label_names=NAMES, columns={}, report=[])
+    return Splits(train=rows, validation=rows, test=None, label_names=NAMES, columns={})
 
 
 def task_with(model: Any, *flags: str) -> tuple[TextClassification, Any]:

@@ -1,0 +1,139 @@
+"""Line charts as SVG, for a page that needs no library: colours come from the page, so that they follow its theme."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup, escape
+
+#: size of the drawing in its own units; the page scales it
+_WIDTH, _HEIGHT = 440, 260
+#: room for the axes: left, top, right, bottom
+_LEFT, _TOP, _RIGHT, _BOTTOM = 52, 10, 12, 40
+#: points of a line beyond which the eye sees no difference
+_MOST_POINTS = 200
+#: colours that the page defines, --series-1 and on
+COLOURS = 8
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart.
+
+    Attributes:
+        name: as the legend says; empty for one that needs none.
+        xs: positions.
+        ys: values, as many.
+        colour: number of the page's colour, from 1 on; 0 is that of the axes.
+        dashed: whether it is broken.
+        marked: whether its points are marked.
+    """
+
+    name: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    colour: int = 1
+    dashed: bool = False
+    marked: bool = False
+
+
+def line_chart(
+    lines: Sequence[Line],
+    description: str,
+    x_label: str,
+    y_label: str,
+    x_range: tuple[float, float] | None = None,
+    y_range: tuple[float, float] | None = None,
+) -> Markup:
+    """The chart with its legend.
+
+    Args:
+        lines: at least one, each with a point at least.
+        description: what a screen reader says of it.
+        x_label: of the axis.
+        y_label: of the axis.
+        x_range: that of the points where it is None.
+        y_range: the same.
+    """
+    left, right = x_range or _range([line.xs for line in lines])
+    bottom, top = y_range or _range([line.ys for line in lines])
+
+    def x(value: float) -> float:
+        return round(_LEFT + (value - left) / (right - left) * (_WIDTH - _LEFT - _RIGHT), 1)
+
+    def y(value: float) -> float:
+        return round(_HEIGHT - _BOTTOM - (value - bottom) / (top - bottom) * (_HEIGHT - _TOP - _BOTTOM), 1)
+
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(description)}">']
+    for tick in _ticks(bottom, top):
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick)}" y2="{y(tick)}"/>')
+        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y(tick) + 4}" text-anchor="end">{tick:.4g}</text>')
+    for tick in _ticks(left, right):
+        parts.append(
+            f'<text class="tick" x="{x(tick)}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{tick:.6g}</text>'
+        )
+    middle_x, middle_y = (_LEFT + _WIDTH - _RIGHT) / 2, (_TOP + _HEIGHT - _BOTTOM) / 2
+    parts.append(f'<text class="axis" x="{middle_x}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(
+        f'<text class="axis" x="12" y="{middle_y}" text-anchor="middle" transform="rotate(-90 12 {middle_y})">'
+        f"{escape(y_label)}</text>"
+    )
+    for line in lines:
+        chosen = np.unique(np.linspace(0, len(line.xs) - 1, min(len(line.xs), _MOST_POINTS)).round().astype(int))
+        points = [
+            (x(min(max(line.xs[index], left), right)), y(min(max(line.ys[index], bottom), top))) for index in chosen
+        ]
+        dashes = ' stroke-dasharray="5 4"' if line.dashed else ""
+        path = " ".join(f"{px},{py}" for px, py in points)
+        parts.append(f'<polyline class="series-{line.colour}" points="{path}"{dashes}/>')
+        if line.marked or len(points) == 1:
+            parts += [f'<circle class="series-{line.colour}" cx="{px}" cy="{py}" r="3"/>' for px, py in points]
+    return Markup("".join([*parts, "</svg>", legend([(line.name, line.colour) for line in lines if line.name])]))
+
+
+def scatter(xs: Sequence[float], ys: Sequence[float], classes: Sequence[int], names: Sequence[str]) -> Markup:
+    """Points coloured by class, without axes: only who lies beside whom means something.
+
+    Beyond eight classes the colours come round again; each point has the name of its class.
+    """
+    side = _HEIGHT
+    scaled = []
+    for values in (np.asarray(xs, float), np.asarray(ys, float)):
+        span = max(float(np.ptp(values)), 1e-12)
+        scaled.append((8 + (values - values.min()) / span * (side - 16)).round(1))
+    description = f"Map of {len(classes)} test rows by their features, coloured by class"
+    parts = [f'<svg viewBox="0 0 {side} {side}" role="img" aria-label="{description}">']
+    for px, py, number in zip(*scaled, classes, strict=True):
+        name = escape(names[number])
+        parts.append(
+            f'<circle class="series-{number % COLOURS + 1}" cx="{px}" cy="{py}" r="2.5"><title>{name}</title></circle>'
+        )
+    return Markup("".join([*parts, "</svg>", legend([(name, n % COLOURS + 1) for n, name in enumerate(names)])]))
+
+
+def legend(names: Sequence[tuple[str, int]]) -> str:
+    """Names with their colours; nothing for one alone."""
+    if len(names) < 2:
+        return ""
+    entries = "".join(f'<li><span class="swatch back-{colour}"></span>{escape(name)}</li>' for name, colour in names)
+    return f'<ul class="legend">{entries}</ul>'
+
+
+def _range(series: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """From the least to the largest value, never empty."""
+    values = [value for values in series for value in values]
+    low, high = min(values), max(values)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Four to seven round numbers."""
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [number * step for number in range(first, last + 1)]
