@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import os
@@ -10,6 +11,7 @@ import zlib
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
 from hftl.errors import UsageError
@@ -30,6 +32,8 @@ IMAGE_ERRORS = (
 
 #: how much of a file's beginning and end stands for its content
 _PART = 65_536
+#: longer side of a picture in a report
+_THUMBNAIL = 160
 
 
 def open_image(value: Any, least_side: int | None = None) -> Image.Image:
@@ -184,3 +188,23 @@ def _reason(error: Exception, name: str) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image"
     return str(error).replace(repr(name), "the file") or type(error).__name__
+
+
+def data_address(picture: Image.Image) -> str:
+    """A JPEG of about 160 pixels that stands in the page itself; the pixels of a tiny picture are enlarged."""
+    factor = _THUMBNAIL // max(picture.size)
+    small = (
+        picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+        if factor > 1
+        else picture.copy()
+    )
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=75)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def spotlight(picture: Image.Image, heat: npt.NDArray[np.float32]) -> Image.Image:
+    """The picture, darker where there is less heat (from 0 to 1, of any size)."""
+    light = Image.fromarray(np.uint8(255 * (0.15 + 0.85 * heat))).resize(picture.size, Image.Resampling.BILINEAR)
+    return Image.composite(picture, Image.new("RGB", picture.size), light)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import importlib.metadata
-import io
 import json
 import math
 import platform
@@ -25,6 +23,7 @@ from hftl.folder import FOUND_IN_DATA, LOGS, PREDICTIONS, RECIPE
 from hftl.label_errors import likely_label_errors
 from hftl.pretrained import public_name
 from hftl.run import Run, load_run
+from hftl.tasks.classification import Shown
 
 REPORT = "report.html"
 #: examples in a gallery
@@ -35,8 +34,8 @@ _MOST_CLASSES = 20
 _MOST_CURVES = charts.COLOURS
 _CONFUSIONS = 20
 _BINS = 10
-#: pixels of a thumbnail's longer side, and characters of a text
-_THUMBNAIL, _TEXT = 160, 400
+#: of them with what the answer rests on: some passes of the model for each
+_EXPLAINED = 6
 #: what the page is about is said above; these say where files lie, or nothing
 _UNSHOWN = {"output_dir", "task", "hub_model_id", "logging_dir"}
 
@@ -316,7 +315,7 @@ def _mistakes(run: Run, answers: Answers, rows: Any) -> list[dict[str, Any]]:
     order = wrong[np.argsort(-answers.probabilities[wrong].max(axis=1), kind="stable")][:_EXAMPLES]
     places = {} if rows is None else {row_id: number for number, row_id in enumerate(rows["id"])}
     names = run.label_names
-    examples = []
+    examples: list[dict[str, Any]] = []
     for number in order:
         row = rows[places[answers.ids[number]]] if answers.ids[number] in places else {}
         examples.append(
@@ -325,24 +324,17 @@ def _mistakes(run: Run, answers: Answers, rows: Any) -> list[dict[str, Any]]:
                 "label": names[answers.labels[number]],
                 "prediction": names[answers.predictions[number]],
                 "probability": float(answers.probabilities[number].max()),
-                "picture": _thumbnail(run, row["image"]) if "image" in row else None,
-                "texts": [_shortened(row[name]) for name in ("text", "text_pair") if name in row],
+                "shown": _shown(run, row, answers.predictions[number], explained=len(examples) < _EXPLAINED),
             }
         )
     return examples
 
 
-def _thumbnail(run: Run, value: Any) -> str:
-    """A small JPEG as a data address."""
-    picture = run.task.open_image(value)  # type: ignore[attr-defined]  # of tasks with images
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=75)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _TEXT else f"{text[: _TEXT - 1]}…"
+def _shown(run: Run, row: Any, label: Any, explained: bool) -> Shown:
+    """The row, and what its answer rests on, where the model's own head gave it."""
+    if not row:
+        return Shown()
+    return run.task.shown(row, run.model if explained and run.probe is None else None, int(label))
 
 
 def _label_errors(answers: Answers, names: Sequence[str]) -> dict[str, Any]:

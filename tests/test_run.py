@@ -81,6 +81,7 @@ def test_folder_is_whole(place: Path, image_run: hftl.Run) -> None:
         "recipe.yaml",
         "metrics.json",
         "predictions.csv",
+        "report.html",
         "logs",
     }
     metrics = json.loads((image_run.folder / "metrics.json").read_text())

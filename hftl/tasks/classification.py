@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,19 @@ from hftl.metrics import LOWER_IS_BETTER, METRIC_NAMES, ExtraMetrics, classifica
 
 #: a training batch, mixed: `(batch) -> batch`, with `labels` of shape (rows, classes)
 Mixing = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+@dataclass
+class Shown:
+    """A row as a person sees it.
+
+    Attributes:
+        pictures: data address and description of each.
+        texts: each in pieces, with what the piece adds to the class, from -1 to 1; 0 where that is not known.
+    """
+
+    pictures: list[tuple[str, str]] = field(default_factory=list)
+    texts: list[list[tuple[str, float]]] = field(default_factory=list)
 
 
 class ClassificationTask:
@@ -152,6 +166,10 @@ class ClassificationTask:
     def preprocessing(self) -> Any:
         """What determines a row's inputs beside its content and this class, for the key of kept activations."""
         return None
+
+    def shown(self, row: Mapping[str, Any], model: Any = None, label: int = 0) -> Shown:
+        """What a report shows of a row; with a model also what speaks for a class in it."""
+        return Shown()
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch: what the model's forward takes, and `labels` of shape (rows,) where there are any."""

@@ -22,9 +22,10 @@ from hftl import data, images, pretrained
 from hftl.arguments import ImageArguments, is_pretrained
 from hftl.data import Splits
 from hftl.errors import UsageError
+from hftl.explain import grad_cam
 from hftl.image_cache import ImageCache, plan_cache
 from hftl.mixing import MixedImages
-from hftl.tasks.classification import ClassificationTask, Mixing
+from hftl.tasks.classification import ClassificationTask, Mixing, Shown
 
 
 class ImageClassification(ClassificationTask):
@@ -165,6 +166,30 @@ class ImageClassification(ClassificationTask):
     def _plain_transform(self, image: Any) -> torch.Tensor:
         """The processor's own transform, so that plain transformers sees the same pixels; shape (3, height, width)."""
         return self.processor(images=image, return_tensors="pt")["pixel_values"][0].float()
+
+    def shown(self, row: Mapping[str, Any], model: Any = None, label: int = 0) -> Shown:
+        """The picture, and as the model sees it, dark where nothing speaks for the class (Grad-CAM)."""
+        picture = self.open_image(row["image"])
+        pictures = [(images.data_address(picture), "the picture")]
+        if model is not None:
+            pixels = self._plain_transform(picture)
+            heat = grad_cam(model, {"pixel_values": pixels[None].to(model.device)}, label)
+            if heat is not None:
+                pictures.append((images.data_address(images.spotlight(self._seen(pixels), heat)), "where it looked"))
+        return Shown(pictures)
+
+    def _seen(self, pixels: torch.Tensor) -> Image.Image:
+        """A picture of what the model takes, shape (3, height, width)."""
+        settings = self.processor.data_config if hasattr(self.processor, "data_config") else vars(self.processor)
+        mean, deviation = (
+            torch.tensor(settings.get(name) or default).reshape(-1, 1, 1)
+            for name, default in (
+                ("mean", settings.get("image_mean") or 0.0),
+                ("std", settings.get("image_std") or 1.0),
+            )
+        )
+        values = ((pixels * deviation + mean).clamp(0, 1) * 255).round().byte()
+        return Image.fromarray(values.permute(1, 2, 0).numpy())
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """`pixel_values` of shape (rows, 3, height, width), `labels` of shape (rows,)."""

@@ -25,11 +25,14 @@ from hftl import data, pooling, pretrained
 from hftl.arguments import TextArguments, is_pretrained
 from hftl.data import Splits
 from hftl.errors import UsageError
+from hftl.explain import token_attributions
 from hftl.folder import say
-from hftl.tasks.classification import ClassificationTask
+from hftl.tasks.classification import ClassificationTask, Shown
 
 #: texts tokenised in one call; the tokenizers library works on them in parallel
 _CHUNK = 1_000
+#: characters of a text in a report
+_SHOWN = 400
 
 
 class TextClassification(ClassificationTask):
@@ -147,6 +150,22 @@ class TextClassification(ClassificationTask):
             )
         return encoded
 
+    def shown(self, row: Mapping[str, Any], model: Any = None, label: int = 0) -> Shown:
+        """The beginning of the texts, in tokens with what each adds to the class (integrated gradients)."""
+        texts = [row[name] for name in ("text", "text_pair") if name in row]
+        if model is None or not self.processor.is_fast:
+            return Shown(texts=[[(_shortened(text), 0.0)] for text in texts])
+        encoded = self.processor(*texts, truncation=True, return_offsets_mapping=True)
+        inputs = {name: torch.tensor([encoded[name]]).to(model.device) for name in encoded if name != "offset_mapping"}
+        values = token_attributions(model, inputs, label)
+        places = list(zip(encoded.sequence_ids(0), encoded["offset_mapping"], values, strict=True))
+        return Shown(
+            texts=[
+                _pieces(_shortened(text), [(*span, float(value)) for owner, span, value in places if owner == number])
+                for number, text in enumerate(texts)
+            ]
+        )
+
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask`, … of shape (rows, tokens), `labels` of shape (rows,).
 
@@ -171,6 +190,20 @@ class TextClassification(ClassificationTask):
             raise UsageError(f"The model was trained on {kind}.")
         names = ("text", "text_pair")
         return [{"id": str(index), **dict(zip(names, pair, strict=False))} for index, pair in enumerate(pairs)]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+
+
+def _pieces(text: str, tokens: Sequence[tuple[int, int, float]]) -> list[tuple[str, float]]:
+    """All of a text, cut where tokens (start, end, value) begin and end; the largest value becomes 1 or -1."""
+    largest = max((abs(value) for *_, value in tokens), default=0.0) or 1.0
+    pieces, position = [], 0
+    for start, end, value in tokens:
+        pieces += [(text[position:start], 0.0), (text[start:end], value / largest)]
+        position = max(position, end)
+    return [piece for piece in [*pieces, (text[position:], 0.0)] if piece[0]]
 
 
 def _as_pair(value: Any) -> tuple[Any, ...]:

@@ -1,0 +1,258 @@
+"""report.html: what it says, that nothing in the data can act in it, and how it looks to a browser."""
+
+from __future__ import annotations
+
+import csv
+import html.parser
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_data
+import tiny_models
+import torch
+from forked import run_command
+
+from hftl import explain
+from hftl.label_errors import likely_label_errors
+from hftl.report import wilson
+
+#: what a data set may hold, and a page must not act on
+HOSTILE = ["<script>alert(1)</script>", "<img src=x onerror=alert(2)>", "{{ 7 * 7 }} & '\"</td>"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    small_data.write_images(folder / "images", {"train": 8, "val": 3, "test": 5})
+    tiny_models.write_tiny_cnn(folder / "convnet")
+    tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
+    with (folder / "hostile.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows([f"the film {row} {HOSTILE[row % 3]}", HOSTILE[row % 2]] for row in range(60))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image_run(place: Path) -> Path:
+    flags = ["--dataset=images", "--model=convnet", "--method=lp_ft", "--output_dir=image", "--logging_steps=1"]
+    flags += ["--head_solver=sgd", "--learning_rate=1e-5"]  # it shall be wrong now and then
+    return trained(place, "image-classification", *flags)
+
+
+@pytest.fixture(scope="module")
+def text_run(place: Path) -> Path:
+    flags = ["--dataset=hostile.csv", "--model=bert", "--method=lora", "--output_dir=text", "--max_steps=3"]
+    return trained(place, "text-classification", *flags)
+
+
+def trained(place: Path, task: str, *flags: str) -> Path:
+    done = run_command(["train", task, *flags], place)
+    assert done.returncode == 0, done.stderr
+    return place / next(flag.partition("=")[2] for flag in flags if flag.startswith("--output_dir"))
+
+
+class Page(html.parser.HTMLParser):
+    """Elements with their attributes, and the text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def count(self, tag: str) -> int:
+        return sum(element == tag for element, _ in self.elements)
+
+
+@pytest.mark.slow
+def test_what_it_says_is_what_was_measured(image_run: Path) -> None:
+    page, metrics = Page(image_run / "report.html"), json.loads((image_run / "metrics.json").read_text())
+    assert f"Accuracy{100 * metrics['test']['accuracy']:.1f} %" in re.sub(r"\s*\n\s*", "", page.text)
+    assert "15 rows" in page.text  # of test
+    for name in small_data.COLOURS:
+        assert f"{100 * metrics['test'][f'f1/{name}']:.1f} %" in page.text
+    with (image_run / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    wrong = [row for row in rows if row["label"] != row["prediction"]]
+    pictures = [attributes for tag, attributes in page.elements if tag == "img"]
+    assert len(pictures) >= len(wrong[:12]) > 0
+    assert all(str(picture["src"]).startswith("data:image/jpeg;base64,") and picture["alt"] for picture in pictures)
+    stages = metrics["train"]["stages"]
+    assert [stage["name"] for stage in stages] == ["head", "all"]
+    for stage in stages:
+        assert stage["name"] in page.text
+        assert sum(block["trainable"] for block in stage["blocks"]) == stage["trainable_parameters"]
+        assert sum(block["total"] for block in stage["blocks"]) == stage["total_parameters"]
+    assert [bool(block["trainable"]) for block in stages[0]["blocks"]].count(True) == 1  # the head alone
+    assert "duplicates across splits: none" in page.text
+    assert (image_run / "report.html").stat().st_size < 3e6
+
+
+@pytest.mark.slow
+def test_nothing_in_the_data_acts_and_nothing_is_fetched(place: Path, text_run: Path) -> None:
+    page = Page(text_run / "report.html")
+    assert page.count("script") == 1  # the page's own
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    for _, attributes in page.elements:
+        for name in ("src", "href"):
+            assert str(attributes.get(name) or "#").startswith(("#", "data:"))
+    assert "<script>alert(1)</script>" in page.text
+    assert "49" not in re.findall(r"film \d+ \{\{.*?\}\}", page.text)
+    assert str(place) not in (text_run / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_it_can_be_made_anew(place: Path, image_run: Path) -> None:
+    copy = Path(shutil.copytree(image_run, place / "copy"))
+    before = Page(copy / "report.html")
+    (copy / "report.html").unlink()
+    done = run_command(["report", "copy"], place)
+    assert (done.returncode, done.stdout) == (0, "written to copy/report.html\n"), done.stderr
+    again = Page(copy / "report.html")
+    assert again.text.replace("copy", "image") == before.text
+    assert again.count("img") == before.count("img")
+
+    recipe = copy / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("dataset_name: images", "dataset_name: gone"))
+    done = run_command(["report", "copy"], place)
+    assert done.returncode == 0, done.stderr
+    assert "no examples, since its data cannot be read" in done.stdout
+    assert "The data were not at hand" in Page(copy / "report.html").text
+
+    table = copy / "predictions.csv"
+    table.write_text(table.read_text().replace("probability_red", "probability_pink"))
+    other = run_command(["report", "copy"], place)
+    table.unlink()
+    missing = run_command(["report", "copy"], place)
+    for done, said in ((other, "not of this run"), (missing, "has no predictions.csv")):
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_browser_shows_it(image_run: Path, text_run: Path) -> None:
+    """No message, no request, no serious fault of accessibility, nothing wider than a phone; headings sort."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        assert not os.environ.get("CI"), "scripts/test.sh installs Chromium where CI is set"
+        pytest.skip("no Chromium here")
+    from axe_playwright_python.sync_playwright import Axe
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--disable-background-networking", "--disable-quic"]
+    with sync_playwright() as driver, driver.chromium.launch(executable_path=chromium, args=flags) as browser:
+        for run, width, scheme in ((image_run, 390, "dark"), (text_run, 390, "light"), (image_run, 1280, "light")):
+            context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            page = context.new_page()
+            messages: list[str] = []
+            requests: list[str] = []
+            page.on("console", lambda message, seen=messages: seen.append(message.text))
+            page.on("pageerror", lambda error, seen=messages: seen.append(str(error)))
+            page.on("dialog", lambda dialog, seen=messages: (seen.append(dialog.message), dialog.dismiss()))
+            page.on("request", lambda request, seen=requests: seen.append(request.url))
+            page.goto((run / "report.html").as_uri())
+            page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+            faults = [
+                f"{fault['id']}: {fault['nodes'][0]['html']}"
+                for fault in Axe().run(page).response["violations"]
+                if fault["impact"] in ("serious", "critical")
+            ]
+            assert (messages, faults) == ([], [])
+            assert [url for url in requests if not url.startswith("data:")] == [(run / "report.html").as_uri()]
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert sorted_column(page, "F1")
+            assert sorted_column(page, "F1", falling=True)
+            context.close()
+
+
+def sorted_column(page: Any, name: str, falling: bool = False) -> bool:
+    """Press a heading; whether its column is in order then."""
+    page.click(f".sortable th button:text-is('{name}')")
+    cells = page.eval_on_selector_all(
+        ".sortable tbody tr", "(rows) => rows.map((row) => row.lastElementChild.dataset.value)"
+    )
+    values = [float(cell) for cell in cells]
+    return values == sorted(values, reverse=falling)
+
+
+@pytest.mark.parametrize("name", list(tiny_models.TINY))
+def test_every_architecture_says_what_its_answer_rests_on(name: str) -> None:
+    model = tiny_models.TINY[name]().eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    inputs = tiny_models.tiny_inputs(model, batch=2)
+    one = {key: value[:1] for key, value in inputs.items()}  # without padding
+    if model.main_input_name == "pixel_values":
+        heat = explain.grad_cam(model, one, 1)
+        assert heat is None or (heat.ndim == 2 and heat.min() >= 0 and heat.max() == 1)
+    else:
+        values = explain.token_attributions(model, one, 1)
+        assert values.shape == one["input_ids"].shape[1:]
+        assert np.isfinite(values).all()
+        assert np.abs(values).max() > 0
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_attributions_add_up_to_the_difference_of_the_scores() -> None:
+    model = tiny_models.transformers_model("Bert")
+    one = {key: value[:1] for key, value in tiny_models.tiny_inputs(model).items()}
+    with torch.no_grad():
+        whole = model(**one).logits[0, 2]
+        with explain._scaled_embeddings(model, torch.zeros(1)):
+            nothing = model(**one).logits[0, 2]
+    assert explain.token_attributions(model, one, 2).sum() == pytest.approx(float(whole - nothing), rel=0.05)
+
+
+def test_grad_cam_finds_the_place() -> None:
+    """The last block hands on what it gets, and the head looks at brightness: the heat is where the bright spot is."""
+    model = tiny_models.TINY["timm_resnet18"]().eval()
+    network: Any = model.timm_model
+    features = torch.zeros(1, network.fc.in_features, 3, 3)
+    features[0, :, 2, 0] = 1.0
+    network.layer4[0].register_forward_hook(lambda *_: features)
+    with torch.no_grad():
+        for part in (network.layer4[1].bn2, network.fc):
+            part.weight.fill_(0.0)
+            part.bias.fill_(0.0)
+        network.fc.weight[1].fill_(1.0)
+    picture = tiny_models.tiny_inputs(model, batch=1)
+    heat = explain.grad_cam(model, picture, 1)
+    assert heat is not None
+    assert (heat[2, 0], heat.sum()) == (1.0, 1.0)
+    assert explain.grad_cam(model, picture, 0) is None  # nothing speaks for it
+
+
+def test_flipped_labels_come_first() -> None:
+    random = np.random.default_rng(0)
+    truth = random.integers(0, 3, 300)
+    scores = random.normal(size=(300, 3)) + 4 * np.eye(3)[truth]
+    probabilities = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    flipped = random.choice(300, 15, replace=False)
+    labels = truth.copy()
+    labels[flipped] = (labels[flipped] + 1) % 3
+    found = likely_label_errors(probabilities, labels)
+    assert len(set(found[:15]) & set(flipped)) >= 12
+    assert len(likely_label_errors(np.eye(3)[truth] * 0.9 + 0.03, truth)) == 0
+
+
+def test_the_interval_of_a_share() -> None:
+    from scipy.stats import binomtest
+
+    for hits, rows in ((0, 5), (88, 100), (7, 7)):
+        expected = binomtest(hits, rows).proportion_ci(method="wilson")
+        assert wilson(hits, rows) == pytest.approx((expected.low, expected.high), abs=1e-6)
