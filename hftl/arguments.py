@@ -422,6 +422,8 @@ def parse(
         if rest:
             raise UsageError(f"Unexpected argument {rest[0]!r}: a value belongs behind a flag such as --dataset.")
         _check_gpu_wish(namespace, given)
+        if namespace.deepspeed and importlib.util.find_spec("deepspeed") is None:
+            raise UsageError("--deepspeed: its package is not installed: pip install deepspeed, or leave it out.")
         finds = namespace.learning_rate == "auto"
         namespace.learning_rate = None if finds else namespace.learning_rate
         keys = {item.name for item in dataclasses.fields(arguments_class) if item.init}
@@ -667,6 +669,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         "be above 0",
     ),
     (("max_steps",), lambda value: value > 0 or value == -1, "be above 0"),
+    (("dataloader_num_workers",), lambda value: value >= -1, "be 0 or more (-1 chooses)"),
     (("weight_decay", "max_grad_norm"), lambda value: value >= 0, "be a number from 0 on"),
     (("lora_dropout", "label_smoothing_factor"), lambda value: 0 <= value < 1, "lie between 0 and 1"),
     (

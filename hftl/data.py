@@ -168,7 +168,8 @@ def load_splits(arguments: Any, modality: str) -> Splits:
     if shots is not None:
         parts |= _take_shots(parts, shots, label_names, seed, notes)
     elif "validation" not in parts:
-        parts |= _take_validation(parts["train"], _option(arguments, "validation_fraction", 0.1), seed, notes)
+        fraction = _option(arguments, "validation_fraction", 0.1)
+        parts |= _take_validation(parts["train"], fraction, seed, notes, columns["label"])
     for role in parts:
         limit = _option(arguments, "max_train_samples" if role == "train" else "max_eval_samples")
         parts[role] = _limited(parts[role], limit, seed)
@@ -465,7 +466,7 @@ def _default_split(source: _Source) -> str:
     return name or names[0]
 
 
-def _take_validation(train: datasets.Dataset, fraction: float, seed: int, notes: list[str]) -> dict:
+def _take_validation(train: datasets.Dataset, fraction: float, seed: int, notes: list[str], column: str) -> dict:
     if not 0 < fraction < 1:
         raise UsageError(f"--validation_fraction {fraction}: it must lie between 0 and 1")
     labels = np.asarray(train["label"])
@@ -473,7 +474,10 @@ def _take_validation(train: datasets.Dataset, fraction: float, seed: int, notes:
     count = max(len(np.unique(labels)), round(len(labels) * fraction))
     taken = stratified_part(labels, count, seed, leave_one=True)
     if not len(taken):
-        raise UsageError("no class has two rows, so no validation part can be taken: add rows or a validation split")
+        raise UsageError(
+            f"no class has two rows (classes by {column!r}), so no validation part can be taken: add rows or a "
+            "validation split, or name another --label_column"
+        )
     kept = np.setdiff1d(np.arange(len(labels)), taken)
     share = "the same share of each class" if count == round(len(labels) * fraction) else "some of each class"
     notes.append(f"validation: {len(taken)} of {len(labels)} train rows, {share} (seed {seed})")
@@ -962,17 +966,17 @@ def _check_images(parts: dict[str, datasets.Dataset], skip: bool, notes: list[st
             ids = part.select_columns(["id"])
             bad += [f"{ids[row]['id']} ({problems[row]})" for row in rows]
             kept[role] = part.select(np.flatnonzero([not problem for problem in problems])) if rows else part
+    named = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
     if bad and not skip:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise UsageError(
-            f"{len(bad)} of {total} images cannot be read: {', '.join(bad[:5])}{more}: "
-            "repair or remove them, or go on without them with --skip_bad_files"
+            f"{len(bad)} of {total} images cannot be read: {named}: repair or remove them, or go on without them with "
+            "--skip_bad_files"
         )
     empty = [role for role, part in kept.items() if not len(part)]
     if empty:
-        raise UsageError(f"none of the images of {empty[0]} can be read: {', '.join(bad[:3])}")
+        raise UsageError(f"none of the images of {empty[0]} can be read: {named}")
     if bad:
-        notes.append(f"images: {len(bad)} of {total} cannot be read and are left out: {', '.join(bad[:3])}")
+        notes.append(f"images: {len(bad)} of {total} cannot be read and are left out: {named}")
     elif not full:
         notes.append(f"images: {total}, only their headers checked (--skip_bad_files reads them whole)")
     return kept

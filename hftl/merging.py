@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 
 from hftl import backbones
 
@@ -19,10 +20,20 @@ _MERGE_ERRORS = (NotImplementedError, ValueError, RuntimeError, TypeError, Attri
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """Save the adapter with its head, and the configuration, which has the labels, beside it."""
+    """Save the adapter with its head, and the configuration, which has the labels, beside it.
+
+    Parameters of another shape than the checkpoint's (position embeddings at another image size) go with it: PEFT loads
+    what it does not know by its name.
+    """
     model.save_pretrained(folder, save_embedding_layers=False)  # else PEFT looks for the base on the Hub
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with a path of this machine
-    model.get_base_model().config.save_pretrained(folder)
+    base = model.get_base_model()
+    base.config.save_pretrained(folder)
+    changed = getattr(base.config, "resized_parameters", [])
+    if changed:
+        path = folder / "adapter_model.safetensors"
+        resized = {f"base_model.model.{name}": base.get_parameter(name).detach().cpu() for name in changed}
+        save_file(load_file(path) | resized, path, metadata={"format": "pt"})
 
 
 def is_quantised(model: Any) -> bool:

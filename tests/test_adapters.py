@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import small_data
+import tiny_models
 import torch
 from peft import PeftModel
 from tiny_models import TINY, tiny_inputs, write_tiny_text_model
 from tiny_training import every_tensor, logits_of, task_of, tiny_arguments, tiny_trainer
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 import hftl
 from hftl import backbones, cli, compute, merging, saving
@@ -192,6 +193,33 @@ def test_adapters_of_convolutions_train_in_the_layout_of_a_run(method: str, tmp_
         output_dir=tmp_path / "run",
     )
     assert (tmp_path / "run" / "model.safetensors").is_file()  # merged, and compared
+
+
+@pytest.mark.parametrize(("name", "size"), [("transformers_vit", 64), ("timm_vit_tiny", 48)])
+def test_an_adapter_at_another_image_size_goes_on_its_base(name: str, size: int, tmp_path: Path) -> None:
+    small_data.write_images(tmp_path / "images", {"train": 8, "val": 4})
+    if name.startswith("timm"):
+        small = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32}
+        tiny_models.write_timm_folder(tmp_path / "model", "vit_tiny_patch16_224", **small)
+    else:
+        tiny_models.write_tiny_image_model(tmp_path / "model", "vit")
+    run = tmp_path / "run"
+    hftl.finetune(
+        "image-classification",
+        model=tmp_path / "model",
+        dataset=tmp_path / "images",
+        method="lora",
+        image_size=size,
+        learning_rate=1e-2,
+        num_train_epochs=1,
+        output_dir=run,
+    )
+    auto = ImageClassification.auto_class
+    config = AutoConfig.from_pretrained(run / "adapter")  # as the README says
+    base = auto.from_pretrained(tmp_path / "model", config=config, ignore_mismatched_sizes=True)
+    batch = {"pixel_values": torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))}
+    expected = logits_of(auto.from_pretrained(run), batch)
+    torch.testing.assert_close(logits_of(PeftModel.from_pretrained(base, run / "adapter"), batch), expected)
 
 
 def test_a_wrong_merge_keeps_the_adapter_with_its_base(

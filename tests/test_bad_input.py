@@ -302,6 +302,12 @@ FLAGS = [
     ),
     Bad("checkpoint of Trainer's", f"{TEXT} --resume_from_checkpoint old", ("--resume_from_checkpoint", "--resume")),
     Bad("resume and overwrite", f"{TEXT} --resume --overwrite", ("--resume", "--overwrite")),
+    Bad(
+        "workers below none",
+        f"{TEXT} --dataloader_num_workers -5",
+        ("--dataloader_num_workers must be 0 or more", "-5"),
+    ),
+    Bad("package of a flag", f"{TEXT} --deepspeed zero.json", ("--deepspeed", "pip install deepspeed")),
     Bad("image below a patch", f"{IMAGE} --image_size 7", ("--image_size 7", "one patch", "8 pixels")),
     Bad("no data", "train text-classification --model {bert}", ("--dataset is missing",)),
     Bad("no model", "train text-classification --dataset {table}", ("--model is missing", "builtin:NAME")),

@@ -135,6 +135,14 @@ def test_a_decoder_pools_the_last_real_token(checkpoints: dict[str, Path], kind:
         torch.testing.assert_close(logits(task, model, text), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_decoder_reads_texts_without_a_word(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    task, model = task_with(checkpoints["gpt2"])
+    data = task.dataset(task.read_inputs(["", " "]), training=False)
+    assert data.lengths == [1, 1]
+    assert logits(task, model, ["", " "]).isfinite().all()
+    torch.testing.assert_close(logits(task, model, ["", SHORT])[:1], logits(task, model, ""), rtol=1e-4, atol=1e-6)
+
+
 # --- length ----------------------------------------------------------------------------------------------------------
 
 

@@ -48,7 +48,11 @@ class ImageClassification(ClassificationTask):
         model = pretrained.load_model(self.auto_class, source, self.label_names, self.arguments)
         self.load_processor(source)
         if self.arguments.image_size is not None:
+            shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
             model = _resize(model, self.arguments.image_size)
+            changed = [name for name, tensor in model.named_parameters() if tensor.shape != shapes[name]]
+            if changed:
+                model.config.resized_parameters = changed  # the checkpoint has others: an adapter has to bring them
         self._set_size(model)
         return model
 

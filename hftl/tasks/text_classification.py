@@ -229,6 +229,7 @@ class TextDataset(Dataset[dict[str, Any]]):
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
         self.special = np.array(tokenizer.all_special_ids)
         columns = [name for name in ("text", "text_pair") if len(rows) and name in rows[0]]
+        empty = {"input_ids": tokenizer.eos_token_id or tokenizer.pad_token_id or 0, "attention_mask": 1}
         for start in range(0, len(rows), _CHUNK):
             chunk = [rows[index] for index in range(start, min(start + _CHUNK, len(rows)))]
             encoded = tokenizer(*([row[name] for row in chunk] for name in columns), truncation=True)
@@ -240,6 +241,8 @@ class TextDataset(Dataset[dict[str, Any]]):
             )
             for position, row in enumerate(chunk):
                 example = {name: values[position] for name, values in encoded.items()}
+                if not example["input_ids"]:  # without a word, of a tokenizer that adds none of its own
+                    example = {name: [empty.get(name, 0)] for name in example}
                 if "label" in row:
                     example["labels"] = row["label"]
                 self.examples.append(example)
