@@ -50,6 +50,7 @@ def _run(argv: list[str]) -> None:
         "predict": _predict,
         "evaluate": _evaluate,
         "report": _report,
+        "compare": _compare,
         "push": _push,
         "ls": _list,
         "cp": _copy,
@@ -86,6 +87,7 @@ Fine-tune pretrained models with the Hugging Face stack.
                                     a range test of the learning rate; --output lr_find.png, --steps 100
   hftl tune TASK --model M --dataset D --trials N --search 'learning_rate=log(1e-5,1e-3) method=lora,partial'
   hftl report RUN                   its report.html made anew: scores, mistakes, curves
+  hftl compare RUN RUN …            scores with intervals, settings, who is right where; --output page.html
   hftl push RUN REPOSITORY          to the Hub; --private
   hftl ls                           the recipes and configurations that come with hftl
   hftl cp RECIPE my_recipe.py       a copy of a recipe, or of a configuration, to change
@@ -348,6 +350,20 @@ def _report(argv: list[str]) -> None:
         from hftl.report import remake_report
 
     print(f"written to {remake_report(Path(options.run))}")
+
+
+def _compare(argv: list[str]) -> None:
+    parser = _Parser(
+        prog="hftl compare", description="Finished runs beside each other, on the test rows that all have."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--output", help="page to write, beside the table that is printed")
+    options = parser.parse_args(argv)
+    _check_output(options.output)
+    with quick_imports():
+        from hftl import compare
+
+    compare.main(options.runs, options.output)
 
 
 def _push(argv: list[str]) -> None:

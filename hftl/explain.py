@@ -14,7 +14,7 @@ from torch import nn
 from hftl import backbones
 
 #: points of the path from nothing to the text; more change the second digit
-_STEPS = 16
+_STEPS = 8
 
 
 def grad_cam(model: nn.Module, inputs: Mapping[str, torch.Tensor], label: int) -> npt.NDArray[np.float32] | None:

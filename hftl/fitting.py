@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from hftl import backbones, folder, merging
+from hftl.answers import write_answers
 from hftl.arguments import TransferArguments, parse
 from hftl.auto import TRIALS, check, search
 from hftl.callbacks import StopSignals
@@ -22,7 +23,6 @@ from hftl.methods import Plan, build_plan
 from hftl.repeats import repeat
 from hftl.report import write_report
 from hftl.run import Run, load_run
-from hftl.saving import write_answers
 from hftl.tasks import find_task
 from hftl.tasks.classification import ClassificationTask
 from hftl.training import prepare, scores_of, train_plan

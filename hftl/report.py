@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import importlib.metadata
 import json
 import math
-import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from hftl import __version__, charts, data, folder
+from hftl import charts, data, folder, pages
+from hftl.answers import Answers, read_answers
 from hftl.arguments import read_yaml
 from hftl.charts import Line
 from hftl.errors import UsageError
@@ -36,28 +32,6 @@ _CONFUSIONS = 20
 _BINS = 10
 #: of them with what the answer rests on: some passes of the model for each
 _EXPLAINED = 6
-#: what the page is about is said above; these say where files lie, or nothing
-_UNSHOWN = {"output_dir", "task", "hub_model_id", "logging_dir"}
-
-
-@dataclass
-class Answers:
-    """What predictions.csv holds.
-
-    Attributes:
-        ids: of the rows.
-        labels: class ids, shape (rows,).
-        probabilities: shape (rows, classes).
-    """
-
-    ids: list[str]
-    labels: np.ndarray[Any, Any]
-    probabilities: np.ndarray[Any, Any]
-
-    @property
-    def predictions(self) -> np.ndarray[Any, Any]:
-        """Class ids, shape (rows,)."""
-        return self.probabilities.argmax(axis=1)
 
 
 def write_report(run: Run, rows: Any = None) -> Path:
@@ -70,21 +44,14 @@ def write_report(run: Run, rows: Any = None) -> Path:
     Raises:
         UsageError: the run has no predictions.
     """
-    answers = read_answers(run)
+    answers = read_answers(run.folder / PREDICTIONS, run.label_names)
     split = "test" if "test" in run.metrics else "validation"
     names = run.label_names
-    environment = Environment(
-        loader=PackageLoader("hftl", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = lambda value: f"{100 * value:.1f} %"
     recipe = read_yaml(run.folder / RECIPE)
     found = run.folder / LOGS / FOUND_IN_DATA
     found_in_data = folder.read_json(found) if found.is_file() else {}
-    page = environment.get_template("report.html.jinja").render(
+    page = pages.render(
+        "report",
         title=run.folder.resolve().name,
         task=run.task.name,
         model=public_name(str(recipe["model_name_or_path"])),
@@ -93,7 +60,7 @@ def write_report(run: Run, rows: Any = None) -> Path:
         split=split,
         rows=len(answers.ids),
         scores=run.metrics[split],
-        interval=wilson(int((answers.predictions == answers.labels).sum()), len(answers.ids)),
+        interval=wilson(int(answers.correct.sum()), len(answers.ids)),
         metrics=run.metrics,
         training=run.metrics["train"],
         blocks=_blocks(run.metrics["train"]["stages"]),
@@ -106,8 +73,7 @@ def write_report(run: Run, rows: Any = None) -> Path:
         mistakes=_mistakes(run, answers, rows),
         label_errors=_label_errors(answers, names),
         has_rows=rows is not None,
-        settings={key: _setting(value) for key, value in recipe.items() if key not in _UNSHOWN and value is not None},
-        versions=_versions(),
+        settings=pages.settings(recipe),
     )
     path = run.folder / REPORT
     with folder.explained_disk_errors(run.folder):
@@ -129,31 +95,6 @@ def remake_report(path: Path) -> Path:
         folder.say(f"the report has no examples, since its data cannot be read: {error}")
         rows = None
     return write_report(run, rows)
-
-
-def read_answers(run: Run) -> Answers:
-    """The content of predictions.csv.
-
-    Raises:
-        UsageError: there is none, or it is not of this run.
-    """
-    path = run.folder / PREDICTIONS
-    if not path.is_file():
-        raise UsageError(
-            f"{str(run.folder)!r} has no {PREDICTIONS}: `hftl evaluate` scores the run, a new training writes it."
-        )
-    numbers = {name: number for number, name in enumerate(run.label_names)}
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.reader(file)
-        head = next(reader, [])
-        lines = list(reader)
-    if head[3:] != [f"probability_{name}" for name in run.label_names] or not lines:
-        raise UsageError(f"{str(path)!r} is not of this run: its columns are not those of the run's classes.")
-    return Answers(
-        ids=[line[0] for line in lines],
-        labels=np.array([numbers[line[1]] for line in lines]),
-        probabilities=np.array([line[3:] for line in lines], dtype=float),
-    )
 
 
 def wilson(hits: int, rows: int) -> tuple[float, float]:
@@ -254,11 +195,10 @@ def _confusion(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
 def _reliability(answers: Answers) -> Any:
     """How often the model is right where it is so sure."""
     confidence = answers.probabilities.max(axis=1)
-    correct = answers.predictions == answers.labels
     bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
     filled = [number for number in range(_BINS) if (bins == number).any()]
     means = [float(confidence[bins == number].mean()) for number in filled]
-    accuracies = [float(correct[bins == number].mean()) for number in filled]
+    accuracies = [float(answers.correct[bins == number].mean()) for number in filled]
     lines = [
         Line("as sure as right", (0.0, 1.0), (0.0, 1.0), 0, dashed=True),
         Line("this model", means, accuracies, 1, marked=True),
@@ -311,7 +251,7 @@ def _ranking_curves(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
 
 def _mistakes(run: Run, answers: Answers, rows: Any) -> list[dict[str, Any]]:
     """The wrong answers of which the model is surest, with what it saw."""
-    wrong = np.flatnonzero(answers.predictions != answers.labels)
+    wrong = np.flatnonzero(~answers.correct)
     order = wrong[np.argsort(-answers.probabilities[wrong].max(axis=1), kind="stable")][:_EXAMPLES]
     places = {} if rows is None else {row_id: number for number, row_id in enumerate(rows["id"])}
     names = run.label_names
@@ -352,20 +292,4 @@ def _label_errors(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
             }
             for number in found[:_CONFUSIONS]
         ],
-    }
-
-
-def _setting(value: Any) -> str:
-    """As the page shows it: of a path the last part, since the folders around it are nobody's business."""
-    if isinstance(value, list):
-        return ", ".join(map(_setting, value))
-    text = str(value)
-    return Path(text).name if isinstance(value, str) and Path(text).is_absolute() else text
-
-
-def _versions() -> dict[str, str]:
-    """Of what may make a difference."""
-    names = ("torch", "transformers", "timm", "peft", "accelerate", "datasets", "scikit-learn")
-    return {"hftl": __version__, "python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in names
     }

@@ -8,19 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 
 from hftl import backbones, folder, merging
+from hftl.answers import write_answers
 from hftl.arguments import to_recipe
 from hftl.data import Splits
 from hftl.folder import CHECKPOINTS, FOUND_IN_DATA, LOGS, METRICS, PARTIAL, PREDICTIONS, RECIPE, say
-from hftl.metrics import softmax
 from hftl.pretrained import save_model
 from hftl.probes.beside import FOLDER as PROBE
 from hftl.run import load_saved
-from hftl.tables import as_csv
 from hftl.tasks.classification import ClassificationTask
 from hftl.trainer import TransferTrainer
 
@@ -149,18 +147,6 @@ def _logits(model: Any, batch: dict[str, torch.Tensor], device: torch.device) ->
     inputs = backbones.inputs_of(batch, device)
     with torch.inference_mode():
         return model(**inputs).logits.float()
-
-
-def write_answers(path: Path, label_names: list[str], splits: Splits, split: str, logits: Any, labels: Any) -> None:
-    """A line for each row of a split: its id, what it is, what the model says, and the probability of every class."""
-    rows: Any = splits.test if split == "test" else splits.validation
-    probabilities = softmax(np.asarray(logits))
-    head = ["id", "label", "prediction", *(f"probability_{name}" for name in label_names)]
-    lines = (
-        [row_id, label_names[label], label_names[int(row.argmax())], *(f"{p:.6f}" for p in row)]
-        for row_id, label, row in zip(rows["id"], labels, probabilities, strict=True)
-    )
-    folder.write_text(path, as_csv([head, *lines]))
 
 
 def _peak_memory_mb() -> float:

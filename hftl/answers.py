@@ -1,0 +1,76 @@
+"""predictions.csv: what a run says of every row of its test split, else of validation."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hftl import folder
+from hftl.data import Splits
+from hftl.errors import UsageError
+from hftl.metrics import softmax
+from hftl.tables import as_csv
+
+
+@dataclass
+class Answers:
+    """The content of predictions.csv.
+
+    Attributes:
+        ids: of the rows.
+        labels: class ids, shape (rows,).
+        predictions: class ids, shape (rows,); of classes that are equal to six digits the file knows which.
+        probabilities: shape (rows, classes).
+    """
+
+    ids: list[str]
+    labels: npt.NDArray[np.int64]
+    predictions: npt.NDArray[np.int64]
+    probabilities: npt.NDArray[np.float64]
+
+    @property
+    def correct(self) -> npt.NDArray[np.bool_]:
+        """Whether the prediction is the label, shape (rows,)."""
+        return self.predictions == self.labels
+
+
+def write_answers(path: Path, label_names: Sequence[str], splits: Splits, split: str, logits: Any, labels: Any) -> None:
+    """A line for each row of a split: its id, what it is, what the model says, and the probability of every class."""
+    rows: Any = splits.test if split == "test" else splits.validation
+    probabilities = softmax(np.asarray(logits))
+    lines = (
+        [row_id, label_names[label], label_names[int(row.argmax())], *(f"{p:.6f}" for p in row)]
+        for row_id, label, row in zip(rows["id"], labels, probabilities, strict=True)
+    )
+    folder.write_text(path, as_csv([_head(label_names), *lines]))
+
+
+def read_answers(path: Path, label_names: Sequence[str]) -> Answers:
+    """The content of a run's predictions.csv.
+
+    Raises:
+        UsageError: there is none, or it is not of these classes.
+    """
+    if not path.is_file():
+        raise UsageError(f"{str(path.parent)!r} has no {path.name}, which a training writes: train the run anew.")
+    numbers = {name: number for number, name in enumerate(label_names)}
+    with path.open(encoding="utf-8", newline="") as file:
+        head, *lines = csv.reader(file)
+    if head != _head(label_names) or not lines:
+        raise UsageError(f"{str(path)!r} is not of this run: its columns are not those of the run's classes.")
+    return Answers(
+        ids=[line[0] for line in lines],
+        labels=np.array([numbers[line[1]] for line in lines]),
+        predictions=np.array([numbers[line[2]] for line in lines]),
+        probabilities=np.array([line[3:] for line in lines], dtype=float),
+    )
+
+
+def _head(label_names: Sequence[str]) -> list[str]:
+    return ["id", "label", "prediction", *(f"probability_{name}" for name in label_names)]

@@ -1,0 +1,234 @@
+"""Runs beside each other, on the test rows that all have: settings, scores with intervals, who is right where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hftl import data, folder, pages
+from hftl.answers import Answers, read_answers
+from hftl.arguments import read_yaml
+from hftl.errors import UsageError
+from hftl.folder import PREDICTIONS, RECIPE, say
+from hftl.run import Run, load_run
+from hftl.tables import aligned
+from hftl.tasks.classification import Shown
+
+#: draws of the test rows for an interval; with more, its ends move by less than a tenth of its width
+_DRAWS = 1_000
+#: examples of each kind of disagreement
+_EXAMPLES = 6
+#: scores that are compared, with whether more is better
+SCORES = {"accuracy": True, "f1_macro": True, "log_loss": False}
+
+
+@dataclass
+class Compared:
+    """A run among others.
+
+    Attributes:
+        name: its folder.
+        values: each score on the shared rows, with the ends of its 95 % interval.
+        gains: the same of the difference to the first run; empty for that.
+        won: shared rows on which it is right and the first is wrong.
+        lost: the reverse.
+        probability: of so uneven a count of both if the two runs were alike (McNemar's exact test); 1 for the first.
+        examples: the surest of the rows won, then of those lost.
+    """
+
+    name: str
+    values: dict[str, tuple[float, float, float]]
+    gains: dict[str, tuple[float, float, float]]
+    won: int
+    lost: int
+    probability: float
+    examples: list[dict[str, Any]]
+
+
+def main(paths: Sequence[str], output: str | None) -> None:
+    """`hftl compare`: the table in the terminal, and a page where one is asked for.
+
+    Raises:
+        UsageError: there are fewer than two runs, or they cannot be compared.
+    """
+    if len(paths) < 2:
+        raise UsageError("hftl compare takes two runs or more.")
+    runs = [load_run(path) for path in paths]
+    names = _names(paths)
+    rows, answers = shared_answers(runs, names)
+    settings = different_settings([read_yaml(run.folder / RECIPE) for run in runs])
+    shown = None if output is None else _examples_shown(runs[0])
+    compared = compare(answers, names, runs[0].label_names, rows, shown)
+    say(_as_text(compared, settings, len(rows)))
+    if output is not None:
+        page = pages.render("compare", runs=compared, settings=settings, rows=len(rows), scores=SCORES)
+        with folder.explained_disk_errors(Path(output).parent):
+            folder.write_text(Path(output), page)
+        say(f"\nwritten to {output}")
+
+
+def shared_answers(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], list[Answers]]:
+    """Ids of the test rows that all runs have, and the answers of each run to those.
+
+    Raises:
+        UsageError: the classes differ, no row is shared, or a shared row has different labels.
+    """
+    first = runs[0].label_names
+    for run, name in zip(runs, names, strict=True):
+        if run.label_names != first:
+            raise UsageError(
+                f"{name} has other classes than {names[0]} ({', '.join(run.label_names[:5])}; {', '.join(first[:5])}): "
+                "such runs cannot be compared."
+            )
+    every = [read_answers(run.folder / PREDICTIONS, first) for run in runs]
+    counts = [len(answers.ids) for answers in every]
+    common = set(every[0].ids).intersection(*(answers.ids for answers in every[1:]))
+    rows = [row for row in every[0].ids if row in common]
+    if not rows:
+        raise UsageError(f"{', '.join(names)} share no test row: compare runs on the same data.")
+    if max(counts) > len(rows):
+        say(f"compared on the {len(rows):,} rows that all have (of {', '.join(f'{count:,}' for count in counts)})")
+    chosen = [_part(answers, rows) for answers in every]
+    for answers, name in zip(chosen[1:], names[1:], strict=True):
+        differ = np.flatnonzero(answers.labels != chosen[0].labels)
+        if len(differ):
+            raise UsageError(
+                f"{len(differ)} of {len(rows)} rows have another label in {name} than in {names[0]} (the first: "
+                f"{rows[differ[0]]}): these are not the same rows."
+            )
+    return rows, chosen
+
+
+def _part(answers: Answers, rows: Sequence[str]) -> Answers:
+    """The answers to some rows, in their order."""
+    places = {row: number for number, row in enumerate(answers.ids)}
+    order = [places[row] for row in rows]
+    return Answers(list(rows), answers.labels[order], answers.predictions[order], answers.probabilities[order])
+
+
+def compare(
+    answers: Sequence[Answers], names: Sequence[str], classes: Sequence[str], rows: Sequence[str], shown: Any = None
+) -> list[Compared]:
+    """Each run against the first.
+
+    The intervals are percentiles over draws of the test rows with replacement (Efron 1979), the same draws for all
+    runs: a difference is then known better than the scores that it is of.
+
+    Args:
+        answers: of each run to the same rows.
+        names: of the runs.
+        classes: names by class id.
+        rows: ids of the rows.
+        shown: `(id) -> Shown` of a row, for the examples.
+    """
+    drawn = [_draws(one, len(classes)) for one in answers]
+    compared = []
+    for number, (one, name) in enumerate(zip(answers, names, strict=True)):
+        gains = {score: _interval(drawn[number][score] - drawn[0][score]) for score in SCORES} if number else {}
+        won = np.flatnonzero(one.correct & ~answers[0].correct)
+        lost = np.flatnonzero(~one.correct & answers[0].correct)
+        examples = [
+            _example(one, answers[0], row, classes, rows, shown)
+            for group in (won, lost)
+            for row in group[np.argsort(-one.probabilities[group].max(axis=1), kind="stable")][:_EXAMPLES]
+        ]
+        values = {score: _interval(drawn[number][score]) for score in SCORES}
+        compared.append(Compared(name, values, gains, len(won), len(lost), _mcnemar(len(won), len(lost)), examples))
+    return compared
+
+
+def _draws(answers: Answers, classes: int) -> dict[str, npt.NDArray[np.float64]]:
+    """Each score of all rows, and behind it those of `_DRAWS` draws; the draws are a function of the number of rows."""
+    count = len(answers.labels)
+    random = np.random.default_rng(0)
+    pairs = answers.labels * classes + answers.predictions
+    own = -np.log(
+        np.clip(answers.probabilities[np.arange(count), answers.labels], 1e-6, 1)
+    )  # as many digits as there are
+    values = np.empty((_DRAWS + 1, 3))
+    for number in range(_DRAWS + 1):
+        chosen = random.integers(0, count, count) if number else slice(None)
+        table = np.bincount(pairs[chosen], minlength=classes * classes).reshape(classes, classes)
+        right, labels = table.diagonal(), table.sum(axis=1)
+        there = labels > 0
+        f1 = 2 * right[there] / (labels + table.sum(axis=0))[there]
+        values[number] = right.sum() / count, f1.mean(), own[chosen].mean()
+    return dict(zip(SCORES, values.T, strict=True))
+
+
+def _interval(values: npt.NDArray[np.float64]) -> tuple[float, float, float]:
+    low, high = np.quantile(values[1:], (0.025, 0.975))
+    return float(values[0]), float(low), float(high)
+
+
+def _mcnemar(won: int, lost: int) -> float:
+    """McNemar's test (1947), exact: of the rows on which two runs differ, each is as likely to win one."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+
+
+def _example(
+    one: Answers, first: Answers, row: Any, classes: Sequence[str], rows: Sequence[str], shown: Any
+) -> dict[str, Any]:
+    return {
+        "id": Path(rows[row]).name,
+        "label": classes[one.labels[row]],
+        "prediction": classes[one.predictions[row]],
+        "first": classes[first.predictions[row]],
+        "shown": Shown() if shown is None else shown(rows[row]),
+    }
+
+
+def _examples_shown(run: Run) -> Any:
+    """What shows a row by its id, from the run's data, where they can be read."""
+    try:
+        splits = data.load_splits(run.task.arguments, run.task.modality)
+    except UsageError as error:
+        say(f"the page has no examples, since the data cannot be read: {error}")
+        return None
+    rows = splits.validation if splits.test is None else splits.test
+    places = {row: number for number, row in enumerate(rows["id"])}
+    return lambda row: run.task.shown(rows[places[row]]) if row in places else Shown()
+
+
+def different_settings(recipes: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """The settings that are not the same in all runs, with each run's value."""
+    shown = [pages.settings(recipe) for recipe in recipes]
+    names = dict.fromkeys(name for settings in shown for name in settings)
+    values = {name: [settings.get(name, "") for settings in shown] for name in names}
+    return {name: found for name, found in values.items() if len(set(found)) > 1}
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """The last part of each path, or all of it where that would not tell them apart."""
+    last = [Path(path).resolve().name for path in paths]
+    return last if len(set(last)) == len(last) else list(paths)
+
+
+def _as_text(compared: Sequence[Compared], settings: dict[str, list[str]], rows: int) -> str:
+    """What the terminal shows."""
+    head = ["run", *SCORES, "won", "lost", "p"]
+    lines = [head]
+    for number, run in enumerate(compared):
+        scores = [f"{value:.4f} ({low:.4f} to {high:.4f})" for value, low, high in run.values.values()]
+        lines.append(
+            [run.name, *scores, *([str(run.won), str(run.lost), f"{run.probability:.2g}"] if number else [""] * 3)]
+        )
+    about = (
+        f"{rows:,} test rows; in brackets 95 % intervals; won: right where {compared[0].name} is wrong; p: McNemar's"
+    )
+    parts = [about, *aligned(lines, left=[0])]
+    for run in compared[1:]:
+        value, low, high = run.gains["accuracy"]
+        sure = "more than chance" if run.probability < 0.05 else "not more than chance may do"
+        parts.append(
+            f"{run.name}: accuracy {value:+.4f} ({low:+.4f} to {high:+.4f}) against {compared[0].name}, {sure}"
+        )
+    table = [["setting", *(run.name for run in compared)], *([name, *values] for name, values in settings.items())]
+    return "\n".join([*parts, "", *(aligned(table, left=range(len(compared) + 1)) if settings else ["same settings"])])

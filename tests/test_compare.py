@@ -1,0 +1,111 @@
+"""`hftl compare`: scores with intervals, McNemar's test, settings that differ, rows where runs disagree."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_data
+import tiny_models
+from forked import run_command
+
+from hftl.answers import Answers
+from hftl.compare import compare
+
+
+def answers(labels: list[int], predictions: list[int], sure: float = 0.9) -> Answers:
+    probabilities = np.full((len(labels), 3), (1 - sure) / 2)
+    probabilities[np.arange(len(labels)), predictions] = sure
+    ids = [str(row) for row in range(len(labels))]
+    return Answers(ids, np.array(labels), np.array(predictions), probabilities)
+
+
+def test_scores_intervals_and_who_wins() -> None:
+    from scipy.stats import binomtest
+    from sklearn.metrics import f1_score, log_loss
+
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 3, 400)
+    first = np.where(random.random(400) < 0.8, labels, (labels + 1) % 3)
+    second = np.where(random.random(400) < 0.7, labels, (labels + 2) % 3)
+    one, two = (answers(labels.tolist(), found.tolist()) for found in (first, second))
+    base, other = compare([one, two], ["one", "two"], ["a", "b", "c"], one.ids)
+    assert base.values["accuracy"][0] == pytest.approx((first == labels).mean())
+    assert other.values["f1_macro"][0] == pytest.approx(f1_score(labels, second, average="macro"))
+    assert other.values["log_loss"][0] == pytest.approx(log_loss(labels, two.probabilities))
+    value, low, high = base.values["accuracy"]
+    assert low < value < high
+    half = 1.96 * np.sqrt(value * (1 - value) / 400)
+    assert high - low == pytest.approx(2 * half, rel=0.1)
+    won, lost = ((second == labels) & (first != labels)).sum(), ((second != labels) & (first == labels)).sum()
+    assert (other.won, other.lost) == (won, lost)
+    assert other.probability == pytest.approx(binomtest(int(won), int(won + lost)).pvalue)
+    assert other.gains["accuracy"][0] == pytest.approx((second == labels).mean() - (first == labels).mean())
+    assert len(other.examples) == 12
+    assert all(entry["prediction"] == entry["label"] != entry["first"] for entry in other.examples[:6])
+    assert all(entry["first"] == entry["label"] != entry["prediction"] for entry in other.examples[6:])
+    _, again = compare([one, one], ["one", "copy"], ["a", "b", "c"], one.ids)
+    assert again.gains["accuracy"] == (0.0, 0.0, 0.0)
+    assert (again.won, again.lost, again.probability) == (0, 0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    small_data.write_images(folder / "images", {"train": 8, "val": 3, "test": 5})
+    tiny_models.write_tiny_cnn(folder / "convnet")
+    for name, flags in {"a": ["--method=frozen"], "b": ["--max_steps=1", "--learning_rate=1e-6"]}.items():
+        words = ["train", "image-classification", "--dataset=images", "--model=convnet", f"--output_dir={name}", *flags]
+        done = run_command(words, folder)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_two_runs(place: Path) -> None:
+    done = run_command(["compare", "a", "b", "--output", "page.html"], place)
+    assert done.returncode == 0, done.stderr
+    accuracies = [json.loads((place / name / "metrics.json").read_text())["test"]["accuracy"] for name in "ab"]
+    for name, accuracy in zip("ab", accuracies, strict=True):
+        assert any(line.startswith(name) and f"{accuracy:.4f} (" in line for line in done.stdout.splitlines())
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["method", "frozen", "full"] in lines
+    assert not any(line and line[0] in ("dataset_name", "output_dir", "seed") for line in lines)
+    page = (place / "page.html").read_text()
+    assert "Where b and a disagree" in page
+    assert "data:image/jpeg;base64," in page
+    assert str(place) not in page
+
+
+@pytest.mark.slow
+def test_runs_that_cannot_be_compared(place: Path) -> None:
+    part = Path(shutil.copytree(place / "b", place / "part"))
+    lines = (part / "predictions.csv").read_text().splitlines()
+    (part / "predictions.csv").write_text("\n".join(lines[:8]) + "\n")
+    done = run_command(["compare", "a", "part"], place)
+    assert done.returncode == 0, done.stderr
+    assert "compared on the 7 rows that all have (of 15, 7)" in done.stdout
+
+    def refused(*runs: str) -> str:
+        done = run_command(["compare", *runs], place)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    assert "two runs or more" in refused("a")
+    assert "is no finished run" in refused("a", "images")
+    cells = [line.split(",") for line in lines[1:]]
+    (part / "predictions.csv").write_text(
+        "\n".join([lines[0], *(",".join(["x" + c[0], *c[1:]]) for c in cells)]) + "\n"
+    )
+    assert "share no test row" in refused("a", "part")
+    other = {"blue": "red", "red": "blue", "green": "green"}
+    swapped = [",".join([c[0], other[c[1]], *c[2:]]) for c in cells]
+    (part / "predictions.csv").write_text("\n".join([lines[0], *swapped]) + "\n")
+    assert "10 of 15 rows have another label in part than in a" in refused("a", "part")
+    config = part / "config.json"
+    config.write_text(config.read_text().replace("green", "olive"))
+    assert "part has other classes than a" in refused("a", "part")
