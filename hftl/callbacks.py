@@ -186,8 +186,12 @@ class LogFile(TrainerCallback):
     """Every log entry of every stage as a line of JSON."""
 
     def __init__(self, path: Path, stage: str) -> None:
-        """Name the file, which is appended to, and the stage."""
+        """Name the file, which is appended to, and the stage; what a kill left of a last line is cut off."""
         self.path, self.stage = path, stage
+        if is_main_process() and path.is_file():
+            whole, _, rest = path.read_bytes().rpartition(b"\n")
+            if rest:
+                os.truncate(path, len(whole) + bool(whole))
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Append one line."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from markupsafe import Markup, escape
 
 #: size of the drawing in its own units; the page scales it
@@ -17,6 +18,8 @@ _LEFT, _TOP, _RIGHT, _BOTTOM = 52, 10, 12, 40
 _MOST_POINTS = 200
 #: colours that the page defines, --series-1 and on
 COLOURS = 8
+#: lines of four colours are unbroken; those of the other four differ by more than their colour from one of these
+_DASHES = (None, None, None, None, None, "8 3", "2 3", "8 3 2 3", "1 5")
 
 
 @dataclass(frozen=True)
@@ -82,44 +85,34 @@ def line_chart(
         f"{escape(y_label)}</text>"
     )
     for line in lines:
-        chosen = np.unique(np.linspace(0, len(line.xs) - 1, min(len(line.xs), _MOST_POINTS)).round().astype(int))
         points = [
-            (x(min(max(line.xs[index], left), right)), y(min(max(line.ys[index], bottom), top))) for index in chosen
+            (x(min(max(px, left), right)), y(min(max(py, bottom), top)))
+            for px, py in zip(line.xs, line.ys, strict=True)
         ]
-        dashes = ' stroke-dasharray="5 4"' if line.dashed else ""
+        points = [points[index] for index in _along(np.array(points))]
+        pattern = "5 4" if line.dashed else _DASHES[line.colour]
+        dashes = f' stroke-dasharray="{pattern}"' if pattern else ""
         path = " ".join(f"{px},{py}" for px, py in points)
         parts.append(f'<polyline class="series-{line.colour}" points="{path}"{dashes}/>')
         if line.marked or len(points) == 1:
             parts += [f'<circle class="series-{line.colour}" cx="{px}" cy="{py}" r="3"/>' for px, py in points]
-    return Markup("".join([*parts, "</svg>", legend([(line.name, line.colour) for line in lines if line.name])]))
+    return Markup("".join([*parts, "</svg>", _legend([(line.name, line.colour) for line in lines if line.name])]))
 
 
-def scatter(xs: Sequence[float], ys: Sequence[float], classes: Sequence[int], names: Sequence[str]) -> Markup:
-    """Points coloured by class, without axes: only who lies beside whom means something.
-
-    Beyond eight classes the colours come round again; each point has the name of its class.
-    """
-    side = _HEIGHT
-    scaled = []
-    for values in (np.asarray(xs, float), np.asarray(ys, float)):
-        span = max(float(np.ptp(values)), 1e-12)
-        scaled.append((8 + (values - values.min()) / span * (side - 16)).round(1))
-    description = f"Map of {len(classes)} test rows by their features, coloured by class"
-    parts = [f'<svg viewBox="0 0 {side} {side}" role="img" aria-label="{description}">']
-    for px, py, number in zip(*scaled, classes, strict=True):
-        name = escape(names[number])
-        parts.append(
-            f'<circle class="series-{number % COLOURS + 1}" cx="{px}" cy="{py}" r="2.5"><title>{name}</title></circle>'
-        )
-    return Markup("".join([*parts, "</svg>", legend([(name, n % COLOURS + 1) for n, name in enumerate(names)])]))
-
-
-def legend(names: Sequence[tuple[str, int]]) -> str:
+def _legend(names: Sequence[tuple[str, int]]) -> str:
     """Names with their colours; nothing for one alone."""
     if len(names) < 2:
         return ""
     entries = "".join(f'<li><span class="swatch back-{colour}"></span>{escape(name)}</li>' for name, colour in names)
     return f'<ul class="legend">{entries}</ul>'
+
+
+def _along(points: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Numbers of at most `_MOST_POINTS` points, as far from each other along the line: no steep part is left out."""
+    if len(points) <= _MOST_POINTS:
+        return np.arange(len(points))
+    lengths = np.concatenate([[0.0], np.hypot(*np.diff(points, axis=0).T).cumsum()])
+    return np.unique(np.searchsorted(lengths, np.linspace(0, lengths[-1], _MOST_POINTS)))
 
 
 def _range(series: Sequence[Sequence[float]]) -> tuple[float, float]:

@@ -57,6 +57,7 @@ def _run(argv: list[str]) -> None:
         "cache": _cache,
         "rank": _rank,
         "advise": _advise,
+        "check-labels": _check_labels,
         "lr-find": _lr_find,
         "tune": _tune,
     }
@@ -83,6 +84,8 @@ Fine-tune pretrained models with the Hugging Face stack.
                                     which model suits the data, without training; --output table.csv
   hftl advise TASK --model M --dataset D
                                     which method suits both, measured, and the command to paste
+  hftl check-labels TASK --model M --dataset D
+                                    training rows whose label is likely wrong; --output suspects.csv
   hftl lr-find TASK --model M --dataset D …
                                     a range test of the learning rate; --output lr_find.png, --steps 100
   hftl tune TASK --model M --dataset D --trials N --search 'learning_rate=log(1e-5,1e-3) method=lora,partial'
@@ -307,6 +310,18 @@ def _advise(argv: list[str]) -> None:
         from hftl import advice
 
     advice.main(task, argv[1:])
+
+
+def _check_labels(argv: list[str]) -> None:
+    task = _named_task(argv, "check-labels")
+    parser = _Parser(prog="hftl check-labels", allow_abbrev=False, add_help=False)
+    parser.add_argument("--output")
+    options, rest = parser.parse_known_args(argv[1:])
+    _check_output(options.output)
+    with quick_imports():
+        from hftl import label_errors
+
+    label_errors.main(task, rest, options.output)
 
 
 def _lr_find(argv: list[str]) -> None:

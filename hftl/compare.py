@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hftl import data, folder, pages
+from hftl import folder, pages
 from hftl.answers import Answers, read_answers
 from hftl.arguments import read_yaml
 from hftl.errors import UsageError
 from hftl.folder import PREDICTIONS, RECIPE, say
+from hftl.report import known_rows, scored_rows
 from hftl.run import Run, load_run
 from hftl.tables import aligned
 from hftl.tasks.classification import Shown
@@ -62,7 +63,7 @@ def main(paths: Sequence[str], output: str | None) -> None:
     names = _names(paths)
     rows, answers = shared_answers(runs, names)
     settings = different_settings([read_yaml(run.folder / RECIPE) for run in runs])
-    shown = None if output is None else _examples_shown(runs[0])
+    shown = None if output is None else _examples_shown(runs[0], answers[0])
     compared = compare(answers, names, runs[0].label_names, rows, shown)
     say(_as_text(compared, settings, len(rows)))
     if output is not None:
@@ -177,7 +178,7 @@ def _example(
     one: Answers, first: Answers, row: Any, classes: Sequence[str], rows: Sequence[str], shown: Any
 ) -> dict[str, Any]:
     return {
-        "id": Path(rows[row]).name,
+        "id": pages.shown(rows[row]),
         "label": classes[one.labels[row]],
         "prediction": classes[one.predictions[row]],
         "first": classes[first.predictions[row]],
@@ -185,15 +186,10 @@ def _example(
     }
 
 
-def _examples_shown(run: Run) -> Any:
+def _examples_shown(run: Run, answers: Answers) -> Callable[[str], Shown]:
     """What shows a row by its id, from the run's data, where they can be read."""
-    try:
-        splits = data.load_splits(run.task.arguments, run.task.modality)
-    except UsageError as error:
-        say(f"the page has no examples, since the data cannot be read: {error}")
-        return None
-    rows = splits.validation if splits.test is None else splits.test
-    places = {row: number for number, row in enumerate(rows["id"])}
+    rows = scored_rows(run)
+    places = known_rows(rows, answers)
     return lambda row: run.task.shown(rows[places[row]]) if row in places else Shown()
 
 

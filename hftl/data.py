@@ -88,11 +88,17 @@ class Splits:
         notes = _class_notes(counts["train"], self.label_names)
         return [f"data: {self.source}", *self.notes, *_class_table(counts, self.label_names), *notes]
 
+    @property
+    def scored(self) -> datasets.Dataset:
+        """What a finished run is scored on: test, else validation."""
+        return self.validation if self.test is None else self.test
+
     def found(self) -> dict[str, Any]:
-        """The notes, and of each split the rows of every class by name."""
+        """The notes, without the folders of this machine, and of each split the rows of every class by name."""
         counts = self._counts()
         rows = {role: dict(zip(self.label_names, part.tolist(), strict=True)) for role, part in counts.items()}
-        return {"notes": [*self.notes, *_class_notes(counts["train"], self.label_names)], "rows": rows}
+        notes = [*self.notes, *_class_notes(counts["train"], self.label_names)]
+        return {"notes": [_without_folders(note, self.source) for note in notes], "rows": rows}
 
     def _counts(self) -> dict[str, np.ndarray[Any, Any]]:
         """Rows of each class in each split that is there."""
@@ -1048,6 +1054,13 @@ def _digest(source: str | bytes | None) -> bytes | None:
         return None
     content = Path(source).read_bytes() if isinstance(source, str) else source
     return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _without_folders(note: str, source: str) -> str:
+    """A note without the places of the data and of this machine: of a path that is left its last part."""
+    for place in (os.path.abspath(os.path.expanduser(source)), os.path.expanduser(source), os.getcwd()):
+        note = note.replace(f"{place}{os.sep}", "")
+    return re.sub(r"(?<![\w./~])~?/(?:[^/\n]*/)*(?=[^/\s])", "", note.replace(os.path.expanduser("~"), "~"))
 
 
 def _class_table(counts: dict[str, np.ndarray[Any, Any]], label_names: list[str]) -> list[str]:

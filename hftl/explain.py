@@ -78,36 +78,48 @@ def _as_map(values: torch.Tensor) -> torch.Tensor | None:
     return None
 
 
-def token_attributions(model: Any, inputs: Mapping[str, torch.Tensor], label: int) -> npt.NDArray[np.float32]:
+def token_attributions(model: Any, inputs: Mapping[str, torch.Tensor], label: int) -> npt.NDArray[np.float32] | None:
     """What each token adds to the score of a class, shape (tokens,): integrated gradients (Sundararajan et al. 2017).
 
-    Along the straight path from embeddings of zero. The sum is about the difference of the scores at both ends.
+    Along the straight path from the mean of all embeddings: from zero it would change nothing where the embeddings go
+    into a LayerNorm at once (DeBERTa, ModernBERT). The sum is about the difference of the scores at both ends.
 
     Args:
         model: in eval mode; it is left as it was.
         inputs: of one text, unpadded.
         label: the class id.
+
+    Returns:
+        None where the model does not embed tokens one by one (CANINE), or in a layer that it does not name.
     """
-    weights = (torch.arange(_STEPS) + 0.5) / _STEPS
-    repeated = {name: value.expand(_STEPS, *value.shape[1:]) for name, value in inputs.items()}
-    with _scaled_embeddings(model, weights) as kept, torch.enable_grad():
-        score = model(**repeated).logits[:, label].sum()
-        gradient = torch.autograd.grad(score, kept[0])[0]
-    whole = kept[0][-1].detach() / weights[-1].to(kept[0].device)
-    return (gradient.mean(dim=0) * whole).sum(dim=-1).float().cpu().numpy()
+    try:
+        layer = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # as transformers says that there is none
+        return None
+    with mixed_embeddings(layer, 1.0) as kept, torch.no_grad():
+        model(**inputs)
+    if not kept or kept[0].shape[:2] != inputs["input_ids"].shape:
+        return None
+    whole = kept[0].detach() - layer.weight.detach().mean(dim=0)
+    gradients = torch.zeros_like(whole)
+    for step in range(_STEPS):  # one after the other: eight long texts at once may not fit
+        with mixed_embeddings(layer, (step + 0.5) / _STEPS) as kept, torch.enable_grad():
+            score = model(**inputs).logits[0, label]
+            gradients += torch.autograd.grad(score, kept[0])[0] / _STEPS
+    return (gradients * whole)[0].sum(dim=-1).float().cpu().numpy()
 
 
 @contextmanager
-def _scaled_embeddings(model: Any, weights: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """Multiply the embedded tokens of each row with a weight; they are kept for the gradient."""
+def mixed_embeddings(layer: Any, share: float) -> Iterator[list[torch.Tensor]]:
+    """Give tokens this share of their embedding, and of the mean of all embeddings the rest; kept for the gradient."""
     kept: list[torch.Tensor] = []
 
-    def scale(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
-        scaled = output.detach() * weights.to(output)[:, None, None]
-        kept.append(scaled.requires_grad_())
-        return kept[0]
+    def mix(module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+        mean = module.weight.detach().mean(dim=0)
+        kept.append((mean + share * (output.detach() - mean)).requires_grad_())
+        return kept[-1]
 
-    handle = model.get_input_embeddings().register_forward_hook(scale)
+    handle = layer.register_forward_hook(mix)
     try:
         yield kept
     finally:

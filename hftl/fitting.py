@@ -17,11 +17,11 @@ from hftl.callbacks import StopSignals
 from hftl.compute import wait_for_all
 from hftl.data import Splits
 from hftl.errors import UsageError
-from hftl.folder import METRICS, PREDICTIONS, say
+from hftl.folder import FOUND_IN_DATA, LOGS, METRICS, PREDICTIONS, say
 from hftl.lr_find import FEWEST, draw, report, sweep
 from hftl.methods import Plan, build_plan
 from hftl.repeats import repeat
-from hftl.report import write_report
+from hftl.report import scored_rows, write_report
 from hftl.run import Run, load_run
 from hftl.tasks import find_task
 from hftl.tasks.classification import ClassificationTask
@@ -50,20 +50,23 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
         run = _repeat(task, plan, splits, arguments)
     else:
         path = train_plan(task, plan, splits, arguments)
-        unmerged = (path / merging.BASE).is_dir()
-        run = Run(path, task, None if unmerged else backbones.without_adapters(plan.model))
-    if folder.is_main_process():
-        write_report(run, splits.validation if splits.test is None else splits.test)
-    say(run.summary())
-    push(run, arguments)
+        # What several processes share out, or an adapter is around, is read from the folder when it is needed.
+        apart = arguments.world_size > 1 or (path / merging.BASE).is_dir()
+        run = Run(path, task, None if apart else backbones.without_adapters(plan.model))
+    conclude(run, splits, arguments)
     return run
 
 
-def push(run: Run, arguments: TransferArguments) -> None:
-    """Push a finished run to the Hub, where that was asked for."""
-    if arguments.push_to_hub and folder.is_main_process():
+def conclude(run: Run, splits: Splits, arguments: TransferArguments) -> None:
+    """What comes when the run is whole: its summary, the push to the Hub where that was asked for, the report."""
+    if not folder.is_main_process():
+        return
+    say(run.summary())
+    if arguments.push_to_hub:
         name = arguments.hub_model_id or run.folder.name
         say(f"pushed to:  {run.push(name, private=arguments.hub_private_repo, token=arguments.hub_token)}")
+    rows = scored_rows(run) if arguments.repeats > 1 else splits.scored  # another seed may have drawn others
+    say(f"report:     {write_report(run, rows)}")
 
 
 def _search(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Run:
@@ -122,6 +125,7 @@ def score_on_test(task_class: type[ClassificationTask], splits: Splits, argument
             )
         folder.write_json(path / METRICS, run.metrics)
     write_card(path, run.task, run.task.arguments, splits, run.metrics)
+    folder.write_json(path / LOGS / FOUND_IN_DATA, splits.found())  # that of a trial knows no test split
     return run
 
 

@@ -199,6 +199,7 @@ def data_address(picture: Image.Image) -> str:
         else picture.copy()
     )
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    small.info.clear()  # a file's comment would go with it
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=75)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

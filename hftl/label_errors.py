@@ -1,28 +1,89 @@
-"""Rows whose label is likely wrong, by probabilities of a model that has not trained on them."""
+"""Rows whose label is likely wrong, by what a model says of them that has not trained on them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from hftl import folder, transferability
+from hftl.arguments import parse
+from hftl.ranking import features_of, load_rows
+from hftl.tables import aligned, as_csv
+from hftl.tasks import find_task
 
-def likely_label_errors(probabilities: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Numbers of the suspicious rows, the likeliest first (Northcutt et al. 2021, "Confident Learning").
+#: lines that the terminal shows
+_SHOWN = 20
+_WIDEST = 60
 
-    A row is suspicious if its probability of another class is as high as that class's own rows have it on average, and
-    higher than that of the given label. They are ordered by the margin between the two.
+
+def likely_label_errors(
+    scores: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Numbers of the suspicious rows, the likeliest first, and what they rather are (Northcutt et al. 2021).
+
+    "Confident learning": a row is suspicious if its score of another class is as high as that class's own rows have it
+    on average, and higher than that of the given label. They are ordered by the margin between the two.
 
     Args:
-        probabilities: of every class, held out or out of fold, shape (rows, classes).
+        scores: of every class, held out or out of fold, shape (rows, classes); probabilities or the like.
         labels: the given class ids, shape (rows,).
     """
-    rows, classes = probabilities.shape
+    rows, classes = scores.shape
     thresholds = np.full(classes, np.inf)
     for number in np.unique(labels):
-        thresholds[number] = probabilities[labels == number, number].mean()
-    own = probabilities[np.arange(rows), labels]
-    others = np.where(probabilities >= thresholds, probabilities, -1.0)
-    others[np.arange(rows), labels] = -1.0
+        thresholds[number] = scores[labels == number, number].mean()
+    own = scores[np.arange(rows), labels]
+    others = np.where(scores >= thresholds, scores, -np.inf)
+    others[np.arange(rows), labels] = -np.inf
     margin = others.max(axis=1) - own
     suspicious = np.flatnonzero(margin > 0)
-    return suspicious[np.argsort(-margin[suspicious], kind="stable")]
+    suspicious = suspicious[np.argsort(-margin[suspicious], kind="stable")]
+    return suspicious, others[suspicious].argmax(axis=1)
+
+
+def main(task_name: str, tokens: Sequence[str], output: str | None) -> None:
+    """`hftl check-labels`: the training rows that a linear layer on the frozen features takes for another class.
+
+    The layer that judges a row is fitted to all others. With 5 % of the labels changed at random, the first 5 % of the
+    list hold 96 % of those of cats and dogs (1,007 pictures), 99 % of blood cells (2,804) and 66 % of the questions of
+    TREC (4,848), mean of three draws; EfficientNet-Lite0 and MiniLM.
+
+    Raises:
+        UsageError: bad input.
+    """
+    task_class = find_task(task_name)
+    arguments = parse(task_class.arguments_class, tokens)
+    splits = load_rows(arguments, task_class.modality)
+    found = features_of(task_class(arguments), splits)
+    present, labels = np.unique(found.labels, return_inverse=True)
+    spectrum = transferability.decompose(transferability.with_constant(found.features))
+    scores = transferability.leave_one_out(spectrum, labels)
+    sure = set(likely_label_errors(scores, labels)[0].tolist())
+    margins = scores.max(axis=1) - scores[np.arange(len(labels)), labels]
+    order = [row for row in np.argsort(-margins, kind="stable").tolist() if margins[row] > 0]
+    names, ids = [splits.label_names[number] for number in present], splits.train["id"]
+    lines = [
+        [str(ids[row]), names[labels[row]], names[scores[row].argmax()], f"{margins[row]:.3f}", "yes" * (row in sure)]
+        for row in order
+    ]
+    folder.say(
+        f"of {len(labels):,} rows {len(lines):,} look like another class than their label says, {len(sure):,} of them "
+        "surely, by the others and the model's features"
+    )
+    head = ["row", "label", "rather", "margin", "sure"]
+    if lines:
+        folder.say("\n".join(aligned([head, *([_end(line[0]), *line[1:]] for line in lines[:_SHOWN])], left=[0, 1, 2])))
+    if len(lines) > _SHOWN:
+        folder.say(f"… and {len(lines) - _SHOWN:,} more{'' if output else ' (--output FILE.csv has all)'}")
+    if output is not None:
+        with folder.explained_disk_errors(Path(output).parent):
+            folder.write_text(Path(output), as_csv([head, *lines]))
+        folder.say(f"written to {output}")
+
+
+def _end(text: str) -> str:
+    """The end of a long path."""
+    return text if len(text) <= _WIDEST else f"…{text[1 - _WIDEST :]}"

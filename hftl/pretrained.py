@@ -112,7 +112,8 @@ def hub_options(arguments: TransferArguments, source: str | Path) -> dict[str, A
 def public_name(name: str | None) -> str:
     """A name of a model or data set without the folders of this machine."""
     text = str(name)
-    return Path(text).name if os.path.exists(os.path.expanduser(text)) else text
+    is_path = os.path.isabs(os.path.expanduser(text)) or os.path.exists(text)
+    return Path(text).name if is_path else text
 
 
 def load_model(

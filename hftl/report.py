@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +12,34 @@ import numpy as np
 
 from hftl import charts, data, folder, pages
 from hftl.answers import Answers, read_answers
-from hftl.arguments import read_yaml
+from hftl.arguments import read_yaml, stage_arguments
 from hftl.charts import Line
 from hftl.errors import UsageError
 from hftl.folder import FOUND_IN_DATA, LOGS, PREDICTIONS, RECIPE
 from hftl.label_errors import likely_label_errors
-from hftl.pretrained import public_name
 from hftl.run import Run, load_run
-from hftl.tasks.classification import Shown
+from hftl.tasks.classification import ClassificationTask, Shown
 
 REPORT = "report.html"
-#: examples in a gallery
+#: examples in the gallery …
 _EXAMPLES = 12
+#: … and how many of them with what the answer rests on, which takes some passes of the model for each
+_EXPLAINED = 6
 #: more classes than this make no readable table of all pairs: the most frequent confusions are listed
 _MOST_CLASSES = 20
+#: lines of other lists
+_LINES = 20
 #: curves of single classes
 _MOST_CURVES = charts.COLOURS
-_CONFUSIONS = 20
 _BINS = 10
-#: of them with what the answer rests on: some passes of the model for each
-_EXPLAINED = 6
 
 
-def write_report(run: Run, rows: Any = None) -> Path:
+def write_report(run: Run, rows: Any) -> Path:
     """Write report.html into the run folder.
 
     Args:
         run: a finished run.
-        rows: the split that predictions.csv is of, for the examples; None leaves them out.
+        rows: the data set that predictions.csv is of, for the examples; None leaves them out.
 
     Raises:
         UsageError: the run has no predictions.
@@ -47,33 +47,31 @@ def write_report(run: Run, rows: Any = None) -> Path:
     answers = read_answers(run.folder / PREDICTIONS, run.label_names)
     split = "test" if "test" in run.metrics else "validation"
     names = run.label_names
-    recipe = read_yaml(run.folder / RECIPE)
+    recipe = pages.settings(read_yaml(run.folder / RECIPE))
     found = run.folder / LOGS / FOUND_IN_DATA
-    found_in_data = folder.read_json(found) if found.is_file() else {}
+    places = known_rows(rows, answers)
     page = pages.render(
         "report",
         title=run.folder.resolve().name,
         task=run.task.name,
-        model=public_name(str(recipe["model_name_or_path"])),
-        dataset=public_name(str(recipe["dataset_name"])),
-        method=recipe["method"],
         split=split,
         rows=len(answers.ids),
+        lost=len(answers.ids) - len(places),
         scores=run.metrics[split],
-        interval=wilson(int(answers.correct.sum()), len(answers.ids)),
+        interval=share_interval(int(answers.correct.sum()), len(answers.ids)),
         metrics=run.metrics,
-        training=run.metrics["train"],
+        training={"versions": {}, **run.metrics["train"]},  # older runs have none
         blocks=_blocks(run.metrics["train"]["stages"]),
-        data=found_in_data,
         curves=_training_curves(run.folder / LOGS / "log.jsonl"),
-        classes=_classes(run, answers, split, found_in_data),
+        data=folder.read_json(found) if found.is_file() else {"rows": {}},
+        classes=_classes(run.metrics[split], answers, names),
         confusion=_confusion(answers, names),
         reliability=_reliability(answers),
         ranking=_ranking_curves(answers, names),
-        mistakes=_mistakes(run, answers, rows),
+        mistakes=_mistakes(run, answers, rows, places),
+        explained=_EXPLAINED,
         label_errors=_label_errors(answers, names),
-        has_rows=rows is not None,
-        settings=pages.settings(recipe),
+        settings=recipe,
     )
     path = run.folder / REPORT
     with folder.explained_disk_errors(run.folder):
@@ -81,46 +79,70 @@ def write_report(run: Run, rows: Any = None) -> Path:
     return path
 
 
-def remake_report(path: Path) -> Path:
+def remake_report(path: Path, task_class: type[ClassificationTask] | None = None) -> Path:
     """report.html of a finished run, whose data are read again for the examples.
+
+    Args:
+        path: the run folder.
+        task_class: the task of a recipe of one's own.
 
     Raises:
         UsageError: there is no finished run, or it has no predictions.
     """
-    run = load_run(path)
+    run = load_run(path, task_class)
+    return write_report(run, scored_rows(run))
+
+
+def scored_rows(run: Run) -> Any:
+    """The data set that a finished run was scored on, read again; None where that cannot be done, which is said."""
+    arguments = run.task.arguments
+    if "repeats" in run.metrics:
+        arguments = stage_arguments(arguments, seed=run.metrics["repeats"]["best_seed"])
     try:
-        splits = data.load_splits(run.task.arguments, run.task.modality)
-        rows = splits.validation if splits.test is None else splits.test
+        return data.load_splits(arguments, run.task.modality).scored
     except UsageError as error:
-        folder.say(f"the report has no examples, since its data cannot be read: {error}")
-        rows = None
-    return write_report(run, rows)
+        folder.say(f"no examples are shown, since the data cannot be read: {error}")
+        return None
 
 
-def wilson(hits: int, rows: int) -> tuple[float, float]:
+def known_rows(rows: Any, answers: Answers) -> dict[str, int]:
+    """Where the predicted rows stand in a data set, by id; without those that have another label now."""
+    if rows is None:
+        return {}
+    labels = dict(zip(answers.ids, answers.labels.tolist(), strict=True))
+    pairs = zip(rows["id"], rows["label"], strict=True)
+    return {row: place for place, (row, label) in enumerate(pairs) if labels.get(row) == label}
+
+
+def share_interval(hits: int, rows: int) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson 1927): unlike the usual one it stays between 0 and 1."""
-    z = 1.959964
-    share = hits / rows
-    centre = (share + z * z / (2 * rows)) / (1 + z * z / rows)
-    half = z / (1 + z * z / rows) * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
-    return centre - half, centre + half
+    from scipy.stats import binomtest
+
+    interval = binomtest(hits, rows).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def _training_curves(path: Path) -> dict[str, Any]:
     """Losses and scores over the steps of all stages, one after the other."""
     entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    nothing: tuple[list[float], list[float]] = ([], [])
     points: dict[str, tuple[list[float], list[float]]] = {}
     offset, last, stage = 0, 0, None
     for entry in entries:
         if entry["stage"] != stage:
             offset, stage = offset + last, entry["stage"]
+        elif entry["step"] < last:  # an interruption: what was done again counts once
+            kept = {name: [x < offset + entry["step"] for x in xs] for name, (xs, _) in points.items()}
+            points = {
+                name: tuple([v for v, stays in zip(values, kept[name], strict=True) if stays] for values in pair)  # type: ignore[misc]
+                for name, pair in points.items()
+            }
         last = entry["step"]
         for name in ("loss", "eval_loss", "eval_accuracy", "eval_f1_macro"):
             if name in entry and math.isfinite(entry[name]):
                 xs, ys = points.setdefault(name, ([], []))
                 xs.append(offset + last)
                 ys.append(entry[name])
-    nothing: tuple[list[float], list[float]] = ([], [])
     wanted = {
         "loss": [
             Line("training", *points.get("loss", nothing)),
@@ -135,7 +157,8 @@ def _training_curves(path: Path) -> dict[str, Any]:
     for name, lines in wanted.items():
         filled = [line for line in lines if line.xs]
         if any(len(line.xs) > 1 for line in filled):
-            drawn[name] = charts.line_chart(filled, f"{name} over the steps of training", "step", name)
+            ends = ", ".join(f"{line.name} {line.ys[0]:.3g} to {line.ys[-1]:.3g}" for line in filled)
+            drawn[name] = charts.line_chart(filled, f"{name} over the steps of training: {ends}", "step", name)
     return drawn
 
 
@@ -150,29 +173,27 @@ def _blocks(stages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _classes(run: Run, answers: Answers, split: str, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """A line for each class."""
-    scores = run.metrics[split]
-    trained = found.get("rows", {}).get("train", {})
-    there = np.bincount(answers.labels, minlength=len(run.label_names))
+def _classes(scores: Mapping[str, float], answers: Answers, names: Sequence[str]) -> list[dict[str, Any]]:
+    """A line for each class; one without a row has no recall."""
+    there = np.bincount(answers.labels, minlength=len(names)).tolist()
     return [
         {
             "name": name,
-            "train": trained.get(name),
-            "rows": int(there[number]),
-            **{score: scores.get(f"{score}/{name}") for score in ("precision", "recall", "f1")},
+            "rows": count,
+            **{kind: scores.get(f"{kind}/{name}") if count else None for kind in ("precision", "recall", "f1")},
         }
-        for number, name in enumerate(run.label_names)
+        for name, count in zip(names, there, strict=True)
     ]
 
 
 def _confusion(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
     """Every pair of classes where they are few, else the most frequent confusions."""
-    counts = np.zeros((len(names), len(names)), int)
-    np.add.at(counts, (answers.labels, answers.predictions), 1)
+    from sklearn.metrics import confusion_matrix
+
+    counts = confusion_matrix(answers.labels, answers.predictions, labels=range(len(names)))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     wrong = counts * (1 - np.eye(len(names), dtype=int))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:_CONFUSIONS]
+    order = np.argsort(-wrong, axis=None, kind="stable")[:_LINES]
     pairs = [divmod(int(number), len(names)) for number in order]
     return {
         "table": len(names) <= _MOST_CLASSES,
@@ -182,7 +203,7 @@ def _confusion(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
         "pairs": [
             {
                 "label": names[row],
-                "prediction": names[column],
+                "other": names[column],
                 "count": int(wrong[row, column]),
                 "share": shares[row, column],
             }
@@ -192,7 +213,7 @@ def _confusion(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _reliability(answers: Answers) -> Any:
+def _reliability(answers: Answers) -> dict[str, Any]:
     """How often the model is right where it is so sure."""
     confidence = answers.probabilities.max(axis=1)
     bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
@@ -203,14 +224,8 @@ def _reliability(answers: Answers) -> Any:
         Line("as sure as right", (0.0, 1.0), (0.0, 1.0), 0, dashed=True),
         Line("this model", means, accuracies, 1, marked=True),
     ]
-    chart = charts.line_chart(
-        lines,
-        "Accuracy over confidence; a calibrated model lies on the diagonal",
-        "confidence",
-        "accuracy",
-        (0, 1),
-        (0, 1),
-    )
+    about = "Accuracy over confidence; a calibrated model lies on the diagonal; the table beside it has the values"
+    chart = charts.line_chart(lines, about, "confidence", "accuracy", (0, 1), (0, 1))
     counts = [
         {"from": number / _BINS, "to": (number + 1) / _BINS, "rows": int((bins == number).sum()), "accuracy": accuracy}
         for number, accuracy in zip(filled, accuracies, strict=True)
@@ -224,72 +239,65 @@ def _ranking_curves(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
 
     numbers = [1] if len(names) == 2 else list(range(len(names)))
     there = [number for number in numbers if 0 < (answers.labels == number).sum() < len(answers.labels)]
+    if not there:
+        return {}
     roc, precision, table = [], [], []
     for colour, number in enumerate(there, start=1):
         truth, values = answers.labels == number, answers.probabilities[:, number]
-        area = {
-            "roc_auc": metrics.roc_auc_score(truth, values),
-            "average_precision": metrics.average_precision_score(truth, values),
-        }
-        table.append({"name": names[number], **area})
+        areas = metrics.roc_auc_score(truth, values), metrics.average_precision_score(truth, values)
+        table.append({"name": names[number], "roc_auc": areas[0], "average_precision": areas[1]})
         if colour <= _MOST_CURVES:
             false, true, _ = metrics.roc_curve(truth, values)
             roc.append(Line(names[number], false, true, colour))
-            exact, found, _ = metrics.precision_recall_curve(truth, values)
-            precision.append(Line(names[number], found[::-1], exact[::-1], colour))
-    if not there:
-        return {}
+            exact, hit, _ = metrics.precision_recall_curve(truth, values, drop_intermediate=True)
+            precision.append(Line(names[number], hit[::-1], exact[::-1], colour))
     chance = Line("", (0, 1), (0, 1), 0, dashed=True)
-    unit = {"x_range": (0, 1), "y_range": (0, 1)}
+    about = "the table below has the areas under them"
+    axes: list[tuple[float, float]] = [(0, 1), (0, 1)]
     return {
-        "roc": charts.line_chart([chance, *roc], "ROC curves", "false positive rate", "true positive rate", **unit),
-        "precision": charts.line_chart(precision, "Precision-recall curves", "recall", "precision", **unit),
+        "roc": charts.line_chart(
+            [chance, *roc], f"ROC curves; {about}", "false positive rate", "true positive rate", *axes
+        ),
+        "precision": charts.line_chart(precision, f"Precision-recall curves; {about}", "recall", "precision", *axes),
         "table": table,
         "shown": len(roc),
     }
 
 
-def _mistakes(run: Run, answers: Answers, rows: Any) -> list[dict[str, Any]]:
+def _mistakes(run: Run, answers: Answers, rows: Any, places: Mapping[str, int]) -> list[dict[str, Any]]:
     """The wrong answers of which the model is surest, with what it saw."""
     wrong = np.flatnonzero(~answers.correct)
     order = wrong[np.argsort(-answers.probabilities[wrong].max(axis=1), kind="stable")][:_EXAMPLES]
-    places = {} if rows is None else {row_id: number for number, row_id in enumerate(rows["id"])}
-    names = run.label_names
+    explainer = run.model if run.probe is None and places and len(order) else None  # of its own head's answers
     examples: list[dict[str, Any]] = []
-    for number in order:
-        row = rows[places[answers.ids[number]]] if answers.ids[number] in places else {}
+    for number in order.tolist():
+        row, said = answers.ids[number], int(answers.predictions[number])
+        shown = Shown()
+        if row in places:
+            shown = run.task.shown(rows[places[row]], explainer if len(examples) < _EXPLAINED else None, said)
         examples.append(
             {
-                "id": Path(answers.ids[number]).name,
-                "label": names[answers.labels[number]],
-                "prediction": names[answers.predictions[number]],
+                "id": pages.shown(row),
+                "label": run.label_names[answers.labels[number]],
+                "prediction": run.label_names[said],
                 "probability": float(answers.probabilities[number].max()),
-                "shown": _shown(run, row, answers.predictions[number], explained=len(examples) < _EXPLAINED),
+                "shown": shown,
             }
         )
     return examples
 
 
-def _shown(run: Run, row: Any, label: Any, explained: bool) -> Shown:
-    """The row, and what its answer rests on, where the model's own head gave it."""
-    if not row:
-        return Shown()
-    return run.task.shown(row, run.model if explained and run.probe is None else None, int(label))
-
-
 def _label_errors(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
     """Rows of the split whose label is likely wrong."""
-    found = likely_label_errors(answers.probabilities, answers.labels)
-    return {
-        "count": len(found),
-        "rows": [
-            {
-                "id": Path(answers.ids[number]).name,
-                "label": names[answers.labels[number]],
-                "suggestion": names[answers.predictions[number]],
-                "own": float(answers.probabilities[number, answers.labels[number]]),
-                "other": float(answers.probabilities[number].max()),
-            }
-            for number in found[:_CONFUSIONS]
-        ],
-    }
+    found, rather = likely_label_errors(answers.probabilities, answers.labels)
+    lines = [
+        {
+            "id": pages.shown(answers.ids[row]),
+            "label": names[answers.labels[row]],
+            "rather": names[other],
+            "own": float(answers.probabilities[row, answers.labels[row]]),
+            "other": float(answers.probabilities[row, other]),
+        }
+        for row, other in zip(found[:_LINES].tolist(), rather.tolist(), strict=False)
+    ]
+    return {"count": len(found), "lines": lines}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from hftl import backbones, folder, merging
+from hftl import __version__, backbones, folder, merging
 from hftl.answers import write_answers
 from hftl.arguments import to_recipe
 from hftl.data import Splits
@@ -59,6 +61,7 @@ def write_run(
             "trainable_parameters": records[-1]["trainable_parameters"],
             "total_parameters": records[-1]["total_parameters"],
             "stages": records,
+            "versions": _versions(),
         },
         **{name: scores for name, (_, _, scores) in results.items()},
     }
@@ -147,6 +150,12 @@ def _logits(model: Any, batch: dict[str, torch.Tensor], device: torch.device) ->
     inputs = backbones.inputs_of(batch, device)
     with torch.inference_mode():
         return model(**inputs).logits.float()
+
+
+def _versions() -> dict[str, str]:
+    """Of what may make a difference."""
+    names = ("torch", "transformers", "timm", "peft", "accelerate", "datasets", "scikit-learn")
+    return {"hftl": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def _peak_memory_mb() -> float:

@@ -157,9 +157,16 @@ def nce(source: Array, labels: Array) -> float:
 
 
 def linear_probe(spectrum: Spectrum, labels: Array) -> float:
-    """Accuracy of a linear layer on rows that it has not seen: leave one out, its penalty the best of seven.
+    """Accuracy of a linear layer on rows that it has not seen, see `leave_one_out`."""
+    _, numbers = np.unique(labels, return_inverse=True)
+    return float((leave_one_out(spectrum, labels).argmax(axis=1) == numbers).mean())
 
-    The layer is ridge regression onto the 0/1 vectors of the classes, whose answer for a row left out follows from the
+
+def leave_one_out(spectrum: Spectrum, labels: Array) -> Array:
+    """What a linear layer says of each row when it is fitted to all others, shape (rows, classes that occur).
+
+    About 1 for the class that it takes the row for and 0 for the others. The layer is ridge regression onto the 0/1
+    vectors of the classes, its penalty the best of seven by accuracy; the answer for a row left out follows from the
     fit to all rows: e_i / (1 - h_ii), with h the diagonal of the hat matrix (Allen 1974; as scikit-learn's
     RidgeClassifierCV). Give features `with_constant` for a bias. Does not change with the order of the classes, a
     rotation or the scale.
@@ -168,12 +175,14 @@ def linear_probe(spectrum: Spectrum, labels: Array) -> float:
     _, numbers = np.unique(labels, return_inverse=True)
     projected = spectrum.left.T @ targets
     squared = np.square(spectrum.left)
-    best = 0.0
+    best, best_accuracy = targets, -1.0
     for penalty in _PENALTIES:
         shrunk = spectrum.values / (spectrum.values + penalty * spectrum.values.mean())
         own = np.minimum(squared @ shrunk, 1 - 1e-9)[:, None]
         unseen = (spectrum.left @ (shrunk[:, None] * projected) - own * targets) / (1 - own)
-        best = max(best, float((unseen.argmax(axis=1) == numbers).mean()))
+        accuracy = float((unseen.argmax(axis=1) == numbers).mean())
+        if accuracy > best_accuracy:
+            best, best_accuracy = unseen, accuracy
     return best
 
 

@@ -24,7 +24,7 @@ from hftl import data, folder, pretrained
 from hftl.arguments import TransferArguments, flag_names, parse, stage_arguments
 from hftl.data import Splits
 from hftl.errors import DiskError, Diverged, UsageError, did_you_mean
-from hftl.fitting import push, score_on_test
+from hftl.fitting import conclude, score_on_test
 from hftl.folder import CHECKPOINTS, METRICS, RECIPE, read_json, say
 from hftl.methods import METHOD_ARGUMENTS, arguments_of, build_plan, find_method
 from hftl.run import Run
@@ -203,8 +203,7 @@ class Search:
             run = score_on_test(self.task_class, splits, self.arguments)
         self.study.set_user_attr("finished", True)
         say(f"\n{self.table()}\n")
-        say(run.summary())
-        push(run, self.arguments)
+        conclude(run, splits, self.arguments)
         return run
 
     def _check_folder(self) -> None:

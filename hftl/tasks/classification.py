@@ -37,6 +37,11 @@ class Shown:
     pictures: list[tuple[str, str]] = field(default_factory=list)
     texts: list[list[tuple[str, float]]] = field(default_factory=list)
 
+    @property
+    def is_explained(self) -> bool:
+        """Whether it is said what the answer rests on."""
+        return len(self.pictures) > 1 or any(weight for pieces in self.texts for _, weight in pieces)
+
 
 class ClassificationTask:
     """A task with one label a row; subclasses say how inputs are read, prepared and put together.

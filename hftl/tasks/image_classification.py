@@ -183,17 +183,11 @@ class ImageClassification(ClassificationTask):
         return Shown(pictures)
 
     def _seen(self, pixels: torch.Tensor) -> Image.Image:
-        """A picture of what the model takes, shape (3, height, width)."""
-        settings = self.processor.data_config if hasattr(self.processor, "data_config") else vars(self.processor)
-        mean, deviation = (
-            torch.tensor(settings.get(name) or default).reshape(-1, 1, 1)
-            for name, default in (
-                ("mean", settings.get("image_mean") or 0.0),
-                ("std", settings.get("image_std") or 1.0),
-            )
-        )
-        values = ((pixels * deviation + mean).clamp(0, 1) * 255).round().byte()
-        return Image.fromarray(values.permute(1, 2, 0).numpy())
+        """A picture of what the model takes, shape (3, height, width); its range is spread over that of a picture."""
+        if getattr(self.processor, "do_flip_channel_order", False):  # MobileViT's takes blue first
+            pixels = pixels.flip(0)
+        spread = (pixels - pixels.amin()) / (pixels.amax() - pixels.amin()).clamp(min=1e-6)
+        return Image.fromarray((255 * spread).byte().permute(1, 2, 0).numpy())
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """`pixel_values` of shape (rows, 3, height, width), `labels` of shape (rows,)."""

@@ -157,14 +157,16 @@ class TextClassification(ClassificationTask):
             return Shown(texts=[[(_shortened(text), 0.0)] for text in texts])
         encoded = self.processor(*texts, truncation=True, return_offsets_mapping=True)
         inputs = {name: torch.tensor([encoded[name]]).to(model.device) for name in encoded if name != "offset_mapping"}
-        values = token_attributions(model, inputs, label)
+        values = token_attributions(model, inputs, label) if encoded["input_ids"] else None
+        if values is None:
+            return self.shown(row)
         places = list(zip(encoded.sequence_ids(0), encoded["offset_mapping"], values, strict=True))
-        return Shown(
-            texts=[
-                _pieces(_shortened(text), [(*span, float(value)) for owner, span, value in places if owner == number])
-                for number, text in enumerate(texts)
-            ]
-        )
+        pieces = [
+            _pieces(_shortened(text), [(*span, float(value)) for owner, span, value in places if owner == number])
+            for number, text in enumerate(texts)
+        ]
+        largest = max((abs(value) for text in pieces for _, value in text), default=0.0) or 1.0
+        return Shown(texts=[[(piece, value / largest) for piece, value in text] for text in pieces])
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask`, … of shape (rows, tokens), `labels` of shape (rows,).
@@ -197,12 +199,18 @@ def _shortened(text: str) -> str:
 
 
 def _pieces(text: str, tokens: Sequence[tuple[int, int, float]]) -> list[tuple[str, float]]:
-    """All of a text, cut where tokens (start, end, value) begin and end; the largest value becomes 1 or -1."""
-    largest = max((abs(value) for *_, value in tokens), default=0.0) or 1.0
-    pieces, position = [], 0
+    """All of a text, cut where tokens (start, end, value) begin and end.
+
+    Several tokens may be bytes of one character: their values are added.
+    """
+    pieces: list[tuple[str, float]] = []
+    position = 0
     for start, end, value in tokens:
-        pieces += [(text[position:start], 0.0), (text[start:end], value / largest)]
-        position = max(position, end)
+        if end <= position and pieces:
+            pieces[-1] = (pieces[-1][0], pieces[-1][1] + value)
+            continue
+        pieces += [(text[position:start], 0.0), (text[max(start, position) : end], value)]
+        position = end
     return [piece for piece in [*pieces, (text[position:], 0.0)] if piece[0]]
 
 
