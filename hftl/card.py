@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hftl.arguments import TransferArguments
 from hftl.data import Splits
 from hftl.joined import as_flags, wished
 from hftl.merging import BASE
+from hftl.metrics import share_interval
 from hftl.pretrained import public_name
 from hftl.tasks.classification import ClassificationTask, class_counts
 
@@ -26,9 +28,15 @@ _TEXT = """# {title}
 {repeats}
 ## Classes
 
-| class | training rows | F1 on {split} |
-| --- | --- | --- |
+| class | training rows | precision | recall | F1 |
+| --- | --- | --- | --- | --- |
 {classes}
+
+Precision, recall and F1 are those on {split}.
+
+## Limits
+
+{limits}
 
 ## How to use it
 
@@ -38,6 +46,10 @@ _TEXT = """# {title}
 {probe}
 ## Training
 
+| | |
+| --- | --- |
+{training}
+
 `recipe.yaml` repeats the training: `hftl train {task} --config recipe.yaml`.
 """
 
@@ -46,6 +58,10 @@ This is the ordinary model with a logistic head, whose scores are those of `ordi
 those of the `{head}` head in `probe/`{joined}, which plain libraries do not know: `hftl predict`, `hftl evaluate` and
 `hftl.load_run(FOLDER).predict` answer by it.
 """
+#: training rows below which a class is named among the limits, and how many of those
+_FEW, _NAMED = 20, 10
+#: mean gap between confidence and accuracy that is worth a word
+_UNCALIBRATED = 0.05
 _MERGED = """from transformers import pipeline
 classify = pipeline("{task}", "{title}")
 print(classify({example}))"""
@@ -79,6 +95,7 @@ def write_card(
         library_name="transformers",
         base_model=arguments.model_name_or_path if on_hub else None,
         tags=["hftl", task.modality],
+        base_model_relation=("adapter" if (target / BASE).is_dir() else "finetune") if on_hub else None,
         metrics=["accuracy", "f1"],
         model_name=title,
         eval_results=results,
@@ -91,7 +108,9 @@ def write_card(
     if getattr(arguments, "test_time_flip", False):
         rows.append("\nOf each image and its mirror image (`--test_time_flip`); plain transformers takes it alone.")
     classes = [
-        f"| {name} | {count:,} | {metrics[split].get(f'f1/{name}', 0.0):.4f} |"
+        f"| {_inert(name)} | {count:,} | "
+        + " | ".join(f"{plain.get(f'{kind}/{name}', 0.0):.4f}" for kind in ("precision", "recall", "f1"))
+        + " |"
         for name, count in zip(splits.label_names, class_counts(splits), strict=True)
     ]
     usage = _UNMERGED if (target / BASE).is_dir() else _MERGED
@@ -99,6 +118,7 @@ def write_card(
         title=title, base=base, task=task.name, dataset=dataset, method=method, split=split,
         preparation=f" {task.preparation}" if task.preparation else "",
         results="\n".join(rows), repeats=_repeats(metrics, split), classes="\n".join(classes),
+        limits=_limits(splits, plain, split), training=_training(metrics["train"]),
         probe=_probe(arguments) if f"ordinary_head_{split}" in metrics else "",
         usage=usage.format(
             task=task.name, title=title, auto_class=task.auto_class.__name__,
@@ -106,6 +126,48 @@ def write_card(
         ),
     )  # fmt: skip
     ModelCard(f"---\n{header.to_yaml()}\n---\n\n{text}").save(target / "README.md")
+
+
+def _inert(name: str) -> str:
+    """A name that neither ends a cell of a table nor is taken for HTML."""
+    return html.escape(" ".join(name.split()), quote=False).replace("|", "\\|")
+
+
+def _limits(splits: Splits, scores: dict[str, float], split: str) -> str:
+    """What one should know before relying on the model, as a list."""
+    rows, counts = len(splits.scored), class_counts(splits)
+    low, high = share_interval(round(scores["accuracy"] * rows), rows)
+    lines = [f"Accuracy on {rows:,} rows of {split}: with 95 % confidence between {low:.3f} and {high:.3f}."]
+    if split == "validation":
+        lines.append(
+            "There was no test split: the model was chosen by these scores, new data may well give lower ones."
+        )
+    few = [_inert(name) for name, count in zip(splits.label_names, counts, strict=True) if count < _FEW]
+    if few:
+        more = f" and {len(few) - _NAMED} more" if len(few) > _NAMED else ""
+        lines.append(f"Fewer than {_FEW} training rows: {', '.join(few[:_NAMED])}{more}.")
+    if max(counts) > 3 * min(counts):
+        lines.append("The classes are unevenly frequent in training: look at each, not at the accuracy alone.")
+    error = scores.get("expected_calibration_error", 0.0)
+    if error > _UNCALIBRATED:
+        lines.append(f"Its probabilities are off by {error:.0%} on average: it is not as right as it is sure.")
+    lines.append("Whatever it is given, it answers with one of its classes.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _training(train: dict[str, Any]) -> str:
+    """The settings that matter, as lines of a table."""
+    lines = {}
+    for stage in train["stages"]:
+        share = f"{stage['trainable_parameters']:,} of {stage['total_parameters']:,} parameters"
+        how = "solved on the features"
+        if "learning_rate" in stage:
+            how = f"{stage['steps']:,} steps of {stage['rows_a_step']} rows, rate {stage['learning_rate']:.2g}"
+            how += f", head {stage['head_learning_rate']:.2g}"
+        lines[_inert(stage["name"])] = f"{share}, {how}"
+    versions = ", ".join(f"{name} {version}" for name, version in train["versions"].items())
+    lines |= {"seed": train["seed"], "precision": train["precision"], "versions": versions}
+    return "\n".join(f"| {name} | {text} |" for name, text in lines.items())
 
 
 def _probe(arguments: TransferArguments) -> str:

@@ -36,6 +36,14 @@ def expected_calibration_error(probabilities: npt.NDArray[Any], labels: npt.NDAr
     return float(np.abs(gaps).sum() / len(labels))
 
 
+def share_interval(hits: int, rows: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927): unlike the usual one it stays between 0 and 1."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(hits, rows).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 def classification_metrics(
     logits: npt.NDArray[Any], labels: npt.NDArray[Any], label_names: Sequence[str]
 ) -> dict[str, float]:

@@ -17,6 +17,7 @@ from hftl.charts import Line
 from hftl.errors import UsageError
 from hftl.folder import FOUND_IN_DATA, LOGS, PREDICTIONS, RECIPE
 from hftl.label_errors import likely_label_errors
+from hftl.metrics import share_interval
 from hftl.run import Run, load_run
 from hftl.tasks.classification import ClassificationTask, Shown
 
@@ -112,14 +113,6 @@ def known_rows(rows: Any, answers: Answers) -> dict[str, int]:
     labels = dict(zip(answers.ids, answers.labels.tolist(), strict=True))
     pairs = zip(rows["id"], rows["label"], strict=True)
     return {row: place for place, (row, label) in enumerate(pairs) if labels.get(row) == label}
-
-
-def share_interval(hits: int, rows: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927): unlike the usual one it stays between 0 and 1."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(hits, rows).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def _training_curves(path: Path) -> dict[str, Any]:

@@ -61,6 +61,8 @@ def write_run(
             "trainable_parameters": records[-1]["trainable_parameters"],
             "total_parameters": records[-1]["total_parameters"],
             "stages": records,
+            "seed": arguments.seed,
+            "precision": arguments.precision,
             "versions": _versions(),
         },
         **{name: scores for name, (_, _, scores) in results.items()},

@@ -20,7 +20,7 @@ TABLE_SUFFIXES = {".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet"}
 
 def as_csv(lines: Iterable[Sequence[object]]) -> str:
     """Lines of cells as CSV."""
-    rows = [[str(cell) for cell in line] for line in lines]
+    rows = [["" if cell is None else str(cell) for cell in line] for line in lines]
     # Readers take a lone carriage return for the end of a line, and the writer quotes it in later Pythons only.
     lone = any("\r" in cell for row in rows for cell in row)
     text = io.StringIO()

@@ -454,6 +454,7 @@ def _train_stage(
         "samples_per_second": output.metrics.get("train_samples_per_second", 0.0),
         "steps": trainer.state.global_step,
         "epochs": stage.epochs,
+        "rows_a_step": trainer.rows_together * trainer.args.world_size,
         "learning_rate": stage.learning_rate,
         "head_learning_rate": stage.head_learning_rate,
         "best_metric": trainer.state.best_metric,

@@ -25,7 +25,9 @@ LAUNCH = ["accelerate.commands.launch", "--config_file", str(CONFIG)]
 Done = subprocess.CompletedProcess[str]
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["hftl.fitting", "hftl.card", "hftl.probes.logistic", "timm", "peft", "accelerate"])
+_server.set_forkserver_preload(
+    ["hftl.fitting", "sklearn.metrics", "hftl.card", "hftl.probes.logistic", "timm", "peft", "accelerate"]
+)
 
 
 class Command:

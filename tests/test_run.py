@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, pipeline
 
 import hftl
-from hftl import cli
+from hftl import card, cli
 from hftl.folder import check_output_folder, check_space, default_output_dir, promote, resume_settings
 from hftl.pretrained import save_model
 from hftl.tasks.text_classification import TextClassification
@@ -196,10 +196,18 @@ def test_recipe_file_repeats_the_run(place: Path, lora_run: hftl.Run) -> None:
 def test_card_has_what_the_hub_reads(image_run: hftl.Run) -> None:
     from huggingface_hub import ModelCard
 
-    card = ModelCard.load(image_run.folder / "README.md")
-    assert card.data.pipeline_tag == "image-classification"
-    assert card.data.eval_results[0].metric_value == pytest.approx(image_run.metrics["test"]["accuracy"], abs=1e-4)
-    assert str(image_run.folder.parent) not in card.content
+    found = ModelCard.load(image_run.folder / "README.md")
+    assert found.data.pipeline_tag == "image-classification"
+    assert found.data.eval_results[0].metric_value == pytest.approx(image_run.metrics["test"]["accuracy"], abs=1e-4)
+    assert str(image_run.folder.parent) not in found.content
+    assert "Accuracy on 9 rows of test: with 95 % confidence between" in found.content
+    assert "Fewer than 20 training rows: blue, green, red." in found.content
+    stage = image_run.metrics["train"]["stages"][0]
+    assert f"{stage['steps']} steps of 32 rows, rate {stage['learning_rate']:.2g}" in found.content
+
+
+def test_names_in_the_card_are_inert() -> None:
+    assert card._inert("a|b\n<script>alert(1)</script>") == "a\\|b &lt;script&gt;alert(1)&lt;/script&gt;"
 
 
 def test_ls_cp_version_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
