@@ -202,6 +202,12 @@ def start_folder(arguments: TransferArguments, settings: dict[str, Any]) -> None
         raise
 
 
+def remember(folder: Path, name: str, value: Any) -> None:
+    """Keep what a run has found on its way, for the run that goes on with it."""
+    settings = {**read_yaml(folder / CHECKPOINTS / RECIPE), name: value}
+    write_text(folder / CHECKPOINTS / RECIPE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
 def hold(folder: Path, patience: float = 0.0) -> None:
     """Keep other processes out until `release`; the lock is on the folder itself and goes with the process.
 

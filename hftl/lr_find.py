@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from hftl.arguments import unwatched
+from hftl.arguments import TransferArguments, unwatched
 from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.features import keep_features
@@ -169,11 +169,7 @@ def sweep(
     Raises:
         UsageError: the loss runs away at once, or several processes were started.
     """
-    if task.arguments.world_size > 1:
-        raise UsageError(
-            "The range test of the learning rate works in one process: start it without accelerate launch, and give "
-            "--learning_rate what it says."
-        )
+    check_one_process(task.arguments)
     main = main_rate(plan)
     rates = [LEAST * (MOST / LEAST) ** (step / max(1, steps - 1)) for step in range(steps)]
     recorder = _Recorder()
@@ -206,6 +202,19 @@ def sweep(
     inner = slice(min(steps // 10, len(losses) // 4), max(len(losses) - 5, len(losses) * 3 // 4))
     chosen = rates[: len(losses)][inner], losses[inner]
     return Sweep(tuple(rates[: len(losses)]), tuple(losses), valley(*chosen), steepest(*chosen))
+
+
+def check_one_process(arguments: TransferArguments) -> None:
+    """Refuse several processes.
+
+    Raises:
+        UsageError: as said.
+    """
+    if arguments.world_size > 1:
+        raise UsageError(
+            "The range test of the learning rate works in one process: start it without accelerate launch, and give "
+            "--learning_rate what it says."
+        )
 
 
 def _settings(task: ClassificationTask, stage: Stage, place: str, steps: int, workers: int) -> Any:

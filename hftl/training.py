@@ -37,7 +37,7 @@ from hftl.errors import Diverged, UsageError, without_worker
 from hftl.features import KeptFeatures, check_wishes, keep_features, mostly_frozen
 from hftl.folder import CHECKPOINTS, LOGS, RECIPE, read_json, say
 from hftl.losses import check_loss
-from hftl.lr_find import PICTURE, STEPS, Sweep, draw, report, scaled, sweep
+from hftl.lr_find import PICTURE, STEPS, check_one_process, draw, report, scaled, sweep
 from hftl.methods import Plan, Stage
 from hftl.methods.plan import epochs_between_evaluations, prepare_modules, with_least_steps
 from hftl.probes.beside import FOLDER as PROBE
@@ -65,22 +65,19 @@ def train_plan(
     stages, data = prepare(task, plan, splits, arguments)
     path = Path(str(arguments.output_dir))
     settings[folder.CHOSEN_PRECISION] = arguments.precision
-    found = None
-    if arguments.finds_learning_rate:
-        stages, found = _find_rate(task, plan, stages, splits, data, settings)
+    if arguments.resume and arguments.finds_learning_rate:
+        settings[folder.FOUND_RATE] = _found_rate(path)
     wait_for_all()  # every process has checked the folder before the first one writes into it
     if folder.is_main_process():
         with folder.explained_disk_errors(path):
             folder.start_folder(arguments, settings)
-            if found is not None:
-                draw(found, path / LOGS / PICTURE)
     wait_for_all()
     signals = StopSignals()
     try:
         with folder.explained_disk_errors(path):
             try:
                 trainer, records, results = _run_stages(
-                    task, stages, plan.model, splits, data, [signals, *plan.callbacks, *callbacks]
+                    task, plan, stages, splits, data, [signals, *plan.callbacks, *callbacks]
                 )
             except UsageError as error:
                 folder.discard_start(path)
@@ -105,6 +102,8 @@ def check_plan(plan: Plan, arguments: TransferArguments) -> None:
         UsageError: as said.
     """
     check_loss(arguments)
+    if arguments.finds_learning_rate:
+        check_one_process(arguments)
     check_wishes(plan, arguments)
     check_averaging(plan, arguments)
 
@@ -138,28 +137,39 @@ def prepare(
     return stages, data
 
 
-def _find_rate(
-    task: ClassificationTask,
-    plan: Plan,
-    stages: list[Stage],
-    splits: Splits,
-    data: dict[str, Any],
-    settings: dict[str, Any],
-) -> tuple[list[Stage], Sweep | None]:
-    """`--learning_rate auto`: the stages at the rate in the valley; an interrupted run keeps the one that it found."""
-    arguments, found = task.arguments, None
-    if arguments.resume:
-        rate = folder.read_yaml(Path(str(arguments.output_dir), CHECKPOINTS, RECIPE))[folder.FOUND_RATE]
-    else:
+def _found_rate(path: Path) -> float | None:
+    """What `--learning_rate auto` found before an interruption; None if that came before."""
+    return folder.read_yaml(path / CHECKPOINTS / RECIPE).get(folder.FOUND_RATE)
+
+
+def _searched_stage(plan: Plan) -> int:
+    """Number of the stage at whose beginning `--learning_rate auto` looks for the rate: the first beyond the head.
+
+    A range test with a head that knows nothing would find the rate of the head: in `lp_ft` the second stage's rate is
+    chosen from where the first ends.
+    """
+    head = set(backbones.head_parameters(plan.model))
+    return next((number for number, stage in enumerate(plan.stages) if not stage.trainable <= head), 0)
+
+
+def _with_rate(
+    task: ClassificationTask, plan: Plan, stages: list[Stage], splits: Splits, data: dict[str, Any]
+) -> list[Stage]:
+    """Stages, of which the first begins now, at the rate in the valley; an interrupted run keeps what it found."""
+    arguments = task.arguments
+    path = Path(str(arguments.output_dir))
+    rate = _found_rate(path)
+    if rate is None:
         say(f"learning rate: {STEPS} steps with a growing rate")
-        found = sweep(task, plan, stages[-1], splits, data)
+        found = sweep(task, plan, stages[0], splits, data)
         say(report(found))
+        draw(found, path / LOGS / PICTURE)
         rate = float(f"{found.valley:.2g}")  # as it is said, so that giving it repeats the run
-    settings[folder.FOUND_RATE] = rate
+        folder.remember(path, folder.FOUND_RATE, rate)
     stages, changed = scaled(plan, stages, rate, keeps_head="head_learning_rate" in arguments.given)
     for name, value in changed.items():
         setattr(arguments, name, value)
-    return stages, found
+    return stages
 
 
 def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> list[Stage]:
@@ -248,27 +258,32 @@ def _bytes_needed(plan: Plan, arguments: TransferArguments) -> int:
 
 def _run_stages(
     task: ClassificationTask,
+    plan: Plan,
     stages: list[Stage],
-    model: nn.Module,
     splits: Splits,
     data: dict[str, Any],
     callbacks: Sequence[Any],
 ) -> tuple[TransferTrainer, list[dict[str, Any]], dict[str, Any]]:
     """Train every stage that is not finished yet; the results are those of the last one."""
+    model = plan.model
     records: list[dict[str, Any]] = []
     finals: list[Path] = []
     pretrained = pretrained_weights(Plan(model, tuple(stages))) if task.arguments.wise_ft else {}
+    searched = _searched_stage(plan) if task.arguments.finds_learning_rate else None
     limits = [callback for callback in callbacks if isinstance(callback, TimeLimit)]
     start: dict[str, torch.Tensor] = {}
     first_run = len(stages) - task.arguments.soup_runs  # of the last stage, which mostly has one
-    for index, stage in enumerate(stages):
+    for index in range(len(stages)):
         is_late = bool(start) and any(limit.is_up for limit in limits)  # what there is makes the soup
         is_last = index + 1 == len(stages) or is_late
         if index == first_run and not is_last:
-            start = {name: tensor.clone() for name, tensor in changing_tensors(model, stage).items()}
+            start = {name: tensor.clone() for name, tensor in changing_tensors(model, stages[index]).items()}
         elif start:
-            put(changing_tensors(model, stage), start)
-        stage = _chosen(task, stage, model, splits)
+            put(changing_tensors(model, stages[index]), start)
+        stages[index] = _chosen(task, stages[index], model, splits)
+        if index == searched:
+            stages[index:] = _with_rate(task, plan, stages[index:], splits, data)
+        stage = stages[index]
         kept = keep_features(task, stage, model, splits, data, alone=len(stages) == 1, last=is_last)
         stage = stage if kept is None else kept.stage
         rows = data if kept is None else kept.data

@@ -172,6 +172,27 @@ def test_auto_is_the_same_as_giving_the_rate_that_it_found(world: Path, tmp_path
     assert_equal_weights(tmp_path / "auto", tmp_path / "given", tmp_path / "repeated")
 
 
+def test_the_rate_of_the_second_stage_is_chosen_from_where_the_first_ends(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept: list[tuple[str, float]] = []
+    before = training.sweep
+
+    def recording(task: Any, plan: Any, stage: Any, *others: Any) -> Any:
+        swept.append((stage.name, float(plan.model.classifier.weight.abs().max())))
+        return before(task, plan, stage, *others)
+
+    monkeypatch.setattr(training, "sweep", recording)
+    for method in ("full", "lp_ft"):
+        common = settings(world, "text", f"--method={method}", "--num_train_epochs=1", "--learning_rate=auto")
+        cli._run(["train", "text-classification", *common, f"--output_dir={tmp_path / method}"])
+    (whole, fresh), (second, fitted) = swept
+    assert (whole, second) == ("all", "all")
+    assert fitted > 3 * fresh  # the head is solved by then
+    stages = json.loads((tmp_path / "lp_ft" / "metrics.json").read_text())["train"]["stages"]
+    assert stages[1]["learning_rate"] == read_yaml(tmp_path / "lp_ft" / "recipe.yaml")["learning_rate"] / 2
+
+
 def assert_equal_weights(run: Path, *others: Path) -> None:
     weights = load_file(run / "model.safetensors")
     for other in others:
