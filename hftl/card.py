@@ -130,7 +130,7 @@ def write_card(
 
 def _inert(name: str) -> str:
     """A name that neither ends a cell of a table nor is taken for HTML."""
-    return html.escape(" ".join(name.split()), quote=False).replace("|", "\\|")
+    return html.escape(" ".join(name.split()), quote=False).replace("|", "&#124;")
 
 
 def _limits(splits: Splits, scores: dict[str, float], split: str) -> str:
@@ -157,17 +157,19 @@ def _limits(splits: Splits, scores: dict[str, float], split: str) -> str:
 
 def _training(train: dict[str, Any]) -> str:
     """The settings that matter, as lines of a table."""
-    lines = {}
+    lines = []
     for stage in train["stages"]:
         share = f"{stage['trainable_parameters']:,} of {stage['total_parameters']:,} parameters"
         how = "solved on the features"
         if "learning_rate" in stage:
-            how = f"{stage['steps']:,} steps of {stage['rows_a_step']} rows, rate {stage['learning_rate']:.2g}"
+            rows = f" of {stage['rows_a_step']} rows" if "rows_a_step" in stage else ""  # not in older runs
+            how = f"{stage['steps']:,} steps{rows}, rate {stage['learning_rate']:.2g}"
             how += f", head {stage['head_learning_rate']:.2g}"
-        lines[_inert(stage["name"])] = f"{share}, {how}"
-    versions = ", ".join(f"{name} {version}" for name, version in train["versions"].items())
-    lines |= {"seed": train["seed"], "precision": train["precision"], "versions": versions}
-    return "\n".join(f"| {name} | {text} |" for name, text in lines.items())
+        lines.append((_inert(stage["name"]), f"{share}, {how}"))
+    lines += [(name, train[name]) for name in ("seed", "precision") if name in train]
+    versions = ", ".join(f"{name} {version}" for name, version in train.get("versions", {}).items())
+    lines += [("versions", versions)] if versions else []
+    return "\n".join(f"| {name} | {text} |" for name, text in lines)
 
 
 def _probe(arguments: TransferArguments) -> str:

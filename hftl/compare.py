@@ -15,7 +15,7 @@ from hftl.answers import Answers, read_answers
 from hftl.arguments import read_yaml
 from hftl.errors import UsageError
 from hftl.folder import PREDICTIONS, RECIPE, say
-from hftl.report import known_rows, scored_rows
+from hftl.report import known_rows, read_splits
 from hftl.run import Run, load_run
 from hftl.tables import aligned
 from hftl.tasks.classification import Shown
@@ -63,7 +63,7 @@ def main(paths: Sequence[str], output: str | None) -> None:
     names = _names(paths)
     rows, answers = shared_answers(runs, names)
     settings = different_settings([read_yaml(run.folder / RECIPE) for run in runs])
-    shown = None if output is None else _examples_shown(runs[0], answers[0])
+    shown = None if output is None else _examples_shown(runs[0])
     compared = compare(answers, names, runs[0].label_names, rows, shown)
     say(_as_text(compared, settings, len(rows)))
     if output is not None:
@@ -186,19 +186,23 @@ def _example(
     }
 
 
-def _examples_shown(run: Run, answers: Answers) -> Callable[[str], Shown]:
-    """What shows a row by its id, from the run's data, where they can be read."""
-    rows = scored_rows(run)
-    places = known_rows(rows, answers)
-    return lambda row: run.task.shown(rows[places[row]]) if row in places else Shown()
+def _examples_shown(run: Run) -> Callable[[str], Shown]:
+    """What shows a row by its id, from the run's data, where these can be read and are what they were."""
+    splits = read_splits(run)
+    places = known_rows(splits, run)
+    return lambda row: run.task.shown(splits.scored[places[row]]) if splits and row in places else Shown()
 
 
 def different_settings(recipes: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     """The settings that are not the same in all runs, with each run's value."""
-    shown = [pages.settings(recipe) for recipe in recipes]
-    names = dict.fromkeys(name for settings in shown for name in settings)
-    values = {name: [settings.get(name, "") for settings in shown] for name in names}
-    return {name: found for name, found in values.items() if len(set(found)) > 1}
+    names = dict.fromkeys(name for recipe in recipes for name in pages.settings(recipe))
+    different = {}
+    for name in names:
+        values = [recipe.get(name) for recipe in recipes]
+        if any(value != values[0] for value in values):
+            shown = ["" if value is None else pages.shown(value) for value in values]
+            different[name] = shown if len(set(shown)) > 1 else list(map(str, values))
+    return different
 
 
 def _names(paths: Sequence[str]) -> list[str]:

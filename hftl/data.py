@@ -97,8 +97,9 @@ class Splits:
         """The notes, without the folders of this machine, and of each split the rows of every class by name."""
         counts = self._counts()
         rows = {role: dict(zip(self.label_names, part.tolist(), strict=True)) for role, part in counts.items()}
-        notes = [*self.notes, *_class_notes(counts["train"], self.label_names)]
-        return {"notes": [_without_folders(note, self.source) for note in notes], "rows": rows}
+        notes = [_without_folders(note, self.source) for note in self.notes]
+        notes += _class_notes(counts["train"], self.label_names)
+        return {"notes": notes, "rows": rows, "scored": self.fingerprint(self.scored)}
 
     def _counts(self) -> dict[str, np.ndarray[Any, Any]]:
         """Rows of each class in each split that is there."""
@@ -109,10 +110,10 @@ class Splits:
             if part is not None
         }
 
-    def fingerprint(self) -> str:
-        """A name for what is trained and validated on: the rows' ids, labels and texts; not the content of images."""
+    def fingerprint(self, *parts: datasets.Dataset) -> str:
+        """A name for rows, else for what is trained and validated on: ids, labels, texts; not the content of images."""
         digest = hashlib.blake2b(digest_size=8)
-        for part in (self.train, self.validation):
+        for part in parts or (self.train, self.validation):
             names = [name for name in ("id", "label", "text", "text_pair") if name in part.column_names]
             for rows in part.select_columns(names).iter(10_000):
                 digest.update(repr(rows).encode("utf-8", "surrogatepass"))
@@ -1058,9 +1059,11 @@ def _digest(source: str | bytes | None) -> bytes | None:
 
 def _without_folders(note: str, source: str) -> str:
     """A note without the places of the data and of this machine: of a path that is left its last part."""
-    for place in (os.path.abspath(os.path.expanduser(source)), os.path.expanduser(source), os.getcwd()):
-        note = note.replace(f"{place}{os.sep}", "")
-    return re.sub(r"(?<![\w./~])~?/(?:[^/\n]*/)*(?=[^/\s])", "", note.replace(os.path.expanduser("~"), "~"))
+    named = [os.path.expanduser(source)] if source and os.path.exists(os.path.expanduser(source)) else []
+    for place in (*map(os.path.abspath, named), *named, os.getcwd(), os.path.expanduser("~")):
+        if place.strip("/."):
+            note = re.sub(rf"(?<![\w./-]){re.escape(place.rstrip('/'))}/", "", note)
+    return re.sub(r"(?<![\w./~])~?/(?:[^/\s]+/)+(?=[^/\s])", "", note)
 
 
 def _class_table(counts: dict[str, np.ndarray[Any, Any]], label_names: list[str]) -> list[str]:

@@ -96,26 +96,26 @@ def token_attributions(model: Any, inputs: Mapping[str, torch.Tensor], label: in
         layer = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):  # as transformers says that there is none
         return None
-    with mixed_embeddings(layer, 1.0) as kept, torch.no_grad():
+    mean = layer.weight.detach().mean(dim=0)
+    with mixed_embeddings(layer, mean, 1.0) as kept, torch.no_grad():
         model(**inputs)
     if not kept or kept[0].shape[:2] != inputs["input_ids"].shape:
         return None
-    whole = kept[0].detach() - layer.weight.detach().mean(dim=0)
+    whole = kept[0].detach() - mean
     gradients = torch.zeros_like(whole)
     for step in range(_STEPS):  # one after the other: eight long texts at once may not fit
-        with mixed_embeddings(layer, (step + 0.5) / _STEPS) as kept, torch.enable_grad():
+        with mixed_embeddings(layer, mean, (step + 0.5) / _STEPS) as kept, torch.enable_grad():
             score = model(**inputs).logits[0, label]
             gradients += torch.autograd.grad(score, kept[0])[0] / _STEPS
     return (gradients * whole)[0].sum(dim=-1).float().cpu().numpy()
 
 
 @contextmanager
-def mixed_embeddings(layer: Any, share: float) -> Iterator[list[torch.Tensor]]:
+def mixed_embeddings(layer: Any, mean: torch.Tensor, share: float) -> Iterator[list[torch.Tensor]]:
     """Give tokens this share of their embedding, and of the mean of all embeddings the rest; kept for the gradient."""
     kept: list[torch.Tensor] = []
 
     def mix(module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:
-        mean = module.weight.detach().mean(dim=0)
         kept.append((mean + share * (output.detach() - mean)).requires_grad_())
         return kept[-1]
 

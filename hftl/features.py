@@ -587,7 +587,7 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
     if arguments.head_solver == "lbfgs":
         for flag in _unsolved(arguments, last=first[-1] == max(blocks.values())):
             raise UsageError(f"--head_solver lbfgs: {flag} is for a head that is trained. Leave one of them out.")
-    if arguments.head_solver == "lbfgs" and arguments.finds_learning_rate:
+    if arguments.head_solver == "lbfgs" and arguments.finds_learning_rate and first[-1] == max(blocks.values()):
         raise UsageError("--head_solver lbfgs has no learning rate to find: use --head_solver sgd, or give no rate.")
     if arguments.head_solver == "lbfgs" and arguments.feature_cache == "off":
         raise UsageError("--head_solver lbfgs needs kept features: leave out --feature_cache off.")

@@ -21,11 +21,11 @@ from hftl.folder import FOUND_IN_DATA, LOGS, METRICS, PREDICTIONS, say
 from hftl.lr_find import FEWEST, draw, report, sweep
 from hftl.methods import Plan, build_plan
 from hftl.repeats import repeat
-from hftl.report import scored_rows, write_report
+from hftl.report import read_splits, write_report
 from hftl.run import Run, load_run
 from hftl.tasks import find_task
 from hftl.tasks.classification import ClassificationTask
-from hftl.training import prepare, scores_of, train_plan
+from hftl.training import prepare, scores_of, searched_stage, train_plan
 
 
 def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Run:
@@ -58,15 +58,15 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
 
 
 def conclude(run: Run, splits: Splits, arguments: TransferArguments) -> None:
-    """What comes when the run is whole: its summary, the push to the Hub where that was asked for, the report."""
+    """What comes when the run is whole: its summary, the report, the push to the Hub where that was asked for."""
     if not folder.is_main_process():
         return
     say(run.summary())
+    # Another seed may have drawn other rows.
+    say(f"report:     {write_report(run, read_splits(run) if arguments.repeats > 1 else splits)}")
     if arguments.push_to_hub:
         name = arguments.hub_model_id or run.folder.name
         say(f"pushed to:  {run.push(name, private=arguments.hub_private_repo, token=arguments.hub_token)}")
-    rows = scored_rows(run) if arguments.repeats > 1 else splits.scored  # another seed may have drawn others
-    say(f"report:     {write_report(run, rows)}")
 
 
 def _search(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Run:
@@ -153,4 +153,7 @@ def find_learning_rate(task_name: str, tokens: Sequence[str], output: Path, step
     say(f"\n{report(found)}")
     with folder.explained_disk_errors(output.parent):
         draw(found, output)
-    say(f"\nnext: --learning_rate {found.valley:.2g} (--learning_rate auto does both)")
+    both = "--learning_rate auto does both"
+    if searched_stage(plan, arguments):
+        both = "with a head that has learned nothing yet; --learning_rate auto looks where its stage ends"
+    say(f"\nnext: --learning_rate {found.valley:.2g} ({both})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from hftl import folder, transferability
 from hftl.arguments import parse
+from hftl.errors import UsageError
 from hftl.ranking import features_of, load_rows
 from hftl.tables import aligned, as_csv
 from hftl.tasks import find_task
@@ -56,22 +58,29 @@ def main(task_name: str, tokens: Sequence[str], output: str | None) -> None:
     """
     task_class = find_task(task_name)
     arguments = parse(task_class.arguments_class, tokens)
+    if output is not None and os.path.exists(output):
+        place = os.path.abspath(os.path.expanduser(str(arguments.dataset_name)))
+        if Path(os.path.abspath(output)).is_relative_to(place):
+            raise UsageError(f"--output {output!r} is a part of the data: name another file.")
     splits = load_rows(arguments, task_class.modality)
     found = features_of(task_class(arguments), splits)
     present, labels = np.unique(found.labels, return_inverse=True)
     spectrum = transferability.decompose(transferability.with_constant(found.features))
     scores = transferability.leave_one_out(spectrum, labels)
-    sure = set(likely_label_errors(scores, labels)[0].tolist())
-    margins = scores.max(axis=1) - scores[np.arange(len(labels)), labels]
+    sure = dict(zip(*(values.tolist() for values in likely_label_errors(scores, labels)), strict=True))
+    rather = [sure.get(row, number) for row, number in enumerate(scores.argmax(axis=1).tolist())]
+    every = np.arange(len(labels))
+    margins = scores[every, rather] - scores[every, labels]
     order = [row for row in np.argsort(-margins, kind="stable").tolist() if margins[row] > 0]
     names, ids = [splits.label_names[number] for number in present], splits.train["id"]
     lines = [
-        [str(ids[row]), names[labels[row]], names[scores[row].argmax()], f"{margins[row]:.3f}", "yes" * (row in sure)]
+        [str(ids[row]), names[labels[row]], names[rather[row]], f"{margins[row]:.3f}", "yes" * (row in sure)]
         for row in order
     ]
     folder.say(
         f"of {len(labels):,} rows {len(lines):,} look like another class than their label says, {len(sure):,} of them "
         "surely, by the others and the model's features"
+        + (" (rows of a table: counting from 0)" if task_class.modality == "text" else "")
     )
     head = ["row", "label", "rather", "margin", "sure"]
     if lines:

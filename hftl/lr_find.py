@@ -161,7 +161,7 @@ def sweep(
     Args:
         task: with resolved arguments.
         plan: its model is trained.
-        stage: what trains: the plan's last stage.
+        stage: what trains.
         splits: the data with its labels.
         rows: the data sets of the splits, for the task's collator.
         steps: at most; with fewer the curve is coarser.
@@ -196,7 +196,7 @@ def sweep(
     if len(losses) < FEWEST:
         raise UsageError(
             f"The range test of the learning rate ended after {len(losses)} steps: the loss runs away at once. Give a "
-            "--learning_rate, and look at the data."
+            "--learning_rate (with --overwrite, if a stage is behind it), and look at the data."
         )
     # As in fastai: the first steps, in which nothing moves, and the last, where it has run away, suggest nothing.
     inner = slice(min(steps // 10, len(losses) // 4), max(len(losses) - 5, len(losses) * 3 // 4))

@@ -14,6 +14,7 @@ from hftl import charts, data, folder, pages
 from hftl.answers import Answers, read_answers
 from hftl.arguments import read_yaml, stage_arguments
 from hftl.charts import Line
+from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.folder import FOUND_IN_DATA, LOGS, PREDICTIONS, RECIPE
 from hftl.label_errors import likely_label_errors
@@ -35,12 +36,12 @@ _MOST_CURVES = charts.COLOURS
 _BINS = 10
 
 
-def write_report(run: Run, rows: Any) -> Path:
+def write_report(run: Run, splits: Splits | None) -> Path:
     """Write report.html into the run folder.
 
     Args:
         run: a finished run.
-        rows: the data set that predictions.csv is of, for the examples; None leaves them out.
+        splits: its data, for the examples; None leaves them out.
 
     Raises:
         UsageError: the run has no predictions.
@@ -49,27 +50,26 @@ def write_report(run: Run, rows: Any) -> Path:
     split = "test" if "test" in run.metrics else "validation"
     names = run.label_names
     recipe = pages.settings(read_yaml(run.folder / RECIPE))
-    found = run.folder / LOGS / FOUND_IN_DATA
-    places = known_rows(rows, answers)
+    places = known_rows(splits, run)
     page = pages.render(
         "report",
         title=run.folder.resolve().name,
         task=run.task.name,
         split=split,
         rows=len(answers.ids),
-        lost=len(answers.ids) - len(places),
+        at_hand=bool(places),
         scores=run.metrics[split],
         interval=share_interval(int(answers.correct.sum()), len(answers.ids)),
         metrics=run.metrics,
         training={"versions": {}, **run.metrics["train"]},  # older runs have none
         blocks=_blocks(run.metrics["train"]["stages"]),
         curves=_training_curves(run.folder / LOGS / "log.jsonl"),
-        data=folder.read_json(found) if found.is_file() else {"rows": {}},
+        data=found_in_data(run),
         classes=_classes(run.metrics[split], answers, names),
         confusion=_confusion(answers, names),
         reliability=_reliability(answers),
         ranking=_ranking_curves(answers, names),
-        mistakes=_mistakes(run, answers, rows, places),
+        mistakes=_mistakes(run, answers, splits, places),
         explained=_EXPLAINED,
         label_errors=_label_errors(answers, names),
         settings=recipe,
@@ -91,28 +91,33 @@ def remake_report(path: Path, task_class: type[ClassificationTask] | None = None
         UsageError: there is no finished run, or it has no predictions.
     """
     run = load_run(path, task_class)
-    return write_report(run, scored_rows(run))
+    return write_report(run, read_splits(run))
 
 
-def scored_rows(run: Run) -> Any:
-    """The data set that a finished run was scored on, read again; None where that cannot be done, which is said."""
+def read_splits(run: Run) -> Splits | None:
+    """The data of a finished run, read again; None where that cannot be done, which is said."""
     arguments = run.task.arguments
     if "repeats" in run.metrics:
         arguments = stage_arguments(arguments, seed=run.metrics["repeats"]["best_seed"])
     try:
-        return data.load_splits(arguments, run.task.modality).scored
+        return data.load_splits(arguments, run.task.modality)
     except UsageError as error:
         folder.say(f"no examples are shown, since the data cannot be read: {error}")
         return None
 
 
-def known_rows(rows: Any, answers: Answers) -> dict[str, int]:
-    """Where the predicted rows stand in a data set, by id; without those that have another label now."""
-    if rows is None:
+def known_rows(splits: Splits | None, run: Run) -> dict[str, int]:
+    """Where the rows of predictions.csv stand in the data, by id; nothing where these are not what they were."""
+    found = found_in_data(run)
+    if splits is None or found.get("scored") != splits.fingerprint(splits.scored):
         return {}
-    labels = dict(zip(answers.ids, answers.labels.tolist(), strict=True))
-    pairs = zip(rows["id"], rows["label"], strict=True)
-    return {row: place for place, (row, label) in enumerate(pairs) if labels.get(row) == label}
+    return {row: place for place, row in enumerate(splits.scored["id"])}
+
+
+def found_in_data(run: Run) -> dict[str, Any]:
+    """What the run kept of its data, see `Splits.found`; older ones have nothing."""
+    path = run.folder / LOGS / FOUND_IN_DATA
+    return folder.read_json(path) if path.is_file() else {"rows": {}}
 
 
 def _training_curves(path: Path) -> dict[str, Any]:
@@ -257,7 +262,7 @@ def _ranking_curves(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _mistakes(run: Run, answers: Answers, rows: Any, places: Mapping[str, int]) -> list[dict[str, Any]]:
+def _mistakes(run: Run, answers: Answers, splits: Splits | None, places: Mapping[str, int]) -> list[dict[str, Any]]:
     """The wrong answers of which the model is surest, with what it saw."""
     wrong = np.flatnonzero(~answers.correct)
     order = wrong[np.argsort(-answers.probabilities[wrong].max(axis=1), kind="stable")][:_EXAMPLES]
@@ -266,8 +271,8 @@ def _mistakes(run: Run, answers: Answers, rows: Any, places: Mapping[str, int]) 
     for number in order.tolist():
         row, said = answers.ids[number], int(answers.predictions[number])
         shown = Shown()
-        if row in places:
-            shown = run.task.shown(rows[places[row]], explainer if len(examples) < _EXPLAINED else None, said)
+        if splits is not None and row in places:
+            shown = run.task.shown(splits.scored[places[row]], explainer if len(examples) < _EXPLAINED else None, said)
         examples.append(
             {
                 "id": pages.shown(row),

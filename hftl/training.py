@@ -39,7 +39,7 @@ from hftl.folder import CHECKPOINTS, LOGS, RECIPE, read_json, say
 from hftl.losses import check_loss
 from hftl.lr_find import PICTURE, STEPS, check_one_process, draw, report, scaled, sweep
 from hftl.methods import Plan, Stage
-from hftl.methods.plan import epochs_between_evaluations, prepare_modules, with_least_steps
+from hftl.methods.plan import epochs_between_evaluations, fresh_parameters, prepare_modules, with_least_steps
 from hftl.probes.beside import FOLDER as PROBE
 from hftl.probes.beside import Probe, load_probe
 from hftl.saving import write_run
@@ -142,20 +142,28 @@ def _found_rate(path: Path) -> float | None:
     return folder.read_yaml(path / CHECKPOINTS / RECIPE).get(folder.FOUND_RATE)
 
 
-def _searched_stage(plan: Plan) -> int:
+def searched_stage(plan: Plan, arguments: TransferArguments) -> int:
     """Number of the stage at whose beginning `--learning_rate auto` looks for the rate: the first beyond the head.
 
     A range test with a head that knows nothing would find the rate of the head: in `lp_ft` the second stage's rate is
     chosen from where the first ends.
     """
-    head = set(backbones.head_parameters(plan.model))
-    return next((number for number, stage in enumerate(plan.stages) if not stage.trainable <= head), 0)
+    fresh = set(fresh_parameters(plan.model, arguments))
+    return next((number for number, stage in enumerate(plan.stages) if not stage.trainable <= fresh), 0)
 
 
 def _with_rate(
-    task: ClassificationTask, plan: Plan, stages: list[Stage], splits: Splits, data: dict[str, Any]
+    task: ClassificationTask,
+    plan: Plan,
+    stages: list[Stage],
+    splits: Splits,
+    data: dict[str, Any],
+    keeps_head: bool,
 ) -> list[Stage]:
-    """Stages, of which the first begins now, at the rate in the valley; an interrupted run keeps what it found."""
+    """Stages, of which the first begins now, at the rate in the valley; an interrupted run keeps what it found.
+
+    The head's rate stays where an earlier stage has had it: the recipe has one for all, and is to repeat the run.
+    """
     arguments = task.arguments
     path = Path(str(arguments.output_dir))
     rate = _found_rate(path)
@@ -166,7 +174,7 @@ def _with_rate(
         draw(found, path / LOGS / PICTURE)
         rate = float(f"{found.valley:.2g}")  # as it is said, so that giving it repeats the run
         folder.remember(path, folder.FOUND_RATE, rate)
-    stages, changed = scaled(plan, stages, rate, keeps_head="head_learning_rate" in arguments.given)
+    stages, changed = scaled(plan, stages, rate, keeps_head=keeps_head or "head_learning_rate" in arguments.given)
     for name, value in changed.items():
         setattr(arguments, name, value)
     return stages
@@ -269,7 +277,8 @@ def _run_stages(
     records: list[dict[str, Any]] = []
     finals: list[Path] = []
     pretrained = pretrained_weights(Plan(model, tuple(stages))) if task.arguments.wise_ft else {}
-    searched = _searched_stage(plan) if task.arguments.finds_learning_rate else None
+    searched = searched_stage(plan, task.arguments) if task.arguments.finds_learning_rate else None
+    chooses = any(stage.choose is not None for stage in stages)
     limits = [callback for callback in callbacks if isinstance(callback, TimeLimit)]
     start: dict[str, torch.Tensor] = {}
     first_run = len(stages) - task.arguments.soup_runs  # of the last stage, which mostly has one
@@ -282,7 +291,8 @@ def _run_stages(
             put(changing_tensors(model, stages[index]), start)
         stages[index] = _chosen(task, stages[index], model, splits)
         if index == searched:
-            stages[index:] = _with_rate(task, plan, stages[index:], splits, data)
+            trained = any("learning_rate" in record for record in records)  # a head that was not solved
+            stages[index:] = _with_rate(task, plan, stages[index:], splits, data, keeps_head=trained)
         stage = stages[index]
         kept = keep_features(task, stage, model, splits, data, alone=len(stages) == 1, last=is_last)
         stage = stage if kept is None else kept.stage
@@ -292,7 +302,7 @@ def _run_stages(
                 after.callback(kept.release)  # also where the stage fails, or a second fit would keep what stubs give
             trainer = _stage_trainer(task, stage, model, splits, rows, index, kept, run=index - first_run)
             after.callback(trainer.end_workers)
-            _check_sharding(task.arguments, trainer, model, stages)
+            _check_sharding(task.arguments, trainer, model, stages, chooses)
             for callback in callbacks:
                 trainer.add_callback(callback)
             final = Path(str(trainer.args.output_dir), "final")
@@ -587,7 +597,7 @@ def _evaluate(
 
 
 def _check_sharding(
-    arguments: TransferArguments, trainer: TransferTrainer, model: nn.Module, stages: list[Stage]
+    arguments: TransferArguments, trainer: TransferTrainer, model: nn.Module, stages: list[Stage], chooses: bool
 ) -> None:
     """Refuse what needs whole weights in each process, where they are sharded.
 
@@ -598,7 +608,7 @@ def _check_sharding(
         return
     needs_all = {
         f"--method {arguments.method}": hasattr(model, "peft_config"),
-        "--method surgical": any(stage.choose is not None for stage in stages),
+        "--method surgical": chooses,
         "--penalty": any(stage.penalty is not None for stage in stages),
     }
     for what in (name for name, found in needs_all.items() if found):

@@ -13,7 +13,7 @@ import tiny_models
 from forked import run_command
 
 from hftl.answers import Answers
-from hftl.compare import compare
+from hftl.compare import compare, different_settings
 
 
 def answers(labels: list[int], predictions: list[int], sure: float = 0.9) -> Answers:
@@ -50,6 +50,12 @@ def test_scores_intervals_and_who_wins() -> None:
     _, again = compare([one, one], ["one", "copy"], ["a", "b", "c"], one.ids)
     assert again.gains["accuracy"] == (0.0, 0.0, 0.0)
     assert (again.won, again.lost, again.probability) == (0, 0, 1.0)
+
+
+def test_settings_that_look_alike_are_shown_whole() -> None:
+    recipes = [{"model_name_or_path": f"/runs/{name}/checkpoint-100", "seed": 1, "output_dir": name} for name in "ab"]
+    assert different_settings(recipes) == {"model_name_or_path": ["/runs/a/checkpoint-100", "/runs/b/checkpoint-100"]}
+    assert different_settings([{"seed": 1}, {"seed": 1, "lora_r": 8}]) == {"lora_r": ["", "8"]}
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,11 @@ def test_pictures_in_the_wrong_folder_come_first(tmp_path: Path) -> None:
     assert f"of 60 rows {len(rows)} look like another class" in done.stdout
     assert not (tmp_path / "runs").exists()
 
+    (tmp_path / "table.csv").write_text("text,label\n")
+    words = ["check-labels", "text-classification", "--dataset=table.csv", "--model=x", "--output=table.csv"]
+    for same in (words, [word.replace("--dataset=table.csv", "--dataset=.") for word in words]):
+        refused = run_command(same, tmp_path)
+        assert (refused.returncode, "is a part of the data" in refused.stderr) == (2, True), refused.stderr
     again = run_command(["check-labels", "image-classification", *flags[:-1], "--output=none/x.csv"], tmp_path)
     assert (again.returncode, "there is no folder" in again.stderr) == (2, True)
     task = run_command(["check-labels", "--dataset=images"], tmp_path)

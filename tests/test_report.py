@@ -143,6 +143,15 @@ def test_it_can_be_made_anew(place: Path, image_run: Path) -> None:
     assert "no examples are shown, since the data cannot be read" in done.stdout
     assert "The data were not at hand" in Page(copy / "report.html").text
 
+    recipe.write_text(recipe.read_text().replace("dataset_name: gone", "dataset_name: images"))
+    moved = place / "images" / "test" / "red" / "0.png"
+    moved.rename(moved.with_name("other.png"))
+    done = run_command(["report", "copy"], place)
+    moved.with_name("other.png").rename(moved)
+    assert done.returncode == 0, done.stderr
+    assert "or have changed since" in Page(copy / "report.html").text
+    assert Page(copy / "report.html").count("img") == 0
+
     table = copy / "predictions.csv"
     table.write_text(table.read_text().replace("probability_red", "probability_pink"))
     other = run_command(["report", "copy"], place)
@@ -215,7 +224,8 @@ def test_every_architecture_says_what_its_answer_rests_on(name: str) -> None:
         assert values.shape == one["input_ids"].shape[1:]
         with torch.no_grad():
             whole = model(**one).logits[0, 1]
-            with explain.mixed_embeddings(model.get_input_embeddings(), 0.0):
+            layer = model.get_input_embeddings()
+            with explain.mixed_embeddings(layer, layer.weight.mean(dim=0), 0.0):
                 nothing = model(**one).logits[0, 1]
         assert values.sum() == pytest.approx(float(whole - nothing), rel=0.05, abs=2e-3)
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
@@ -332,12 +342,16 @@ def test_notes_of_the_data_name_no_folder(tmp_path: Path) -> None:
     home = Path.home()
     notes = {
         f"1 cannot be read: {tmp_path}/pets/gone.png (not an image)": "1 cannot be read: gone.png (not an image)",
-        f"test: {home}/alice bob/test.csv has no labels": "test: test.csv has no labels",
+        f"test: {home}/a b/test.csv has no labels": "test: a b/test.csv has no labels",
+        "test: /data/alice/test.csv has no labels": "test: test.csv has no labels",
         "validation: 3 of 24 train rows": "validation: 3 of 24 train rows",
         "a/b.png and 1/2": "a/b.png and 1/2",
+        "labels that differ: 'yes / no', 'and/or'": "labels that differ: 'yes / no', 'and/or'",
     }
+    (tmp_path / "pets").mkdir()
     for note, expected in notes.items():
         assert _without_folders(note, str(tmp_path / "pets")) == expected
+    assert _without_folders("meta/x and and/or", "") == "meta/x and and/or"
 
 
 def test_a_lone_carriage_return_stays_in_its_cell(tmp_path: Path) -> None:
