@@ -123,7 +123,7 @@ def as_markdown(content: dict[str, Any]) -> str:
         means = [statistics.mean(map(score, entries)) for entries in found if entries]
         mean = f"{statistics.mean(means):.1f}" if len(means) == len(names) else ""
         lines.append(f"| {variant} | " + " | ".join(map(_cell, found)) + f" | {mean} |")
-    lines += ["", *(f"- {note}" for note in content["notes"])] if content["notes"] else []
+    lines += ["", *(f"- {note}" for note in content["notes"])] if content.get("notes") else []
     return "\n".join(lines) + "\n"
 
 
