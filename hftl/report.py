@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hftl import charts, data, folder, pages
+from hftl import charts, data, folder, merging, pages
 from hftl.answers import Answers, read_answers
 from hftl.arguments import read_yaml, stage_arguments
 from hftl.charts import Line
@@ -266,7 +266,9 @@ def _mistakes(run: Run, answers: Answers, splits: Splits | None, places: Mapping
     """The wrong answers of which the model is surest, with what it saw."""
     wrong = np.flatnonzero(~answers.correct)
     order = wrong[np.argsort(-answers.probabilities[wrong].max(axis=1), kind="stable")][:_EXAMPLES]
-    explainer = run.model if run.probe is None and places and len(order) else None  # of its own head's answers
+    explainer: Any = None
+    if places and len(order) and run.probe is None:  # else another head gave the answers
+        explainer = None if merging.is_quantised(run.model) else run.model  # few bits may be packed for inference alone
     examples: list[dict[str, Any]] = []
     for number in order.tolist():
         row, said = answers.ids[number], int(answers.predictions[number])
