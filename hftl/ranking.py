@@ -102,11 +102,12 @@ def rank(
         check(arguments)
     splits = load_rows(settings[0], task_class.modality)
     candidates, started = [], time.perf_counter()
+    heads: dict[str, nn.Module | None] = {}
     scoring = 0.0
     for name, arguments in zip(models, settings, strict=True):
         found = features_of(task_class(arguments), splits)
         before = time.perf_counter()
-        candidates.append(_scored(name, found))
+        candidates.append(_scored(name, found, heads))
         scoring += time.perf_counter() - before
         say(f"{name}: {time.perf_counter() - started:.1f} s")
         started = time.perf_counter()
@@ -189,9 +190,12 @@ def features_of(task: ClassificationTask, splits: Splits) -> Pooled:
     )
 
 
-def _scored(name: str, found: Pooled) -> Candidate:
+def _scored(name: str, found: Pooled, heads: dict[str, nn.Module | None]) -> Candidate:
     spectrum = transferability.decompose(transferability.with_constant(found.features))
-    said = head_probabilities(found)
+    model = str(found.task.arguments.model_name_or_path)
+    if model not in heads:  # a model at several sizes is loaded once more, not once for each
+        heads[model] = trained_head(found)
+    said = head_probabilities(heads[model], found.features)
     return Candidate(
         rank=0,
         model=name,
@@ -206,8 +210,8 @@ def _scored(name: str, found: Pooled) -> Candidate:
     )
 
 
-def head_probabilities(found: Pooled) -> np.ndarray[Any, Any] | None:
-    """What the model's own trained head says of the rows, shape (rows, its classes); None where it has none."""
+def trained_head(found: Pooled) -> nn.Module | None:
+    """The output layer that the checkpoint itself has; None where it has none."""
     arguments = found.task.arguments
     name = str(arguments.model_name_or_path)
     if not is_pretrained(arguments) or isinstance(found.source, HeadInputs):
@@ -219,10 +223,15 @@ def head_probabilities(found: Pooled) -> np.ndarray[Any, Any] | None:
         )
     layer = model.get_submodule(found.source.name)
     fresh = any(backbones.is_below_any(key, (found.source.name,)) for key in report["missing_keys"])
-    if fresh or layer.out_features < 2:
+    return None if fresh or layer.out_features < 2 else layer
+
+
+def head_probabilities(head: nn.Module | None, features: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
+    """What a trained head says of features (rows, features), shape (rows, its classes); None where there is none."""
+    if head is None:
         return None
     with torch.no_grad():
-        return softmax(layer(torch.from_numpy(found.features)).numpy())
+        return softmax(head(torch.from_numpy(features)).numpy())
 
 
 _COLUMNS = {
