@@ -24,6 +24,7 @@ import numpy as np
 from torch import nn
 
 from hftl import compute, folder
+from hftl.answers import read_answers
 from hftl.arguments import TransferArguments, read_yaml, seconds_of, set_precision, stage_arguments
 from hftl.averaging import INGREDIENTS
 from hftl.callbacks import TimeLimit
@@ -276,7 +277,8 @@ class Ladder:
             return True
         sign = 1 if self.arguments.greater_is_better else -1
         gain = sign * (self._score(place) - self._score(self.path))
-        before, now = (_correct(path / PREDICTIONS) for path in (self.path, place))
+        names = self.task.label_names
+        before, now = (read_answers(path / PREDICTIONS, names).correct for path in (self.path, place))
         return gain > math.sqrt(np.sum(now != before)) / len(now) + 1e-9  # what rounding leaves is no gain
 
     def _measure(self) -> tuple[float, float]:
@@ -336,12 +338,6 @@ def search(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tran
 def budget_seconds(arguments: TransferArguments) -> float:
     """Seconds of `--time_budget`, else of `--preset`."""
     return seconds_of(arguments.time_budget or PRESETS[arguments.preset or "medium"])
-
-
-def _correct(path: Path) -> np.ndarray[Any, Any]:
-    """Whether each prediction of a run is right, shape (rows,), as 0 and 1."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return np.array([float(row["label"] == row["prediction"]) for row in csv.DictReader(file)])
 
 
 def _table(trials: list[Trial], metric: str) -> str:

@@ -122,19 +122,12 @@ def found_in_data(run: Run) -> dict[str, Any]:
 
 def _training_curves(path: Path) -> dict[str, Any]:
     """Losses and scores over the steps of all stages, one after the other."""
-    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     nothing: tuple[list[float], list[float]] = ([], [])
     points: dict[str, tuple[list[float], list[float]]] = {}
     offset, last, stage = 0, 0, None
-    for entry in entries:
+    for entry in _log_entries(path):
         if entry["stage"] != stage:
             offset, stage = offset + last, entry["stage"]
-        elif entry["step"] < last:  # an interruption: what was done again counts once
-            kept = {name: [x < offset + entry["step"] for x in xs] for name, (xs, _) in points.items()}
-            points = {
-                name: tuple([v for v, stays in zip(values, kept[name], strict=True) if stays] for values in pair)  # type: ignore[misc]
-                for name, pair in points.items()
-            }
         last = entry["step"]
         for name in ("loss", "eval_loss", "eval_accuracy", "eval_f1_macro"):
             if name in entry and math.isfinite(entry[name]):
@@ -158,6 +151,16 @@ def _training_curves(path: Path) -> dict[str, Any]:
             ends = ", ".join(f"{line.name} {line.ys[0]:.3g} to {line.ys[-1]:.3g}" for line in filled)
             drawn[name] = charts.line_chart(filled, f"{name} over the steps of training: {ends}", "step", name)
     return drawn
+
+
+def _log_entries(path: Path) -> list[dict[str, Any]]:
+    """The lines of a training log; what was done again after an interruption counts once."""
+    kept: list[dict[str, Any]] = []
+    for entry in map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.is_file() else ()):
+        if kept and kept[-1]["stage"] == entry["stage"] and kept[-1]["step"] > entry["step"]:
+            kept = [old for old in kept if old["stage"] != entry["stage"] or old["step"] < entry["step"]]
+        kept.append(entry)
+    return kept
 
 
 def _blocks(stages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -178,8 +179,9 @@ def run_folder(folder: Path, accuracy: float, right: list[int]) -> Path:
     """What a comparison of two runs reads: a score, and which predictions are right."""
     folder.mkdir()
     (folder / "metrics.json").write_text(json.dumps({"validation": {"accuracy": accuracy}}))
-    rows = [f"{row},good,{'good' if entry else 'bad'}" for row, entry in enumerate(right)]
-    (folder / PREDICTIONS).write_text("\n".join(["id,label,prediction", *rows]) + "\n")
+    rows = [f"{row},good,{'good' if entry else 'bad'},0.5,0.5" for row, entry in enumerate(right)]
+    head = "id,label,prediction,probability_bad,probability_good"
+    (folder / PREDICTIONS).write_text("\n".join([head, *rows]) + "\n")
     return folder
 
 
@@ -189,6 +191,7 @@ def test_only_more_than_chance_takes_the_place(tmp_path: Path, gains: int, losse
     now = np.array([1] * gains + [0] * losses + [1] * (40 - gains - losses))
     ladder = object.__new__(auto.Ladder)
     ladder.path = run_folder(tmp_path / "run", before.mean(), before.tolist())
+    ladder.task = SimpleNamespace(label_names=["bad", "good"])  # type: ignore[assignment]
     arguments: Any = type("Arguments", (), {"metric_for_best_model": "accuracy", "greater_is_better": True})
     ladder.arguments = arguments
     assert ladder._is_better(run_folder(tmp_path / "trial", now.mean(), now.tolist())) == better
