@@ -178,7 +178,7 @@ def _example(
     one: Answers, first: Answers, row: Any, classes: Sequence[str], rows: Sequence[str], shown: Any
 ) -> dict[str, Any]:
     return {
-        "id": pages.shown(rows[row]),
+        "id": pages.row_name(rows[row]),
         "label": classes[one.labels[row]],
         "prediction": classes[one.predictions[row]],
         "first": classes[first.predictions[row]],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hftl import __version__
+from hftl.pretrained import public_name
 
 #: settings that say where files lie, or nothing
 _UNSHOWN = {"output_dir", "task", "hub_model_id", "logging_dir"}
@@ -29,8 +30,10 @@ def settings(recipe: Mapping[str, Any]) -> dict[str, str]:
 
 
 def shown(value: Any) -> str:
-    """Of a path the last part, since the folders around it are nobody's business; `file.py:function` stays together."""
-    if isinstance(value, list):
-        return ", ".join(map(shown, value))
-    text = str(value)
-    return Path(text).name if Path(text).is_absolute() or text.startswith("~") else text
+    """A setting without the folders of this machine; `file.py:function` stays together."""
+    return ", ".join(map(public_name, value)) if isinstance(value, list) else public_name(value)
+
+
+def row_name(row: str) -> str:
+    """The id of a row: a path within the data whole, of any other the last part."""
+    return public_name(row) if os.path.isabs(row) else row

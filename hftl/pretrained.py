@@ -112,8 +112,8 @@ def hub_options(arguments: TransferArguments, source: str | Path) -> dict[str, A
 def public_name(name: str | None) -> str:
     """A name of a model or data set without the folders of this machine."""
     text = str(name)
-    is_path = os.path.isabs(os.path.expanduser(text)) or os.path.exists(text)
-    return Path(text).name if is_path else text
+    path = os.path.expanduser(text)
+    return os.path.basename(os.path.abspath(path)) if os.path.isabs(path) or os.path.exists(path) else text
 
 
 def load_model(

@@ -280,7 +280,7 @@ def _mistakes(run: Run, answers: Answers, splits: Splits | None, places: Mapping
             shown = run.task.shown(splits.scored[places[row]], explainer if len(examples) < _EXPLAINED else None, said)
         examples.append(
             {
-                "id": pages.shown(row),
+                "id": pages.row_name(row),
                 "label": run.label_names[answers.labels[number]],
                 "prediction": run.label_names[said],
                 "probability": float(answers.probabilities[number].max()),
@@ -295,7 +295,7 @@ def _label_errors(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
     found, rather = likely_label_errors(answers.probabilities, answers.labels)
     lines = [
         {
-            "id": pages.shown(answers.ids[row]),
+            "id": pages.row_name(answers.ids[row]),
             "label": names[answers.labels[row]],
             "rather": names[other],
             "own": float(answers.probabilities[row, answers.labels[row]]),

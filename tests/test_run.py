@@ -27,7 +27,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 import hftl
 from hftl import card, cli
 from hftl.folder import check_output_folder, check_space, default_output_dir, promote, resume_settings
-from hftl.pretrained import save_model
+from hftl.pretrained import public_name, save_model
 from hftl.tasks.text_classification import TextClassification
 
 
@@ -204,6 +204,20 @@ def test_card_has_what_the_hub_reads(image_run: hftl.Run) -> None:
     assert "Fewer than 20 training rows: blue, green, red." in found.content
     stage = image_run.metrics["train"]["stages"][0]
     assert f"{stage['steps']} steps of 32 rows, rate {stage['learning_rate']:.2g}" in found.content
+
+
+def test_names_have_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    names = {
+        ".": tmp_path.name,
+        "data/": "data",
+        "../gone": "../gone",
+        f"{tmp_path}/gone/x": "x",
+        "~/m": "m",
+        "a/b": "a/b",
+    }
+    assert {name: public_name(name) for name in names} == names
 
 
 def test_names_in_the_card_are_inert() -> None:
