@@ -276,6 +276,7 @@ class KeptDataset(Dataset[dict[str, Any]]):
         values = first.new_empty(len(places), *first.shape)
         for value, place in zip(values, places, strict=True):
             value.copy_(self.shards.read(place))
+        self.shards.release()
         return values, torch.tensor(self.labels).repeat(len(self.places))
 
 

@@ -7,14 +7,16 @@ folder, and an interrupted extraction goes on.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
+import sys
 import time
 import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +35,20 @@ _STORED: dict[str, np.dtype[Any]] = {
 
 class NotKept(Exception):
     """The activations cannot be kept, and training goes on without; the message says why."""
+
+
+class _Shard(NamedTuple):
+    """Values of all rows, the keys of the rows and where each ends, and the file that the values are read from."""
+
+    values: np.ndarray[Any, Any]
+    keys: np.ndarray[Any, Any]
+    ends: np.ndarray[Any, Any]
+    mapped: mmap.mmap
+
+    def release(self) -> None:
+        """Give back the memory of what was read; it is read again when it is asked for."""
+        if sys.platform != "win32":
+            self.mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class Shards:
@@ -61,7 +77,7 @@ class Shards:
         except (OSError, ValueError) as error:
             raise NotKept(f"{folder} cannot be used: {error}") from error
         self.dtype = DTYPES[self.settings["dtype"]]
-        self._opened: dict[Path, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
+        self._opened: dict[Path, _Shard] = {}
         self.reload()
 
     def reload(self) -> None:
@@ -71,27 +87,29 @@ class Shards:
                 shard = self._open(path)
                 if shard is not None:
                     self._opened[path] = shard
-        shards = list(self._opened.values())
-        self._data = [data for data, _, _ in shards]
-        keys = [keys for _, keys, _ in shards]
+        self._shards = list(self._opened.values())
+        keys = [shard.keys for shard in self._shards]
         places = [
             np.stack([np.full_like(ends, number), ends - np.diff(ends, prepend=0), ends], axis=1)
-            for number, (_, _, ends) in enumerate(shards)
+            for number, ends in enumerate(shard.ends for shard in self._shards)
         ]
         every = np.concatenate(keys) if keys else np.empty(0, np.uint64)
         order = np.argsort(every, kind="stable")
         self._keys = every[order]
         self._places = (np.concatenate(places) if places else np.empty((0, 3), np.int64))[order]
 
-    def _open(self, path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
-        """Values, keys and ends of a shard, or None where it is damaged."""
+    def _open(self, path: Path) -> _Shard | None:
+        """A shard, or None where it is damaged."""
         data = path.with_suffix(".bin")
         try:
             with np.load(path) as index:
                 keys, ends, checksum = index["keys"], index["ends"], int(index["checksum"])
-            values = np.memmap(data, dtype=_STORED[self.settings["dtype"]], mode="r")
-            if len(values) == ends[-1] and zlib.crc32(values.data) == checksum:
-                return values, keys, ends
+            with data.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            shard = _Shard(np.frombuffer(mapped, dtype=_STORED[self.settings["dtype"]]), keys, ends, mapped)
+            if len(shard.values) == ends[-1] and zlib.crc32(mapped) == checksum:
+                shard.release()
+                return shard
             reason = "its checksum is another"
         except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             reason = str(error)
@@ -113,11 +131,16 @@ class Shards:
 
     def read(self, place: np.ndarray[Any, Any]) -> torch.Tensor:
         """One row from its place."""
-        shard, start, end = place
-        values = torch.from_numpy(np.array(self._data[shard][start:end]))
+        number, start, end = place
+        values = torch.from_numpy(np.array(self._shards[number].values[start:end]))
         values = values.view(torch.bfloat16) if self.settings["dtype"] == "bfloat16" else values
         shape = self.settings["shape"]
         return values.view(-1, *shape) if self.settings["ragged"] else values.view(shape)
+
+    def release(self) -> None:
+        """Give back the memory of what was read so far."""
+        for shard in self._shards:
+            shard.release()
 
     def write(self, keys: np.ndarray[Any, Any], rows: Sequence[torch.Tensor]) -> None:
         """Publish rows as one shard.
