@@ -133,6 +133,8 @@ def prepare(
         for stage in stages:
             if stage.reference is not None:  # what a penalty compares with has the same statistics
                 stage.reference.load_state_dict(plan.model.state_dict(), strict=False)
+    if arguments.device.type == "cpu" and not mostly_frozen(stages[-1], plan.model):
+        compute.keep_freed_memory()
     _settle_precision(task, stages[-1], plan.model, data["train"], path)
     return stages, data
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -411,6 +415,34 @@ def test_cores_that_a_launcher_leaves_unused_are_said(
     assert capsys.readouterr().out == ""
     compute.share_threads(on_cpu=True)
     assert capsys.readouterr().out.startswith("1 of 4 cores computes")
+
+
+_FAULTS = """
+import resource, sys
+import torch
+from hftl import compute
+if sys.argv[1] == "keep":
+    compute.keep_freed_memory()
+for step in range(9):
+    if step == 1:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_used_again() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+
+    def faults(mode: str, **settings: str) -> int:
+        command = [sys.executable, "-c", _FAULTS, mode]
+        done = subprocess.run(command, env=environment | settings, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    given_back = faults("give back")
+    assert faults("keep") * 5 < given_back
+    assert faults("keep", MALLOC_MMAP_MAX_="9") * 5 > given_back  # what the person says stays
 
 
 # --- memory and compilation ------------------------------------------------------------------------------------------
