@@ -14,8 +14,9 @@
 without it the built-in digits and movie snippets take their place. Every run is a process of its own (so that memory
 and imports are its own), peers take turns, and who goes first changes every repeat. Data are cut once, before, so that
 all have the same rows. A run is cold when its HFTL_HOME holds the built-in weights and nothing else, warm when another
-training filled it. Written: benchmarks/results.md and results.json (with --scaling: scaling.png and scaling.json; with
---per-step: steps.json; with --quality: quality.md and quality.json, which grow from call to call).
+training filled it. Written: benchmarks/results.md and results.json, in which comparisons of earlier calls on the same
+machine stay (with --scaling: scaling.png and scaling.json; with --per-step: steps.json; with --quality: quality.md and
+quality.json, which grow from call to call).
 
 --quality wants dogs_cats, blood_cells, mnist_small (images) and movie_snippets, sst2, trec (texts) in `--data-root`, or
 those of them that `--columns` names, which have `, 16 a class` behind the name where 16 rows a class are drawn.
@@ -172,7 +173,7 @@ def measure(
             if repeat >= repeats[wanted] or wanted in failed:
                 continue
             try:
-                figures = runner.run(wanted)
+                figures = runner.run(wanted, repeat)
             except JobError as error:
                 print(f"FAILED {error}", file=sys.stderr, flush=True)
                 failed.add(wanted)
@@ -185,7 +186,7 @@ def measure(
             for name, comparison in chosen.items()
             if (kept := without(comparison, failed)) is not None
         }
-        report.write(options.output, content)
+        report.write(options.output, content, list(COMPARISONS))
     content["failed"] = len(failed)
 
 

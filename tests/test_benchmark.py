@@ -69,6 +69,15 @@ def test_a_faster_run_that_does_other_work_misses_the_target(check: str, mine: A
     assert result["met"] is holds
 
 
+@pytest.mark.parametrize(("summed_otherwise", "holds"), [([0.7, 0.53], True), ([0.7, 0.505], False)])
+def test_losses_may_differ_as_rounding_makes_them(summed_otherwise: list[float], holds: bool) -> None:
+    ours, mine = made_up("hftl", [1.0], losses=[0.7, 0.52])
+    theirs, other = made_up("peer", [9.0], losses=[0.7, 0.5])
+    again, third = made_up("peer, other order", [9.0], losses=summed_otherwise)
+    comparison = Comparison("", ours, (theirs, again), 2.0, checks=("losses",))
+    assert summarise(comparison, {ours: mine, theirs: other, again: third})["met"] is holds
+
+
 def test_figures_of_a_run() -> None:
     raw = {"imported": 4.0, "ended": 9.0, "steps": [5.0, 6.0, 6.5, 7.0], "rows_a_step": 8}
     figures = jobs.figures(raw, 10.0)
@@ -122,6 +131,31 @@ def test_what_is_missing_is_said_before_anything_runs() -> None:
         done = run_script("--scaling")
         assert done.returncode == 2
         assert "matplotlib" in done.stderr
+
+
+def test_table_grows_from_call_to_call_on_one_machine(tmp_path: Path) -> None:
+    ours, mine = made_up("hftl", [2.0], step_seconds=0.1)
+    theirs, other = made_up("peer", [8.0])
+    result = summarise(Comparison("", ours, (theirs,), 4.0), {ours: mine, theirs: other})
+
+    def names(name: str, cpu: str, rows: int = 9) -> list[str]:
+        settings = {"rows": rows, "quick": False, "data": "builtin", "repeats": 1}
+        content = {"machine": {"cpu": cpu, "cores": 2, "gpu": None}, "versions": {"torch": "9"}, "settings": settings}
+        report.write(
+            tmp_path, {**content, "date": "a day", "commit": name, "notes": [], "results": {name: result}}, "ab"
+        )
+        return [
+            f"{kept} {entry['made']['commit']}"
+            for kept, entry in json.loads((tmp_path / "results.json").read_text())["results"].items()
+        ]
+
+    assert names("b", "slow") == ["b b"]
+    assert names("a", "slow") == ["a a", "b b"]
+    page = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "a: 1 repeats, a day, commit a" in page
+    assert page.count("| hftl |") == 2
+    assert names("a", "slow", rows=10) == ["a a"]
+    assert names("b", "fast") == ["b b"]
 
 
 def test_failed_job_shows_what_it_printed(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def _hftl_parts(settings: Settings) -> tuple[Any, Any, dict[str, Any]]:
     parts, names = read_data(settings)
     arguments = hftl.parse(arguments_class, settings["flags"])
     task = task_class(arguments)
-    splits = Splits(parts["train"], parts["validation"], parts["test"], names, {}, [])
+    splits = Splits(parts["train"], parts["validation"], parts["test"], names, {})
     plan = hftl.build_plan(task.build_model(splits), arguments)
     return task, plan, {split: task.dataset(rows, training=split == "train") for split, rows in parts.items()}
 
@@ -139,8 +139,12 @@ def trainer_same_blocks(settings: Settings, clock: Clock) -> dict[str, Any]:
                 module.training = False
             return super().compute_loss(model, *others, **more)
 
-    def collate(examples: Any) -> dict[str, Any]:  # in torch's own order of dimensions, as a plain Trainer has it
-        return {name: value.contiguous() for name, value in task.collate(examples).items()}
+    order_of_dimensions = torch.channels_last if settings["channels_last"] else torch.contiguous_format
+    model.to(memory_format=order_of_dimensions)
+
+    def collate(examples: Any) -> dict[str, Any]:
+        batch = task.collate(examples)
+        return {**batch, "pixel_values": batch["pixel_values"].contiguous(memory_format=order_of_dimensions)}
 
     arguments = transformers.TrainingArguments(
         output_dir=settings["output"],

@@ -15,6 +15,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CPU_CONFIG = ROOT / "accelerate_configs" / "cpu_2_processes.yaml"
+#: hftl's own, of the first repeat
+SEED = 42
 GPU_CONFIG = ROOT / "accelerate_configs" / "multi_gpu.yaml"
 
 
@@ -30,7 +32,7 @@ class Job:
         name: how tables call it.
         peer: a key of `benchmark.peers.PEERS`.
         settings: for the peer, as JSON (so that equal jobs are equal, and run once); `{output}` stands for the folder
-            that it may write into, `{before}` for that of the job before.
+            that it may write into, `{before}` for that of the job before, `{seed}` for a number of each repeat's own.
         before: a job that is done once, untimed; this one goes on with its `HFTL_HOME` (a warm cache) and may read its
             output. Without it each run starts with a home that holds the built-in weights and nothing else (cold).
         processes: more than one are started by `accelerate launch`.
@@ -66,8 +68,8 @@ class Runner:
     done: dict[Job, Path] = field(default_factory=dict)
     count: int = 0
 
-    def run(self, wanted: Job) -> dict[str, Any]:
-        """One timed run; its figures, see `figures`.
+    def run(self, wanted: Job, repeat: int = 0) -> dict[str, Any]:
+        """One timed run, the how manieth of its kind; its figures, see `figures`.
 
         Raises:
             JobError: the subprocess failed.
@@ -76,7 +78,7 @@ class Runner:
         place = self._place()
         home = before / "home" if before else self._fresh_home(place)
         try:
-            return self._start(wanted, place, home, before)
+            return self._start(wanted, place, home, before, SEED + repeat)
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
@@ -99,8 +101,8 @@ class Runner:
         shutil.copytree(self.home, place / "home")
         return place / "home"
 
-    def _start(self, wanted: Job, place: Path, home: Path, before: Path | None) -> dict[str, Any]:
-        settings = wanted.settings.replace("{output}", str(place / "output"))
+    def _start(self, wanted: Job, place: Path, home: Path, before: Path | None, seed: int = SEED) -> dict[str, Any]:
+        settings = wanted.settings.replace("{output}", str(place / "output")).replace("{seed}", str(seed))
         settings = settings.replace("{before}", str(before / "output") if before else "")
         result = place / "result.json"
         command = [wanted.python or sys.executable, *self._launcher(wanted.processes)]

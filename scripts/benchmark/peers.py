@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmark import jobs
 from benchmark.by_hand import bare_loop, features_by_hand, tensor_steps, trainer_same_blocks
 from benchmark.common import CORES, Clock, Settings, accuracy_of, model_folder, open_image, read_data, read_table
 
@@ -72,7 +73,7 @@ def trainer(settings: Settings, clock: Clock) -> dict[str, Any]:
 
     clock.watch_steps()
     clock.imports_done()
-    transformers.set_seed(42)
+    transformers.set_seed(int(settings.get("seed", jobs.SEED)))
     parts, names = read_data(settings)
     model, data, collate = (_image_parts if settings["task"] == "image" else _text_parts)(settings, parts, names)
     head = [name for name, _ in model.named_parameters() if "classifier" in name]

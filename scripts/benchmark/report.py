@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,24 +74,44 @@ def as_markdown(content: dict[str, Any]) -> str:
     head, *rows = table(content["results"])
     machine, versions = content["machine"], content["versions"]
     lines = ["# Benchmark", ""]
-    lines += [f"{content['date']}, commit {content['commit']}, {machine['cpu']}, {machine['cores']} cores"]
-    lines[-1] += f", {machine['gpu']}" if machine["gpu"] else ""
+    lines += [f"{machine['cpu']}, {machine['cores']} cores" + (f", {machine['gpu']}" if machine["gpu"] else "")]
     lines += ["", ", ".join(f"{name} {version}" for name, version in versions.items()), ""]
     settings = content["settings"]
-    lines += [f"`{settings['command']}`: every run a process of its own, in turns; repeats: {settings['repeats']}. "]
-    lines[-1] += "Ratio: time of the peer over that of hftl, of the fastest runs; beside it the repeats' own ratios."
+    lines += [
+        f"`python scripts/benchmark.py`, training rows of texts: {settings['rows']:,}: every run a process of its own, "
+    ]
+    lines[-1] += (
+        "in turns. Ratio: time of the peer over that of hftl, of the fastest runs; beside it the repeats' own ratios."
+    )
     lines += ["", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    checks = [f"- {name}: {check['text']}" for name, r in content["results"].items() for check in r["checks"].values()]
     notes = [f"- {note}" for note in content["notes"]]
-    lines += ["", *checks] if checks else []
+    lines += [""]
+    for name, result in content["results"].items():
+        checks = "".join(f"; {check['text']}" for check in result["checks"].values())
+        made = result["made"]
+        lines += [f"- {name}: {made['repeats']} repeats, {made['date'][:10]}, commit {made['commit']}{checks}"]
     lines += ["", "Left out or failed:", "", *notes] if notes else []
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path, content: dict[str, Any]) -> None:
-    """`results.json` and `results.md`."""
-    write_pair(folder, "results", content, as_markdown(content))
+def write(folder: Path, content: dict[str, Any], order: Sequence[str]) -> None:
+    """`results.json` and `results.md`; comparisons that an earlier call made on such a machine stay in them.
+
+    Args:
+        folder: of the files.
+        content: what `describe` gave, `settings`, `notes` and `results`.
+        order: names of all comparisons.
+    """
+    path = folder / "results.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else content
+    same = all(earlier[key] == content[key] for key in ("machine", "versions"))
+    same = same and all(earlier["settings"][key] == content["settings"][key] for key in ("rows", "quick", "data"))
+    made = {"date": content["date"], "commit": content["commit"], "repeats": content["settings"]["repeats"]}
+    results = {name: {**result, "made": made} for name, result in content["results"].items()}
+    results = {**(earlier["results"] if same else {}), **results}
+    whole = {**content, "results": {name: results[name] for name in order if name in results}}
+    write_pair(folder, "results", whole, as_markdown(whole))
 
 
 def write_pair(folder: Path, name: str, content: dict[str, Any], page: str) -> None:
