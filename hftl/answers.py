@@ -14,6 +14,7 @@ import numpy.typing as npt
 from hftl import folder
 from hftl.data import Splits
 from hftl.errors import UsageError
+from hftl.inert import from_cell
 from hftl.metrics import softmax
 from hftl.tables import as_csv
 
@@ -61,7 +62,7 @@ def read_answers(path: Path, label_names: Sequence[str]) -> Answers:
         raise UsageError(f"{str(path.parent)!r} has no {path.name}, which a training writes: train the run anew.")
     numbers = {name: number for number, name in enumerate(label_names)}
     with path.open(encoding="utf-8", newline="") as file:
-        head, *lines = csv.reader(file)
+        head, *lines = ([from_cell(cell) for cell in line] for line in csv.reader(file))
     if head != _head(label_names) or not lines:
         raise UsageError(f"{str(path)!r} is not of this run: its columns are not those of the run's classes.")
     return Answers(

@@ -12,6 +12,7 @@ import numpy as np
 
 from hftl import compute
 from hftl.errors import UsageError
+from hftl.inert import visible
 
 #: rows at once on an accelerator
 _ROWS = 32
@@ -95,7 +96,7 @@ def _finished(
         except UsageError as error:
             if not skip_bad_files:
                 raise
-            print(f"left out: {error}", file=sys.stderr, flush=True)
+            print(visible(f"left out: {error}"), file=sys.stderr, flush=True)
             continue
         kept.append(index)
     return kept, read

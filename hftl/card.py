@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hftl.arguments import TransferArguments
 from hftl.data import Splits
+from hftl.inert import in_markdown
 from hftl.joined import as_flags, wished
 from hftl.merging import BASE
 from hftl.metrics import share_interval
@@ -108,7 +108,7 @@ def write_card(
     if getattr(arguments, "test_time_flip", False):
         rows.append("\nOf each image and its mirror image (`--test_time_flip`); plain transformers takes it alone.")
     classes = [
-        f"| {_inert(name)} | {count:,} | "
+        f"| {in_markdown(name)} | {count:,} | "
         + " | ".join(f"{plain.get(f'{kind}/{name}', 0.0):.4f}" for kind in ("precision", "recall", "f1"))
         + " |"
         for name, count in zip(splits.label_names, class_counts(splits), strict=True)
@@ -128,11 +128,6 @@ def write_card(
     ModelCard(f"---\n{header.to_yaml()}\n---\n\n{text}").save(target / "README.md")
 
 
-def _inert(name: str) -> str:
-    """A name that neither ends a cell of a table nor is taken for HTML."""
-    return html.escape(" ".join(name.split()), quote=False).replace("|", "&#124;")
-
-
 def _limits(splits: Splits, scores: dict[str, float], split: str) -> str:
     """What one should know before relying on the model, as a list."""
     rows, counts = len(splits.scored), class_counts(splits)
@@ -142,7 +137,7 @@ def _limits(splits: Splits, scores: dict[str, float], split: str) -> str:
         lines.append(
             "There was no test split: the model was chosen by these scores, new data may well give lower ones."
         )
-    few = [_inert(name) for name, count in zip(splits.label_names, counts, strict=True) if count < _FEW]
+    few = [in_markdown(name) for name, count in zip(splits.label_names, counts, strict=True) if count < _FEW]
     if few:
         more = f" and {len(few) - _NAMED} more" if len(few) > _NAMED else ""
         lines.append(f"Fewer than {_FEW} training rows: {', '.join(few[:_NAMED])}{more}.")
@@ -165,7 +160,7 @@ def _training(train: dict[str, Any]) -> str:
             rows = f" of {stage['rows_a_step']} rows" if "rows_a_step" in stage else ""  # not in older runs
             how = f"{stage['steps']:,} steps{rows}, rate {stage['learning_rate']:.2g}"
             how += f", head {stage['head_learning_rate']:.2g}"
-        lines.append((_inert(stage["name"]), f"{share}, {how}"))
+        lines.append((in_markdown(stage["name"]), f"{share}, {how}"))
     lines += [(name, train[name]) for name in ("seed", "precision") if name in train]
     versions = ", ".join(f"{name} {version}" for name, version in train.get("versions", {}).items())
     lines += [("versions", versions)] if versions else []

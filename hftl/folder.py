@@ -20,6 +20,7 @@ import yaml
 
 from hftl.arguments import TransferArguments, read_yaml, to_recipe
 from hftl.errors import DiskError, UsageError
+from hftl.inert import visible
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.json"
@@ -61,7 +62,7 @@ def is_main_process() -> bool:
 def say(message: str = "") -> None:
     """Print one message, once for all processes."""
     if is_main_process():
-        print(message, flush=True)
+        print(visible(message), flush=True)
 
 
 def default_output_dir(arguments: TransferArguments) -> str:

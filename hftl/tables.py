@@ -14,13 +14,14 @@ from pathlib import Path
 import datasets
 
 from hftl.errors import UsageError
+from hftl.inert import as_cell
 
 TABLE_SUFFIXES = {".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet"}
 
 
 def as_csv(lines: Iterable[Sequence[object]]) -> str:
-    """Lines of cells as CSV."""
-    rows = [["" if cell is None else str(cell) for cell in line] for line in lines]
+    """Lines of cells as CSV, in which a spreadsheet finds no formula."""
+    rows = [["" if cell is None else as_cell(str(cell)) for cell in line] for line in lines]
     # Readers take a lone carriage return for the end of a line, and the writer quotes it in later Pythons only.
     lone = any("\r" in cell for row in rows for cell in row)
     text = io.StringIO()

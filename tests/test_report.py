@@ -24,6 +24,7 @@ from transformers import AutoModelForSequenceClassification
 
 import hftl
 from hftl import charts, explain, images
+from hftl.answers import read_answers
 from hftl.callbacks import LogFile
 from hftl.charts import Line
 from hftl.data import _without_folders
@@ -33,7 +34,13 @@ from hftl.tables import as_csv
 from hftl.tasks.text_classification import TextClassification, _pieces
 
 #: what a data set may hold, and a page must not act on
-HOSTILE = ["<script>alert(1)</script>", "<img src=x onerror=alert(2)>", "{{ 7 * 7 }} & '\"</td>"]
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(2)>",
+    "{{ 7 * 7 }} & '\"</td>",
+    '=HYPERLINK("http://example.com")',
+    "\x1b[2Jgone \u202etxet",
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "hostile.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
-        writer.writerows([f"the film {row} {HOSTILE[row % 3]}", HOSTILE[row % 2]] for row in range(60))
+        writer.writerows([f"the film {row} {HOSTILE[row % 5]}", HOSTILE[row % 4 + 1]] for row in range(80))
     return folder
 
 
@@ -65,6 +72,7 @@ def text_run(place: Path) -> Path:
 def trained(place: Path, task: str, *flags: str) -> Path:
     done = run_command(["train", task, *flags], place)
     assert done.returncode == 0, done.stderr
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", done.stdout + done.stderr)
     return place / next(flag.partition("=")[2] for flag in flags if flag.startswith("--output_dir"))
 
 
@@ -122,6 +130,13 @@ def test_nothing_in_the_data_acts_and_nothing_is_fetched(place: Path, text_run: 
     assert "<script>alert(1)</script>" in page.text
     assert "49" not in re.findall(r"film \d+ \{\{.*?\}\}", page.text)
     assert str(place) not in (text_run / "report.html").read_text()
+    answers = read_answers(text_run / "predictions.csv", sorted(HOSTILE[1:]))
+    assert {sorted(HOSTILE[1:])[label] for label in answers.labels} == set(HOSTILE[1:])
+    with (text_run / "predictions.csv").open(newline="") as file:
+        cells = [cell for line in csv.reader(file) for cell in line]
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]
+    card = (text_run / "README.md").read_text()
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e]|<img|<script", card.split("---", 2)[2])
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, pipeline
 
 import hftl
-from hftl import card, cli
+from hftl import cli
 from hftl.folder import check_output_folder, check_space, default_output_dir, promote, resume_settings
 from hftl.pretrained import public_name, save_model
 from hftl.tasks.text_classification import TextClassification
@@ -218,10 +218,6 @@ def test_names_have_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "a/b": "a/b",
     }
     assert {name: public_name(name) for name in names} == names
-
-
-def test_names_in_the_card_are_inert() -> None:
-    assert card._inert("a|b\n<script>alert(1)</script>") == "a&#124;b &lt;script&gt;alert(1)&lt;/script&gt;"
 
 
 def test_ls_cp_version_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

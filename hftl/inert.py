@@ -1,0 +1,32 @@
+"""Names and texts from data, made harmless where they are shown: in a terminal, a spreadsheet, a Markdown page."""
+
+from __future__ import annotations
+
+import html
+import re
+
+#: what a terminal obeys instead of showing it, and what turns the order of the letters around it (Unicode TR 36, 3.1)
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+#: beginnings that a spreadsheet takes for a formula (OWASP, CSV injection), behind the quotes that `as_cell` puts there
+_FORMULA = re.compile("'*[=+\\-@\t\r]")
+_NUMBER = re.compile(r"[+-]?(\d[\d_,.]*|inf|nan)(e[+-]?\d+)?$", re.IGNORECASE)
+
+
+def visible(text: str) -> str:
+    """The text with what a terminal would obey written out (`\\x1b`), line breaks and tabs as they are."""
+    return _OBEYED.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
+def as_cell(text: str) -> str:
+    """The text with a quote before it where a spreadsheet would take it for a formula; numbers stay."""
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.match(text) else text
+
+
+def from_cell(cell: str) -> str:
+    """The text of which `as_cell` made the cell."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+
+
+def in_markdown(name: str) -> str:
+    """The name on one line, which neither ends a cell of a table nor is taken for HTML."""
+    return html.escape(" ".join(visible(name).split()), quote=False).replace("|", "&#124;")
