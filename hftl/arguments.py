@@ -58,6 +58,7 @@ class TransferArguments(TrainingArguments):
     )
     model_revision: str = _argument("main", "Branch, tag or commit of the model on the Hub.")
     trust_remote_code: bool = _argument(False, "Run Python code that comes with the model.")
+    allow_pickle: bool = _argument(False, "Read weights that are pickled (pytorch_model.bin), as tensors alone.")
     keep_head: bool = _argument(False, "Keep the model's trained output layer; its classes must be the data's.")
 
     # Data

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.errors import HTTPError
 
 from hftl.arguments import TransferArguments
 from hftl.data import Splits
+from hftl.folder import write_text
 from hftl.inert import in_markdown
 from hftl.joined import as_flags, wished
 from hftl.merging import BASE
@@ -53,6 +59,8 @@ Precision, recall and F1 are those on {split}.
 `recipe.yaml` repeats the training: `hftl train {task} --config recipe.yaml`.
 """
 
+#: scores as the Hub reads them
+EVALUATIONS = ".eval_results/hftl.yaml"
 _PROBE = """
 This is the ordinary model with a logistic head, whose scores are those of `ordinary_head`. The other scores are
 those of the `{head}` head in `probe/`{joined}, which plain libraries do not know: `hftl predict`, `hftl evaluate` and
@@ -68,8 +76,8 @@ print(classify({example}))"""
 #: where the adapter is not merged
 _UNMERGED = """from peft import PeftModel
 from transformers import {auto_class}
-base = {auto_class}.from_pretrained("{title}/base")
-model = PeftModel.from_pretrained(base, "{title}/adapter")"""
+base = {auto_class}.from_pretrained("{title}", subfolder="base")
+model = PeftModel.from_pretrained(base, "{title}", subfolder="adapter")"""
 
 
 def write_card(
@@ -81,7 +89,7 @@ def write_card(
     where, colon, function = arguments.method.rpartition(":")
     method = f"{public_name(where)}:{function}" if colon else function
     title = arguments.hub_model_id or Path(str(arguments.output_dir)).name
-    on_hub = not Path(str(arguments.model_name_or_path)).exists() and ":" not in str(arguments.model_name_or_path)
+    on_hub = _is_on_hub(arguments.model_name_or_path)
     plain = metrics.get(f"ordinary_head_{split}", metrics[split])  # of what plain libraries load
     results = [
         EvalResult(
@@ -90,9 +98,15 @@ def write_card(
         )
         for kind, name, key in (("accuracy", "Accuracy", "accuracy"), ("f1", "Macro F1", "f1_macro"))
     ]  # fmt: skip
+    origin = _base_card(str(arguments.model_name_or_path))
     header = ModelCardData(
         pipeline_tag=task.name,
         library_name="transformers",
+        license=origin.get("license"),
+        license_name=origin.get("license_name"),
+        license_link=origin.get("license_link"),
+        language=origin.get("language"),
+        datasets=dataset if _is_on_hub(arguments.dataset_name) else None,
         base_model=arguments.model_name_or_path if on_hub else None,
         tags=["hftl", task.modality],
         base_model_relation=("adapter" if (target / BASE).is_dir() else "finetune") if on_hub else None,
@@ -118,7 +132,7 @@ def write_card(
         title=title, base=base, task=task.name, dataset=dataset, method=method, split=split,
         preparation=f" {task.preparation}" if task.preparation else "",
         results="\n".join(rows), repeats=_repeats(metrics, split), classes="\n".join(classes),
-        limits=_limits(splits, plain, split), training=_training(metrics["train"]),
+        limits=_limits(splits, plain, split, dataset, origin.get("license")), training=_training(metrics["train"]),
         probe=_probe(arguments) if f"ordinary_head_{split}" in metrics else "",
         usage=usage.format(
             task=task.name, title=title, auto_class=task.auto_class.__name__,
@@ -126,9 +140,57 @@ def write_card(
         ),
     )  # fmt: skip
     ModelCard(f"---\n{header.to_yaml()}\n---\n\n{text}").save(target / "README.md")
+    if _is_on_hub(arguments.dataset_name):
+        _write_evaluation(target, arguments, plain, split)
 
 
-def _limits(splits: Splits, scores: dict[str, float], split: str) -> str:
+def _write_evaluation(target: Path, arguments: TransferArguments, scores: dict[str, float], split: str) -> None:
+    """The scores in the form that the Hub reads beside the card; it knows data sets of its own only."""
+    entry = EvalResultEntry(
+        dataset_id=str(arguments.dataset_name),
+        task_id=arguments.dataset_config_name or "default",
+        value=round(scores["accuracy"], 4),
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        notes=f"accuracy on {split}, by hftl",
+    )
+    (target / EVALUATIONS).parent.mkdir(exist_ok=True)
+    write_text(target / EVALUATIONS, yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
+
+
+def _is_on_hub(name: str | None) -> bool:
+    return name is not None and not os.path.exists(os.path.expanduser(name)) and ":" not in name
+
+
+def _base_card(name: str) -> dict[str, Any]:
+    """The metadata of the base model's card; empty where there is none, or the Hub has none to give now."""
+    if name.startswith("builtin:"):
+        # As tensorflow/tpu and sentence-transformers/all-MiniLM-L6-v2, where the weights come from, say.
+        return {"license": "apache-2.0"}
+    folder = Path(os.path.expanduser(name))
+    if _is_on_hub(name) or (folder / "README.md").is_file():
+        with contextlib.suppress(HTTPError, OSError, ValueError):  # no such file, no connection, no YAML
+            return ModelCard.load(name if _is_on_hub(name) else folder / "README.md").data.to_dict()
+    return {}
+
+
+def forbids_changes(licence: str | None) -> bool:
+    """Whether a licence lets nobody share changed versions: Creative Commons' "no derivatives"."""
+    return "nd" in str(licence).lower().split("-")
+
+
+def _of_licence(licence: str | None) -> str:
+    """What the licence of the base model means for who uses this one."""
+    if licence is None:
+        return "The licence of the base model is not known here: look for it before you use or share this one."
+    words = str(licence).lower().split("-")
+    if forbids_changes(licence):
+        return f"The licence of the base model ({licence}) does not let changed versions be shared: this one neither."
+    if "nc" in words or "noncommercial" in words:
+        return f"The licence of the base model ({licence}) does not allow commercial use."
+    return f"The licence is that of the base model, {licence}."
+
+
+def _limits(splits: Splits, scores: dict[str, float], split: str, dataset: str, licence: str | None) -> str:
     """What one should know before relying on the model, as a list."""
     rows, counts = len(splits.scored), class_counts(splits)
     low, high = share_interval(round(scores["accuracy"] * rows), rows)
@@ -146,7 +208,12 @@ def _limits(splits: Splits, scores: dict[str, float], split: str) -> str:
     error = scores.get("expected_calibration_error", 0.0)
     if error > _UNCALIBRATED:
         lines.append(f"Its probabilities are off by {error:.0%} on average: it is not as right as it is sure.")
+    lines.append(
+        f"It has learned from {len(splits.train):,} rows of `{dataset}`: on data of another origin the scores may be "
+        "far lower."
+    )
     lines.append("Whatever it is given, it answers with one of its classes.")
+    lines.append(_of_licence(licence))
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -91,7 +91,7 @@ Fine-tune pretrained models with the Hugging Face stack.
   hftl tune TASK --model M --dataset D --trials N --search 'learning_rate=log(1e-5,1e-3) method=lora,partial'
   hftl report RUN                   its report.html made anew: scores, mistakes, curves
   hftl compare RUN RUN …            scores with intervals, settings, who is right where; --output page.html
-  hftl push RUN REPOSITORY          to the Hub; --private
+  hftl push RUN REPOSITORY          to the Hub; --private, --revision BRANCH, --create_pr
   hftl ls                           the recipes and configurations that come with hftl
   hftl cp RECIPE my_recipe.py       a copy of a recipe, or of a configuration, to change
   hftl cache ls|size|rm             features and pictures that are kept; rm NAME, rm --all
@@ -385,11 +385,15 @@ def _push(argv: list[str]) -> None:
     parser = _Parser(prog="hftl push", description="Push a finished run to the Hub.")
     parser.add_argument("run", help="folder of a finished run")
     parser.add_argument("repository", help="NAME or USER/NAME")
-    parser.add_argument("--private", action="store_true", default=None)
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--revision", help="branch to push to; it is made where it is not there")
+    parser.add_argument("--create_pr", action="store_true", help="propose the commit instead of making it")
     options = parser.parse_args(argv)
-    from hftl.run import load_run
+    with quick_imports():
+        from hftl.run import load_run
 
-    print(load_run(options.run).push(options.repository, private=options.private))
+    how = {"private": options.private, "revision": options.revision, "create_pr": options.create_pr}
+    print(load_run(options.run).push(options.repository, **how))
 
 
 def _list(argv: list[str]) -> None:

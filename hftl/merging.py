@@ -85,5 +85,7 @@ def load_unmerged(auto_class: Any, folder: Path) -> Any:
     """The model of a run whose adapter is not merged: a `PeftModel`."""
     from peft import PeftModel
 
-    base = auto_class.from_pretrained(folder / BASE, dtype=torch.float32)
+    if not (folder / ADAPTER / "adapter_model.safetensors").is_file():  # peft would look for a pickle
+        raise OSError(f"there is no adapter_model.safetensors in {folder / ADAPTER}")
+    base = auto_class.from_pretrained(folder / BASE, dtype=torch.float32, use_safetensors=True)
     return PeftModel.from_pretrained(base, folder / ADAPTER)

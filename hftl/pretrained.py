@@ -22,7 +22,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from hftl import backbones
 from hftl.arguments import TransferArguments
 from hftl.errors import UsageError, did_you_mean
-from hftl.folder import read_json
+from hftl.folder import read_json, say
 from hftl.hub import check_hub
 
 #: what the libraries raise for files that are not there, torn, or of another kind
@@ -94,6 +94,16 @@ def explained_load(name: str, auto_class: type) -> Iterator[None]:
                 f"--model {name!r} is not a model for {kind}s ({auto_class.__name__} does not take it): choose another "
                 f"model, or the recipe of its own task."
             ) from error
+        if "no file named model.safetensors" in reason or "a file named model.safetensors" in reason:
+            raise UsageError(
+                f"--model {name!r} has no model.safetensors. Pickled weights could run code when they are read: if you "
+                "trust where they come from, --allow_pickle reads them, as tensors alone."
+            ) from error
+        if "trust_remote_code" in reason:
+            raise UsageError(
+                f"--model {name!r} needs Python code that comes with it: read that code, and --trust_remote_code runs "
+                "it."
+            ) from error
         if not os.path.isdir(os.path.expanduser(name)) and (constants.HF_HUB_OFFLINE or "connect" in reason.lower()):
             raise UsageError(
                 f"--model {name!r} is neither a local folder nor in the cache, and the Hub cannot be reached: check "
@@ -107,6 +117,11 @@ def hub_options(arguments: TransferArguments, source: str | Path) -> dict[str, A
     """Which revision of a checkpoint to load, and whether its code may run."""
     revision = {} if os.path.isdir(source) else {"revision": arguments.model_revision}
     return {**revision, "trust_remote_code": arguments.trust_remote_code}
+
+
+def weight_options(arguments: TransferArguments) -> dict[str, Any]:
+    """Which files weights are read from: a pickle may run code, so that only a flag allows it, and tensors alone."""
+    return {"use_safetensors": not arguments.allow_pickle or None, "weights_only": True}
 
 
 def public_name(name: str | None) -> str:
@@ -133,6 +148,8 @@ def load_model(
     name = str(arguments.model_name_or_path)
     labels = dict(enumerate(label_names))
     options = hub_options(arguments, source)
+    if arguments.trust_remote_code:
+        say(f"--trust_remote_code: Python code that comes with {name!r} may run on this machine")
     with explained_load(name, auto_class):
         if arguments.keep_head:
             _check_kept_labels(AutoConfig.from_pretrained(source, **options), label_names, name)
@@ -145,6 +162,7 @@ def load_model(
             output_loading_info=True,
             dtype=torch.float32,  # the checkpoint's own type could be bf16, whose updates get lost
             **_quantisation(auto_class, source, arguments),
+            **weight_options(arguments),
             **options,
         )
     _check_loaded(model, report, name)

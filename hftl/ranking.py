@@ -219,7 +219,11 @@ def trained_head(found: Pooled) -> nn.Module | None:
     place = pretrained.find_model(name)
     with pretrained.explained_load(name, found.task.auto_class):
         model, report = found.task.auto_class.from_pretrained(
-            place, output_loading_info=True, dtype=torch.float32, **pretrained.hub_options(arguments, place)
+            place,
+            output_loading_info=True,
+            dtype=torch.float32,
+            **pretrained.weight_options(arguments),
+            **pretrained.hub_options(arguments, place),
         )
     layer = model.get_submodule(found.source.name)
     fresh = any(backbones.is_below_any(key, (found.source.name,)) for key in report["missing_keys"])

@@ -37,11 +37,21 @@ _BINS = 10
 
 
 def write_report(run: Run, splits: Splits | None) -> Path:
-    """Write report.html into the run folder.
+    """Write report.html into the run folder; see `render_report`."""
+    path = run.folder / REPORT
+    page = render_report(run, splits)
+    with folder.explained_disk_errors(run.folder):
+        folder.write_text(path, page)
+    return path
+
+
+def render_report(run: Run, splits: Splits | None, shared: bool = False) -> str:
+    """The page.
 
     Args:
         run: a finished run.
         splits: its data, for the examples; None leaves them out.
+        shared: leave out everything that is about single rows of the data, their names too.
 
     Raises:
         UsageError: the run has no predictions.
@@ -51,7 +61,7 @@ def write_report(run: Run, splits: Splits | None) -> Path:
     names = run.label_names
     recipe = pages.settings(read_yaml(run.folder / RECIPE))
     places = known_rows(splits, run)
-    page = pages.render(
+    return pages.render(
         "report",
         title=run.folder.resolve().name,
         task=run.task.name,
@@ -65,19 +75,16 @@ def write_report(run: Run, splits: Splits | None) -> Path:
         blocks=_blocks(run.metrics["train"]["stages"]),
         curves=_training_curves(run.folder / LOGS / "log.jsonl"),
         data=found_in_data(run),
+        shared=shared,
         classes=_classes(run.metrics[split], answers, names),
         confusion=_confusion(answers, names),
         reliability=_reliability(answers),
         ranking=_ranking_curves(answers, names),
-        mistakes=_mistakes(run, answers, splits, places),
+        mistakes=[] if shared else _mistakes(run, answers, splits, places),
         explained=_EXPLAINED,
         label_errors=_label_errors(answers, names),
         settings=recipe,
     )
-    path = run.folder / REPORT
-    with folder.explained_disk_errors(run.folder):
-        folder.write_text(path, page)
-    return path
 
 
 def remake_report(path: Path, task_class: type[ClassificationTask] | None = None) -> Path:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from hftl import backbones, batches, compute, data, merging
 from hftl.arguments import argument_tokens, parse, read_yaml, stage_arguments
 from hftl.errors import UsageError
-from hftl.folder import CHECKPOINTS, LOGS, METRICS, RECIPE, REPLACED, read_json
+from hftl.folder import METRICS, RECIPE, REPLACED, read_json
 from hftl.joined import as_flags, wished
 from hftl.metrics import softmax
 from hftl.pretrained import LOAD_ERRORS
@@ -26,12 +26,6 @@ from hftl.probes.beside import FOLDER as PROBE
 from hftl.probes.beside import Probe, load_probe
 from hftl.tasks import TASKS, find_task
 from hftl.tasks.classification import ClassificationTask
-
-#: what of a run folder goes to the Hub
-_PUSHED = (
-    "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", RECIPE, "adapter/*", "base/*", "probe/*",
-)  # fmt: skip
-
 
 #: rows that are predicted before the first of them are given out: a few seconds of images on two cores
 _PIECE = 256
@@ -294,54 +288,18 @@ class Run:
         rows, _ = data.load_labelled(settings, split, self.label_names, self.task.modality, known)
         return self.task.score(self.logits(rows, batch_size), np.asarray(rows["label"]))
 
-    def push(self, repository: str, private: bool | None = None, token: str | None = None) -> str:
-        """Push model, processor, card, recipe and scores to the Hub in one commit; the address of the repository.
+    def push(self, repository: str, **options: Any) -> str:
+        """Push to the Hub in one commit, and give the address; see `hftl.push.push`."""
+        from hftl.push import push
 
-        Raises:
-            UsageError: the Hub refused, or could not be reached; the run stays as it is.
-        """
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            HTTPError,  # of the HTTP library, which is not the same in all releases
-            LocalTokenNotFoundError,
-            OfflineModeIsEnabled,
-        )
-
-        api = HfApi(token=token)
-        known = (
-            HfHubHTTPError,
-            HFValidationError,
-            LocalTokenNotFoundError,
-            OfflineModeIsEnabled,
-            HTTPError,
-            OSError,
-        )
-        try:
-            address = api.create_repo(repository, private=private, exist_ok=True)
-            api.upload_folder(
-                repo_id=address.repo_id,
-                folder_path=self.folder,
-                allow_patterns=list(_PUSHED),
-                ignore_patterns=[f"{CHECKPOINTS}/*", f"{LOGS}/*", ".*"],  # a * above also matches below folders
-                commit_message="Fine-tuned with hftl",
-            )
-        except known as error:
-            reason = (" ".join(str(error).split())[:300] or type(error).__name__).rstrip(".")
-            again = f"hftl push {shlex.quote(str(self.folder))} {shlex.quote(repository)}"
-            raise UsageError(
-                f"Pushing to {repository!r} failed: {reason}. The run in {str(self.folder)!r} is whole; push it again "
-                f"with `{again}` (a token: `hf auth login`)."
-            ) from error
-        return str(address)
+        return push(self, repository, **options)
 
 
 def load_saved(auto_class: Any, folder: Path) -> Any:
     """The model in a run folder: an ordinary one, or with an adapter that is not merged a `PeftModel`."""
     if (folder / merging.BASE).is_dir():
         return merging.load_unmerged(auto_class, folder)
-    return auto_class.from_pretrained(folder, dtype=torch.float32)
+    return auto_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
 
 
 def load_run(folder: str | Path, task_class: type[ClassificationTask] | None = None) -> Run:

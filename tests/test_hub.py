@@ -3,82 +3,241 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import hub_server
 import pytest
 import small_data
 import tiny_models
+from forked import run_command
+from huggingface_hub import ModelCard, constants
+
+import hftl
+from hftl import push
+from hftl.card import forbids_changes
+from hftl.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
+TOKEN, GIVEN_TOKEN = "hf_PlantedInTheEnvironment", "hf_PlantedOnTheCommandLine"
+#: what holds rows of the data, and what is for going on with a run
+NEVER_PUSHED = ("logs/", "checkpoints/", "predictions.csv")
 
 
-def hftl(place: Path, url: str, *words: str) -> subprocess.CompletedProcess:
-    """The real command, in a process of its own: the client reads the address of the Hub when it is imported."""
+def process(place: Path, url: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """A real process: the client reads the address of the Hub when it is imported."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "HF_ENDPOINT": url,
         "HF_HOME": str(place / "hf"),
-        "HF_TOKEN": "hf_test",
+        "HF_TOKEN": TOKEN,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_DISABLE_XET": "1",
     }
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "hftl", *words]
+    command = [sys.executable, *words]
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=240)
 
 
+def files_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, models and three finished runs."""
+    folder = small_data.write_both(tmp_path_factory.mktemp("hub"))
+    tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
+    tiny_models.write_tiny_cnn(folder / "convnet")
+    text = ["text-classification", "--dataset=texts", "--model=bert", "--max_steps=2"]
+    runs = {
+        "image": ["image-classification", "--dataset=images", "--model=convnet", "--method=frozen"],
+        "text": [*text, "--method=full"],
+        "adapter": [*text, "--method=lora"],
+    }
+    for name, flags in runs.items():
+        done = run_command(["train", *flags, f"--output_dir={name}", "--report_to=none"], folder)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_server.Hub]:
+    """A running server to which this process's client talks, and no waiting between tries."""
+    with hub_server.serve() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # another protocol, which the server does not speak
+        monkeypatch.setattr(push, "_PAUSES", (0.0, 0.0))
+        yield running
+
+
+_SAME_ANSWERS = """
+import sys
+import torch
+from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+for auto_class, name, inputs in (
+    (AutoModelForImageClassification, "image", torch.randn(2, 3, 224, 224)),
+    (AutoModelForSequenceClassification, "text", torch.randint(5, 30, (2, 9))),
+):
+    mine, theirs = (auto_class.from_pretrained(place).eval() for place in (name, f"tester/{name}"))
+    with torch.no_grad():
+        assert torch.equal(mine(inputs).logits, theirs(inputs).logits), name
+print("equal")
+"""
+
+
 @pytest.mark.slow
-def test_push_and_load(tmp_path: Path) -> None:
-    small_data.write_texts(tmp_path / "texts", {"train": 16, "dev": 8})
-    tiny_models.write_tiny_text_model(tmp_path / "bert", kind="bert")
-    train = [
-        "train",
-        "text-classification",
-        "--dataset=texts",
-        "--num_train_epochs=1",
-        "--report_to=none",
-        "--method=lora",
-    ]
+def test_what_is_pushed_loads_with_equal_logits(place: Path, hub: hub_server.Hub) -> None:
+    for name in ("image", "text"):
+        assert hftl.load_run(place / name).push(f"tester/{name}") == f"{hub.url}/tester/{name}"
+        assert set(hub.commits[-1]) == {path for path in files_in(place / name) if not path.startswith(NEVER_PUSHED)}
+    assert hub.uploads == 2  # the weights go by themselves
+    done = process(place, hub.url, "-c", _SAME_ANSWERS)
+    assert done.stdout == "equal\n", done.stderr
+
+
+@pytest.mark.slow
+def test_an_adapter_comes_back_by_the_lines_of_its_card(place: Path, hub: hub_server.Hub) -> None:
+    run = hftl.load_run(place / "adapter")
+    run.push("tester/adapter")
+    assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= set(hub.commits[0])
+    for name in ("adapter", "image"):
+        page = (place / name / "README.md").read_text()
+        card = ModelCard(page)
+        card.validate()  # asks the Hub
+        (lines,) = re.findall("```python\n(.*?)```", page, re.DOTALL)
+        (place / "image.jpg").write_bytes((place / "images" / "test" / "red" / "0.png").read_bytes())
+        done = process(place, hub.url, "-c", lines)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_pushed_report_shows_no_row(place: Path, hub: hub_server.Hub) -> None:
+    hftl.load_run(place / "text").push("tester/text")
+    page = hub.files["tester/text"]["report.html"].decode()
+    own = (place / "text" / "report.html").read_text()
+    assert "Confusion matrix" in page
+    for text in ("test0", "surest of the wrong", "Labels that are likely wrong"):
+        assert text not in page
+    assert "surest of the wrong" in own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("request_words", "status", "said"),
+    [
+        ("repos/create", 401, "hf auth login"),
+        ("repos/create", 403, "may not write"),
+        ("/commit/", 409, "something else is changing"),
+        ("/commit/", 429, "too many requests"),
+        ("/commit/", 500, "trouble of its own"),
+        ("repos/create", 503, "trouble of its own"),
+        ("/commit/", hub_server.CUT, "connection to the Hub failed"),
+        ("PUT /large", 507, "no room"),
+    ],
+)
+def test_a_refused_push_says_why_and_can_be_repeated(
+    place: Path, hub: hub_server.Hub, request_words: str, status: int, said: str
+) -> None:
+    before = {path: (place / "text" / path).read_bytes() for path in files_in(place / "text")}
+    run = hftl.load_run(place / "text")
+    hub.faults = [(request_words, status, 1000)]
+    with pytest.raises(UsageError, match=said) as raised:
+        run.push("tester/text")
+    assert f"hftl push {place / 'text'} tester/text" in str(raised.value)
+    assert "is whole" in str(raised.value)
+    tries = sum(request_words in request for request, _ in hub.requests)
+    assert tries == (3 if status in (409, 429, 500, 503, hub_server.CUT) else 1)
+    assert {path: (place / "text" / path).read_bytes() for path in files_in(place / "text")} == before
+
+    sent = hub.uploads
+    hub.faults = []
+    run.push("tester/text")
+    assert "model.safetensors" in hub.commits[-1]
+    assert hub.uploads == max(sent, 1)  # what came through is not sent again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("request_words", "status"),
+    [
+        *(("/commit/", status) for status in (409, 429, 500, 503, hub_server.CUT)),
+        *(("repos/create", status) for status in (429, 500, hub_server.CUT)),  # 409 there: it is there already
+    ],
+)
+def test_what_may_pass_is_tried_again(
+    place: Path, hub: hub_server.Hub, request_words: str, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.faults = [(request_words, status, 2)]
+    hftl.load_run(place / "text").push("tester/text")
+    assert len(hub.commits) == 1
+    assert capsys.readouterr().out.count("another try in 0 s") == 2
+
+
+@pytest.mark.slow
+def test_a_branch_and_a_proposal(place: Path, hub: hub_server.Hub) -> None:
+    run = hftl.load_run(place / "text")
+    run.push("tester/text", revision="trial")
+    assert not hub.files["tester/text"]
+    assert "model.safetensors" in hub.branches["tester/text", "trial"]
+    assert run.push("tester/text", create_pr=True) == f"{hub.url}/tester/text/discussions/1"
+    assert "model.safetensors" in hub.branches["tester/text", "refs/pr/1"]
+    assert not hub.files["tester/text"]
+    with pytest.raises(UsageError, match="no good name"):
+        run.push("no good name")
+
+
+@pytest.mark.slow
+def test_a_licence_that_forbids_it(place: Path, hub: hub_server.Hub) -> None:
+    (place / "strict").mkdir()
+    for path in (place / "bert").iterdir():
+        (place / "strict" / path.name).write_bytes(path.read_bytes())
+    (place / "strict" / "README.md").write_text("---\nlicense: cc-by-nc-nd-4.0\nlanguage: de\n---\n")
+    train = ["train", "text-classification", "--dataset=texts", "--model=strict", "--max_steps=1", "--report_to=none"]
+    done = run_command([*train, "--output_dir=forbidden"], place)
+    assert done.returncode == 0, done.stderr
+    card = ModelCard.load(place / "forbidden" / "README.md")
+    assert card.data.license == "cc-by-nc-nd-4.0"
+    assert card.data.language == "de"
+    assert "does not let changed versions be shared" in card.text
+    with pytest.raises(UsageError, match="licence of the base model"):
+        hftl.load_run(place / "forbidden").push("tester/forbidden")
+    assert not hub.requests
+    assert not forbids_changes("apache-2.0")
+
+
+@pytest.mark.slow
+def test_from_the_command_line_and_no_token_anywhere(place: Path) -> None:
+    train = ["-m", "hftl", "train", "text-classification", "--dataset=texts", "--max_steps=2"]
+    second = ["--push_to_hub", "--hub_model_id=tester/second", f"--hub_token={GIVEN_TOKEN}"]
     with hub_server.serve() as hub:
-        hub.status = 500
-        failed = hftl(
-            tmp_path,
-            hub.url,
-            *train,
-            "--model=bert",
-            "--output_dir=run",
-            "--keep_checkpoints",
-            "--push_to_hub",
-            "--hub_model_id=tester/mine",
-        )
-        assert failed.returncode == 2
-        assert "hftl push run tester/mine" in failed.stderr.splitlines()[-1]
-        assert "Traceback" not in failed.stderr
-        assert (tmp_path / "run" / "metrics.json").is_file()  # the run is whole
-
-        hub.status = 401
-        refused = hftl(tmp_path, hub.url, "push", "run", "tester/mine")
-        assert refused.returncode == 2
-        assert "hf auth login" in refused.stderr
-
-        hub.status = None
-        pushed = hftl(tmp_path, hub.url, "push", "run", "tester/mine", "--private")
+        pushed = process(place, hub.url, "-m", "hftl", "push", "text", "tester/mine", "--private")
         assert pushed.returncode == 0, pushed.stderr
         assert pushed.stdout.strip() == f"{hub.url}/tester/mine"
-        names = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
-        data = ("logs/", "checkpoints/", "predictions.csv", "report.html")  # what holds rows of it
-        left = {name for name in names if name.startswith(data)}
-        assert len(hub.commits) == 1
-        assert set(hub.commits[0]) == names - left
-
-        second = ["--push_to_hub", "--hub_model_id=tester/second"]
-        again = hftl(tmp_path, hub.url, *train, "--model=tester/mine", "--output_dir=again", *second)
+        again = process(place, hub.url, *train, "--model=tester/mine", "--output_dir=again", *second)
         assert again.returncode == 0, again.stderr
         assert f"{hub.url}/tester/second" in again.stdout
-        assert "README.md" in hub.commits[1]
-        missing = hftl(tmp_path, hub.url, *train, "--model=tester/nothing", "--output_dir=none")
+        tokens = {token for request, token in hub.requests if "/commit/" in request}
+        assert tokens == {f"Bearer {TOKEN}", f"Bearer {GIVEN_TOKEN}"}  # so that they could have got anywhere
+        hub.faults = [("/commit/", 401, 1000)]
+        refused = process(place, hub.url, *train, "--model=bert", "--output_dir=refused", *second)
+        assert refused.returncode == 2
+        assert "Traceback" not in refused.stderr
+        assert (place / "refused" / "metrics.json").is_file()  # the run is whole
+        missing = process(place, hub.url, *train, "--model=tester/nothing", "--output_dir=none")
         assert missing.returncode == 2
         assert "tester/nothing" in missing.stderr
-        assert not (tmp_path / "none").exists()
+        assert not (place / "none").exists()
+    said = "".join(done.stdout + done.stderr for done in (pushed, again, refused, missing))
+    kept = [path.read_bytes() for run in ("again", "refused") for path in sorted((place / run).rglob("*.*"))]
+    public = [content for files in hub.files.values() for content in files.values()]
+    for token in (TOKEN, GIVEN_TOKEN):
+        assert token not in said
+        assert not any(token.encode() in content for content in [*kept, *public])
+    home = os.path.expanduser("~")
+    for name in {home, str(place)} - {"/"}:
+        assert not any(name.encode() in content for content in public)
+    assert {"recipe.yaml", "report.html"} <= set(hub.files["tester/second"])
