@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -25,6 +26,7 @@ from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from hftl.errors import UsageError, did_you_mean
+from hftl.inert import visible
 
 #: schedules beside Trainer's, see `hftl.optim`
 OWN_SCHEDULES = ("slanted_triangular", "one_cycle")
@@ -223,7 +225,10 @@ class TransferArguments(TrainingArguments):
     # The collators pick what the model takes; Trainer would drop the columns that they need.
     remove_unused_columns: bool = _argument(False, "Leave false: the collator picks the columns.")
     logging_nan_inf_filter: bool = _argument(False, "Leave false: a loss that is not finite stops the run.")
-    hub_strategy: str = _argument("end", "When to push: end.")
+    hub_strategy: str = _argument(
+        "end",
+        "When to push: end; every_save: each checkpoint's model too, into last-checkpoint/, as training goes on.",
+    )
 
     # Training: fields of our own
     class_weights: str = _argument("none", "Weigh the loss by class frequency.", choices=("none", "balanced"))
@@ -404,7 +409,7 @@ def parse(
     path, tokens = _take_config(tokens)
     names = flag_names(arguments_class)
     if path is not None:
-        tokens = _config_tokens(Path(path), names, _list_fields(arguments_class)) + tokens
+        tokens = _config_tokens(find_config(path), names, _list_fields(arguments_class)) + tokens
     given = _check_names(tokens, names)
     usage = "--model MODEL --dataset DATASET [--method METHOD] [--config FILE.yaml] [other flags]"
     parser = _Parser(arguments_class, usage=usage, description=description, formatter_class=_Help, allow_abbrev=False)
@@ -480,6 +485,46 @@ def _take_config(tokens: list[str]) -> tuple[str | None, list[str]]:
                 raise UsageError("--config needs the path of a YAML file.")
             return tokens[position + 1], tokens[:position] + tokens[position + 2 :]
     return None, tokens
+
+
+#: settings that can name code of one's own, or let that of others run
+_NAMES_CODE = ("method", "penalty", "loss", "metrics", "trust_remote_code", "allow_pickle")
+
+
+@functools.cache
+def find_config(name: str) -> Path:
+    """The file of `--config`: a path, or `hf://USER/NAME/recipe.yaml` of the Hub, which is shown and asked about first.
+
+    Raises:
+        UsageError: it is not there, nobody can be asked, or the answer is no.
+    """
+    if not name.startswith("hf://"):
+        return Path(os.path.expanduser(name))
+    owner, _, rest = name.removeprefix("hf://").partition("/")
+    repository, _, file = rest.partition("/")
+    if not (owner and repository and file):
+        raise UsageError(f"--config {name!r}: name a file in a repository, as hf://USER/NAME/recipe.yaml.")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        path = Path(hf_hub_download(f"{owner}/{repository}", file))
+    except (HTTPError, OSError, ValueError) as error:
+        raise UsageError(f"--config {name!r} cannot be fetched: {' '.join(str(error).split())[:200]}") from error
+    settings = read_yaml(path)
+    print(visible("\n".join(f"  {key}: {value}" for key, value in settings.items() if value is not None)))
+    for key in _NAMES_CODE:
+        value = settings.get(key)
+        if value is True or ":" in str(value):
+            print(visible(f"  this names code or files that may run code: {key}: {value}"))
+    if not sys.stdin.isatty() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            f"--config {name!r} comes from elsewhere, and nobody can be asked here: read it above, then `hf download "
+            f"{owner}/{repository} {file} --local-dir .` and --config {file}."
+        )
+    if input(f"Train with these settings of {name}? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise UsageError(f"--config {name!r}: not used.")
+    return path
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -710,8 +755,8 @@ def _check_values(arguments: TransferArguments) -> None:
         raise UsageError("--use_liger_kernel: its package is not installed: pip install liger-kernel, or leave it out.")
     if arguments.neftune_noise_alpha is not None and isinstance(arguments, ImageArguments):
         raise UsageError("--neftune_noise_alpha disturbs the embeddings of tokens, which an image model has not.")
-    if arguments.push_to_hub and arguments.hub_strategy != "end":
-        raise UsageError("--hub_strategy must be end: the finished run is pushed in one commit.")
+    if arguments.push_to_hub and arguments.hub_strategy not in ("end", "every_save"):
+        raise UsageError("--hub_strategy must be end (the finished run in one commit) or every_save.")
     if arguments.resume_from_checkpoint:
         raise UsageError("--resume_from_checkpoint is not used: --resume finds the checkpoint in --output_dir.")
     _check_trackers(arguments)

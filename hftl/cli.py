@@ -176,12 +176,12 @@ def _train(argv: list[str]) -> None:
 
 def _task_of_config(argv: list[str]) -> str:
     """The task that a configuration file names."""
-    from hftl.arguments import read_yaml
+    from hftl.arguments import find_config, read_yaml
 
     path = next((token.partition("=")[2] for token in argv if token.startswith("--config=")), None)
     if "--config" in argv[:-1]:
         path = argv[argv.index("--config") + 1]
-    task = read_yaml(Path(path)).get("task") if path else None
+    task = read_yaml(find_config(path)).get("task") if path else None
     if not task:
         raise UsageError(
             f"Name the task: hftl train TASK …, with one of {', '.join(TASKS)}, or `task:` in the --config file."

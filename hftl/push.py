@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -17,10 +20,12 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import filter_repo_objects
+from transformers import TrainerCallback
 
+from hftl.arguments import TransferArguments
 from hftl.card import EVALUATIONS, forbids_changes
 from hftl.errors import UsageError
-from hftl.folder import CHECKPOINTS, LOGS, RECIPE, say
+from hftl.folder import CHECKPOINTS, LOGS, RECIPE, is_main_process, say
 from hftl.report import REPORT, render_report
 from hftl.run import Run
 
@@ -49,6 +54,8 @@ _ADVICE = {
     429: "it has had too many requests: try again in a while",
     507: "it has no room for the files",
 }
+#: where the model of a checkpoint stands while the training goes on, as Trainer calls it
+_IN_PROGRESS = "last-checkpoint"
 _Answer = TypeVar("_Answer")
 
 
@@ -86,11 +93,14 @@ def push(
         )
     api = HfApi(token=token)
     page = render_report(run, None, shared=True).encode()
+    operations: list[CommitOperationAdd | CommitOperationDelete]
     operations = [CommitOperationAdd(path, run.folder / path) for path in _files(run.folder)]
     operations.append(CommitOperationAdd(REPORT, page))
     try:
         address = _tried(lambda: api.create_repo(repository, private=private, exist_ok=True))
         name = address.repo_id
+        if any(path.startswith(f"{_IN_PROGRESS}/") for path in _tried(lambda: api.list_repo_files(name))):
+            operations.append(CommitOperationDelete(f"{_IN_PROGRESS}/"))
         if revision is not None and not create_pr:
             _tried(lambda: api.create_branch(name, branch=revision, exist_ok=True))
         made = _tried(
@@ -105,6 +115,45 @@ def push(
             f"it again with `{again}`."
         ) from error
     return str(made.pr_url or address)
+
+
+class PushSaves(TrainerCallback):
+    """`--hub_strategy every_save`: the model of each checkpoint goes to the Hub while the training goes on.
+
+    A checkpoint that comes before the last one is there is left out, and so is one that fails: the training goes on.
+    """
+
+    def __init__(self, arguments: TransferArguments) -> None:
+        """Keep where to push to."""
+        self.repository = arguments.hub_model_id or Path(str(arguments.output_dir)).name
+        self.private = arguments.hub_private_repo
+        self.api = HfApi(token=arguments.hub_token)
+        self.pool = ThreadPoolExecutor(1)
+        self.upload: Future[None] | None = None
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to push."""
+        if not is_main_process() or (self.upload is not None and not self.upload.done()):
+            return
+        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        place = Path(args.output_dir, "pushed")  # linked, since the checkpoint is removed when the next ones are there
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        for path in (*checkpoint.glob("*.safetensors"), *checkpoint.glob("*config.json")):
+            os.link(path, place / path.name)
+        self.upload = self.pool.submit(self._push, place, state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Wait for what has begun."""
+        self.pool.shutdown()
+
+    def _push(self, place: Path, step: int) -> None:
+        try:
+            name = _tried(lambda: self.api.create_repo(self.repository, private=self.private, exist_ok=True)).repo_id
+            files = [CommitOperationAdd(f"{_IN_PROGRESS}/{path.name}", path) for path in sorted(place.iterdir())]
+            _tried(lambda: self.api.create_commit(name, files, commit_message=f"Training in progress, step {step}"))
+        except _ERRORS as error:
+            say(f"the checkpoint of step {step} was not pushed: {reason(_cause(error))}. The training goes on.")
 
 
 def _files(folder: Path) -> list[str]:

@@ -111,12 +111,15 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def commit(self, repository: str, branch: str, body: bytes, proposed: bool) -> None:
             changed = {}
+            files = hub.files[repository] if branch == "main" else hub.branches[repository, branch]
             for entry in map(json.loads, body.splitlines()):
+                if entry["key"] == "deletedFolder":
+                    for path in [path for path in files if path.startswith(entry["value"]["path"])]:
+                        del files[path]
                 if entry["key"] == "file":
                     changed[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
                 elif entry["key"] == "lfsFile":
                     changed[entry["value"]["path"]] = hub.large[entry["value"]["oid"]]
-            files = hub.files[repository] if branch == "main" else hub.branches[repository, branch]
             if proposed:
                 files = hub.branches.setdefault((repository, "refs/pr/1"), {})
             files.update(changed)

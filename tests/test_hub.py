@@ -210,6 +210,23 @@ def test_a_licence_that_forbids_it(place: Path, hub: hub_server.Hub) -> None:
 
 
 @pytest.mark.slow
+def test_checkpoints_are_pushed_while_it_trains(place: Path) -> None:
+    train = ["-m", "hftl", "train", "text-classification", "--dataset=texts", "--model=bert", "--num_train_epochs=2"]
+    pushes = ["--push_to_hub", "--hub_model_id=tester/seen", "--hub_strategy=every_save", "--output_dir=seen"]
+    with hub_server.serve() as hub:
+        done = process(place, hub.url, *train, *pushes)
+        assert done.returncode == 0, done.stderr
+        assert "last-checkpoint/model.safetensors" in hub.commits[0]
+        assert all(path.startswith("last-checkpoint/") for commit in hub.commits[:-1] for path in commit)
+        assert hub.uploads == len(hub.commits) - 1  # the best checkpoint's weights are those of the run
+        assert set(hub.files["tester/seen"]) == set(hub.commits[-1])  # what was in progress is gone
+        hub.faults = [("/commit/", 403, 1)]
+        done = process(place, hub.url, *train, *pushes, "--overwrite")
+        assert done.returncode == 0, done.stderr
+        assert "was not pushed: the Hub answers 403" in done.stdout
+
+
+@pytest.mark.slow
 def test_from_the_command_line_and_no_token_anywhere(place: Path) -> None:
     train = ["-m", "hftl", "train", "text-classification", "--dataset=texts", "--max_steps=2"]
     second = ["--push_to_hub", "--hub_model_id=tester/second", f"--hub_token={GIVEN_TOKEN}"]
