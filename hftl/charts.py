@@ -14,6 +14,8 @@ from markupsafe import Markup, escape
 _WIDTH, _HEIGHT = 440, 260
 #: room for the axes: left, top, right, bottom
 _LEFT, _TOP, _RIGHT, _BOTTOM = 52, 10, 12, 40
+#: around a map
+_MARGIN = 8
 #: points of a line beyond which the eye sees no difference
 _MOST_POINTS = 200
 #: colours that the page defines, --series-1 and on
@@ -97,6 +99,38 @@ def line_chart(
         if line.marked or len(points) == 1:
             parts += [f'<circle class="series-{line.colour}" cx="{px}" cy="{py}" r="3"/>' for px, py in points]
     return Markup("".join([*parts, "</svg>", _legend([(line.name, line.colour) for line in lines if line.name])]))
+
+
+def map_chart(
+    points: npt.NDArray[np.float64],
+    classes: npt.NDArray[np.int64],
+    wrong: npt.NDArray[np.bool_],
+    names: Sequence[str],
+    description: str,
+) -> Markup:
+    """Points without axes, coloured by class; the most frequent classes have colours, and a wrong answer is a cross.
+
+    Args:
+        points: shape (rows, 2).
+        classes: class ids, shape (rows,).
+        wrong: where the answer is wrong, shape (rows,).
+        names: of the classes by class id.
+        description: what a screen reader says of it.
+    """
+    order = np.argsort(-np.bincount(classes, minlength=len(names)), kind="stable")
+    coloured = sorted(order[:COLOURS].tolist())
+    low, high = points.min(axis=0), points.max(axis=0)
+    places = _MARGIN + (points - low) / np.maximum(high - low, 1e-12) * (np.array([_WIDTH, _HEIGHT]) - 2 * _MARGIN)
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(description)}">']
+    for (x, y), number, is_wrong in zip(places.round(1).tolist(), classes.tolist(), wrong.tolist(), strict=True):
+        colour = coloured.index(number) + 1 if number in coloured else 0
+        if is_wrong:
+            parts.append(f'<path class="series-{colour}" d="M{x - 4} {y - 4}l8 8m0 -8l-8 8"/>')
+        else:
+            parts.append(f'<circle class="series-{colour}" cx="{x}" cy="{y}" r="3.2" fill-opacity="0.7"/>')
+    legend = [(names[number], colour) for colour, number in enumerate(coloured, start=1)]
+    legend += [("other classes", 0)] if len(names) > COLOURS else []
+    return Markup("".join([*parts, "</svg>", _legend(legend)]))
 
 
 def _legend(names: Sequence[tuple[str, int]]) -> str:

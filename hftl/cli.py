@@ -51,6 +51,7 @@ def _run(argv: list[str]) -> None:
         "evaluate": _evaluate,
         "report": _report,
         "compare": _compare,
+        "demo": _demo,
         "push": _push,
         "ls": _list,
         "cp": _copy,
@@ -91,6 +92,7 @@ Fine-tune pretrained models with the Hugging Face stack.
   hftl tune TASK --model M --dataset D --trials N --search 'learning_rate=log(1e-5,1e-3) method=lora,partial'
   hftl report RUN                   its report.html made anew: scores, mistakes, curves
   hftl compare RUN RUN …            scores with intervals, settings, who is right where; --output page.html
+  hftl demo RUN                     a page to try it on, in the browser; --port
   hftl push RUN REPOSITORY          to the Hub; --private, --revision BRANCH, --create_pr
   hftl ls                           the recipes and configurations that come with hftl
   hftl cp RECIPE my_recipe.py       a copy of a recipe, or of a configuration, to change
@@ -379,6 +381,17 @@ def _compare(argv: list[str]) -> None:
         from hftl import compare
 
     compare.main(options.runs, options.output)
+
+
+def _demo(argv: list[str]) -> None:
+    parser = _Parser(prog="hftl demo", description="A page to try a finished run on, on this machine alone.")
+    parser.add_argument("run", help="folder of a finished run")
+    parser.add_argument("--port", type=_positive, help="of 127.0.0.1 (default: a free one from 7860 on)")
+    options = parser.parse_args(argv)
+    with quick_imports():
+        from hftl import demo
+
+    demo.main(options.run, options.port)
 
 
 def _push(argv: list[str]) -> None:

@@ -210,6 +210,18 @@ class HeadInputs(PooledFeatures):
 Source = Cut | PooledFeatures
 
 
+def head_source(model: nn.Module, batch: Batch) -> PooledFeatures:
+    """What a linear output layer reads, else what enters a head of several layers.
+
+    Raises:
+        NoCut: neither is one vector a row.
+    """
+    try:
+        return PooledFeatures(model, batch)
+    except NoCut:
+        return HeadInputs(model, batch)
+
+
 def pooled(task: Any, stage: Stage, model: nn.Module, dataset: Any) -> tuple[PooledFeatures, KeptDataset]:
     """One vector a row that a head would read, from the cache or computed now.
 
@@ -228,10 +240,7 @@ def pooled(task: Any, stage: Stage, model: nn.Module, dataset: Any) -> tuple[Poo
     batch, _ = _probes(task, dataset, task.arguments.device)
     name = task.arguments.model_name_or_path
     try:
-        try:
-            source = PooledFeatures(model, batch)
-        except NoCut:
-            source = HeadInputs(model, batch)
+        source = head_source(model, batch)
         return source, keep(task, model, source, {"train": [dataset]})["train"]
     except (NoCut, NotKept) as error:
         raise UsageError(f"--model {name}: its features cannot be used: {error}.") from error

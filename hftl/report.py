@@ -14,8 +14,10 @@ from hftl import charts, data, folder, merging, pages
 from hftl.answers import Answers, read_answers
 from hftl.arguments import read_yaml, stage_arguments
 from hftl.charts import Line
+from hftl.cut import NoCut
 from hftl.data import Splits
 from hftl.errors import UsageError
+from hftl.feature_map import draw_rows, feature_map
 from hftl.folder import FOUND_IN_DATA, LOGS, PREDICTIONS, RECIPE
 from hftl.label_errors import likely_label_errors
 from hftl.metrics import share_interval
@@ -80,6 +82,7 @@ def render_report(run: Run, splits: Splits | None, shared: bool = False) -> str:
         confusion=_confusion(answers, names),
         reliability=_reliability(answers),
         ranking=_ranking_curves(answers, names),
+        map=_map(run, answers, splits, places),
         mistakes=[] if shared else _mistakes(run, answers, splits, places),
         explained=_EXPLAINED,
         label_errors=_label_errors(answers, names),
@@ -295,6 +298,22 @@ def _mistakes(run: Run, answers: Answers, splits: Splits | None, places: Mapping
             }
         )
     return examples
+
+
+def _map(run: Run, answers: Answers, splits: Splits | None, places: Mapping[str, int]) -> dict[str, Any]:
+    """Where the features put some of the rows; nothing where the data are not there, or few bits are for inference."""
+    if splits is None or len(places) < 2 or merging.is_quantised(run.model):
+        return {}
+    known = np.array([number for number, row in enumerate(answers.ids) if row in places])
+    chosen = known[draw_rows(len(known))]
+    labels = answers.labels[chosen]
+    try:
+        found = feature_map(run, splits.scored.select([places[answers.ids[number]] for number in chosen]), labels)
+    except NoCut:  # the head reads more than one vector a row
+        return {}
+    about = f"Rows by the two directions of most variance; {found.pure:.0%} have one of their own class as the nearest"
+    chart = charts.map_chart(found.points, labels, ~answers.correct[chosen], run.label_names, about)
+    return {"rows": len(chosen), "explained": found.explained, "pure": found.pure, "chart": chart}
 
 
 def _label_errors(answers: Answers, names: Sequence[str]) -> dict[str, Any]:

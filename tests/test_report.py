@@ -7,7 +7,6 @@ import csv
 import html.parser
 import io
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -18,12 +17,13 @@ import pytest
 import small_data
 import tiny_models
 import torch
+from browser import chromium
 from forked import run_command
 from PIL import Image
 from transformers import AutoModelForSequenceClassification
 
 import hftl
-from hftl import charts, explain, images
+from hftl import charts, data, explain, feature_map, images
 from hftl.answers import read_answers
 from hftl.callbacks import LogFile
 from hftl.charts import Line
@@ -140,6 +140,40 @@ def test_nothing_in_the_data_acts_and_nothing_is_fetched(place: Path, text_run: 
 
 
 @pytest.mark.slow
+def test_the_map_shows_rows_of_test_and_where_the_answers_are_wrong(image_run: Path, text_run: Path) -> None:
+    for run in (image_run, text_run):
+        page = (run / "report.html").read_text()
+        (section,) = re.findall('<section aria-labelledby="map">(.*?)</section>', page, re.DOTALL)
+        with (run / "predictions.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        wrong = sum(row["label"] != row["prediction"] for row in rows)
+        assert section.count("<circle") == len(rows) - wrong
+        assert section.count("<path") == wrong
+
+
+def test_a_map_has_the_directions_of_most_variance(image_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.decomposition import PCA
+    from sklearn.neighbors import NearestNeighbors
+
+    monkeypatch.chdir(image_run.parent)
+
+    run = hftl.load_run(image_run)
+    rows = data.load_splits(run.task.arguments, "image").test
+    labels = np.asarray(rows["label"])
+    found = feature_map.feature_map(run, rows, labels)
+    features = feature_map._features(run, rows)
+    assert features.shape == (15, 32)
+    principal = PCA(2).fit(features)
+    assert np.allclose(np.abs(found.points), np.abs(principal.transform(features)), atol=1e-5)
+    assert found.explained == pytest.approx(principal.explained_variance_ratio_.sum(), abs=1e-6)
+    nearest = NearestNeighbors(n_neighbors=2).fit(features).kneighbors(features)[1][:, 1]
+    assert found.pure == pytest.approx((labels[nearest] == labels).mean())
+    again = feature_map.feature_map(run, rows, labels)
+    assert np.array_equal(found.points, again.points)
+    assert len(feature_map.draw_rows(5000)) == feature_map.MOST_ROWS
+
+
+@pytest.mark.slow
 def test_it_can_be_made_anew(place: Path, image_run: Path) -> None:
     copy = Path(shutil.copytree(image_run, place / "copy"))
     before = Page(copy / "report.html")
@@ -181,17 +215,9 @@ def test_it_can_be_made_anew(place: Path, image_run: Path) -> None:
 @pytest.mark.slow
 def test_a_browser_shows_it(image_run: Path, text_run: Path) -> None:
     """No message, no request, no serious fault of accessibility, nothing wider than a phone; headings sort."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        # A browser is a program of the system, not a package: scripts/test.sh installs it where it may (as root, with
-        # apt). Who may not still runs every other test; CI never leaves this one out.
-        assert not os.environ.get("CI"), "scripts/test.sh installs Chromium where CI is set"
-        pytest.skip("needs Chromium, which is not installed here: scripts/test.sh installs it for root on Debian")
     from axe_playwright_python.sync_playwright import Axe
-    from playwright.sync_api import sync_playwright
 
-    flags = ["--no-sandbox", "--disable-background-networking", "--disable-quic"]
-    with sync_playwright() as driver, driver.chromium.launch(executable_path=chromium, args=flags) as browser:
+    with chromium() as browser:
         for run, width, scheme in ((image_run, 390, "dark"), (text_run, 390, "light"), (image_run, 1280, "light")):
             context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
             page = context.new_page()

@@ -1,0 +1,107 @@
+"""A page to try a finished run on: an input, the probabilities of the classes, and what the answer rests on."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from hftl import merging, pages
+from hftl.errors import UsageError
+from hftl.folder import say
+from hftl.inert import in_markdown
+from hftl.run import Run, load_run
+
+#: classes whose probabilities are shown
+_MOST_CLASSES = 10
+#: as the report draws them, in the colours of either theme
+_STYLE = """
+.rests mark { color: inherit; border-radius: 3px; padding: 0 0.1em; }
+.rests mark.for { background: rgb(60 130 220 / calc(var(--weight) * 0.45)); }
+.rests mark.against { text-decoration: underline dotted; background: rgb(220 110 30 / calc(var(--weight) * 0.45)); }
+.rests .pictures { display: flex; gap: 0.5rem; flex-wrap: wrap; }
+"""
+
+
+def main(folder: str, port: int | None) -> None:
+    """Serve the page on this machine alone, until Ctrl-C.
+
+    Args:
+        folder: of a finished run.
+        port: of 127.0.0.1; None takes a free one from 7860 on.
+
+    Raises:
+        UsageError: there is no such run, gradio is not installed, or the port is taken.
+    """
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    page = build(load_run(folder))
+    try:
+        _, address, _ = page.launch(
+            server_name="127.0.0.1",
+            server_port=port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            footer_links=[],
+            css=_STYLE,
+            theme=_theme(),
+        )
+    except OSError as error:
+        where = "" if port is None else f"--port {port}: "
+        raise UsageError(f"{where}{' '.join(str(error).split())[:200]}") from error
+    say(f"{address} (Ctrl-C ends it)")
+    page.block_thread()
+
+
+def build(run: Run) -> Any:
+    """The page, a `gradio.Interface`; everything that comes from the run or its user is escaped.
+
+    Raises:
+        UsageError: gradio is not installed, or the task has no page.
+    """
+    try:
+        import gradio
+    except ImportError as error:
+        raise UsageError("hftl demo needs gradio, which is not installed: pip install 'hftl[demo]'") from error
+    inputs: list[Any]
+    if run.task.modality == "image":
+        inputs = [gradio.Image(type="pil", image_mode=None, label="Image")]
+    elif run.task.modality == "text":
+        inputs = [gradio.Textbox(lines=4, label="Text")]
+        if getattr(run.task.arguments, "text_pair_column", None):
+            inputs.append(gradio.Textbox(lines=4, label="Second text"))
+    else:
+        raise UsageError(f"hftl demo has no page for the task {run.task.name}.")
+
+    def answer(*values: Any) -> tuple[dict[str, float] | None, str]:
+        if not all(value if isinstance(value, str) else value is not None for value in values):
+            return None, ""
+        value = values[0] if len(values) == 1 else tuple(values)
+        (prediction,) = run.predict([value])
+        return prediction.probabilities, _rests_on(run, value, run.label_names.index(prediction.label))
+
+    return gradio.Interface(
+        answer,
+        inputs,
+        [
+            gradio.Label(num_top_classes=_MOST_CLASSES, label="Answer"),
+            gradio.HTML(label="What it rests on", show_label=True, elem_classes="rests"),
+        ],
+        title=in_markdown(run.folder.resolve().name),
+        description=f"{run.task.name}, {len(run.label_names)} classes. What is entered stays on this machine.",
+        flagging_mode="never",
+    )
+
+
+def _rests_on(run: Run, value: Any, label: int) -> str:
+    """What speaks for the answer, as HTML; nothing where another head than the model's own gave it."""
+    if run.probe is not None or merging.is_quantised(run.model):
+        return ""
+    row = run.task.read_inputs([value])[0]
+    return pages.render("shown", example={"shown": run.task.shown(row, run.model, label), "id": "the input"})
+
+
+def _theme() -> Any:
+    """Without fonts from elsewhere."""
+    import gradio
+
+    return gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
