@@ -36,7 +36,7 @@ _ONE_CYCLE_RISE = 0.3
 
 def _argument(default: Any, help: str, *aliases: str, choices: Sequence[str] | None = None) -> Any:
     """A dataclass field with what argparse needs to know of it."""
-    metadata: dict[str, Any] = {"help": help}
+    metadata: dict[str, Any] = {"help": help.replace("%", "%%")}  # argparse would take it for a format
     if aliases:
         metadata["aliases"] = list(aliases)
     if choices:
@@ -417,12 +417,7 @@ def parse(
         action.option_strings = [name for name in action.option_strings if "-" not in name.lstrip("-")]
     for action in parser._actions:
         action.type = float_or_auto if action.dest == "learning_rate" else action.type
-    trainers = {item.name for item in dataclasses.fields(TrainingArguments)}
-    changed = trainers & set(TransferArguments.__annotations__)
-    # hftl's own first, then Trainer's with another default, then the other hundred.
-    parser._optionals._group_actions.sort(
-        key=lambda action: (action.dest in trainers) + (action.dest in trainers - changed)
-    )
+    _group(parser, arguments_class)
     try:
         namespace, rest = parser.parse_known_args(tokens)
         if rest:
@@ -444,6 +439,38 @@ def parse(
     if arguments.task != expected and expected:
         raise UsageError(f"These settings are for the task {arguments.task!r}, but this recipe is for {expected!r}.")
     return arguments
+
+
+#: headings of the flags in `--help`, each with the first field that stands below it
+_GROUPS = {
+    "task": "Task",
+    "model_name_or_path": "Model",
+    "dataset_name": "Data",
+    "method": "Method",
+    "time_budget": "Method auto",
+    "feature_cache": "Frozen parts",
+    "dataloader_num_workers": "Training: fields of transformers.TrainingArguments with a default of hftl's",
+    "class_weights": "Training: hftl's own",
+}
+
+
+def _group(parser: argparse.ArgumentParser, arguments_class: type) -> None:
+    """Put the flags below headings, hftl's own first; argparse has no public way to move them."""
+    trainers = {item.name for item in dataclasses.fields(TrainingArguments)}
+    headings: dict[str, str] = {}
+    heading = ""
+    for name in TransferArguments.__annotations__:
+        heading = headings[name] = _GROUPS.get(name, heading)
+    for item in dataclasses.fields(arguments_class):
+        if item.name not in headings:
+            kind = "Training: other fields of transformers.TrainingArguments"
+            headings[item.name] = kind if item.name in trainers else "Of this task"
+    actions = {action.dest: action for action in parser._optionals._group_actions}
+    for title in dict.fromkeys([*_GROUPS.values(), "Of this task", *headings.values()]):
+        group = parser.add_argument_group(title)
+        for name in (name for name, found in headings.items() if found == title and name in actions):
+            group._group_actions.append(actions.pop(name))
+    parser._optionals._group_actions[:] = list(actions.values())
 
 
 def float_or_auto(text: str) -> float | str:

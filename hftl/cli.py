@@ -45,7 +45,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(argv: list[str]) -> None:
-    commands: dict[str, Callable[[list[str]], None]] = {
+    commands = _commands()
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_HELP)
+    elif argv[0] == "--version":
+        print(f"hftl {__version__}")
+    elif argv[0] in commands:
+        commands[argv[0]](argv[1:])
+    else:
+        raise UsageError(f"Unknown command {argv[0]!r}.{did_you_mean(argv[0], commands)} See hftl --help.")
+
+
+def _commands() -> dict[str, Callable[[list[str]], None]]:
+    return {
         "train": _train,
         "predict": _predict,
         "evaluate": _evaluate,
@@ -61,26 +73,20 @@ def _run(argv: list[str]) -> None:
         "check-labels": _check_labels,
         "lr-find": _lr_find,
         "tune": _tune,
+        "completion": _completion,
     }
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_HELP)
-    elif argv[0] == "--version":
-        print(f"hftl {__version__}")
-    elif argv[0] in commands:
-        commands[argv[0]](argv[1:])
-    else:
-        raise UsageError(f"Unknown command {argv[0]!r}.{did_you_mean(argv[0], commands)} See hftl --help.")
 
 
 _HELP = f"""usage: hftl COMMAND …
 
 Fine-tune pretrained models with the Hugging Face stack.
 
+Train
   hftl train TASK --model M --dataset D --method full|frozen|partial|lora|peft|auto|…
   hftl train my_recipe.py …         a recipe of your own
   hftl train --config RUN/recipe.yaml --output_dir NEW
-  hftl predict RUN INPUT            a file, a folder, or a text; --output out.csv
-  hftl evaluate RUN --dataset D     scores on labelled data; --split NAME
+
+Choose
   hftl rank --task TASK --models A B C --dataset D
                                     which model suits the data, without training; --output table.csv
   hftl advise TASK --model M --dataset D
@@ -90,13 +96,20 @@ Fine-tune pretrained models with the Hugging Face stack.
   hftl lr-find TASK --model M --dataset D …
                                     a range test of the learning rate; --output lr_find.png, --steps 100
   hftl tune TASK --model M --dataset D --trials N --search 'learning_rate=log(1e-5,1e-3) method=lora,partial'
+
+Use a finished run
+  hftl predict RUN INPUT            a file, a folder, or a text; --output out.csv
+  hftl evaluate RUN --dataset D     scores on labelled data; --split NAME
   hftl report RUN                   its report.html made anew: scores, mistakes, curves
   hftl compare RUN RUN …            scores with intervals, settings, who is right where; --output page.html
   hftl demo RUN                     a page to try it on, in the browser; --port
   hftl push RUN REPOSITORY          to the Hub; --private, --revision BRANCH, --create_pr
+
+Other
   hftl ls                           the recipes and configurations that come with hftl
   hftl cp RECIPE my_recipe.py       a copy of a recipe, or of a configuration, to change
   hftl cache ls|size|rm             features and pictures that are kept; rm NAME, rm --all
+  hftl completion bash|zsh|fish     a script by which the shell completes these commands and their flags
   hftl --version
 
 tasks: {", ".join(TASKS)}
@@ -407,6 +420,16 @@ def _push(argv: list[str]) -> None:
 
     how = {"private": options.private, "revision": options.revision, "create_pr": options.create_pr}
     print(load_run(options.run).push(options.repository, **how))
+
+
+def _completion(argv: list[str]) -> None:
+    parser = _Parser(prog="hftl completion", description="Print a script by which a shell completes hftl's commands.")
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="for bash: source <(hftl completion bash)")
+    options = parser.parse_args(argv)
+    with quick_imports():
+        from hftl.completion import script
+
+    print(script(options.shell, list(_commands())), end="")
 
 
 def _list(argv: list[str]) -> None:
