@@ -56,7 +56,7 @@ def errors_page(package: Path = ROOT / "hftl") -> str:
     """Every message, by module."""
     parts = []
     for title, name, messages in error_messages(package):
-        parts.append(f"## {title} {{ #{_slug([name])} }}\n\nFrom `{name}`.")
+        parts.append(f"## {title} {{ #{_module_anchor(name)} }}\n\nFrom `{name}`.")
         parts += [
             f'<p id="{message.anchor}"><code>{html.escape(message.text)}</code> '
             f'<a class="headerlink" href="#{message.anchor}" title="Permanent link">¶</a></p>'
@@ -73,7 +73,7 @@ def error_messages(package: Path) -> list[tuple[str, str, list[Message]]]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         texts = [message_of(call) for call in error_calls(tree)]
         name = str(path.relative_to(package.parent))
-        taken.add(_slug([name]))
+        taken.add(_module_anchor(name))
         messages = [Message(text, _free_anchor(text, taken)) for text in texts]
         if messages:
             modules.append((_first_sentence(ast.get_docstring(tree) or name), name, messages))
@@ -128,6 +128,11 @@ def _first_sentence(docstring: str) -> str:
 
 def _slug(words: Iterable[str]) -> str:
     return re.sub(r"[^a-z0-9_]+", "-", "-".join(words).lower()).strip("-")
+
+
+def _module_anchor(name: str) -> str:
+    """Without underscores, which Markdown takes for emphasis."""
+    return _slug([name.replace("_", "-")])
 
 
 def _free_anchor(text: str, taken: set[str]) -> str:
