@@ -201,13 +201,14 @@ def test_every_flag_of_the_pages_exists() -> None:
     for path in ("hftl/cli.py", "scripts/benchmark.py"):
         known |= set(re.findall(r'"--([\w-]+)"', (ROOT / path).read_text(encoding="utf-8")))
     known |= {"pair_steps", "pair_learning_rate"}  # of recipes/text_few_shot.py
+    found = 0
     for path in PAGES:
         text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
-        shown = {
-            flag for code in re.findall(r"`([^`]+)`", text) for flag in re.findall(r"(?<!\S)--([a-z][\w-]*)", code)
-        }
-        others = {"do_train", "do_eval"} if path.stem == "moving" else set()
-        assert shown - known == others, path
+        code = " ".join(re.findall(r"`([^`]+)`", text))
+        shown = set(re.findall(r"(?<!\S)--([a-z][\w-]*)", code))
+        assert shown <= known, (path, shown - known)
+        found += len(shown)
+    assert found > 200
 
 
 def test_every_paper_is_listed() -> None:
