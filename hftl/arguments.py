@@ -465,12 +465,14 @@ def _group(parser: argparse.ArgumentParser, arguments_class: type) -> None:
         if item.name not in headings:
             kind = "Training: other fields of transformers.TrainingArguments"
             headings[item.name] = kind if item.name in trainers else "Of this task"
-    actions = {action.dest: action for action in parser._optionals._group_actions}
+    actions: dict[str, list[argparse.Action]] = {}
+    for action in parser._optionals._group_actions:  # several where there is a flag --no_… too
+        actions.setdefault(action.dest, []).append(action)
     for title in dict.fromkeys([*_GROUPS.values(), "Of this task", *headings.values()]):
         group = parser.add_argument_group(title)
         for name in (name for name, found in headings.items() if found == title and name in actions):
-            group._group_actions.append(actions.pop(name))
-    parser._optionals._group_actions[:] = list(actions.values())
+            group._group_actions += actions.pop(name)
+    parser._optionals._group_actions[:] = [action for kept in actions.values() for action in kept]
 
 
 def float_or_auto(text: str) -> float | str:

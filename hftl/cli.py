@@ -377,9 +377,11 @@ def _report(argv: list[str]) -> None:
     parser.add_argument("run", help="folder of a finished run")
     options = parser.parse_args(argv)
     with quick_imports():
-        from hftl.report import remake_report
+        from hftl.report import read_splits, write_report
+        from hftl.run import load_run
 
-    print(f"written to {remake_report(Path(options.run))}")
+    run = load_run(options.run)
+    print(f"written to {write_report(run, read_splits(run))}")
 
 
 def _compare(argv: list[str]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from hftl.arguments import ImageArguments, TextArguments, flag_names
 from hftl.methods import METHODS
+from hftl.methods.adapters import SHORT_NAMES
 from hftl.tasks import TASKS
 
 _BASH = """_hftl() {{
@@ -55,7 +56,7 @@ def _flags() -> tuple[list[str], Mapping[str, Sequence[str]]]:
     """The flags of all tasks, and the values of those that have a few."""
     classes = (ImageArguments, TextArguments)
     names = sorted({name for one in classes for name in flag_names(one)} | {"config"})
-    values: dict[str, Sequence[str]] = {"method": list(METHODS)}
+    values: dict[str, Sequence[str]] = {"method": [*METHODS, *SHORT_NAMES]}
     for item in (item for one in classes for item in dataclasses.fields(one)):
         if "choices" in item.metadata:
             values[item.name] = item.metadata["choices"]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hftl import backbones, batches
 from hftl.features import PooledFeatures, head_source
-from hftl.run import Run
+
+if TYPE_CHECKING:
+    from hftl.run import Run
 
 #: rows on the map: with more of them the points hide each other, and each costs a pass
 MOST_ROWS = 256

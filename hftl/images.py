@@ -207,5 +207,6 @@ def data_address(picture: Image.Image) -> str:
 
 def spotlight(picture: Image.Image, heat: npt.NDArray[np.float32]) -> Image.Image:
     """The picture, darker where there is less heat (from 0 to 1, of any size)."""
-    light = Image.fromarray(np.uint8(255 * (0.3 + 0.7 * np.sqrt(heat)))).resize(picture.size, Image.Resampling.BILINEAR)
+    light = Image.fromarray((255 * (0.3 + 0.7 * np.sqrt(heat))).astype(np.uint8))
+    light = light.resize(picture.size, Image.Resampling.BILINEAR)
     return Image.composite(picture, Image.new("RGB", picture.size), light)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
 from huggingface_hub.errors import (
@@ -27,7 +27,9 @@ from hftl.card import EVALUATIONS, forbids_changes
 from hftl.errors import UsageError
 from hftl.folder import CHECKPOINTS, LOGS, RECIPE, is_main_process, say
 from hftl.report import REPORT, render_report
-from hftl.run import Run
+
+if TYPE_CHECKING:
+    from hftl.run import Run
 
 #: what of a run folder goes to the Hub
 _PUSHED = (

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,8 +21,10 @@ from hftl.feature_map import draw_rows, feature_map
 from hftl.folder import FOUND_IN_DATA, LOGS, PREDICTIONS, RECIPE
 from hftl.label_errors import likely_label_errors
 from hftl.metrics import share_interval
-from hftl.run import Run, load_run
-from hftl.tasks.classification import ClassificationTask, Shown
+from hftl.tasks.classification import Shown
+
+if TYPE_CHECKING:
+    from hftl.run import Run
 
 REPORT = "report.html"
 #: examples in the gallery …
@@ -88,20 +90,6 @@ def render_report(run: Run, splits: Splits | None, shared: bool = False) -> str:
         label_errors=_label_errors(answers, names),
         settings=recipe,
     )
-
-
-def remake_report(path: Path, task_class: type[ClassificationTask] | None = None) -> Path:
-    """report.html of a finished run, whose data are read again for the examples.
-
-    Args:
-        path: the run folder.
-        task_class: the task of a recipe of one's own.
-
-    Raises:
-        UsageError: there is no finished run, or it has no predictions.
-    """
-    run = load_run(path, task_class)
-    return write_report(run, read_splits(run))
 
 
 def read_splits(run: Run) -> Splits | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
 import hftl
-from hftl.arguments import to_recipe
+from hftl import cli, completion
+from hftl.arguments import ImageArguments, TextArguments, flag_names, parse, to_recipe
 
 
 def test_command_line_wins_over_the_file(tmp_path: Path) -> None:
@@ -77,3 +79,48 @@ def test_task_of_another_recipe_is_refused(tmp_path: Path) -> None:
 def test_the_home_of_the_person_in_the_output_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert hftl.parse(hftl.TextArguments, ["--output_dir=~/run"]).output_dir == "/home/somebody/run"
+
+
+@pytest.mark.parametrize("arguments_class", [ImageArguments, TextArguments])
+def test_help_has_every_flag_below_a_heading(arguments_class: type, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(arguments_class, ["--help"])
+    shown = capsys.readouterr().out
+    headings = ["Model:", "Data:", "Method:", "Of this task:"]
+    places = [shown.index(f"\n{heading}") for heading in headings]
+    assert places == sorted(places)
+    assert places[0] < shown.index("--model_name_or_path") < places[1] < shown.index("--dataset_name") < places[2]
+    assert "a 95 % interval" in " ".join(shown.split())
+    for name in flag_names(arguments_class):
+        assert f"--{name}" in shown, name
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_completes_commands_flags_and_values(shell: str, tmp_path: Path) -> None:
+    path = tmp_path / "script"
+    path.write_text(completion.script(shell, list(cli._commands())))
+    lines = [
+        "autoload() { :; }; bashcompinit() { :; }",
+        f"source {path}",
+        'ask() { COMP_WORDS=("$@"); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _hftl; echo "${COMPREPLY[@]}"; }',
+        "ask hftl comp",
+        "ask hftl train text",
+        "ask hftl train text-classification --feature_cache_d",
+        "ask hftl train text-classification --method lp",
+        "ask hftl train text-classification --sampler b",
+    ]
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "compare completion",
+        "text-classification",
+        "--feature_cache_dtype",
+        "lp_ft",
+        "balanced",
+    ]
+    assert done.stderr == ""
+
+
+def test_fish_completes_too() -> None:
+    script = completion.script("fish", ["train", "predict"])
+    assert "-l sampler -x -a 'random balanced'" in script
+    assert "-n __fish_use_subcommand -a 'train predict'" in script

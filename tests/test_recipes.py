@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shlex
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 import hftl
-from hftl import auto, cli
+from hftl import auto, cli, lr_find, training
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
@@ -23,7 +24,11 @@ SMALL += ["--per_device_train_batch_size=8", "--report_to=none", "--save_only_mo
 
 @pytest.fixture(autouse=True)
 def _short_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--method auto` climbs to its last rung, without the trials before it and the epochs that time would allow."""
+    """`--method auto` climbs to its last rung, without the trials before it and the epochs that time would allow.
+
+    A range test of the rate has few steps.
+    """
+    monkeypatch.setattr(training, "sweep", functools.partial(lr_find.sweep, steps=20))
     monkeypatch.setattr(auto, "_EPOCHS_FOR_TRIALS", 1e9)
     monkeypatch.setattr(auto, "_MOST_EPOCHS", 1.0)
 
@@ -74,15 +79,22 @@ def recipe_and_flags(words: list[str]) -> tuple[Path, list[str]]:
     return ROOT / words[position], words[position + 1 :]
 
 
-SHOWN = [
-    words
+def with_builtins(page: Path) -> str:
+    """The training commands of a page that need nothing of the reader's, or of the Hub."""
+    words = [words for words in commands(page.read_text()) if "builtin:" in " ".join(words)]
+    return "\n".join(shlex.join(line) for line in words if "FOLDER" not in line and not line[2].startswith("--"))
+
+
+SHOWN = {
+    " ".join(words): words
     for text in [
         *(ast.get_docstring(ast.parse(path.read_text())) or "" for path in RECIPES),
         (ROOT / "README.md").read_text(),
+        *map(with_builtins, sorted((ROOT / "docs").rglob("*.md"))),
     ]
     for words in commands(text)
     if not {"…", "NEW", "TASK", "my_recipe.py"} & set(words)
-]
+}
 
 
 def test_commands_are_found() -> None:
@@ -90,7 +102,7 @@ def test_commands_are_found() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", SHOWN, ids=" ".join)
+@pytest.mark.parametrize("words", SHOWN.values(), ids=SHOWN)
 def test_shown_command_works(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     path, flags = recipe_and_flags(words)
@@ -103,6 +115,12 @@ def test_shown_command_works(words: list[str], tmp_path: Path, monkeypatch: pyte
     small = small_flags("image" if "ImageArguments" in text else "text", "auto" if "auto" in flags else "")
     small += ["--pair_steps=2"] if path.stem == "text_few_shot" else []
     small = [flag for flag in small if "--shots" not in flags or "max_train_samples" not in flag]
+    if {"--head", "--feature_layers"} & set(flags):  # which is fitted
+        small = [flag for flag in small if "train_epochs" not in flag and "batch_size" not in flag]
+    if "--repeats" in flags:
+        small.append("--repeats=2")
+    if "--average" in flags:  # of several checkpoints
+        small = [flag for flag in small if flag != "--save_only_model"]
     run = cli.run_recipe(path, [*flags, *small, f"--output_dir={tmp_path / 'run'}"])
     assert (run.folder / "metrics.json").is_file()
 
