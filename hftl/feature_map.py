@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hftl import backbones, batches
-from hftl.features import PooledFeatures, head_source
+from hftl.data import Splits
+from hftl.features import KeptDataset, PooledFeatures, head_source
+from hftl.folder import LOGS, replacing
 
 if TYPE_CHECKING:
     from hftl.run import Run
 
+#: in the logs: features of the rows on the map, of that split
+_FILE = "features-{}.npy"
 #: rows on the map: with more of them the points hide each other, and each costs a pass
 MOST_ROWS = 256
 
@@ -39,18 +44,21 @@ def draw_rows(count: int) -> npt.NDArray[np.int64]:
     return np.sort(np.random.default_rng(0).permutation(count)[:MOST_ROWS])
 
 
-def feature_map(run: Run, rows: Any, labels: npt.NDArray[np.int64]) -> FeatureMap:
+def keep_features_of(data: Mapping[str, KeptDataset], logs: Path) -> None:
+    """Keep the features of the rows on the map beside the log, of a run whose head was fitted to features."""
+    split = "test" if "test" in data else "validation"
+    rows = draw_rows(len(data[split]))
+    with replacing(logs / _FILE.format(split)) as beside, beside.open("wb") as file:
+        np.save(file, np.stack([data[split][row]["kept"].float().numpy() for row in rows.tolist()]))
+
+
+def feature_map(features: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> FeatureMap:
     """The map of some rows, by principal component analysis.
 
     Args:
-        run: a finished run.
-        rows: at least two, as the task reads them.
+        features: shape (rows, features), of at least two rows.
         labels: class ids, shape (rows,).
-
-    Raises:
-        NoCut: what enters the head is not one vector a row.
     """
-    features = _features(run, rows)
     centred = features - features.mean(axis=0)
     _, spread, directions = np.linalg.svd(centred, full_matrices=False)
     # A direction has no sign of its own: that of its largest part is made positive, for the same map every time.
@@ -65,8 +73,21 @@ def feature_map(run: Run, rows: Any, labels: npt.NDArray[np.int64]) -> FeatureMa
     return FeatureMap(points, float(variance[:2].sum() / max(variance.sum(), 1e-12)), float(pure.mean()))
 
 
-def _features(run: Run, rows: Any) -> npt.NDArray[np.float64]:
-    """What enters the head, shape (rows, features)."""
+def features_of(run: Run, splits: Splits, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """What enters the head, shape (rows, features): kept by the training, else computed now.
+
+    Args:
+        run: a finished run.
+        splits: its data.
+        numbers: of the rows that it was scored on.
+
+    Raises:
+        NoCut: what enters the head is not one vector a row.
+    """
+    path = run.folder / LOGS / _FILE.format("validation" if splits.test is None else "test")
+    if path.is_file() and np.array_equal(numbers, draw_rows(len(splits.scored))):
+        return np.load(path, allow_pickle=False).astype(np.float64)
+    rows = splits.scored.select(numbers)
     said, run.task.says_cut = run.task.says_cut, False  # when the rows were scored
     dataset: Any = run.task.dataset(rows, training=False)
     run.task.says_cut = said

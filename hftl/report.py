@@ -17,7 +17,7 @@ from hftl.charts import Line
 from hftl.cut import NoCut
 from hftl.data import Splits
 from hftl.errors import UsageError
-from hftl.feature_map import draw_rows, feature_map
+from hftl.feature_map import draw_rows, feature_map, features_of
 from hftl.folder import FOUND_IN_DATA, LOGS, PREDICTIONS, RECIPE
 from hftl.label_errors import likely_label_errors
 from hftl.metrics import share_interval
@@ -296,9 +296,10 @@ def _map(run: Run, answers: Answers, splits: Splits | None, places: Mapping[str,
     chosen = known[draw_rows(len(known))]
     labels = answers.labels[chosen]
     try:
-        found = feature_map(run, splits.scored.select([places[answers.ids[number]] for number in chosen]), labels)
+        features = features_of(run, splits, np.array([places[answers.ids[number]] for number in chosen]))
     except NoCut:  # the head reads more than one vector a row
         return {}
+    found = feature_map(features, labels)
     about = f"Rows by the two directions of most variance; {found.pure:.0%} have one of their own class as the nearest"
     chart = charts.map_chart(found.points, labels, ~answers.correct[chosen], run.label_names, about)
     return {"rows": len(chosen), "explained": found.explained, "pure": found.pure, "chart": chart}

@@ -35,6 +35,7 @@ from hftl.callbacks import EveryFewEpochs, LogFile, ReadableProgress, StopSignal
 from hftl.compute import of_all_processes, wait_for_all
 from hftl.data import Splits
 from hftl.errors import Diverged, UsageError, without_worker
+from hftl.feature_map import keep_features_of
 from hftl.features import KeptFeatures, check_wishes, keep_features, mostly_frozen
 from hftl.folder import CHECKPOINTS, LOGS, RECIPE, read_json, say
 from hftl.losses import check_loss
@@ -335,6 +336,8 @@ def _run_stages(
                 results = _evaluate_views(task, trainer, data)
             elif is_last:
                 results = _evaluate(task, trainer, rows, kept)
+            if is_last and kept is not None and kept.solved and folder.is_main_process():
+                keep_features_of(kept.data, Path(str(task.arguments.output_dir), LOGS))
         if is_last:
             break
         trainer.bare_model()  # the next trainer puts its own around the model

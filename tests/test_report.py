@@ -158,19 +158,32 @@ def test_a_map_has_the_directions_of_most_variance(image_run: Path, monkeypatch:
     monkeypatch.chdir(image_run.parent)
 
     run = hftl.load_run(image_run)
-    rows = data.load_splits(run.task.arguments, "image").test
-    labels = np.asarray(rows["label"])
-    found = feature_map.feature_map(run, rows, labels)
-    features = feature_map._features(run, rows)
+    splits = data.load_splits(run.task.arguments, "image")
+    labels = np.asarray(splits.test["label"])
+    features = feature_map.features_of(run, splits, np.arange(15))
     assert features.shape == (15, 32)
+    found = feature_map.feature_map(features, labels)
     principal = PCA(2).fit(features)
     assert np.allclose(np.abs(found.points), np.abs(principal.transform(features)), atol=1e-5)
     assert found.explained == pytest.approx(principal.explained_variance_ratio_.sum(), abs=1e-6)
     nearest = NearestNeighbors(n_neighbors=2).fit(features).kneighbors(features)[1][:, 1]
     assert found.pure == pytest.approx((labels[nearest] == labels).mean())
-    again = feature_map.feature_map(run, rows, labels)
-    assert np.array_equal(found.points, again.points)
     assert len(feature_map.draw_rows(5000)) == feature_map.MOST_ROWS
+
+
+@pytest.mark.slow
+def test_features_that_a_training_had_are_not_computed_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = trained(
+        place, "image-classification", "--dataset=images", "--model=convnet", "--method=frozen", "--output_dir=frozen"
+    )
+    monkeypatch.chdir(place)
+    run = hftl.load_run(frozen)
+    splits = data.load_splits(run.task.arguments, "image")
+    numbers = feature_map.draw_rows(len(splits.scored))
+    kept = feature_map.features_of(run, splits, numbers)
+    assert kept.shape == (15, 32)
+    (frozen / "logs" / "features-test.npy").unlink()
+    assert np.allclose(feature_map.features_of(run, splits, numbers), kept, rtol=2e-3, atol=2e-3)  # kept in 16 bits
 
 
 @pytest.mark.slow
