@@ -21,7 +21,7 @@ class Hub:
     """What the server keeps, and how it answers.
 
     Attributes:
-        files: repository → path → content, of the main branch.
+        files: repository → path → content, of the main branch; the name of a data set begins with datasets/.
         branches: the same of each other branch, by (repository, branch).
         commits: paths of each commit, in order.
         large: contents that were uploaded by themselves (LFS), by their SHA-256.
@@ -144,8 +144,9 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             path = urlsplit(self.path).path.strip("/")
             if path.startswith("api/whoami"):
                 return self.answer(200, {"type": "user", "name": "tester", "orgs": []})
-            if path.startswith("api/models/"):
-                repository = "/".join(path.split("/")[2:4])
+            if path.startswith(("api/models/", "api/datasets/")):
+                kind, owner, name = path.split("/")[1:4]
+                repository = f"{owner}/{name}" if kind == "models" else f"datasets/{owner}/{name}"
                 if repository not in hub.files:
                     return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
                 if "/tree/" in path:
@@ -153,9 +154,9 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     names = [name for name in hub.files[repository] if name.startswith(folder)]
                     return self.answer(200, [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names])
                 siblings = [{"rfilename": name} for name in hub.files[repository]]
-                return self.answer(200, {"id": repository, "sha": COMMIT, "siblings": siblings})
-            parts = path.split("/")  # owner, name, "resolve", revision, path
-            content = hub.files.get("/".join(parts[:2]), {}).get("/".join(parts[4:]))
+                return self.answer(200, {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": siblings})
+            place, _, file = path.partition("/resolve/")  # owner/name, before it perhaps datasets/; revision/path
+            content = hub.files.get(place, {}).get(file.partition("/")[2])
             if content is None:
                 return self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
             etag = hashlib.sha256(content).hexdigest()

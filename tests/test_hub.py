@@ -13,12 +13,13 @@ import hub_server
 import pytest
 import small_data
 import tiny_models
+import yaml
 from forked import run_command
 from huggingface_hub import ModelCard, constants
 
 import hftl
 from hftl import push
-from hftl.card import forbids_changes
+from hftl.card import EVALUATIONS, forbids_changes
 from hftl.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,11 +100,31 @@ def test_what_is_pushed_loads_with_equal_logits(place: Path, hub: hub_server.Hub
     assert done.stdout == "equal\n", done.stderr
 
 
+_SAME_ADAPTER = """
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification as Model
+config = AutoConfig.from_pretrained("tester/adapter", subfolder="adapter")
+base = Model.from_pretrained("bert", config=config, ignore_mismatched_sizes=True)
+theirs = PeftModel.from_pretrained(base, "tester/adapter", subfolder="adapter").eval()
+merged = Model.from_pretrained("tester/adapter").eval()
+mine = Model.from_pretrained("adapter").eval()
+inputs = torch.randint(5, 30, (2, 9))
+with torch.no_grad():
+    expected = mine(inputs).logits
+    assert torch.equal(merged(inputs).logits, expected)
+    assert torch.allclose(theirs(inputs).logits, expected, atol=1e-5)
+print("equal")
+"""
+
+
 @pytest.mark.slow
 def test_an_adapter_comes_back_by_the_lines_of_its_card(place: Path, hub: hub_server.Hub) -> None:
     run = hftl.load_run(place / "adapter")
     run.push("tester/adapter")
     assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= set(hub.commits[0])
+    done = process(place, hub.url, "-c", _SAME_ADAPTER)
+    assert done.stdout == "equal\n", done.stderr
     for name in ("adapter", "image"):
         page = (place / name / "README.md").read_text()
         card = ModelCard(page)
@@ -207,6 +228,26 @@ def test_a_licence_that_forbids_it(place: Path, hub: hub_server.Hub) -> None:
         hftl.load_run(place / "forbidden").push("tester/forbidden")
     assert not hub.requests
     assert not forbids_changes("apache-2.0")
+
+
+@pytest.mark.slow
+def test_data_of_the_hub_load_by_name(place: Path) -> None:
+    with hub_server.serve() as hub:
+        paths = sorted((place / "texts").glob("*.csv"))
+        hub.files["datasets/tester/reviews"] = {path.name: path.read_bytes() for path in paths}
+        train = ["-m", "hftl", "train", "text-classification", "--model=bert", "--max_steps=1", "--output_dir=named"]
+        done = process(place, hub.url, *train, "--dataset=tester/reviews")
+        assert done.returncode == 0, done.stderr
+        assert "data: tester/reviews" in done.stdout
+        card = ModelCard.load(place / "named" / "README.md")
+        assert card.data.datasets == ["tester/reviews"] or card.data.datasets == "tester/reviews"
+        (entry,) = yaml.safe_load((place / "named" / EVALUATIONS).read_text())
+        scores = hftl.load_run(place / "named").metrics["test"]
+        assert entry["dataset"] == {"id": "tester/reviews", "task_id": "default"}
+        assert entry["value"] == pytest.approx(scores["accuracy"], abs=1e-4)
+        pushed = process(place, hub.url, "-m", "hftl", "push", "named", "tester/named")
+        assert pushed.returncode == 0, pushed.stderr
+        assert EVALUATIONS in hub.files["tester/named"]
 
 
 @pytest.mark.slow
