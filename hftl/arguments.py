@@ -227,7 +227,7 @@ class TransferArguments(TrainingArguments):
     logging_nan_inf_filter: bool = _argument(False, "Leave false: a loss that is not finite stops the run.")
     hub_strategy: str = _argument(
         "end",
-        "When to push: end; every_save: each checkpoint's model too, into last-checkpoint/, as training goes on.",
+        "When to push: end; every_save: each checkpoint's model too, into in-progress/, as training goes on.",
     )
 
     # Training: fields of our own
@@ -517,7 +517,8 @@ def _take_config(tokens: list[str]) -> tuple[str | None, list[str]]:
 
 
 #: settings that can name code of one's own, or let that of others run
-_NAMES_CODE = ("method", "penalty", "loss", "metrics", "trust_remote_code", "allow_pickle")
+_LETS_CODE_RUN = ("metrics", "trust_remote_code", "allow_pickle")
+_NAMES_CODE = ("method", "penalty", "loss", *_LETS_CODE_RUN)
 
 
 @functools.cache
@@ -541,17 +542,22 @@ def find_config(name: str) -> Path:
     except (HTTPError, OSError, ValueError) as error:
         raise UsageError(f"--config {name!r} cannot be fetched: {' '.join(str(error).split())[:200]}") from error
     settings = read_yaml(path)
-    print(visible("\n".join(f"  {key}: {value}" for key, value in settings.items() if value is not None)))
+    for key, value in settings.items():
+        if value is not None:
+            print(visible(f"  {key}: {value!r}"))
     for key in _NAMES_CODE:
-        value = settings.get(key)
-        if value is True or ":" in str(value):
-            print(visible(f"  this names code or files that may run code: {key}: {value}"))
+        if settings.get(key) and (key in _LETS_CODE_RUN or re.search("[:/.]", str(settings[key]))):
+            print(visible(f"  this names code or files that may run code: {key}: {settings[key]!r}"))
     if not sys.stdin.isatty() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(
             f"--config {name!r} comes from elsewhere, and nobody can be asked here: read it above, then `hf download "
             f"{owner}/{repository} {file} --local-dir .` and --config {file}."
         )
-    if input(f"Train with these settings of {name}? [y/N] ").strip().lower() not in ("y", "yes"):
+    try:
+        answer = input(f"Train with these settings of {name}? [y/N] ")
+    except EOFError:
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
         raise UsageError(f"--config {name!r}: not used.")
     return path
 
@@ -786,6 +792,12 @@ def _check_values(arguments: TransferArguments) -> None:
         raise UsageError("--neftune_noise_alpha disturbs the embeddings of tokens, which an image model has not.")
     if arguments.push_to_hub and arguments.hub_strategy not in ("end", "every_save"):
         raise UsageError("--hub_strategy must be end (the finished run in one commit) or every_save.")
+    if (
+        arguments.push_to_hub
+        and arguments.hub_strategy != "end"
+        and (arguments.method == "auto" or arguments.repeats > 1)
+    ):
+        raise UsageError("--hub_strategy every_save is for one training: leave it out here (--method auto, --repeats).")
     if arguments.resume_from_checkpoint:
         raise UsageError("--resume_from_checkpoint is not used: --resume finds the checkpoint in --output_dir.")
     _check_trackers(arguments)

@@ -98,7 +98,7 @@ def write_card(
         )
         for kind, name, key in (("accuracy", "Accuracy", "accuracy"), ("f1", "Macro F1", "f1_macro"))
     ]  # fmt: skip
-    origin = _base_card(str(arguments.model_name_or_path))
+    origin = base_card(str(arguments.model_name_or_path))
     header = ModelCardData(
         pipeline_tag=task.name,
         library_name="transformers",
@@ -129,10 +129,12 @@ def write_card(
     ]
     usage = _UNMERGED if (target / BASE).is_dir() else _MERGED
     text = _TEXT.format(
-        title=title, base=base, task=task.name, dataset=dataset, method=method, split=split,
+        title=in_markdown(title), base=in_markdown(base), task=task.name, dataset=in_markdown(dataset),
+        method=in_markdown(method), split=split,
         preparation=f" {task.preparation}" if task.preparation else "",
         results="\n".join(rows), repeats=_repeats(metrics, split), classes="\n".join(classes),
-        limits=_limits(splits, plain, split, dataset, origin.get("license")), training=_training(metrics["train"]),
+        limits=_limits(splits, plain, split, in_markdown(dataset), origin.get("license")),
+        training=_training(metrics["train"]),
         probe=_probe(arguments) if f"ordinary_head_{split}" in metrics else "",
         usage=usage.format(
             task=task.name, title=title, auto_class=task.auto_class.__name__,
@@ -161,7 +163,7 @@ def _is_on_hub(name: str | None) -> bool:
     return name is not None and not os.path.exists(os.path.expanduser(name)) and ":" not in name
 
 
-def _base_card(name: str) -> dict[str, Any]:
+def base_card(name: str) -> dict[str, Any]:
     """The metadata of the base model's card; empty where there is none, or the Hub has none to give now."""
     if name.startswith("builtin:"):
         # As tensorflow/tpu and sentence-transformers/all-MiniLM-L6-v2, where the weights come from, say.
@@ -182,7 +184,7 @@ def _of_licence(licence: str | None) -> str:
     """What the licence of the base model means for who uses this one."""
     if licence is None:
         return "The licence of the base model is not known here: look for it before you use or share this one."
-    words = str(licence).lower().split("-")
+    words, licence = str(licence).lower().split("-"), in_markdown(str(licence))
     if forbids_changes(licence):
         return f"The licence of the base model ({licence}) does not let changed versions be shared: this one neither."
     if "nc" in words or "noncommercial" in words:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from hftl import __version__
 from hftl.errors import UsageError, did_you_mean
+from hftl.inert import visible
 from hftl.launch import launch, quick_imports
 from hftl.tasks import TASKS, check_task
 
@@ -36,6 +37,13 @@ def _positive(text: str) -> int:
     """A number above 0, for argparse."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    """A port, for argparse."""
+    if _positive(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be at most 65535, not {text}")
     return int(text)
 
 
@@ -284,7 +292,7 @@ def _evaluate(argv: list[str]) -> None:
         **_columns(options, run),
     )
     for name, value in scores.items():
-        print(f"{name:<28}{value:.4f}")
+        print(visible(f"{name:<28}{value:.4f}"))
 
 
 def _add_columns(parser: argparse.ArgumentParser, *roles: str) -> None:
@@ -401,7 +409,7 @@ def _compare(argv: list[str]) -> None:
 def _demo(argv: list[str]) -> None:
     parser = _Parser(prog="hftl demo", description="A page to try a finished run on, on this machine alone.")
     parser.add_argument("run", help="folder of a finished run")
-    parser.add_argument("--port", type=_positive, help="of 127.0.0.1 (default: a free one from 7860 on)")
+    parser.add_argument("--port", type=_port, help="of 127.0.0.1 (default: a free one from 7860 on)")
     options = parser.parse_args(argv)
     with quick_imports():
         from hftl import demo
@@ -425,8 +433,12 @@ def _push(argv: list[str]) -> None:
 
 
 def _completion(argv: list[str]) -> None:
-    parser = _Parser(prog="hftl completion", description="Print a script by which a shell completes hftl's commands.")
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="for bash: source <(hftl completion bash)")
+    parser = _Parser(
+        prog="hftl completion",
+        description="Print a script by which a shell completes hftl's commands. Write it to a file once, and let "
+        "~/.bashrc (or what the shell reads) source that file.",
+    )
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
     options = parser.parse_args(argv)
     with quick_imports():
         from hftl.completion import script

@@ -13,6 +13,8 @@ from hftl.run import Run, load_run
 
 #: classes whose probabilities are shown
 _MOST_CLASSES = 10
+_OF_PICTURES = "The second picture is bright where it speaks for the answer (Grad-CAM)."
+_OF_TEXTS = "Coloured words speak for the answer, underlined ones against it (integrated gradients)."
 #: as the report draws them, in the colours of either theme
 _STYLE = """
 .rests mark { color: inherit; border-radius: 3px; padding: 0 0.1em; }
@@ -84,7 +86,7 @@ def build(run: Run) -> Any:
         inputs,
         [
             gradio.Label(num_top_classes=_MOST_CLASSES, label="Answer"),
-            gradio.HTML(label="What it rests on", show_label=True, elem_classes="rests"),
+            gradio.HTML(elem_classes="rests"),
         ],
         title=in_markdown(run.folder.resolve().name),
         description=f"{run.task.name}, {len(run.label_names)} classes. What is entered stays on this machine.",
@@ -97,7 +99,10 @@ def _rests_on(run: Run, value: Any, label: int) -> str:
     if run.probe is not None or merging.is_quantised(run.model):
         return ""
     row = run.task.read_inputs([value])[0]
-    return pages.render("shown", example={"shown": run.task.shown(row, run.model, label), "id": "the input"})
+    shown = run.task.shown(row, run.model, label)
+    note = _OF_PICTURES if shown.pictures else _OF_TEXTS
+    example = pages.render("shown", example={"shown": shown, "id": "the input"})
+    return f"<p>{note}</p>{example}" if shown.is_explained else ""
 
 
 def _theme() -> Any:

@@ -89,8 +89,10 @@ def features_of(run: Run, splits: Splits, numbers: npt.NDArray[np.int64]) -> npt
         return np.load(path, allow_pickle=False).astype(np.float64)
     rows = splits.scored.select(numbers)
     said, run.task.says_cut = run.task.says_cut, False  # when the rows were scored
-    dataset: Any = run.task.dataset(rows, training=False)
-    run.task.says_cut = said
+    try:
+        dataset: Any = run.task.dataset(rows, training=False)
+    finally:
+        run.task.says_cut = said
     device = next(run.model.parameters()).device
     lengths: Sequence[int] | None = getattr(dataset, "lengths", None)
     groups = batches.groups(lengths, len(dataset), None, device.type == "cpu")

@@ -6,6 +6,7 @@ import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,17 +45,32 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
         UsageError: something that was asked for cannot be done.
         Interrupted: SIGTERM or Ctrl-C; a checkpoint to go on from is written.
     """
+    saves = _pushes(arguments) if arguments.push_to_hub else []
     if arguments.method == "auto":
         run = _search(task, plan, splits, arguments)
     elif arguments.repeats > 1:
         run = _repeat(task, plan, splits, arguments)
     else:
-        path = train_plan(task, plan, splits, arguments)
+        path = train_plan(task, plan, splits, arguments, saves)
+        for pushes in saves:
+            pushes.wait()
         # What several processes share out, or an adapter is around, is read from the folder when it is needed.
         apart = arguments.world_size > 1 or (path / merging.BASE).is_dir()
         run = Run(path, task, None if apart else backbones.without_adapters(plan.model))
     conclude(run, splits, arguments)
     return run
+
+
+def _pushes(arguments: TransferArguments) -> list[Any]:
+    """What pushes the checkpoints, where that was asked for.
+
+    Raises:
+        UsageError: the run may not be pushed.
+    """
+    from hftl.push import PushSaves, check_base  # no other training waits for what it needs
+
+    check_base(arguments)
+    return [PushSaves(arguments)] if arguments.hub_strategy == "every_save" else []
 
 
 def conclude(run: Run, splits: Splits, arguments: TransferArguments) -> None:
@@ -66,7 +82,8 @@ def conclude(run: Run, splits: Splits, arguments: TransferArguments) -> None:
     say(f"report:     {write_report(run, read_splits(run) if arguments.repeats > 1 else splits)}")
     if arguments.push_to_hub:
         name = arguments.hub_model_id or run.folder.name
-        say(f"pushed to:  {run.push(name, private=arguments.hub_private_repo, token=arguments.hub_token)}")
+        where = {"private": arguments.hub_private_repo, "revision": arguments.hub_revision}
+        say(f"pushed to:  {run.push(name, token=arguments.hub_token, **where)}")
 
 
 def _search(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Run:

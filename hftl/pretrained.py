@@ -94,7 +94,7 @@ def explained_load(name: str, auto_class: type) -> Iterator[None]:
                 f"--model {name!r} is not a model for {kind}s ({auto_class.__name__} does not take it): choose another "
                 f"model, or the recipe of its own task."
             ) from error
-        if "no file named model.safetensors" in reason or "a file named model.safetensors" in reason:
+        if "file named model.safetensors" in reason:
             raise UsageError(
                 f"--model {name!r} has no model.safetensors. Pickled weights could run code when they are read: if you "
                 "trust where they come from, --allow_pickle reads them, as tensors alone."
@@ -148,6 +148,8 @@ def load_model(
     name = str(arguments.model_name_or_path)
     labels = dict(enumerate(label_names))
     options = hub_options(arguments, source)
+    # Else transformers would ask a service to convert a model that has pickles alone, and propose that to its authors.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     if arguments.trust_remote_code:
         say(f"--trust_remote_code: Python code that comes with {name!r} may run on this machine")
     with explained_load(name, auto_class):

@@ -5,27 +5,22 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,  # of the HTTP library, which is not the same in all releases
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-)
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError  # the HTTP library differs between releases
+from huggingface_hub.utils import filter_repo_objects, parse_ratelimit_headers
 from transformers import TrainerCallback
 
 from hftl.arguments import TransferArguments
-from hftl.card import EVALUATIONS, forbids_changes
+from hftl.card import EVALUATIONS, base_card, forbids_changes
 from hftl.errors import UsageError
-from hftl.folder import CHECKPOINTS, LOGS, RECIPE, is_main_process, say
+from hftl.folder import CHECKPOINTS, LOGS, PREDICTIONS, RECIPE, is_main_process, say
 from hftl.report import REPORT, render_report
 
 if TYPE_CHECKING:
@@ -37,27 +32,25 @@ _PUSHED = (
     "adapter/*", "base/*", "probe/*",
 )  # fmt: skip
 #: a * above also matches below folders
-_KEPT_BACK = (f"{CHECKPOINTS}/*", f"{LOGS}/*", "repeats/*", "trials/*", ".partial/*", ".replaced/*")
-#: what a Hub answers that has trouble of its own or too much to do, or meets two commits at once
-_PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
+_KEPT_BACK = (f"{CHECKPOINTS}/*", f"{LOGS}/*", "repeats/*", "trials/*")
+#: what a Hub answers that has trouble of its own or too much to do, or whose repository something else changes
+_PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 #: seconds before each further try, where the Hub says nothing of it; its client has its own for every single file
 _PAUSES = (1.0, 5.0)
 _LONGEST_PAUSE = 60.0
-#: what goes wrong on the way to the Hub, or is refused there
-_ERRORS = (
-    HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, HTTPError, OSError,
-    ValueError, RuntimeError,  # what the client makes of the Hub's answers about single files
-)  # fmt: skip
+#: what goes wrong on the way to the Hub, is refused there, or is what the client makes of answers about single files
+_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)
 _ADVICE = {
     401: "it wants a token: make one that may write at {endpoint}/settings/tokens, then `hf auth login`",
     403: "the token may not write there: make one that may at {endpoint}/settings/tokens, or name a place of yours",
     404: "there is no such repository or branch, or the token may not see it",
     409: "something else is changing the repository: try again in a while",
+    412: "something else is changing the repository: try again in a while",
     429: "it has had too many requests: try again in a while",
     507: "it has no room for the files",
 }
-#: where the model of a checkpoint stands while the training goes on, as Trainer calls it
-_IN_PROGRESS = "last-checkpoint"
+#: where the model of a checkpoint stands while the training goes on
+_IN_PROGRESS = "in-progress"
 _Answer = TypeVar("_Answer")
 
 
@@ -88,35 +81,61 @@ def push(
         UsageError: the Hub refused, or could not be reached, or the base model's licence forbids it; the run stays as
             it is.
     """
-    if forbids_changes(ModelCard.load(run.folder / "README.md").data.get("license")):
+    _check_licence(_card_of(run.folder).get("license"), repository)
+    api = HfApi(token=token)
+    operations: list[CommitOperationAdd | CommitOperationDelete]
+    operations = [CommitOperationAdd(path, run.folder / path) for path in _files(run.folder)]
+    if (run.folder / PREDICTIONS).is_file():  # which the page is made of
+        operations.append(CommitOperationAdd(REPORT, render_report(run, None, shared=True).encode()))
+    try:
+        address = _tried(lambda: api.create_repo(repository, private=private, exist_ok=True))
+        name = address.repo_id
+        if revision is not None:
+            _tried(lambda: api.create_branch(name, branch=revision, exist_ok=True))
+        there = _tried(lambda: api.list_repo_files(name, revision=revision))
+        if any(path.startswith(f"{_IN_PROGRESS}/") for path in there):
+            operations.append(CommitOperationDelete(f"{_IN_PROGRESS}/"))
+        made = _tried(
+            lambda: api.create_commit(
+                name, operations, commit_message="Fine-tuned with hftl", revision=revision, create_pr=create_pr
+            ),
+            # Where the answer alone was lost, another try would propose the same once more.
+            passing={429} if create_pr else _PASSING,
+        )
+    except _ERRORS as error:
+        flags = ["--private"] * bool(private) + ([f"--revision={revision}"] if revision else [])
+        words = ["hftl", "push", str(run.folder), repository, *flags, *(["--create_pr"] * create_pr)]
+        raise UsageError(
+            f"Pushing to {repository!r} failed: {reason(_cause(error))}. The run in {str(run.folder)!r} is whole; push "
+            f"it again with `{shlex.join(words)}`."
+        ) from error
+    return str(made.pr_url or address)
+
+
+def check_base(arguments: TransferArguments) -> None:
+    """Refuse to begin a training that is to be pushed and may not be.
+
+    Raises:
+        UsageError: the licence of the base model forbids it.
+    """
+    _check_licence(base_card(str(arguments.model_name_or_path)).get("license"), str(arguments.hub_model_id))
+
+
+def _check_licence(licence: str | None, repository: str) -> None:
+    if forbids_changes(licence):
         raise UsageError(
             f"Pushing to {repository!r}: the licence of the base model lets no changed versions be shared (ND). Train "
             "from a base with another licence, or keep the run to yourself."
         )
-    api = HfApi(token=token)
-    page = render_report(run, None, shared=True).encode()
-    operations: list[CommitOperationAdd | CommitOperationDelete]
-    operations = [CommitOperationAdd(path, run.folder / path) for path in _files(run.folder)]
-    operations.append(CommitOperationAdd(REPORT, page))
+
+
+def _card_of(folder: Path) -> dict[str, Any]:
+    """The metadata of a run's card; empty where there is no card."""
+    path = folder / "README.md"
     try:
-        address = _tried(lambda: api.create_repo(repository, private=private, exist_ok=True))
-        name = address.repo_id
-        if any(path.startswith(f"{_IN_PROGRESS}/") for path in _tried(lambda: api.list_repo_files(name))):
-            operations.append(CommitOperationDelete(f"{_IN_PROGRESS}/"))
-        if revision is not None and not create_pr:
-            _tried(lambda: api.create_branch(name, branch=revision, exist_ok=True))
-        made = _tried(
-            lambda: api.create_commit(
-                name, operations, commit_message="Fine-tuned with hftl", revision=revision, create_pr=create_pr
-            )
-        )
-    except _ERRORS as error:
-        again = f"hftl push {shlex.quote(str(run.folder))} {shlex.quote(repository)}"
-        raise UsageError(
-            f"Pushing to {repository!r} failed: {reason(_cause(error))}. The run in {str(run.folder)!r} is whole; push "
-            f"it again with `{again}`."
-        ) from error
-    return str(made.pr_url or address)
+        return ModelCard.load(path).data.to_dict() if path.is_file() else {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{str(path)!r} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 
 class PushSaves(TrainerCallback):
@@ -128,57 +147,90 @@ class PushSaves(TrainerCallback):
     def __init__(self, arguments: TransferArguments) -> None:
         """Keep where to push to."""
         self.repository = arguments.hub_model_id or Path(str(arguments.output_dir)).name
-        self.private = arguments.hub_private_repo
+        self.private, self.revision = arguments.hub_private_repo, arguments.hub_revision
         self.api = HfApi(token=arguments.hub_token)
-        self.pool = ThreadPoolExecutor(1)
-        self.upload: Future[None] | None = None
+        self.upload: threading.Thread | None = None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to push."""
-        if not is_main_process() or (self.upload is not None and not self.upload.done()):
+        if not is_main_process() or (self.upload is not None and self.upload.is_alive()):
             return
-        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        place = Path(args.output_dir, "pushed")  # linked, since the checkpoint is removed when the next ones are there
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
-        for path in (*checkpoint.glob("*.safetensors"), *checkpoint.glob("*config.json")):
-            os.link(path, place / path.name)
-        self.upload = self.pool.submit(self._push, place, state.global_step)
+        place = Path(args.output_dir, "pushed")
+        # A daemon, so that a training that is stopped does not wait for it.
+        self.upload = threading.Thread(target=self._push, args=(place, state.global_step), daemon=True)
+        try:
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            for path in (*checkpoint.glob("*.safetensors"), *checkpoint.glob("*config.json")):
+                _link(path, place / path.name)
+        except OSError as error:
+            self._left_out(state.global_step, error)
+        else:
+            self.upload.start()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Wait for what has begun."""
-        self.pool.shutdown()
+    def wait(self) -> None:
+        """Until what has begun is there."""
+        if self.upload is not None and self.upload.is_alive():
+            self.upload.join()
 
     def _push(self, place: Path, step: int) -> None:
         try:
             name = _tried(lambda: self.api.create_repo(self.repository, private=self.private, exist_ok=True)).repo_id
+            if self.revision is not None:
+                _tried(lambda: self.api.create_branch(name, branch=self.revision, exist_ok=True))
             files = [CommitOperationAdd(f"{_IN_PROGRESS}/{path.name}", path) for path in sorted(place.iterdir())]
-            _tried(lambda: self.api.create_commit(name, files, commit_message=f"Training in progress, step {step}"))
+            message = f"Training in progress, step {step}"
+            _tried(lambda: self.api.create_commit(name, files, commit_message=message, revision=self.revision))
         except _ERRORS as error:
-            say(f"the checkpoint of step {step} was not pushed: {reason(_cause(error))}. The training goes on.")
+            self._left_out(step, error)
+
+    def _left_out(self, step: int, error: BaseException) -> None:
+        say(f"the checkpoint of step {step} was not pushed: {reason(_cause(error))}. The training goes on.")
+
+
+def _link(path: Path, target: Path) -> None:
+    """The checkpoint is removed when the next ones are there; not every disk has links."""
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copy(path, target)
 
 
 def _files(folder: Path) -> list[str]:
-    """Of the run's files those that go to the Hub, relative to it."""
-    paths = (str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file())
-    found: Iterable[str] = filter_repo_objects(paths, allow_patterns=list(_PUSHED), ignore_patterns=list(_KEPT_BACK))
+    """Of the run's files those that go to the Hub, relative to it; nothing that is hidden but the scores."""
+    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    shown = (
+        str(path) for path in paths if str(path) == EVALUATIONS or not any(part.startswith(".") for part in path.parts)
+    )
+    found: Iterable[str] = filter_repo_objects(shown, allow_patterns=list(_PUSHED), ignore_patterns=list(_KEPT_BACK))
     return list(found)
 
 
-def _tried(call: Callable[[], _Answer]) -> _Answer:
+def _tried(call: Callable[[], _Answer], passing: Iterable[int] = frozenset(_PASSING)) -> _Answer:
     """What the call gives; it is tried again where the Hub or the way to it has trouble that may pass."""
     for pause in _PAUSES:
         try:
             return call()
         except _ERRORS as raised:
             error = _cause(raised)
-            if not _may_pass(error):
+            status = _status(error)
+            may_pass = status in passing if status is not None else isinstance(error, HTTPError) and 408 in passing
+            if not may_pass:
                 raise
-            wanted = str(getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", ""))
-            seconds = min(float(wanted), _LONGEST_PAUSE) if wanted.isdecimal() else pause
+            seconds = _wanted_pause(error) or pause
             say(f"the Hub: {reason(error)}; another try in {seconds:.0f} s")
             time.sleep(seconds)
     return call()
+
+
+def _wanted_pause(error: Any) -> float | None:
+    """Seconds that the Hub wants its client to wait."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    limit, wanted = parse_ratelimit_headers(headers), str(headers.get("Retry-After", ""))
+    if limit is not None:
+        return min(float(limit.reset_in_seconds), _LONGEST_PAUSE)
+    return min(float(wanted), _LONGEST_PAUSE) if wanted.isdecimal() else None
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -189,11 +241,6 @@ def _cause(error: BaseException) -> BaseException:
 def _status(error: BaseException) -> int | None:
     response = getattr(error, "response", None)
     return None if response is None else response.status_code
-
-
-def _may_pass(error: BaseException) -> bool:
-    status = _status(error)
-    return status in _PASSING if status is not None else isinstance(error, HTTPError)
 
 
 def reason(error: BaseException) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import sys
 import time
 import uuid
 import zipfile
@@ -47,8 +46,7 @@ class _Shard(NamedTuple):
 
     def release(self) -> None:
         """Give back the memory of what was read; it is read again when it is asked for."""
-        if sys.platform != "win32":
-            self.mapped.madvise(mmap.MADV_DONTNEED)
+        self.mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class Shards:

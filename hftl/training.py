@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from transformers import EarlyStoppingCallback, SchedulerType
-from transformers.trainer_utils import HubStrategy
 
 from hftl import backbones, compute, folder
 from hftl.adaptation import adapt_batch_norm
@@ -409,10 +408,6 @@ def _stage_trainer(
     ]
     if arguments.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
-    if arguments.push_to_hub and arguments.hub_strategy == HubStrategy.EVERY_SAVE:
-        from hftl.push import PushSaves
-
-        callbacks.append(PushSaves(arguments))
     return TransferTrainer(
         stage=stage,
         loss=stage.loss or task.loss(splits),

@@ -98,7 +98,8 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 ]
                 self.answer(200, {"files": files})
             elif parts[4] == "branch":
-                hub.branches.setdefault(("/".join(parts[2:4]), parts[5]), {})
+                repository = "/".join(parts[2:4])
+                hub.branches.setdefault((repository, parts[5]), dict(hub.files[repository]))
                 self.answer(200, {})
             else:
                 assert parts[4] == "commit", self.path
@@ -114,6 +115,7 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             files = hub.files[repository] if branch == "main" else hub.branches[repository, branch]
             for entry in map(json.loads, body.splitlines()):
                 if entry["key"] == "deletedFolder":
+                    assert any(path.startswith(entry["value"]["path"]) for path in files)
                     for path in [path for path in files if path.startswith(entry["value"]["path"])]:
                         del files[path]
                 if entry["key"] == "file":

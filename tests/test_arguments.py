@@ -95,12 +95,10 @@ def test_help_has_every_flag_below_a_heading(arguments_class: type, capsys: pyte
         assert f"--{name}" in shown, name
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_a_shell_completes_commands_flags_and_values(shell: str, tmp_path: Path) -> None:
+def test_a_shell_completes_commands_flags_and_values(tmp_path: Path) -> None:
     path = tmp_path / "script"
-    path.write_text(completion.script(shell, list(cli._commands())))
+    path.write_text(completion.script("bash", list(cli._commands())))
     lines = [
-        "autoload() { :; }; bashcompinit() { :; }",
         f"source {path}",
         'ask() { COMP_WORDS=("$@"); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _hftl; echo "${COMPREPLY[@]}"; }',
         "ask hftl comp",
@@ -120,7 +118,8 @@ def test_a_shell_completes_commands_flags_and_values(shell: str, tmp_path: Path)
     assert done.stderr == ""
 
 
-def test_fish_completes_too() -> None:
+def test_other_shells_complete_too() -> None:
+    assert completion.script("zsh", ["train"]).endswith(completion.script("bash", ["train"]))
     script = completion.script("fish", ["train", "predict"])
     assert "-l sampler -x -a 'random balanced'" in script
     assert "-n __fish_use_subcommand -a 'train predict'" in script

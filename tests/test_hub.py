@@ -167,8 +167,8 @@ def test_a_refused_push_says_why_and_can_be_repeated(
     run = hftl.load_run(place / "text")
     hub.faults = [(request_words, status, 1000)]
     with pytest.raises(UsageError, match=said) as raised:
-        run.push("tester/text")
-    assert f"hftl push {place / 'text'} tester/text" in str(raised.value)
+        run.push("tester/text", private=True)
+    assert f"hftl push {place / 'text'} tester/text --private" in str(raised.value)
     assert "is whole" in str(raised.value)
     tries = sum(request_words in request for request, _ in hub.requests)
     assert tries == (3 if status in (409, 429, 500, 503, hub_server.CUT) else 1)
@@ -207,6 +207,9 @@ def test_a_branch_and_a_proposal(place: Path, hub: hub_server.Hub) -> None:
     assert run.push("tester/text", create_pr=True) == f"{hub.url}/tester/text/discussions/1"
     assert "model.safetensors" in hub.branches["tester/text", "refs/pr/1"]
     assert not hub.files["tester/text"]
+    hub.faults = [("/commit/", hub_server.CUT, 1)]  # a second proposal could be a second time the same
+    with pytest.raises(UsageError, match="--create_pr"):
+        run.push("tester/text", create_pr=True)
     with pytest.raises(UsageError, match="no good name"):
         run.push("no good name")
 
@@ -226,6 +229,10 @@ def test_a_licence_that_forbids_it(place: Path, hub: hub_server.Hub) -> None:
     assert "does not let changed versions be shared" in card.text
     with pytest.raises(UsageError, match="licence of the base model"):
         hftl.load_run(place / "forbidden").push("tester/forbidden")
+    early = [*train, "--output_dir=early", "--push_to_hub", "--hub_model_id=tester/early"]
+    refused = run_command(early, place)
+    assert refused.returncode == 2
+    assert not (place / "early").exists()
     assert not hub.requests
     assert not forbids_changes("apache-2.0")
 
@@ -257,8 +264,8 @@ def test_checkpoints_are_pushed_while_it_trains(place: Path) -> None:
     with hub_server.serve() as hub:
         done = process(place, hub.url, *train, *pushes)
         assert done.returncode == 0, done.stderr
-        assert "last-checkpoint/model.safetensors" in hub.commits[0]
-        assert all(path.startswith("last-checkpoint/") for commit in hub.commits[:-1] for path in commit)
+        assert "in-progress/model.safetensors" in hub.commits[0]
+        assert all(path.startswith("in-progress/") for commit in hub.commits[:-1] for path in commit)
         assert hub.uploads == len(hub.commits) - 1  # the best checkpoint's weights are those of the run
         assert set(hub.files["tester/seen"]) == set(hub.commits[-1])  # what was in progress is gone
         hub.faults = [("/commit/", 403, 1)]

@@ -113,8 +113,8 @@ def test_a_configuration_from_the_hub_is_shown_and_asked_about(place: Path, answ
             command, cwd=place, env=environment | {"OMP_NUM_THREADS": "1"}, stdin=theirs, capture_output=True, text=True
         )
     assert done.returncode == code, done.stderr
-    assert "method: own.py:mine" in done.stdout
-    assert "this names code or files that may run code: method: own.py:mine" in done.stdout
+    assert "method: 'own.py:mine'" in done.stdout
+    assert "this names code or files that may run code: method: 'own.py:mine'" in done.stdout
     assert (place / f"from-{answer}" / "metrics.json").is_file() == (code == 0)
     if answer is None:
         assert "hf download tester/shared recipe.yaml" in done.stderr

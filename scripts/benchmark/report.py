@@ -107,8 +107,11 @@ def write(folder: Path, content: dict[str, Any], order: Sequence[str]) -> None:
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else content
     same = all(earlier[key] == content[key] for key in ("machine", "versions"))
     same = same and all(earlier["settings"][key] == content["settings"][key] for key in ("rows", "quick", "data"))
-    made = {"date": content["date"], "commit": content["commit"], "repeats": content["settings"]["repeats"]}
-    results = {name: {**result, "made": made} for name, result in content["results"].items()}
+    made = {"date": content["date"], "commit": content["commit"]}
+    results = {
+        name: {**result, "made": {**made, "repeats": len(result["hftl"]["runs"])}}
+        for name, result in content["results"].items()
+    }
     results = {**(earlier["results"] if same else {}), **results}
     whole = {**content, "results": {name: results[name] for name in order if name in results}}
     write_pair(folder, "results", whole, as_markdown(whole))
