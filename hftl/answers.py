@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,18 +60,30 @@ def read_answers(path: Path, label_names: Sequence[str]) -> Answers:
         UsageError: there is none, or it is not of these classes.
     """
     if not path.is_file():
-        raise UsageError(f"{str(path.parent)!r} has no {path.name}, which a training writes: train the run anew.")
+        raise UsageError(
+            f"{str(path.parent)!r} has no {path.name}: `hftl report` makes it anew, where the run's data are at hand."
+        )
     numbers = {name: number for number, name in enumerate(label_names)}
-    with path.open(encoding="utf-8", newline="") as file:
-        head, *lines = ([from_cell(cell) for cell in line] for line in csv.reader(file))
+    csv.field_size_limit(sys.maxsize)  # names of rows are of any length
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            head, *lines = ([from_cell(cell) for cell in line] for line in csv.reader(file))
+    except (ValueError, csv.Error) as error:
+        raise UsageError(f"{str(path)!r} is damaged: {error}") from error
     if head != _head(label_names) or not lines:
         raise UsageError(f"{str(path)!r} is not of this run: its columns are not those of the run's classes.")
-    return Answers(
-        ids=[line[0] for line in lines],
-        labels=np.array([numbers[line[1]] for line in lines]),
-        predictions=np.array([numbers[line[2]] for line in lines]),
-        probabilities=np.array([line[3:] for line in lines], dtype=float),
-    )
+    try:
+        answers = Answers(
+            ids=[line[0] for line in lines],
+            labels=np.array([numbers[line[1]] for line in lines]),
+            predictions=np.array([numbers[line[2]] for line in lines]),
+            probabilities=np.array([line[3:] for line in lines], dtype=float),
+        )
+    except (KeyError, IndexError, ValueError) as error:  # an unknown class, a line that is cut, no number
+        raise UsageError(f"{str(path)!r} is damaged: {type(error).__name__} {error}") from error
+    if not np.isfinite(answers.probabilities).all():
+        raise UsageError(f"{str(path)!r} is damaged: a probability is no number.")
+    return answers
 
 
 def _head(label_names: Sequence[str]) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +73,13 @@ _FEW, _NAMED = 20, 10
 #: mean gap between confidence and accuracy that is worth a word
 _UNCALIBRATED = 0.05
 _MERGED = """from transformers import pipeline
-classify = pipeline("{task}", "{title}")
+classify = pipeline("{task}", {title})
 print(classify({example}))"""
 #: where the adapter is not merged
 _UNMERGED = """from peft import PeftModel
 from transformers import {auto_class}
-base = {auto_class}.from_pretrained("{title}", subfolder="base")
-model = PeftModel.from_pretrained(base, "{title}", subfolder="adapter")"""
+base = {auto_class}.from_pretrained({title}, subfolder="base")
+model = PeftModel.from_pretrained(base, {title}, subfolder="adapter")"""
 
 
 def write_card(
@@ -133,11 +135,11 @@ def write_card(
         method=in_markdown(method), split=split,
         preparation=f" {task.preparation}" if task.preparation else "",
         results="\n".join(rows), repeats=_repeats(metrics, split), classes="\n".join(classes),
-        limits=_limits(splits, plain, split, in_markdown(dataset), origin.get("license")),
+        limits=_limits(splits, plain, split, in_markdown(dataset), licence_of(origin)),
         training=_training(metrics["train"]),
         probe=_probe(arguments) if f"ordinary_head_{split}" in metrics else "",
         usage=usage.format(
-            task=task.name, title=title, auto_class=task.auto_class.__name__,
+            task=task.name, title=json.dumps(title), auto_class=task.auto_class.__name__,
             example='"image.jpg"' if task.modality == "image" else '"A text.", truncation=True',
         ),
     )  # fmt: skip
@@ -173,6 +175,11 @@ def base_card(name: str) -> dict[str, Any]:
         with contextlib.suppress(HTTPError, OSError, ValueError):  # no such file, no connection, no YAML
             return ModelCard.load(name if _is_on_hub(name) else folder / "README.md").data.to_dict()
     return {}
+
+
+def licence_of(card: Mapping[str, Any]) -> str | None:
+    """The name of a licence: "other" has one of its own."""
+    return card.get("license_name") or card.get("license") if card.get("license") == "other" else card.get("license")
 
 
 def forbids_changes(licence: str | None) -> bool:

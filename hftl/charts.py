@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup, escape
 
+from hftl.inert import visible
+
 #: size of the drawing in its own units; the page scales it
 _WIDTH, _HEIGHT = 440, 260
 #: room for the axes: left, top, right, bottom
@@ -137,7 +139,9 @@ def _legend(names: Sequence[tuple[str, int]]) -> str:
     """Names with their colours; nothing for one alone."""
     if len(names) < 2:
         return ""
-    entries = "".join(f'<li><span class="swatch back-{colour}"></span>{escape(name)}</li>' for name, colour in names)
+    entries = "".join(
+        f'<li><span class="swatch back-{colour}"></span>{escape(visible(name))}</li>' for name, colour in names
+    )
     return f'<ul class="legend">{entries}</ul>'
 
 

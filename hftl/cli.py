@@ -227,6 +227,7 @@ def _predict(argv: list[str]) -> None:
     parser.add_argument("--batch_size", type=_positive, help="rows through the model at once (default: what is fast)")
     parser.add_argument("--skip_bad_files", action="store_true", help="leave out images that cannot be read")
     _add_columns(parser, "text", "text_pair", "image")
+    _add_trust(parser)
     options = parser.parse_args(argv)
     _check_output(options.output, options.input)
     if options.output is not None and Path(options.output).suffix.lower() in _OTHER_FORMATS:
@@ -237,7 +238,7 @@ def _predict(argv: list[str]) -> None:
         from hftl.tables import TABLE_SUFFIXES
 
     _choose_device()
-    run = load_run(options.run)
+    run = load_run(options.run, trust_remote_code=options.trust_remote_code)
     looks_like_path = Path(options.input).suffix.lower() in {".txt", *TABLE_SUFFIXES} or _IS_PATH.match(options.input)
     is_file = run.task.modality != "text" or looks_like_path or os.path.exists(options.input)
     source = Path(options.input) if is_file else options.input
@@ -278,11 +279,12 @@ def _evaluate(argv: list[str]) -> None:
     parser.add_argument("--skip_bad_files", action="store_true", help="as for hftl train")
     parser.add_argument("--batch_size", type=_positive, help="rows through the model at once (default: what is fast)")
     _add_columns(parser, "label", "text", "text_pair", "image")
+    _add_trust(parser)
     options = parser.parse_args(argv)
     with quick_imports():
         from hftl.run import load_run
 
-    run = load_run(options.run)
+    run = load_run(options.run, trust_remote_code=options.trust_remote_code)
     scores = run.evaluate(
         options.dataset,
         options.split,
@@ -293,6 +295,12 @@ def _evaluate(argv: list[str]) -> None:
     )
     for name, value in scores.items():
         print(visible(f"{name:<28}{value:.4f}"))
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run Python code that lies in the run's folder"
+    )
 
 
 def _add_columns(parser: argparse.ArgumentParser, *roles: str) -> None:
@@ -383,13 +391,16 @@ def _named_task(argv: list[str], command: str) -> str:
 def _report(argv: list[str]) -> None:
     parser = _Parser(prog="hftl report", description="Make the report.html of a finished run anew.")
     parser.add_argument("run", help="folder of a finished run")
+    _add_trust(parser)
     options = parser.parse_args(argv)
     with quick_imports():
-        from hftl.report import read_splits, write_report
+        from hftl.report import ensure_answers, read_splits, write_report
         from hftl.run import load_run
 
-    run = load_run(options.run)
-    print(f"written to {write_report(run, read_splits(run))}")
+    run = load_run(options.run, trust_remote_code=options.trust_remote_code)
+    splits = read_splits(run)
+    ensure_answers(run, splits)
+    print(f"written to {write_report(run, splits)}")
 
 
 def _compare(argv: list[str]) -> None:
@@ -410,11 +421,12 @@ def _demo(argv: list[str]) -> None:
     parser = _Parser(prog="hftl demo", description="A page to try a finished run on, on this machine alone.")
     parser.add_argument("run", help="folder of a finished run")
     parser.add_argument("--port", type=_port, help="of 127.0.0.1 (default: a free one from 7860 on)")
+    _add_trust(parser)
     options = parser.parse_args(argv)
     with quick_imports():
         from hftl import demo
 
-    demo.main(options.run, options.port)
+    demo.main(options.run, options.port, options.trust_remote_code)
 
 
 def _push(argv: list[str]) -> None:

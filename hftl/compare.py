@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from hftl.answers import Answers, read_answers
 from hftl.arguments import read_yaml
 from hftl.errors import UsageError
 from hftl.folder import PREDICTIONS, RECIPE, say
-from hftl.report import known_rows, read_splits
+from hftl.report import found_in_data, known_rows, read_splits
 from hftl.run import Run, load_run
 from hftl.tables import aligned
 from hftl.tasks.classification import Shown
@@ -49,6 +50,10 @@ class Compared:
     lost: int
     probability: float
     examples: list[dict[str, Any]]
+
+
+#: a row of a table, which has no name of its own
+_NUMBERED = re.compile(r"(.*-)?\d+")
 
 
 def main(paths: Sequence[str], output: str | None) -> None:
@@ -87,6 +92,12 @@ def shared_answers(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str]
                 "such runs cannot be compared."
             )
     every = [read_answers(run.folder / PREDICTIONS, first) for run in runs]
+    digests = {str(found_in_data(run).get("scored")) for run in runs} - {"None"}
+    if len(digests) > 1 and all(_NUMBERED.fullmatch(row) for row in every[0].ids):
+        raise UsageError(
+            f"{', '.join(names)} were not scored on the same rows, and these have numbers alone, by which shared ones "
+            "cannot be told: compare runs on the same test split."
+        )
     counts = [len(answers.ids) for answers in every]
     common = set(every[0].ids).intersection(*(answers.ids for answers in every[1:]))
     rows = [row for row in every[0].ids if row in common]

@@ -16,10 +16,11 @@ _BASH = """_hftl() {{
 {values}
     esac
     if [ -z "$words" ]; then
-        case $COMP_CWORD in
-            1) words="{commands}" ;;
-            2) words="{tasks}" ;;
-            *) words="{flags}" ;;
+        case $COMP_CWORD,${{COMP_WORDS[1]}} in
+            1,*) words="{commands}" ;;
+            2,train|2,advise|2,check-labels|2,lr-find|2,tune) words="{tasks}" ;;
+            2,completion) words="bash zsh fish" ;;
+            *,train|*,advise|*,check-labels|*,lr-find|*,tune|*,rank) words="{flags}" ;;
         esac
     fi
     COMPREPLY=($(compgen -W "$words" -- "$current"))
@@ -37,11 +38,12 @@ def script(shell: str, commands: Sequence[str]) -> str:
     """
     names, values = _flags()
     if shell == "fish":
+        training = "'__fish_seen_subcommand_from train advise check-labels lr-find tune rank'"
         lines = [f"complete -c hftl -n __fish_use_subcommand -a '{' '.join(commands)}'"]
-        lines.append(f"complete -c hftl -n 'not __fish_use_subcommand' -a '{' '.join(TASKS)}'")
+        lines.append(f"complete -c hftl -n {training} -a '{' '.join(TASKS)}'")
         for name in names:
             choices = f" -x -a '{' '.join(values[name])}'" if name in values else " -r"
-            lines.append(f"complete -c hftl -n 'not __fish_use_subcommand' -l {name}{choices}")
+            lines.append(f"complete -c hftl -n {training} -l {name}{choices}")
         return "\n".join(lines) + "\n"
     text = _BASH.format(
         values="\n".join(f'        --{name}) words="{" ".join(choices)}" ;;' for name, choices in values.items()),

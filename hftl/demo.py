@@ -8,7 +8,7 @@ from typing import Any
 from hftl import merging, pages
 from hftl.errors import UsageError
 from hftl.folder import say
-from hftl.inert import in_markdown
+from hftl.inert import in_markdown, visible
 from hftl.run import Run, load_run
 
 #: classes whose probabilities are shown
@@ -24,18 +24,19 @@ _STYLE = """
 """
 
 
-def main(folder: str, port: int | None) -> None:
+def main(folder: str, port: int | None, trust_remote_code: bool) -> None:
     """Serve the page on this machine alone, until Ctrl-C.
 
     Args:
         folder: of a finished run.
         port: of 127.0.0.1; None takes a free one from 7860 on.
+        trust_remote_code: as `load_run`.
 
     Raises:
         UsageError: there is no such run, gradio is not installed, or the port is taken.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    page = build(load_run(folder))
+    page = build(load_run(folder, trust_remote_code=trust_remote_code))
     try:
         _, address, _ = page.launch(
             server_name="127.0.0.1",
@@ -48,8 +49,8 @@ def main(folder: str, port: int | None) -> None:
             theme=_theme(),
         )
     except OSError as error:
-        where = "" if port is None else f"--port {port}: "
-        raise UsageError(f"{where}{' '.join(str(error).split())[:200]}") from error
+        where = "a port from 7860 to 7959" if port is None else f"port {port}"
+        raise UsageError(f"hftl demo cannot listen on {where} of 127.0.0.1: choose another with --port.") from error
     say(f"{address} (Ctrl-C ends it)")
     page.block_thread()
 
@@ -79,7 +80,8 @@ def build(run: Run) -> Any:
             return None, ""
         value = values[0] if len(values) == 1 else tuple(values)
         (prediction,) = run.predict([value])
-        return prediction.probabilities, _rests_on(run, value, run.label_names.index(prediction.label))
+        probabilities = {visible(name): value for name, value in prediction.probabilities.items()}
+        return probabilities, _rests_on(run, value, run.label_names.index(prediction.label))
 
     return gradio.Interface(
         answer,

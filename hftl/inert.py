@@ -6,7 +6,7 @@ import html
 import re
 
 #: what a terminal obeys instead of showing it, and what turns the order of the letters around it (Unicode TR 36, 3.1)
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 #: beginnings that a spreadsheet takes for a formula (OWASP, CSV injection), behind the quotes that `as_cell` puts there
 _FORMULA = re.compile("'*[=+\\-@\t\r]")
 _NUMBER = re.compile(r"[+-]?(\d[\d_,.]*|inf|nan)(e[+-]?\d+)?$", re.IGNORECASE)

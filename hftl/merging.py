@@ -81,11 +81,13 @@ def base_state(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def load_unmerged(auto_class: Any, folder: Path) -> Any:
+def load_unmerged(auto_class: Any, folder: Path, trust_remote_code: bool = False) -> Any:
     """The model of a run whose adapter is not merged: a `PeftModel`."""
     from peft import PeftModel
 
     if not (folder / ADAPTER / "adapter_model.safetensors").is_file():  # peft would look for a pickle
         raise OSError(f"there is no adapter_model.safetensors in {folder / ADAPTER}")
-    base = auto_class.from_pretrained(folder / BASE, dtype=torch.float32, use_safetensors=True)
+    base = auto_class.from_pretrained(
+        folder / BASE, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+    )
     return PeftModel.from_pretrained(base, folder / ADAPTER)

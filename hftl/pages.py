@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hftl import __version__
+from hftl.inert import visible
 from hftl.pretrained import public_name
 
 #: settings that say where files lie, or nothing
@@ -18,7 +19,13 @@ _UNSHOWN = {"output_dir", "task", "hub_model_id", "logging_dir"}
 def render(template: str, **values: Any) -> str:
     """The page of a template in hftl/templates."""
     environment = Environment(
-        loader=PackageLoader("hftl"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("hftl"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # What would turn the letters around it, or is none; charts are markup, and have seen to it.
+        finalize=lambda value: visible(value) if type(value) is str else value,
     )
     environment.filters["percent"] = lambda value: "–" if value is None else f"{100 * value:.1f} %"
     return environment.get_template(f"{template}.html.jinja").render(**values, hftl_version=__version__)

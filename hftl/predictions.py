@@ -71,7 +71,7 @@ def write_predictions(run: Run, inputs: Any, output: Path | None, **settings: An
 def _write_rows(run: Run, pieces: Iterator[list[Any]], file: IO[str], header: bool) -> tuple[list[int], list[int]]:
     """Write pieces as they come; the bytes (of a file on disk) and the rows of each."""
     writer = csv.writer(file, lineterminator="\n")
-    shown = visible if file.isatty() else as_cell
+    shown = as_cell if file is not sys.stdout else lambda text: visible(as_cell(text))
     if header:
         writer.writerow(["id", "prediction", *(shown(f"probability_{name}") for name in run.label_names)])
         file.flush()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 import shutil
 import threading
@@ -17,10 +19,11 @@ from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError  # the HTT
 from huggingface_hub.utils import filter_repo_objects, parse_ratelimit_headers
 from transformers import TrainerCallback
 
-from hftl.arguments import TransferArguments
-from hftl.card import EVALUATIONS, base_card, forbids_changes
+from hftl.arguments import TransferArguments, read_yaml
+from hftl.card import EVALUATIONS, base_card, forbids_changes, licence_of
 from hftl.errors import UsageError
 from hftl.folder import CHECKPOINTS, LOGS, PREDICTIONS, RECIPE, is_main_process, say
+from hftl.pretrained import public_name
 from hftl.report import REPORT, render_report
 
 if TYPE_CHECKING:
@@ -31,6 +34,8 @@ _PUSHED = (
     "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", RECIPE, EVALUATIONS,
     "adapter/*", "base/*", "probe/*",
 )  # fmt: skip
+#: … of which these are changed on the way
+_CHANGED = ("README.md", RECIPE)
 #: a * above also matches below folders
 _KEPT_BACK = (f"{CHECKPOINTS}/*", f"{LOGS}/*", "repeats/*", "trials/*")
 #: what a Hub answers that has trouble of its own or too much to do, or whose repository something else changes
@@ -39,7 +44,7 @@ _PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 _PAUSES = (1.0, 5.0)
 _LONGEST_PAUSE = 60.0
 #: what goes wrong on the way to the Hub, is refused there, or is what the client makes of answers about single files
-_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)
+_ERRORS = (HTTPError, OSError, ValueError, RuntimeError, KeyError)
 _ADVICE = {
     401: "it wants a token: make one that may write at {endpoint}/settings/tokens, then `hf auth login`",
     403: "the token may not write there: make one that may at {endpoint}/settings/tokens, or name a place of yours",
@@ -81,15 +86,18 @@ def push(
         UsageError: the Hub refused, or could not be reached, or the base model's licence forbids it; the run stays as
             it is.
     """
-    _check_licence(_card_of(run.folder).get("license"), repository)
+    _check_licence(_card_of(run.folder), repository)
     api = HfApi(token=token)
     operations: list[CommitOperationAdd | CommitOperationDelete]
-    operations = [CommitOperationAdd(path, run.folder / path) for path in _files(run.folder)]
+    operations = [CommitOperationAdd(path, run.folder / path) for path in _files(run.folder) if path not in _CHANGED]
+    operations.append(CommitOperationAdd(RECIPE, _shared_recipe(run.folder)))
     if (run.folder / PREDICTIONS).is_file():  # which the page is made of
         operations.append(CommitOperationAdd(REPORT, render_report(run, None, shared=True).encode()))
     try:
         address = _tried(lambda: api.create_repo(repository, private=private, exist_ok=True))
         name = address.repo_id
+        if (run.folder / "README.md").is_file():
+            operations.append(CommitOperationAdd("README.md", _shared_card(run.folder, name)))
         if revision is not None:
             _tried(lambda: api.create_branch(name, branch=revision, exist_ok=True))
         there = _tried(lambda: api.list_repo_files(name, revision=revision))
@@ -118,11 +126,11 @@ def check_base(arguments: TransferArguments) -> None:
     Raises:
         UsageError: the licence of the base model forbids it.
     """
-    _check_licence(base_card(str(arguments.model_name_or_path)).get("license"), str(arguments.hub_model_id))
+    _check_licence(base_card(str(arguments.model_name_or_path)), str(arguments.hub_model_id))
 
 
-def _check_licence(licence: str | None, repository: str) -> None:
-    if forbids_changes(licence):
+def _check_licence(card: dict[str, Any], repository: str) -> None:
+    if forbids_changes(licence_of(card)):
         raise UsageError(
             f"Pushing to {repository!r}: the licence of the base model lets no changed versions be shared (ND). Train "
             "from a base with another licence, or keep the run to yourself."
@@ -136,6 +144,28 @@ def _card_of(folder: Path) -> dict[str, Any]:
         return ModelCard.load(path).data.to_dict() if path.is_file() else {}
     except (ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{str(path)!r} cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def _shared_card(folder: Path, name: str) -> bytes:
+    """The card, with the lines that load the model naming the repository."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    call = r'(pipeline\("[\w-]+", |from_pretrained\((?:base, )?)"(?:[^"\\]|\\.)*"'
+    return re.sub(call, lambda found: found[1] + json.dumps(name), text).encode()
+
+
+def _shared_recipe(folder: Path) -> bytes:
+    """The recipe without the folders of this machine."""
+    settings = {key: _without_folders(value) for key, value in read_yaml(folder / RECIPE).items()}
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode()
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_folders(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    where, colon, function = value.rpartition(":")
+    return f"{public_name(where)}:{function}" if colon and os.path.isabs(where) else public_name(value)
 
 
 class PushSaves(TrainerCallback):

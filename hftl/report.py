@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hftl import charts, data, folder, merging, pages
-from hftl.answers import Answers, read_answers
+from hftl.answers import Answers, read_answers, write_answers
 from hftl.arguments import read_yaml, stage_arguments
 from hftl.charts import Line
 from hftl.cut import NoCut
@@ -87,9 +87,20 @@ def render_report(run: Run, splits: Splits | None, shared: bool = False) -> str:
         map=_map(run, answers, splits, places),
         mistakes=[] if shared else _mistakes(run, answers, splits, places),
         explained=_EXPLAINED,
-        label_errors=_label_errors(answers, names),
+        label_errors=_label_errors(run, answers, splits, places),
         settings=recipe,
     )
+
+
+def ensure_answers(run: Run, splits: Splits | None) -> None:
+    """Make predictions.csv where it is missing and the data are at hand."""
+    path = run.folder / PREDICTIONS
+    if path.is_file() or splits is None:
+        return
+    split = "validation" if splits.test is None else "test"
+    folder.say(f"{path.name} is missing: {len(splits.scored):,} rows are predicted")
+    labels = np.asarray(splits.scored["label"])
+    write_answers(path, run.label_names, splits, split, run.logits(splits.scored), labels)
 
 
 def read_splits(run: Run) -> Splits | None:
@@ -154,7 +165,11 @@ def _training_curves(path: Path) -> dict[str, Any]:
 def _log_entries(path: Path) -> list[dict[str, Any]]:
     """The lines of a training log; what was done again after an interruption counts once."""
     kept: list[dict[str, Any]] = []
-    for entry in map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.is_file() else ()):
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # cut by a crash
+            continue
         if kept and kept[-1]["stage"] == entry["stage"] and kept[-1]["step"] > entry["step"]:
             kept = [old for old in kept if old["stage"] != entry["stage"] or old["step"] < entry["step"]]
         kept.append(entry)
@@ -238,6 +253,8 @@ def _ranking_curves(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
 
     numbers = [1] if len(names) == 2 else list(range(len(names)))
     there = [number for number in numbers if 0 < (answers.labels == number).sum() < len(answers.labels)]
+    frequent = np.argsort(-np.bincount(answers.labels, minlength=len(names)), kind="stable")[:_MOST_CLASSES]
+    there = [number for number in there if number in frequent]
     if not there:
         return {}
     roc, precision, table = [], [], []
@@ -260,6 +277,7 @@ def _ranking_curves(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
         "precision": charts.line_chart(precision, f"Precision-recall curves; {about}", "recall", "precision", *axes),
         "table": table,
         "shown": len(roc),
+        "left_out": len(numbers) - len(there),
     }
 
 
@@ -305,17 +323,21 @@ def _map(run: Run, answers: Answers, splits: Splits | None, places: Mapping[str,
     return {"rows": len(chosen), "explained": found.explained, "pure": found.pure, "chart": chart}
 
 
-def _label_errors(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
-    """Rows of the split whose label is likely wrong."""
+def _label_errors(run: Run, answers: Answers, splits: Splits | None, places: Mapping[str, int]) -> dict[str, Any]:
+    """Rows of the split whose label is likely wrong, the first of them with what they hold."""
+    names = run.label_names
     found, rather = likely_label_errors(answers.probabilities, answers.labels)
+    known = [places.get(answers.ids[row]) for row in found[:_EXAMPLES].tolist()]
+    shown = [Shown() if splits is None or place is None else run.task.shown(splits.scored[place]) for place in known]
     lines = [
         {
+            "shown": shown[number] if number < len(shown) else Shown(),
             "id": pages.row_name(answers.ids[row]),
             "label": names[answers.labels[row]],
             "rather": names[other],
             "own": float(answers.probabilities[row, answers.labels[row]]),
             "other": float(answers.probabilities[row, other]),
         }
-        for row, other in zip(found[:_LINES].tolist(), rather.tolist(), strict=False)
+        for number, (row, other) in enumerate(zip(found[:_LINES].tolist(), rather.tolist(), strict=False))
     ]
     return {"count": len(found), "lines": lines}

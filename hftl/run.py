@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from hftl import backbones, batches, compute, data, merging
+from hftl import __version__, backbones, batches, compute, data, merging
 from hftl.arguments import argument_tokens, parse, read_yaml, stage_arguments
 from hftl.errors import UsageError
-from hftl.folder import METRICS, RECIPE, REPLACED, read_json
+from hftl.folder import METRICS, RECIPE, REPLACED, read_json, say
 from hftl.joined import as_flags, wished
 from hftl.metrics import softmax
 from hftl.pretrained import LOAD_ERRORS
@@ -27,6 +28,8 @@ from hftl.probes.beside import Probe, load_probe
 from hftl.tasks import TASKS, find_task
 from hftl.tasks.classification import ClassificationTask
 
+#: what only the person may say who uses the run
+_NOT_FROM_A_RUN = {"trust_remote_code", "allow_pickle"}
 #: rows that are predicted before the first of them are given out: a few seconds of images on two cores
 _PIECE = 256
 #: what a column can hold
@@ -68,7 +71,12 @@ class Run:
     @functools.cached_property
     def metrics(self) -> dict[str, Any]:
         """The content of metrics.json."""
-        return read_json(self.folder / METRICS)
+        try:
+            return read_json(self.folder / METRICS)
+        except ValueError as error:
+            raise UsageError(
+                f"The run in {str(self.folder)!r} is damaged: its {METRICS} is no JSON ({error})."
+            ) from error
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
@@ -79,9 +87,14 @@ class Run:
 
     def _loaded(self) -> Any:
         try:
-            return load_saved(self.task.auto_class, self.folder)
+            return load_saved(self.task.auto_class, self.folder, self.task.arguments.trust_remote_code)
         except LOAD_ERRORS as error:
             reason = " ".join(str(error).split())[:200]
+            if "trust_remote_code" in str(error):
+                raise UsageError(
+                    f"The model in {str(self.folder)!r} needs Python code that lies beside it: read that code, and "
+                    "--trust_remote_code (of load_run: trust_remote_code=True) runs it."
+                ) from error
             raise UsageError(
                 f"The run in {str(self.folder)!r} is damaged, its model cannot be loaded: {reason}"
             ) from error
@@ -295,22 +308,28 @@ class Run:
         return push(self, repository, **options)
 
 
-def load_saved(auto_class: Any, folder: Path) -> Any:
+def load_saved(auto_class: Any, folder: Path, trust_remote_code: bool = False) -> Any:
     """The model in a run folder: an ordinary one, or with an adapter that is not merged a `PeftModel`."""
     if (folder / merging.BASE).is_dir():
-        return merging.load_unmerged(auto_class, folder)
-    return auto_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        return merging.load_unmerged(auto_class, folder, trust_remote_code)
+    return auto_class.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+    )
 
 
-def load_run(folder: str | Path, task_class: type[ClassificationTask] | None = None) -> Run:
+def load_run(
+    folder: str | Path, task_class: type[ClassificationTask] | None = None, trust_remote_code: bool = False
+) -> Run:
     """A finished run from its folder.
 
     Args:
         folder: the `--output_dir` of the training.
         task_class: the task of a recipe of one's own; by default the built-in one named in the run's recipe.
+        trust_remote_code: let Python code run that lies in the folder, as some models bring it. What the run's own
+            recipe says of it does not count: the folder may come from elsewhere.
 
     Raises:
-        UsageError: the folder holds no finished run.
+        UsageError: the folder holds no finished run, or one of a newer hftl.
     """
     path = Path(folder)
     for name in (METRICS, RECIPE, "config.json"):
@@ -325,14 +344,29 @@ def load_run(folder: str | Path, task_class: type[ClassificationTask] | None = N
     # But the loss that is told, and the name of the model on the Hub.
     kept = {"seed", "label_smoothing_factor", "hub_model_id"}
     trainers = {item.name for item in dataclasses.fields(TrainingArguments)} - kept | {"precision"}
-    own = {item.name for item in dataclasses.fields(task_class.arguments_class)} - trainers
+    own = {item.name for item in dataclasses.fields(task_class.arguments_class)} - trainers - _NOT_FROM_A_RUN
     tokens = [token for key, value in recipe.items() if key in own for token in argument_tokens(key, value)]
     arguments = parse(task_class.arguments_class, [*tokens, f"--output_dir={path}"])
+    arguments.trust_remote_code = trust_remote_code
+    if trust_remote_code:
+        say(f"--trust_remote_code: Python code in {str(path)!r} may run on this machine")
     task = task_class(arguments)
     config = read_json(path / "config.json")
     names = config.get("label_names") or [
         name for _, name in sorted(config["id2label"].items(), key=lambda item: int(item[0]))
     ]
     task.label_names = [str(name) for name in names]
+    run = Run(path, task)
+    _check_version(run)
     task.load_processor(path)
-    return Run(path, task)
+    return run
+
+
+def _check_version(run: Run) -> None:
+    """Refuse a run of a newer hftl, whose files may mean something else."""
+    made = str(run.metrics["train"].get("versions", {}).get("hftl", __version__))
+    of_run, own = (tuple(int(number) for number in re.findall(r"\d+", text)[:2]) for text in (made, __version__))
+    if of_run > own:
+        raise UsageError(
+            f"{str(run.folder)!r} was made by hftl {made}, and this is {__version__}: pip install --upgrade hftl."
+        )

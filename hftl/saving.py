@@ -101,7 +101,7 @@ def save_checked(task: ClassificationTask, model: Any, batch: dict[str, torch.Te
         save_model(model, target)
     elif kind == "merging":
         kind = "saving"
-    loaded = load_saved(task.auto_class, target)
+    loaded = load_saved(task.auto_class, target, task.arguments.trust_remote_code)
     task.save_processor(target)
     difference = _difference(loaded.to(device).eval(), batch, expected)
     if not difference <= _TOLERANCE[kind]:

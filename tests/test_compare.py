@@ -115,3 +115,18 @@ def test_runs_that_cannot_be_compared(place: Path) -> None:
     config = part / "config.json"
     config.write_text(config.read_text().replace("green", "olive"))
     assert "part has other classes than a" in refused("a", "part")
+
+
+@pytest.mark.slow
+def test_rows_that_have_numbers_alone_are_compared_on_the_same_data_only(tmp_path: Path) -> None:
+    small_data.write_texts(tmp_path / "one", {"train": 24, "dev": 8, "test": 10})
+    small_data.write_texts(tmp_path / "two", {"test": 10, "train": 24, "dev": 8})  # other texts, the same labels
+    tiny_models.write_tiny_text_model(tmp_path / "bert", kind="bert")
+    train = ["train", "text-classification", "--model=bert", "--max_steps=1", "--report_to=none"]
+    for data, name in (("one", "a"), ("one", "b"), ("two", "c")):
+        done = run_command([*train, f"--dataset={data}", f"--output_dir={name}"], tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert run_command(["compare", "a", "b"], tmp_path).returncode == 0
+    refused = run_command(["compare", "a", "c"], tmp_path)
+    assert refused.returncode == 2
+    assert "not scored on the same rows" in refused.stderr

@@ -58,6 +58,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "image": ["image-classification", "--dataset=images", "--model=convnet", "--method=frozen"],
         "text": [*text, "--method=full"],
         "adapter": [*text, "--method=lora"],
+        "elsewhere": [*text[:1], f"--dataset={folder / 'texts'}", f"--model={folder / 'bert'}", "--max_steps=1"],
     }
     for name, flags in runs.items():
         done = run_command(["train", *flags, f"--output_dir={name}", "--report_to=none"], folder)
@@ -125,14 +126,25 @@ def test_an_adapter_comes_back_by_the_lines_of_its_card(place: Path, hub: hub_se
     assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= set(hub.commits[0])
     done = process(place, hub.url, "-c", _SAME_ADAPTER)
     assert done.stdout == "equal\n", done.stderr
+    hftl.load_run(place / "image").push("tester/image")
     for name in ("adapter", "image"):
-        page = (place / name / "README.md").read_text()
+        page = hub.files[f"tester/{name}"]["README.md"].decode()
+        assert f'"tester/{name}"' in page
         card = ModelCard(page)
         card.validate()  # asks the Hub
         (lines,) = re.findall("```python\n(.*?)```", page, re.DOTALL)
         (place / "image.jpg").write_bytes((place / "images" / "test" / "red" / "0.png").read_bytes())
         done = process(place, hub.url, "-c", lines)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_no_folder_of_this_machine_is_pushed(place: Path, hub: hub_server.Hub) -> None:
+    hftl.load_run(place / "elsewhere").push("tester/elsewhere")
+    assert str(place) in (place / "elsewhere" / "recipe.yaml").read_text()  # with which the run is repeated here
+    for path, content in hub.files["tester/elsewhere"].items():
+        assert str(place).encode() not in content, path
+    assert b"dataset_name: texts" in hub.files["tester/elsewhere"]["recipe.yaml"]
 
 
 @pytest.mark.slow

@@ -128,6 +128,8 @@ def test_nothing_in_the_data_acts_and_nothing_is_fetched(place: Path, text_run: 
         for name in ("src", "href"):
             assert str(attributes.get(name) or "#").startswith(("#", "data:"))
     assert "<script>alert(1)</script>" in page.text
+    assert "\\x1b[2Jgone \\u202etxet" in page.text
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", page.text)
     assert "49" not in re.findall(r"film \d+ \{\{.*?\}\}", page.text)
     assert str(place) not in (text_run / "report.html").read_text()
     answers = read_answers(text_run / "predictions.csv", sorted(HOSTILE[1:]))
@@ -215,14 +217,35 @@ def test_it_can_be_made_anew(place: Path, image_run: Path) -> None:
     assert Page(copy / "report.html").count("img") == 0
 
     table = copy / "predictions.csv"
-    table.write_text(table.read_text().replace("probability_red", "probability_pink"))
-    other = run_command(["report", "copy"], place)
+    whole = table.read_text()
     table.unlink()
-    missing = run_command(["report", "copy"], place)
-    for done, said in ((other, "not of this run"), (missing, "has no predictions.csv")):
-        assert done.returncode == 2
-        assert said in done.stderr
-        assert "Traceback" not in done.stderr
+    done = run_command(["report", "copy"], place)
+    assert done.returncode == 0, done.stderr
+    assert "predictions.csv is missing: 15 rows are predicted" in done.stdout
+    assert [line.split(",")[:3] for line in table.read_text().splitlines()] == [
+        line.split(",")[:3] for line in whole.splitlines()
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("predictions.csv", lambda text: text.replace("probability_red", "probability_pink"), "not of this run"),
+        ("predictions.csv", lambda text: text.replace(",red,", ",pink,", 1), "is damaged: KeyError"),
+        ("predictions.csv", lambda text: text[: text.rindex(",") - 12], "is damaged"),
+        ("predictions.csv", lambda text: re.sub(r"0\.\d+$", "nan", text.rstrip()), "a probability is no number"),
+        ("metrics.json", lambda text: text[:-9], "its metrics.json is no JSON"),
+        ("metrics.json", lambda text: re.sub('"hftl": "[^"]*"', '"hftl": "99.1.0"', text), "made by hftl 99.1.0"),
+    ],
+)
+def test_a_damaged_run_is_told(place: Path, image_run: Path, name: str, change: Any, said: str) -> None:
+    copy = Path(shutil.copytree(image_run, place / "damaged", dirs_exist_ok=True))
+    (copy / name).write_text(change((copy / name).read_text()))
+    done = run_command(["report", "damaged"], place)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,38 @@ def test_code_of_a_model_runs_only_when_it_may_and_that_is_said(place: Path) -> 
     done = run_command([*TRAIN, "--model=coded", "--output_dir=coded_run", "--trust_remote_code"], place, **home)
     assert "Python code that comes with 'coded' may run" in done.stdout
     assert (place / "code_has_run").exists()
+
+
+@pytest.mark.slow
+def test_code_in_a_run_runs_only_when_the_one_who_uses_it_says_so(place: Path) -> None:
+    tiny_models.write_tiny_text_model(place / "plain", kind="bert")
+    done = run_command([*TRAIN, "--model=plain", "--output_dir=foreign"], place)
+    assert done.returncode == 0, done.stderr
+    folder = place / "foreign"
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoModelForSequenceClassification": "foreign_code.Mine",
+        "AutoConfig": "foreign_code.Config",
+    }
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "foreign"}))
+    recipe = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(re.sub("trust_remote_code: .*\n", "", recipe) + "trust_remote_code: true\n")
+    (folder / "foreign_code.py").write_text(
+        "import os\n"
+        "from transformers import BertConfig, BertForSequenceClassification\n"
+        "os.makedirs('foreign_has_run', exist_ok=True)\n"
+        "class Config(BertConfig):\n    model_type = 'foreign'\n"
+        "class Mine(BertForSequenceClassification):\n    config_class = Config\n"
+    )
+    modules = {"HF_MODULES_CACHE": str(place / "modules")}
+    refused = run_command(["predict", "foreign", "a film"], place, **modules)
+    assert refused.returncode == 2
+    assert "--trust_remote_code" in refused.stderr
+    assert not (place / "foreign_has_run").exists()
+    done = run_command(["predict", "foreign", "a film", "--trust_remote_code"], place, **modules)
+    assert done.returncode == 0, done.stderr
+    assert "Python code in 'foreign' may run" in done.stdout
+    assert (place / "foreign_has_run").exists()
 
 
 @pytest.mark.slow
