@@ -94,7 +94,8 @@ def explained_load(name: str, auto_class: type) -> Iterator[None]:
                 f"--model {name!r} is not a model for {kind}s ({auto_class.__name__} does not take it): choose another "
                 f"model, or the recipe of its own task."
             ) from error
-        if "file named model.safetensors" in reason:
+        local = Path(os.path.expanduser(name))
+        if "file named model.safetensors" in reason and (not local.is_dir() or any(local.glob("*.bin"))):
             raise UsageError(
                 f"--model {name!r} has no model.safetensors. Pickled weights could run code when they are read: if you "
                 "trust where they come from, --allow_pickle reads them, as tensors alone."
@@ -290,7 +291,7 @@ def random_timm_folder(architecture: str, image_size: int | None) -> str:
     model = timm.create_model(architecture, pretrained=False, **sizes)
     folder = tempfile.mkdtemp(prefix="hftl-random-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    save_for_hf(model, folder, model_args=dict(sizes) or None)
+    save_for_hf(model, folder, model_args=dict(sizes) or None, safe_serialization=True)
     path = Path(folder) / "config.json"
     config = read_json(path)
     config["model_args"] = sizes

@@ -93,7 +93,7 @@ SHOWN = {
         *map(with_builtins, sorted((ROOT / "docs").rglob("*.md"))),
     ]
     for words in commands(text)
-    if not {"…", "NEW", "TASK", "my_recipe.py"} & set(words)
+    if not {"…", "NEW", "TASK", "my_recipe.py"} & set(words) and "hf://" not in " ".join(words)
 }
 
 
