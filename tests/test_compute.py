@@ -442,7 +442,8 @@ def test_freed_memory_is_used_again() -> None:
 
     given_back = faults("give back")
     assert faults("keep") * 5 < given_back
-    assert faults("keep", MALLOC_MMAP_MAX_="9") * 5 > given_back  # what the person says stays
+    # What the person says stays; here it is glibc's own number.
+    assert faults("keep", MALLOC_MMAP_MAX_="65536") * 5 > given_back
 
 
 # --- memory and compilation ------------------------------------------------------------------------------------------
