@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from hftl import backbones, batches
+from hftl import backbones
 from hftl.data import Splits
 from hftl.features import KeptDataset, PooledFeatures, head_source
 from hftl.folder import LOGS, replacing
@@ -93,16 +93,11 @@ def features_of(run: Run, splits: Splits, numbers: npt.NDArray[np.int64]) -> npt
         dataset: Any = run.task.dataset(rows, training=False)
     finally:
         run.task.says_cut = said
-    device = next(run.model.parameters()).device
-    lengths: Sequence[int] | None = getattr(dataset, "lengths", None)
-    groups = batches.groups(lengths, len(dataset), None, device.type == "cpu")
-    threads = batches.decoding_threads(rows) if lengths is None else 0
     order: list[int] = []
     found = []
     model = backbones.without_adapters(run.model)
     source: PooledFeatures | None = None
-    for group, examples in batches.prepared(dataset, groups, threads, skip_bad_files=False):
-        inputs = backbones.inputs_of(run.task.collate(examples), device)
+    for group, inputs in run.prepared(dataset, rows):
         source = source or head_source(model, inputs)
         found.append(source.capture(model, inputs).double().cpu().numpy())
         order += group

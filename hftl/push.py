@@ -162,10 +162,7 @@ def _shared_recipe(folder: Path) -> bytes:
 def _without_folders(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_folders(entry) for entry in value]
-    if not isinstance(value, str):
-        return value
-    where, colon, function = value.rpartition(":")
-    return f"{public_name(where)}:{function}" if colon and os.path.isabs(where) else public_name(value)
+    return public_name(value) if isinstance(value, str) else value
 
 
 class PushSaves(TrainerCallback):

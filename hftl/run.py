@@ -160,17 +160,9 @@ class Run:
         """Numbers of the rows that could be read, in order, and their logits."""
         dataset: Any = self.task.dataset(rows, training=False)
         self.cut += getattr(dataset, "cut", 0)
-        device = next(self.model.parameters()).device
-        lengths = getattr(dataset, "lengths", None)
-        chosen = batches.groups(lengths, len(dataset), batch_size, device.type == "cpu")
-        threads = batches.decoding_threads(rows) if lengths is None else 0  # texts are tokenised already
         kept: list[int] = []
         logits = [np.zeros((0, len(self.label_names)), np.float32)]
-        for group, examples in batches.prepared(dataset, chosen, threads, skip_bad_files):
-            if not examples:
-                continue
-            batch = self.task.collate(examples)
-            inputs = backbones.inputs_of(batch, device)
+        for group, inputs in self.prepared(dataset, rows, batch_size, skip_bad_files):
             network = self._network(inputs)
             with torch.inference_mode():
                 views = [self._answers(network, view).float().cpu() for view in self.task.test_views(inputs)]
@@ -178,6 +170,28 @@ class Run:
             kept += group
         order = np.argsort(kept, kind="stable")
         return [kept[index] for index in order], np.concatenate(logits)[order]
+
+    def prepared(
+        self, dataset: Any, rows: Any, batch_size: int | None = None, skip_bad_files: bool = False
+    ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+        """Numbers of rows and what the model's forward takes of them, on its device; the next are read meanwhile.
+
+        Args:
+            dataset: what the task makes of the rows.
+            rows: themselves.
+            batch_size: rows at once; None chooses what is fast.
+            skip_bad_files: leave out what cannot be read, named on stderr.
+
+        Raises:
+            UsageError: a row cannot be read.
+        """
+        device = next(self.model.parameters()).device
+        lengths = getattr(dataset, "lengths", None)
+        chosen = batches.groups(lengths, len(dataset), batch_size, device.type == "cpu")
+        threads = batches.decoding_threads(rows) if lengths is None else 0  # texts are tokenised already
+        for group, examples in batches.prepared(dataset, chosen, threads, skip_bad_files):
+            if examples:
+                yield group, backbones.inputs_of(self.task.collate(examples), device)
 
     @functools.cached_property
     def probe(self) -> Probe | None:
