@@ -15,7 +15,7 @@ import numpy.typing as npt
 from hftl import folder
 from hftl.data import Splits
 from hftl.errors import UsageError
-from hftl.inert import from_cell
+from hftl.inert import from_cell, visible
 from hftl.metrics import softmax
 from hftl.tables import as_csv
 
@@ -25,7 +25,7 @@ class Answers:
     """The content of predictions.csv.
 
     Attributes:
-        ids: of the rows.
+        ids: of the rows, as `visible` gives them.
         labels: class ids, shape (rows,).
         predictions: class ids, shape (rows,); of classes that are equal to six digits the file knows which.
         probabilities: shape (rows, classes).
@@ -63,14 +63,14 @@ def read_answers(path: Path, label_names: Sequence[str]) -> Answers:
         raise UsageError(
             f"{str(path.parent)!r} has no {path.name}: `hftl report` makes it anew, where the run's data are at hand."
         )
-    numbers = {name: number for number, name in enumerate(label_names)}
+    numbers = {visible(name): number for number, name in enumerate(label_names)}
     csv.field_size_limit(sys.maxsize)  # names of rows are of any length
     try:
         with path.open(encoding="utf-8", newline="") as file:
             head, *lines = ([from_cell(cell) for cell in line] for line in csv.reader(file))
     except (ValueError, csv.Error) as error:
         raise UsageError(f"{str(path)!r} is damaged: {error}") from error
-    if head != _head(label_names) or not lines:
+    if head != [*map(visible, _head(label_names))] or not lines:
         raise UsageError(f"{str(path)!r} is not of this run: its columns are not those of the run's classes.")
     try:
         answers = Answers(

@@ -83,6 +83,7 @@ class TransferArguments(TrainingArguments):
     )
     repeats: int = _argument(1, "Run so often, with the seeds from --seed on; scores get a mean and a 95 % interval.")
     skip_bad_files: bool = _argument(False, "Leave out files that cannot be read, instead of stopping.")
+    follow_links: bool = _argument(False, "Read files outside of the data folder that links in it lead to.")
 
     # Method
     method: str = _argument(
@@ -280,8 +281,8 @@ class TransferArguments(TrainingArguments):
         _check_device(self)
         metric: str | None = self.metric_for_best_model  # type: ignore[has-type]  # a field of TrainingArguments
         _match_strategies(self)
-        if self.output_dir is not None:
-            self.output_dir = os.path.expanduser(self.output_dir)
+        for item in dataclasses.fields(self):
+            setattr(self, item.name, _with_home(getattr(self, item.name)))
         _check_finite(self)
         schedule: str = self.lr_scheduler_type
         if schedule in OWN_SCHEDULES:
@@ -302,9 +303,28 @@ class TransferArguments(TrainingArguments):
         _check_combinations(self)
         self.label_names = ["labels"]
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings for trackers, without the name of the home folder, which is that of the person."""
+        return {name: _without_home(value) for name, value in super().to_dict().items()}
+
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Warm-up in steps; a part of a few steps is none: rounded up, as Trainer does, the only step had rate 0."""
         return int(self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * num_training_steps)
+
+
+def _with_home(value: Any) -> Any:
+    """`~/…` as the path that it stands for, which a shell does not see to behind `=`; anything else as it is."""
+    if isinstance(value, list):
+        return [_with_home(entry) for entry in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
+def _without_home(value: Any) -> Any:
+    """The other way round."""
+    if isinstance(value, list):
+        return [_without_home(entry) for entry in value]
+    home = os.path.expanduser("~/")
+    return f"~/{value.removeprefix(home)}" if isinstance(value, str) and value.startswith(home) else value
 
 
 ArgumentsType = TypeVar("ArgumentsType", bound=TransferArguments)
@@ -902,7 +922,10 @@ def is_pretrained(arguments: TransferArguments) -> bool:
 
 
 def to_recipe(arguments: TransferArguments) -> dict[str, Any]:
-    """Every resolved argument that differs from Trainer's default or is hftl's own, ready for `--config`."""
+    """Every resolved argument that differs from Trainer's default or is hftl's own, ready for `--config`.
+
+    The home folder stands there as `~`.
+    """
     own = {item.name for item in dataclasses.fields(type(arguments))} - {
         item.name for item in dataclasses.fields(TrainingArguments)
     }
@@ -918,7 +941,7 @@ def to_recipe(arguments: TransferArguments) -> dict[str, Any]:
             continue
         if dataclasses.is_dataclass(value):
             continue
-        recipe[item.name] = _plain(value)
+        recipe[item.name] = _without_home(_plain(value))
     return recipe
 
 

@@ -226,6 +226,7 @@ def _predict(argv: list[str]) -> None:
     parser.add_argument("--output", help="CSV file to write (default: print)")
     parser.add_argument("--batch_size", type=_positive, help="rows through the model at once (default: what is fast)")
     parser.add_argument("--skip_bad_files", action="store_true", help="leave out images that cannot be read")
+    parser.add_argument("--follow_links", action="store_true", help="as for hftl train")
     _add_columns(parser, "text", "text_pair", "image")
     _add_trust(parser)
     options = parser.parse_args(argv)
@@ -239,6 +240,7 @@ def _predict(argv: list[str]) -> None:
 
     _choose_device()
     run = load_run(options.run, trust_remote_code=options.trust_remote_code)
+    run.task.arguments.follow_links |= options.follow_links
     looks_like_path = Path(options.input).suffix.lower() in {".txt", *TABLE_SUFFIXES} or _IS_PATH.match(options.input)
     is_file = run.task.modality != "text" or looks_like_path or os.path.exists(options.input)
     source = Path(options.input) if is_file else options.input
@@ -277,6 +279,7 @@ def _evaluate(argv: list[str]) -> None:
     parser.add_argument("--split", help="its name (default: test, else validation, else the only one)")
     parser.add_argument("--dataset_config_name", help="as for hftl train")
     parser.add_argument("--skip_bad_files", action="store_true", help="as for hftl train")
+    parser.add_argument("--follow_links", action="store_true", help="as for hftl train")
     parser.add_argument("--batch_size", type=_positive, help="rows through the model at once (default: what is fast)")
     _add_columns(parser, "label", "text", "text_pair", "image")
     _add_trust(parser)
@@ -285,6 +288,7 @@ def _evaluate(argv: list[str]) -> None:
         from hftl.run import load_run
 
     run = load_run(options.run, trust_remote_code=options.trust_remote_code)
+    run.task.arguments.follow_links |= options.follow_links
     scores = run.evaluate(
         options.dataset,
         options.split,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -61,6 +61,8 @@ LABEL_COLUMNS = [
     "categories", "y",
 ]
 # fmt: on
+
+PathType = TypeVar("PathType", str, Path)
 
 FULL_DECODE_LIMIT = 5000  # above so many images reading all their pixels takes minutes: headers only
 
@@ -210,11 +212,16 @@ def load_labelled(
 
 
 def load_inputs(
-    path: str | os.PathLike, modality: str, given: Mapping[str, str | None], known: Mapping[str, str | None]
+    path: str | os.PathLike,
+    modality: str,
+    given: Mapping[str, str | None],
+    known: Mapping[str, str | None],
+    follow_links: bool = False,
 ) -> datasets.Dataset:
     """What to predict on, without labels: images (a file or a folder), texts (one a line or one a file), or a table.
 
     The columns of a table are `given` by role, else those `known` from training where it has them, else guessed.
+    Links in a folder may lead out of it where `follow_links`.
     """
     place = Path(os.path.expanduser(path))
     if not os.path.exists(place):
@@ -225,7 +232,7 @@ def load_inputs(
         _require_same_pair(rows, columns, known)
         return _canonical(rows, columns, None, modality)
     if place.is_dir():
-        return datasets.Dataset.from_list(list(iter_folder(place, modality)))
+        return datasets.Dataset.from_list(list(iter_folder(place, modality, follow_links)))
     if modality == "image":
         if not _is_image(place):
             raise UsageError(f"{place} is not an image ({_suffixes(IMAGE_SUFFIXES)})")
@@ -239,22 +246,24 @@ def load_inputs(
     return datasets.Dataset.from_list([{"id": number, "text": line} for number, line in lines])
 
 
-def iter_folder(path: str | os.PathLike, modality: str) -> Iterator[dict[str, Any]]:
+def iter_folder(path: str | os.PathLike, modality: str, follow_links: bool = False) -> Iterator[dict[str, Any]]:
     """The rows of `load_inputs` for a folder of images or texts, in its order, each found when it is asked for.
 
     Of a million files only the names of one folder are held at a time, which the order needs.
 
     Raises:
-        UsageError: there is nothing to predict on in the folder, or a text in another encoding.
+        UsageError: there is nothing to predict on in the folder, a text in another encoding, or a link that leads out
+            of the folder, without `follow_links`.
     """
     place = Path(os.path.expanduser(path))
+    root = _root(place, follow_links)
     if modality == "image":
         start = os.path.abspath(place)
-        rows = ({"id": _below(start, image), "image": image} for image in _walk_images(place, Counter()))
+        rows = ({"id": _below(start, image), "image": image} for image in _walk_images(place, Counter(), root))
         otherwise = f"{place} holds no images ({_suffixes(IMAGE_SUFFIXES)})"
     else:
         files = [file for file in _entries(place)[1] if file.suffix.lower() == ".txt"]
-        rows = ({"id": _utf8(file.name), "text": decoded(file).strip()} for file in files)
+        rows = ({"id": _utf8(file.name), "text": decoded(_inside(file, root)).strip()} for file in files)
         rows = (row for row in rows if row["text"])
         otherwise = f"{path}: the folder has no .txt files with text in them"
     first = next(rows, None)
@@ -306,7 +315,7 @@ def _open_source(arguments: Any, modality: str) -> _Source:
         return _dataset_source(name, builtin_dataset(name.removeprefix("builtin:")))
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path):  # unlike Path, without an error for an endless name
-        return _folder_source(path, modality)
+        return _folder_source(path, modality, _root(path, bool(_option(arguments, "follow_links", False))))
     if os.path.isfile(path):
         return _Source(name, {"train": functools.partial(_read_table, path)})
     if name.startswith((".", "/", "~")) or path.suffix.lower() in TABLE_SUFFIXES | IMAGE_SUFFIXES:
@@ -349,6 +358,22 @@ def _neighbours(path: Path) -> list[str]:
     return [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
 
 
+def _root(folder: Path, follow_links: bool) -> str | None:
+    """Where the files of a data folder must lie, links resolved; None where links may lead anywhere."""
+    return None if follow_links else os.path.realpath(folder)
+
+
+def _inside(path: PathType, root: str | None) -> PathType:
+    """The path itself.
+
+    Raises:
+        UsageError: a link in it leads out of the root.
+    """
+    if root is not None and os.path.commonpath([root, os.path.realpath(path)]) != root:
+        raise UsageError(f"{str(path)!r} leads by a link out of {root!r}: --follow_links reads it all the same.")
+    return path
+
+
 def _is_stray(name: str) -> bool:
     return name.startswith(".") or name.lower() in STRAY_NAMES
 
@@ -359,7 +384,7 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
     return [entry for entry in entries if entry.is_dir()], [entry for entry in entries if not entry.is_dir()]
 
 
-def _folder_source(folder: Path, modality: str) -> _Source:
+def _folder_source(folder: Path, modality: str, root: str | None) -> _Source:
     folders, files = _entries(folder)
     if not folders and not files:
         raise UsageError(f"{folder} is empty: it should hold class folders with images, or tables")
@@ -369,14 +394,14 @@ def _folder_source(folder: Path, modality: str) -> _Source:
     split_folders = [entry for entry in named if _entries(entry)[0]] or (named if named == folders else [])
     class_folders = split_folders or (folders if len(folders) > 1 else [])
     if tables and (modality == "text" or not class_folders or any(_role(table.stem) for table in tables)):
-        return _tables_source(folder, tables)
+        return _tables_source(folder, [_inside(table, root) for table in tables])
     if modality == "text":
         raise _no_tables(folder)
     if not split_folders:
-        return _Source(str(folder), {"train": functools.partial(_read_class_folders, folder, folder)})
+        return _Source(str(folder), {"train": functools.partial(_read_class_folders, folder, folder, root)})
     others = [entry.name for entry in [*folders, *files] if entry not in split_folders]
     splits: dict[str, Callable[[], _Rows]] = {
-        entry.name: functools.partial(_read_class_folders, entry, folder) for entry in split_folders
+        entry.name: functools.partial(_read_class_folders, entry, folder, root) for entry in split_folders
     }
     return _Source(str(folder), splits, others)
 
@@ -562,7 +587,8 @@ def stratified_part(labels: np.ndarray, count: int, seed: int, leave_one: bool =
 # ---- reading images in folders -------------------------------------------------------------------------------------
 
 
-def _read_class_folders(folder: Path, root: Path) -> _Rows:
+def _read_class_folders(folder: Path, whole: Path, root: str | None) -> _Rows:
+    """The rows of one split; ids start below the `whole` data folder."""
     folders, files = _entries(folder)
     skipped: Counter[str] = Counter()
     skipped["hidden or system file"] += sum(_is_stray(entry.name) for entry in folder.iterdir())
@@ -570,7 +596,7 @@ def _read_class_folders(folder: Path, root: Path) -> _Rows:
         skipped["image outside the class folders" if _is_image(file) else _kind(file.name)] += 1
     columns: dict[str, list] = {"image": [], "label": []}
     for class_folder in folders:
-        images = list(_walk_images(class_folder, skipped))
+        images = list(_walk_images(class_folder, skipped, root))
         if not images:
             skipped[f"folder without images ({class_folder.name})"] += 1
         columns["image"] += images
@@ -579,24 +605,25 @@ def _read_class_folders(folder: Path, root: Path) -> _Rows:
         direct = any(_is_image(file) for file in files)
         found = "images but no class folders" if direct else "no images in class folders"
         raise UsageError(f"{folder} holds {found}: put the images of each class into a folder named after it")
-    start = os.path.abspath(root)
+    start = os.path.abspath(whole)
     ids = [Path(os.path.relpath(image, start)).as_posix() for image in columns["image"]]
     return _Rows(str(folder), columns, ids, folder=folder, class_folders=True, skipped=skipped)
 
 
-def _walk_images(folder: Path, skipped: Counter[str]) -> Iterator[str]:
+def _walk_images(folder: Path, skipped: Counter[str], root: str | None) -> Iterator[str]:
     """Absolute paths of the images at any depth, in an order that does not depend on the disk."""
     seen: set[str] = set()
     for place, folders, files in os.walk(os.path.abspath(folder), followlinks=True):
         if os.path.realpath(place) in seen:  # a link back to a folder above
             folders[:] = []
             continue
-        seen.add(os.path.realpath(place))
+        seen.add(os.path.realpath(_inside(place, root)))
         skipped["hidden or system file"] += sum(_is_stray(name) for name in [*folders, *files])
         folders[:] = sorted(name for name in folders if not _is_stray(name))
         for name in sorted(name for name in files if not _is_stray(name)):
             if _is_image(name):
-                yield _utf8(os.path.join(place, name))
+                path = _utf8(os.path.join(place, name))
+                yield _inside(path, root) if os.path.islink(path) else path
             else:
                 skipped[_kind(name)] += 1
 
@@ -876,6 +903,11 @@ def _canonical(rows: _Rows, columns: dict[str, str], labels: np.ndarray | None, 
     data: dict[str, Any] = {"id": rows.ids}
     if modality == "image":
         values = rows.data[columns["image"]]
+        if isinstance(rows.data, datasets.Dataset) and rows.folder is None and _holds_paths(rows, columns["image"]):
+            raise UsageError(
+                f"{rows.origin}: the column {columns['image']!r} holds names of files, and a data set of the Hub would "
+                "name files of this machine: it must hold the images themselves."
+            )
         if isinstance(rows.data, datasets.Dataset) and not _holds_paths(rows, columns["image"]):
             return _canonical_embedded(rows, columns["image"], labels)
         features["image"], data["image"] = string, [_absolute(value, rows.folder) for value in values]

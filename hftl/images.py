@@ -32,6 +32,8 @@ IMAGE_ERRORS = (
 
 #: how much of a file's beginning and end stands for its content
 _PART = 65_536
+#: a longer strip becomes millions of pixels where its shorter side is resized to what a model takes
+_LONGEST_STRIP = 100
 #: longer side of a picture in a report
 _THUMBNAIL = 160
 
@@ -47,7 +49,8 @@ def open_image(value: Any, least_side: int | None = None) -> Image.Image:
             sides have this many pixels (libjpeg leaves out high frequencies; Pillow's `draft`). None: at its full size.
 
     Raises:
-        UsageError: there is no such file, or it is no image that can be read.
+        UsageError: there is no such file, or it is no image that can be read: also one of more than 179 million pixels
+            (Pillow's limit), or a hundred times as long as it is wide.
     """
     if isinstance(value, Image.Image):
         return _to_rgb(value)
@@ -58,6 +61,7 @@ def open_image(value: Any, least_side: int | None = None) -> Image.Image:
         raise UsageError(f"no image file is named in {value!r}")
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            _check_strip(image)
             if least_side is not None:
                 image.draft(None, (least_side, least_side))
             image.load()
@@ -79,6 +83,12 @@ def image_source(value: Any) -> tuple[str | bytes | None, str]:
     if value is None or isinstance(value, (str, os.PathLike)):
         return (None, "no image") if value is None else (os.fspath(value), os.fspath(value))
     raise UsageError(f"an image cannot be made from {type(value).__name__}: give a path, bytes, an array or an image")
+
+
+def _check_strip(image: Image.Image) -> None:
+    """Beside Pillow's own limit of 179 million pixels."""
+    if max(image.size) > _LONGEST_STRIP * min(image.size):
+        raise ValueError(f"a strip of {image.width} x {image.height} pixels; the limit is {_LONGEST_STRIP} to 1")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -175,6 +185,7 @@ def image_problem(value: Any, full: bool) -> str | None:
         return f"no such file: {source}"
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            _check_strip(image)
             if full:
                 image.draft(None, (64, 64))
                 image.load()

@@ -8,7 +8,7 @@ import re
 #: what a terminal obeys instead of showing it, and what turns the order of the letters around it (Unicode TR 36, 3.1)
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 #: beginnings that a spreadsheet takes for a formula (OWASP, CSV injection), behind the quotes that `as_cell` puts there
-_FORMULA = re.compile("'*[=+\\-@\t\r]")
+_FORMULA = re.compile("'*[=+\\-@\t]")
 _NUMBER = re.compile(r"[+-]?(\d[\d_,.]*|inf|nan)(e[+-]?\d+)?$", re.IGNORECASE)
 
 
@@ -18,12 +18,13 @@ def visible(text: str) -> str:
 
 
 def as_cell(text: str) -> str:
-    """The text with a quote before it where a spreadsheet would take it for a formula; numbers stay."""
+    """The text, `visible`, with a quote before it where a spreadsheet would take it for a formula; numbers stay."""
+    text = visible(text)
     return f"'{text}" if _FORMULA.match(text) and not _NUMBER.match(text) else text
 
 
 def from_cell(cell: str) -> str:
-    """The text of which `as_cell` made the cell."""
+    """The text, as `visible` gives it, of which `as_cell` made the cell."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
 
 

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from hftl.errors import UsageError
 from hftl.folder import explained_disk_errors, is_main_process, read_json, say
-from hftl.inert import as_cell, visible
+from hftl.inert import as_cell
 
 if TYPE_CHECKING:
     from hftl.run import Run
@@ -71,16 +71,14 @@ def write_predictions(run: Run, inputs: Any, output: Path | None, **settings: An
 def _write_rows(run: Run, pieces: Iterator[list[Any]], file: IO[str], header: bool) -> tuple[list[int], list[int]]:
     """Write pieces as they come; the bytes (of a file on disk) and the rows of each."""
     writer = csv.writer(file, lineterminator="\n")
-    shown = as_cell if file is not sys.stdout else lambda text: visible(as_cell(text))
     if header:
-        writer.writerow(["id", "prediction", *(shown(f"probability_{name}") for name in run.label_names)])
+        writer.writerow(["id", "prediction", *(as_cell(f"probability_{name}") for name in run.label_names)])
         file.flush()
     sizes, rows, before = [], [], 0
     for piece in pieces:
         for entry in piece:
-            writer.writerow(
-                [shown(entry.id), shown(entry.label), *(f"{entry.probabilities[name]:.6f}" for name in run.label_names)]
-            )
+            probabilities = (f"{entry.probabilities[name]:.6f}" for name in run.label_names)
+            writer.writerow([as_cell(entry.id), as_cell(entry.label), *probabilities])
         file.flush()  # so that one can watch it grow
         end = os.fstat(file.fileno()).st_size if file is not sys.stdout else 0
         sizes.append(end - before)

@@ -19,6 +19,7 @@ from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.feature_map import draw_rows, feature_map, features_of
 from hftl.folder import FOUND_IN_DATA, LOGS, PREDICTIONS, RECIPE
+from hftl.inert import visible
 from hftl.label_errors import likely_label_errors
 from hftl.metrics import share_interval
 from hftl.tasks.classification import Shown
@@ -120,7 +121,7 @@ def known_rows(splits: Splits | None, run: Run) -> dict[str, int]:
     found = found_in_data(run)
     if splits is None or found.get("scored") != splits.fingerprint(splits.scored):
         return {}
-    return {row: place for place, row in enumerate(splits.scored["id"])}
+    return {visible(row): place for place, row in enumerate(splits.scored["id"])}
 
 
 def found_in_data(run: Run) -> dict[str, Any]:

@@ -20,12 +20,10 @@ TABLE_SUFFIXES = {".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet"}
 
 
 def as_csv(lines: Iterable[Sequence[object]]) -> str:
-    """Lines of cells as CSV, in which a spreadsheet finds no formula."""
-    rows = [["" if cell is None else as_cell(str(cell)) for cell in line] for line in lines]
-    # Readers take a lone carriage return for the end of a line, and the writer quotes it in later Pythons only.
-    lone = any("\r" in cell for row in rows for cell in row)
+    """Lines of cells as CSV, in which a spreadsheet finds no formula and a terminal nothing to obey."""
+    rows = (["" if cell is None else as_cell(str(cell)) for cell in line] for line in lines)
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if lone else csv.QUOTE_MINIMAL).writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 

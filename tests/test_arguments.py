@@ -81,6 +81,19 @@ def test_the_home_of_the_person_in_the_output_folder(monkeypatch: pytest.MonkeyP
     assert hftl.parse(hftl.TextArguments, ["--output_dir=~/run"]).output_dir == "/home/somebody/run"
 
 
+def test_the_home_of_the_person_is_in_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    flags = ["--dataset=/home/somebody/data", "--penalty=~/own.py:pull", "--metrics", "/home/somebody/f1", "accuracy"]
+    arguments = hftl.parse(hftl.TextArguments, [*flags, "--output_dir=~/run"])
+    assert arguments.penalty == "/home/somebody/own.py:pull"
+    recipe = to_recipe(arguments)
+    assert (recipe["dataset_name"], recipe["metrics"]) == ("~/data", ["~/f1", "accuracy"])
+    assert "somebody" not in arguments.to_json_string()  # what trackers are given
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    again = hftl.parse(hftl.TextArguments, ["--config", str(tmp_path / "recipe.yaml")])
+    assert (again.dataset_name, again.metrics) == ("/home/somebody/data", ["/home/somebody/f1", "accuracy"])
+
+
 @pytest.mark.parametrize("arguments_class", [ImageArguments, TextArguments])
 def test_help_has_every_flag_below_a_heading(arguments_class: type, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import random
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -122,14 +124,46 @@ def test_stray_files_are_skipped_and_counted(tmp_path):
 
 
 def test_linked_folders_are_read_once(tmp_path):
-    """A link in a class folder may lead elsewhere, or back to where it stands."""
+    """A link in a class folder may lead back to where it stands, or where that was asked for, elsewhere."""
     folder = write_classes(tmp_path / "data", {"cat": 3, "dog": 3})
     write_image(tmp_path / "elsewhere" / "more.png", 99)
     (folder / "cat" / "linked").symlink_to(tmp_path / "elsewhere")
     (folder / "cat" / "again").symlink_to(folder / "cat")
-    splits = splits_of(folder, "image")
+    assert "cat/linked' leads by a link out of" in message_of(folder, "image")
+    splits = splits_of(folder, "image", follow_links=True)
     ids = sorted([*splits.train["id"], *splits.validation["id"]])
     assert ids == ["cat/0.png", "cat/1.png", "cat/2.png", "cat/linked/more.png", "dog/0.png", "dog/1.png", "dog/2.png"]
+
+
+@pytest.mark.parametrize("link", ["train", "train/cat", "train/cat/0.png", "train.csv"])
+def test_links_do_not_lead_out_of_the_folder(tmp_path, link):
+    modality, outside = ("text" if link == "train.csv" else "image"), tmp_path / "outside"
+    if modality == "text":
+        write_table(outside / "train.csv")
+    else:
+        write_classes(outside / "train", {"cat": 3, "dog": 3})
+    shutil.copytree(outside, tmp_path / "data", ignore=lambda place, names: {Path(link).name} & set(names))
+    (tmp_path / "data" / link).symlink_to(outside / link)
+    expected = f"leads by a link out of '{tmp_path}/data': --follow_links reads it all the same."
+    assert message_of(tmp_path / "data", modality).endswith(expected)
+    assert len(splits_of(tmp_path / "data", modality, follow_links=True).train)
+
+
+def test_a_data_set_of_the_hub_names_no_file_of_this_machine(tmp_path, monkeypatch):
+    table = datasets.Dataset.from_dict({"image": [str(write_image(tmp_path / "own.png"))] * 2, "label": ["a", "b"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: {"train": table})
+    monkeypatch.setattr("hftl.data.check_hub", lambda: None)
+    assert "holds names of files" in message_of("someone/pictures", "image")
+
+
+def test_a_long_strip_is_no_picture(tmp_path):
+    write_classes(tmp_path, {"cat": 3, "dog": 3})
+    strip = write_image(tmp_path / "cat" / "strip.png", size=(1010, 10))
+    assert "strip.png (a strip of 1010 x 10 pixels; the limit is 100 to 1)" in message_of(tmp_path, "image")
+    with pytest.raises(UsageError, match="a strip of"):
+        open_image(strip)
+    write_image(strip, size=(1000, 10))
+    assert splits_of(tmp_path, "image")
 
 
 def test_bad_images(tmp_path):

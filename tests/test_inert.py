@@ -29,6 +29,10 @@ def test_a_spreadsheet_finds_no_formula_and_the_text_comes_back(text: str, cell:
     assert from_cell(cell) == text
 
 
+def test_a_cell_holds_nothing_that_a_terminal_obeys() -> None:
+    assert as_cell("a\x1b[31m\rb") == "a\\x1b[31m\\rb"
+
+
 def test_a_terminal_obeys_nothing() -> None:
     assert visible("a\x1b[31m\x9b2J\r\x7f\u202eb\nc\td") == "a\\x1b[31m\\x9b2J\\r\\x7f\\u202eb\nc\td"
     assert visible("Grüße, 猫 🐈") == "Grüße, 猫 🐈"

@@ -191,7 +191,7 @@ class ClassificationTask:
         """
         named = isinstance(inputs, Path) or (self.modality == "image" and isinstance(inputs, str | os.PathLike))
         if named and self.modality in ("image", "text") and os.path.isdir(os.path.expanduser(inputs)):
-            yield from data.iter_folder(inputs, self.modality)
+            yield from data.iter_folder(inputs, self.modality, self.arguments.follow_links)
             return
         rows = self.read_inputs(inputs, columns)
         yield from (rows[index] for index in range(len(rows)))

@@ -202,7 +202,8 @@ class ImageClassification(ClassificationTask):
     def read_inputs(self, inputs: Any, columns: Mapping[str, str] | None = None) -> Any:
         """A folder or table, or one or a list of: path, PIL image, array (height, width[, 3]); or an array of rows."""
         if isinstance(inputs, str | os.PathLike):
-            return data.load_inputs(str(inputs), self.modality, columns or {}, {"image": self.arguments.image_column})
+            known = {"image": self.arguments.image_column}
+            return data.load_inputs(str(inputs), self.modality, columns or {}, known, self.arguments.follow_links)
         if not isinstance(inputs, list | tuple):
             batch = isinstance(inputs, np.ndarray) and inputs.ndim == 4
             inputs = list(inputs) if batch else [inputs]

@@ -182,7 +182,7 @@ class TextClassification(ClassificationTask):
         """
         if isinstance(inputs, Path):
             known = {"text": self.arguments.text_column, "text_pair": self.arguments.text_pair_column}
-            return data.load_inputs(str(inputs), self.modality, columns or {}, known)
+            return data.load_inputs(str(inputs), self.modality, columns or {}, known, self.arguments.follow_links)
         if isinstance(inputs, str | Mapping):
             inputs = [inputs]
         known_pair = self.arguments.text_pair_column is not None
