@@ -181,7 +181,7 @@ def _is_adaptable(model: Any) -> bool:
 def _inputs(found: Pooled, splits: Splits) -> tuple[str, str]:
     """Size of pictures or length of texts, and what to change about it."""
     task: Any = found.task
-    if task.modality == "text":
+    if task.modality.is_text:
         data = found.rows
         middle, long = np.percentile(data.lengths, [50, 95])
         limit = task.processor.model_max_length

@@ -110,7 +110,7 @@ def write_card(
         language=origin.get("language"),
         datasets=dataset if _is_on_hub(arguments.dataset_name) else None,
         base_model=arguments.model_name_or_path if on_hub else None,
-        tags=["hftl", task.modality],
+        tags=["hftl", task.modality.name],
         base_model_relation=("adapter" if (target / BASE).is_dir() else "finetune") if on_hub else None,
         metrics=["accuracy", "f1"],
         model_name=title,
@@ -140,7 +140,7 @@ def write_card(
         probe=_probe(arguments) if f"ordinary_head_{split}" in metrics else "",
         usage=usage.format(
             task=task.name, title=json.dumps(title), auto_class=task.auto_class.__name__,
-            example='"image.jpg"' if task.modality == "image" else '"A text.", truncation=True',
+            example=task.modality.example,
         ),
     )  # fmt: skip
     ModelCard(f"---\n{header.to_yaml()}\n---\n\n{text}").save(target / "README.md")

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup, escape
 
-from hftl.inert import visible
+from hftl.pages import short_name
 
 #: size of the drawing in its own units; the page scales it
 _WIDTH, _HEIGHT = 440, 260
@@ -94,13 +94,22 @@ def line_chart(
             for px, py in zip(line.xs, line.ys, strict=True)
         ]
         points = [points[index] for index in _along(np.array(points))]
-        pattern = "5 4" if line.dashed else _DASHES[line.colour]
-        dashes = f' stroke-dasharray="{pattern}"' if pattern else ""
         path = " ".join(f"{px},{py}" for px, py in points)
-        parts.append(f'<polyline class="series-{line.colour}" points="{path}"{dashes}/>')
+        parts.append(_stroke(line, path))
         if line.marked or len(points) == 1:
             parts += [f'<circle class="series-{line.colour}" cx="{px}" cy="{py}" r="3"/>' for px, py in points]
-    return Markup("".join([*parts, "</svg>", _legend([(line.name, line.colour) for line in lines if line.name])]))
+    return Markup("".join([*parts, "</svg>", _legend([(line.name, _sample(line)) for line in lines if line.name])]))
+
+
+def _stroke(line: Line, points: str) -> str:
+    pattern = "5 4" if line.dashed else _DASHES[line.colour]
+    dashes = f' stroke-dasharray="{pattern}"' if pattern else ""
+    return f'<polyline class="series-{line.colour}" points="{points}"{dashes}/>'
+
+
+def _sample(line: Line) -> str:
+    """A piece of the line, for its legend."""
+    return f'<svg class="sample" viewBox="0 0 26 8" aria-hidden="true">{_stroke(line, "0,4 26,4")}</svg>'
 
 
 def map_chart(
@@ -132,16 +141,15 @@ def map_chart(
             parts.append(f'<circle class="series-{colour}" cx="{x}" cy="{y}" r="3.2" fill-opacity="0.7"/>')
     legend = [(names[number], colour) for colour, number in enumerate(coloured, start=1)]
     legend += [("other classes", 0)] if len(names) > COLOURS else []
-    return Markup("".join([*parts, "</svg>", _legend(legend)]))
+    swatches = [(name, f'<span class="swatch back-{colour}"></span>') for name, colour in legend]
+    return Markup("".join([*parts, "</svg>", _legend(swatches)]))
 
 
-def _legend(names: Sequence[tuple[str, int]]) -> str:
-    """Names with their colours; nothing for one alone."""
-    if len(names) < 2:
+def _legend(samples: Sequence[tuple[str, str]]) -> str:
+    """Names with what they look like; nothing for one alone."""
+    if len(samples) < 2:
         return ""
-    entries = "".join(
-        f'<li><span class="swatch back-{colour}"></span>{escape(visible(name))}</li>' for name, colour in names
-    )
+    entries = "".join(f"<li>{sample}{short_name(name)}</li>" for name, sample in samples)
     return f'<ul class="legend">{entries}</ul>'
 
 

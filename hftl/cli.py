@@ -242,7 +242,7 @@ def _predict(argv: list[str]) -> None:
     run = load_run(options.run, trust_remote_code=options.trust_remote_code)
     run.task.arguments.follow_links |= options.follow_links
     looks_like_path = Path(options.input).suffix.lower() in {".txt", *TABLE_SUFFIXES} or _IS_PATH.match(options.input)
-    is_file = run.task.modality != "text" or looks_like_path or os.path.exists(options.input)
+    is_file = not run.task.modality.is_text or looks_like_path or os.path.exists(options.input)
     source = Path(options.input) if is_file else options.input
     output = None if options.output is None else Path(options.output)
     settings = {"batch_size": options.batch_size, "skip_bad_files": options.skip_bad_files}

@@ -1,7 +1,8 @@
 """From what a person names (a folder, a table, a Hub id, a built-in) to splits with one label map, checked.
 
 `load_splits` is for training, `load_labelled` for scoring a finished run, `load_inputs` for prediction. Every data set
-they return has the same columns: `id`, then `image`, or `text` and perhaps `text_pair`, then `label` (the class id).
+they return has the same columns: `id`, then that of its modality (`image`, or `text` and perhaps `text_pair`, …), then
+`label` (the class id).
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +25,8 @@ import numpy as np
 from hftl.builtin import builtin_dataset
 from hftl.errors import UsageError, did_you_mean
 from hftl.hub import check_hub
-from hftl.images import image_problem, image_source
+from hftl.images import image_source
+from hftl.modality import FILES, TEXT, Modality
 from hftl.tables import TABLE_SUFFIXES, aligned, decoded, read_columns
 
 SPLIT_ROLES = {
@@ -37,20 +40,9 @@ SPLIT_ROLES = {
     "testing": "test",
 }
 # fmt: off
-IMAGE_SUFFIXES = {
-    ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif", ".jp2",
-}
 STRAY_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}  # beside everything that starts with a dot
 
 # Names that people give to columns, likeliest first; compared without case.
-IMAGE_COLUMNS = [
-    "image", "img", "file", "path", "filename", "file_name", "image_path", "image_file", "filepath", "file_path",
-    "picture", "photo",
-]
-TEXT_COLUMNS = [
-    "text", "sentence", "review", "content", "question", "comment", "tweet", "message", "utterance", "document",
-    "query", "body", "title", "description", "headline", "snippet", "input", "prompt",
-]
 PAIR_COLUMNS = [
     ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
     ("question", "passage"), ("question", "answer"), ("query", "passage"), ("query", "document"),
@@ -64,12 +56,12 @@ LABEL_COLUMNS = [
 
 PathType = TypeVar("PathType", str, Path)
 
-FULL_DECODE_LIMIT = 5000  # above so many images reading all their pixels takes minutes: headers only
+FULL_DECODE_LIMIT = 5000  # above so many files reading all of them whole takes minutes: headers only
 
 
 @dataclass
 class Splits:
-    """The data of a training run: each part has the columns `id`, `image` or `text` (`text_pair`), and `label`."""
+    """The data of a training run: each part has the columns `id`, that of the modality (`image`, …), and `label`."""
 
     train: datasets.Dataset
     validation: datasets.Dataset
@@ -77,7 +69,7 @@ class Splits:
     label_names: list[str]
     """The index is the class id."""
     columns: dict[str, str]
-    """From a role (image, text, text_pair, label) to the column that it was read from."""
+    """From a role (that of the modality, text_pair, label) to the column that it was read from."""
     source: str = ""
     """What was read, as it was named."""
     notes: list[str] = field(default_factory=list)
@@ -149,8 +141,8 @@ class _Source:
 # ---- the three entrances -------------------------------------------------------------------------------------------
 
 
-def load_splits(arguments: Any, modality: str) -> Splits:
-    """Read, split, label and check the data set that `arguments` names; `modality` is "image" or "text"."""
+def load_splits(arguments: Any, modality: Modality) -> Splits:
+    """Read, split, label and check the data set that `arguments` names."""
     seed = _option(arguments, "seed", 42)
     source = _open_source(arguments, modality)
     roles = _assign_roles(source, arguments)
@@ -169,9 +161,9 @@ def load_splits(arguments: Any, modality: str) -> Splits:
     parts = {role: _canonical(part, columns, labels[role], modality) for role, part in rows.items()}
     _require_two_classes(labels["train"], label_names, rows["train"].origin)
 
-    if modality == "image":
+    if not modality.is_text:
         # Before anything is drawn: the draw is then the same as if the bad files had not been there.
-        parts = _check_images(parts, bool(_option(arguments, "skip_bad_files", False)), notes)
+        parts = _check_files(parts, modality, bool(_option(arguments, "skip_bad_files", False)), notes)
         _require_two_classes(np.asarray(parts["train"]["label"]), label_names, rows["train"].origin)
     shots = _option(arguments, "shots")
     if shots is not None:
@@ -190,7 +182,7 @@ def load_splits(arguments: Any, modality: str) -> Splits:
 
 
 def load_labelled(
-    arguments: Any, split: str | None, label_names: Sequence[str], modality: str, known: Mapping[str, str | None]
+    arguments: Any, split: str | None, label_names: Sequence[str], modality: Modality, known: Mapping[str, str | None]
 ) -> tuple[datasets.Dataset, str]:
     """One split to score a finished run on, labelled by the run's own map, and the name of the split.
 
@@ -200,25 +192,25 @@ def load_labelled(
     source = _open_source(arguments, modality)
     name = _find_split(split, source, "--split") if split else _default_split(source)
     rows = source.splits[name]()
-    given = {role: _option(arguments, f"{role}_column") for role in ("label", "image", "text", "text_pair")}
+    given = {role: _option(arguments, f"{role}_column") for role in ("label", *_input_roles(modality))}
     columns, _ = _resolve_columns(rows, _like_training(rows, given, known), modality)
     _require_same_pair(rows, columns, known)
     labels = _encode(_row_labels(rows, columns["label"]), list(label_names), rows)
     part = _canonical(rows, columns, labels, modality)
     part = _limited(part, _option(arguments, "max_eval_samples"), _option(arguments, "seed", 42))
-    if modality == "image":
-        part = _check_images({name: part}, bool(_option(arguments, "skip_bad_files", False)), [])[name]
+    if not modality.is_text:
+        part = _check_files({name: part}, modality, bool(_option(arguments, "skip_bad_files", False)), [])[name]
     return part, name
 
 
 def load_inputs(
     path: str | os.PathLike,
-    modality: str,
+    modality: Modality,
     given: Mapping[str, str | None],
     known: Mapping[str, str | None],
     follow_links: bool = False,
 ) -> datasets.Dataset:
-    """What to predict on, without labels: images (a file or a folder), texts (one a line or one a file), or a table.
+    """What to predict on, without labels: files (one, or a folder), texts (one a line or one a file), or a table.
 
     The columns of a table are `given` by role, else those `known` from training where it has them, else guessed.
     Links in a folder may lead out of it where `follow_links`.
@@ -233,10 +225,10 @@ def load_inputs(
         return _canonical(rows, columns, None, modality)
     if place.is_dir():
         return datasets.Dataset.from_list(list(iter_folder(place, modality, follow_links)))
-    if modality == "image":
-        if not _is_image(place):
-            raise UsageError(f"{place} is not an image ({_suffixes(IMAGE_SUFFIXES)})")
-        return datasets.Dataset.from_list([{"id": place.name, "image": os.path.abspath(place)}])
+    if not modality.is_text:
+        if not modality.names_file(place):
+            raise UsageError(f"{place} is none of the {modality.plural} that are read ({_suffixes(modality.suffixes)})")
+        return datasets.Dataset.from_list([{"id": place.name, modality.name: os.path.abspath(place)}])
     if place.suffix.lower() != ".txt":
         raise UsageError(f"{path}: give a .txt file with one text a line, or a table ({_suffixes(TABLE_SUFFIXES)})")
     lines = [(str(number), line.rstrip("\r")) for number, line in enumerate(decoded(place).split("\n"))]
@@ -246,8 +238,8 @@ def load_inputs(
     return datasets.Dataset.from_list([{"id": number, "text": line} for number, line in lines])
 
 
-def iter_folder(path: str | os.PathLike, modality: str, follow_links: bool = False) -> Iterator[dict[str, Any]]:
-    """The rows of `load_inputs` for a folder of images or texts, in its order, each found when it is asked for.
+def iter_folder(path: str | os.PathLike, modality: Modality, follow_links: bool = False) -> Iterator[dict[str, Any]]:
+    """The rows of `load_inputs` for a folder of files or texts, in its order, each found when it is asked for.
 
     Of a million files only the names of one folder are held at a time, which the order needs.
 
@@ -257,10 +249,11 @@ def iter_folder(path: str | os.PathLike, modality: str, follow_links: bool = Fal
     """
     place = Path(os.path.expanduser(path))
     root = _root(place, follow_links)
-    if modality == "image":
+    if not modality.is_text:
         start = os.path.abspath(place)
-        rows = ({"id": _below(start, image), "image": image} for image in _walk_images(place, Counter(), root))
-        otherwise = f"{place} holds no images ({_suffixes(IMAGE_SUFFIXES)})"
+        found = _walk_files(place, modality, Counter(), root)
+        rows = ({"id": _below(start, file), modality.name: file} for file in found)
+        otherwise = f"{place} holds no {modality.plural} ({_suffixes(modality.suffixes)})"
     else:
         files = [file for file in _entries(place)[1] if file.suffix.lower() == ".txt"]
         rows = ({"id": _utf8(file.name), "text": decoded(_inside(file, root)).strip()} for file in files)
@@ -306,7 +299,12 @@ def _option(arguments: Any, name: str, default: Any = None) -> Any:
 # ---- sources -------------------------------------------------------------------------------------------------------
 
 
-def _open_source(arguments: Any, modality: str) -> _Source:
+def _input_roles(modality: Modality) -> list[str]:
+    """The roles of the columns that inputs are read from."""
+    return ["text", "text_pair"] if modality.is_text else [modality.name]
+
+
+def _open_source(arguments: Any, modality: Modality) -> _Source:
     name = _option(arguments, "dataset_name")
     if not name:
         raise UsageError("no data: say which with --dataset (a folder, a table, a Hub id or builtin:NAME)")
@@ -318,7 +316,7 @@ def _open_source(arguments: Any, modality: str) -> _Source:
         return _folder_source(path, modality, _root(path, bool(_option(arguments, "follow_links", False))))
     if os.path.isfile(path):
         return _Source(name, {"train": functools.partial(_read_table, path)})
-    if name.startswith((".", "/", "~")) or path.suffix.lower() in TABLE_SUFFIXES | IMAGE_SUFFIXES:
+    if name.startswith((".", "/", "~")) or path.suffix.lower() in TABLE_SUFFIXES | modality.suffixes:
         raise _not_there(name)
     return _dataset_source(name, _load_from_hub(name, _option(arguments, "dataset_config_name")))
 
@@ -384,39 +382,43 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
     return [entry for entry in entries if entry.is_dir()], [entry for entry in entries if not entry.is_dir()]
 
 
-def _folder_source(folder: Path, modality: str, root: str | None) -> _Source:
+def _folder_source(folder: Path, modality: Modality, root: str | None) -> _Source:
     folders, files = _entries(folder)
     if not folders and not files:
-        raise UsageError(f"{folder} is empty: it should hold class folders with images, or tables")
+        layout = "" if modality.is_text else f"class folders with {modality.plural}, or "
+        raise UsageError(f"{folder} is empty: it should hold {layout}tables")
     tables = [file for file in files if file.suffix.lower() in TABLE_SUFFIXES]
-    # A folder named like a split that holds images itself is a class: trains and buses, say.
+    # A folder named like a split that holds files itself is a class: trains and buses, say.
     named = [entry for entry in folders if entry.name.lower() in SPLIT_ROLES]
     split_folders = [entry for entry in named if _entries(entry)[0]] or (named if named == folders else [])
     class_folders = split_folders or (folders if len(folders) > 1 else [])
-    if tables and (modality == "text" or not class_folders or any(_role(table.stem) for table in tables)):
+    if tables and (modality.is_text or not class_folders or any(_role(table.stem) for table in tables)):
         return _tables_source(folder, [_inside(table, root) for table in tables])
-    if modality == "text":
+    if modality.is_text:
         raise _no_tables(folder)
     if not split_folders:
-        return _Source(str(folder), {"train": functools.partial(_read_class_folders, folder, folder, root)})
+        return _Source(str(folder), {"train": functools.partial(_read_class_folders, folder, folder, modality, root)})
     others = [entry.name for entry in [*folders, *files] if entry not in split_folders]
     splits: dict[str, Callable[[], _Rows]] = {
-        entry.name: functools.partial(_read_class_folders, entry, folder, root) for entry in split_folders
+        entry.name: functools.partial(_read_class_folders, entry, folder, modality, root) for entry in split_folders
     }
     return _Source(str(folder), splits, others)
 
 
 def _no_tables(folder: Path) -> UsageError:
-    if any(_is_image(path) for path in folder.rglob("*")):
-        return UsageError(f"{folder} holds images, not texts: use image-classification (image_classification.py)")
+    for path in folder.rglob("*"):
+        for task, kind in FILES.items():
+            if kind.names_file(path):
+                return UsageError(f"{folder} holds {kind.plural}, not texts: use {_with_recipe(task)}")
     return UsageError(f"{folder} holds no table: a text task reads {_suffixes(TABLE_SUFFIXES)}, such as train.csv")
 
 
-def _is_image(path: str | Path) -> bool:
-    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
+def _with_recipe(task: str) -> str:
+    """A task with the file of its recipe."""
+    return f"{task} ({task.replace('-', '_')}.py)"
 
 
-def _suffixes(suffixes: set[str]) -> str:
+def _suffixes(suffixes: Collection[str]) -> str:
     return ", ".join(sorted(suffixes))
 
 
@@ -584,34 +586,35 @@ def stratified_part(labels: np.ndarray, count: int, seed: int, leave_one: bool =
     return np.sort(np.concatenate(parts))
 
 
-# ---- reading images in folders -------------------------------------------------------------------------------------
+# ---- reading files in folders --------------------------------------------------------------------------------------
 
 
-def _read_class_folders(folder: Path, whole: Path, root: str | None) -> _Rows:
+def _read_class_folders(folder: Path, whole: Path, modality: Modality, root: str | None) -> _Rows:
     """The rows of one split; ids start below the `whole` data folder."""
+    name, plural = modality.name, modality.plural
     folders, files = _entries(folder)
     skipped: Counter[str] = Counter()
     skipped["hidden or system file"] += sum(_is_stray(entry.name) for entry in folder.iterdir())
     for file in files:
-        skipped["image outside the class folders" if _is_image(file) else _kind(file.name)] += 1
-    columns: dict[str, list] = {"image": [], "label": []}
+        skipped[f"{name} outside the class folders" if modality.names_file(file) else _kind(file.name)] += 1
+    columns: dict[str, list] = {name: [], "label": []}
     for class_folder in folders:
-        images = list(_walk_images(class_folder, skipped, root))
-        if not images:
-            skipped[f"folder without images ({class_folder.name})"] += 1
-        columns["image"] += images
-        columns["label"] += [class_folder.name] * len(images)
-    if not columns["image"]:
-        direct = any(_is_image(file) for file in files)
-        found = "images but no class folders" if direct else "no images in class folders"
-        raise UsageError(f"{folder} holds {found}: put the images of each class into a folder named after it")
+        found = list(_walk_files(class_folder, modality, skipped, root))
+        if not found:
+            skipped[f"folder without {plural} ({class_folder.name})"] += 1
+        columns[name] += found
+        columns["label"] += [class_folder.name] * len(found)
+    if not columns[name]:
+        direct = any(modality.names_file(file) for file in files)
+        there = f"{plural} but no class folders" if direct else f"no {plural} in class folders"
+        raise UsageError(f"{folder} holds {there}: put the {plural} of each class into a folder named after it")
     start = os.path.abspath(whole)
-    ids = [Path(os.path.relpath(image, start)).as_posix() for image in columns["image"]]
+    ids = [Path(os.path.relpath(file, start)).as_posix() for file in columns[name]]
     return _Rows(str(folder), columns, ids, folder=folder, class_folders=True, skipped=skipped)
 
 
-def _walk_images(folder: Path, skipped: Counter[str], root: str | None) -> Iterator[str]:
-    """Absolute paths of the images at any depth, in an order that does not depend on the disk."""
+def _walk_files(folder: Path, modality: Modality, skipped: Counter[str], root: str | None) -> Iterator[str]:
+    """Absolute paths of the modality's files at any depth, in an order that does not depend on the disk."""
     seen: set[str] = set()
     for place, folders, files in os.walk(os.path.abspath(folder), followlinks=True):
         if os.path.realpath(place) in seen:  # a link back to a folder above
@@ -621,7 +624,7 @@ def _walk_images(folder: Path, skipped: Counter[str], root: str | None) -> Itera
         skipped["hidden or system file"] += sum(_is_stray(name) for name in [*folders, *files])
         folders[:] = sorted(name for name in folders if not _is_stray(name))
         for name in sorted(name for name in files if not _is_stray(name)):
-            if _is_image(name):
+            if modality.names_file(name):
                 path = _utf8(os.path.join(place, name))
                 yield _inside(path, root) if os.path.islink(path) else path
             else:
@@ -687,12 +690,11 @@ def _feature(rows: _Rows, column: str) -> Any:
 
 
 def _resolve_columns(
-    rows: _Rows, arguments: Any, modality: str, labelled: bool = True
+    rows: _Rows, arguments: Any, modality: Modality, labelled: bool = True
 ) -> tuple[dict[str, str], list[str]]:
     """From roles to columns, and which of them were guessed."""
     names = _column_names(rows.data)
-    wanted = ["image"] if modality == "image" else ["text", "text_pair"]
-    wanted += ["label"] if labelled else []
+    wanted = [*_input_roles(modality), "label"] if labelled else _input_roles(modality)
     columns = {role: name for role in wanted if (name := _option(arguments, f"{role}_column"))}
     for role, name in columns.items():
         if name not in names:
@@ -708,13 +710,14 @@ def _resolve_columns(
 
     if labelled and "label" not in columns and (name := _guess(LABEL_COLUMNS, free())):
         columns["label"] = name
-    if modality == "image":
-        _refuse_texts(rows, columns, names)
-        if "image" not in columns and (name := _guess_image(rows, free(), labelled and "label" not in columns)):
-            columns["image"] = name
-    else:
+    if not rows.class_folders:
+        _refuse_others(rows, columns, names, modality)
+    if modality.is_text:
         columns |= _guess_texts(columns, free(), not labelled or len(names) == 2)
-        _refuse_images(rows, columns, names)
+    elif modality.name not in columns and (
+        name := _guess_file(rows, free(), modality, labelled and "label" not in columns)
+    ):
+        columns[modality.name] = name
     if labelled and "label" not in columns and len(names) == 2 and len(free()) == 1:
         columns["label"] = free()[0]
     for role in [wanted[0], "label"] if labelled else wanted[:1]:
@@ -728,7 +731,7 @@ def _listed(names: list[str]) -> str:
     return f"The columns are: {', '.join(repr(name) for name in names)}"
 
 
-def _guess(likely: list[str], names: list[str]) -> str | None:
+def _guess(likely: Sequence[str], names: list[str]) -> str | None:
     by_lower_case = {name.lower(): name for name in reversed(names)}
     return next((by_lower_case[name] for name in likely if name in by_lower_case), None)
 
@@ -743,46 +746,50 @@ def _guess_texts(columns: dict[str, str], names: list[str], other_one: bool) -> 
             if text and pair:
                 return {"text": text, "text_pair": pair}
     others = [name for name in names if name.lower() not in LABEL_COLUMNS]
-    name = _guess(TEXT_COLUMNS, names) or (others[0] if other_one and len(others) == 1 else None)
+    name = _guess(TEXT.columns, names) or (others[0] if other_one and len(others) == 1 else None)
     return {"text": name} if name else {}
 
 
-def _guess_image(rows: _Rows, names: list[str], label_unknown: bool) -> str | None:
-    """By type, else by name, else the one column that holds images or the names of image files."""
-    typed = [name for name in names if isinstance(_feature(rows, name), datasets.Image)]
+def _guess_file(rows: _Rows, names: list[str], modality: Modality, label_unknown: bool) -> str | None:
+    """By type, else by name, else the one column that holds the modality's files or their names."""
+    typed = [name for name in names if modality.feature and isinstance(_feature(rows, name), modality.feature)]
     if typed:
         return typed[0]
-    named = _guess(IMAGE_COLUMNS, names)
+    named = _guess(modality.columns, names)
     if named:
         return named
-    fitting = [name for name in names if _holds_images(rows, name)]
+    fitting = [name for name in names if _holds(rows, name, modality)]
     return fitting[0] if len(fitting) == 1 and len(names) <= 1 + label_unknown else None
 
 
-def _holds_images(rows: _Rows, column: str) -> bool:
-    """Whether a column's type or its first values say that it holds images, or names of image files."""
+def _holds(rows: _Rows, column: str, modality: Modality) -> bool:
+    """Whether a column's type or its first values say that it holds the modality's files, or names of such files."""
     feature = _feature(rows, column)
     if feature is not None and not isinstance(feature, datasets.Value):
-        return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
+        is_file = isinstance(feature, dict) and "bytes" in feature
+        return is_file or bool(modality.feature and isinstance(feature, modality.feature))
     values = [value for value in rows.data[column][:20] if value is not None]
-    return bool(values) and all(isinstance(value, bytes) or _is_image(str(value)) for value in values)
+    return bool(values) and all(isinstance(value, bytes) or modality.names_file(str(value)) for value in values)
 
 
-def _refuse_texts(rows: _Rows, columns: dict[str, str], names: list[str]) -> None:
-    if rows.class_folders or "image" in columns:
+def _refuse_others(rows: _Rows, columns: dict[str, str], names: list[str], modality: Modality) -> None:
+    """A table of another kind of input, told by its columns.
+
+    Raises:
+        UsageError: with the task that reads it.
+    """
+    role = modality.name
+    if not modality.is_text and (role in columns or any(_holds(rows, name, modality) for name in names)):
         return
-    has_images = any(_holds_images(rows, name) for name in names) or _guess(IMAGE_COLUMNS, names)
-    if not has_images and _guess(TEXT_COLUMNS, names):
+    suspects = [columns[role]] if role in columns else names
+    for task, kind in FILES.items():
+        if kind is not modality and any(_holds(rows, name, kind) for name in suspects):
+            raise UsageError(
+                f"{rows.origin} holds {kind.plural}, not {modality.plural}: use {_with_recipe(task)}. {_listed(names)}"
+            )
+    if not modality.is_text and not _guess(modality.columns, names) and _guess(TEXT.columns, names):
         raise UsageError(
-            f"{rows.origin} holds texts, not images: use text-classification (text_classification.py). {_listed(names)}"
-        )
-
-
-def _refuse_images(rows: _Rows, columns: dict[str, str], names: list[str]) -> None:
-    suspects = [columns["text"]] if "text" in columns else names
-    if any(_holds_images(rows, name) for name in suspects):
-        raise UsageError(
-            f"{rows.origin} holds images, not texts: use image-classification (image_classification.py). "
+            f"{rows.origin} holds texts, not {modality.plural}: use {_with_recipe('text-classification')}. "
             f"{_listed(names)}"
         )
 
@@ -896,21 +903,22 @@ def _require_two_classes(labels: np.ndarray, label_names: list[str], origin: str
 # ---- the canonical data set ----------------------------------------------------------------------------------------
 
 
-def _canonical(rows: _Rows, columns: dict[str, str], labels: np.ndarray | None, modality: str) -> datasets.Dataset:
-    """The columns id, image or text (and text_pair), and label, whatever the source called them."""
+def _canonical(rows: _Rows, columns: dict[str, str], labels: np.ndarray | None, modality: Modality) -> datasets.Dataset:
+    """The columns id, that of the modality (and text_pair), and label, whatever the source called them."""
     string = datasets.Value("string")
     features = {"id": string}
     data: dict[str, Any] = {"id": rows.ids}
-    if modality == "image":
-        values = rows.data[columns["image"]]
-        if isinstance(rows.data, datasets.Dataset) and rows.folder is None and _holds_paths(rows, columns["image"]):
+    if not modality.is_text:
+        column = columns[modality.name]
+        if isinstance(rows.data, datasets.Dataset) and not _holds_paths(rows, column):
+            return _canonical_embedded(rows, column, labels, modality)
+        if isinstance(rows.data, datasets.Dataset) and rows.folder is None:
             raise UsageError(
-                f"{rows.origin}: the column {columns['image']!r} holds names of files, and a data set of the Hub would "
-                "name files of this machine: it must hold the images themselves."
+                f"{rows.origin}: the column {column!r} holds names of files, and a data set of the Hub would name "
+                f"files of this machine: it must hold the {modality.plural} themselves."
             )
-        if isinstance(rows.data, datasets.Dataset) and not _holds_paths(rows, columns["image"]):
-            return _canonical_embedded(rows, columns["image"], labels)
-        features["image"], data["image"] = string, [_absolute(value, rows.folder) for value in values]
+        features[modality.name] = string
+        data[modality.name] = [_absolute(value, rows.folder) for value in rows.data[column]]
     for role in ("text", "text_pair"):
         if role in columns:
             features[role], data[role] = string, _texts(rows, columns[role])
@@ -924,17 +932,17 @@ def _holds_paths(rows: _Rows, column: str) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
 
 
-def _canonical_embedded(rows: _Rows, column: str, labels: np.ndarray | None) -> datasets.Dataset:
-    """Images inside the data set stay where they are, on disk and undecoded."""
+def _canonical_embedded(rows: _Rows, column: str, labels: np.ndarray | None, modality: Modality) -> datasets.Dataset:
+    """Files inside the data set stay where they are, on disk and undecoded."""
     assert isinstance(rows.data, datasets.Dataset)
-    data = rows.data.select_columns([column])
-    if isinstance(_feature(rows, column), datasets.Image):
-        data = data.cast_column(column, datasets.Image(decode=False))
-    data = data.rename_column(column, "image") if column != "image" else data
+    name, data = modality.name, rows.data.select_columns([column])
+    if modality.feature and isinstance(_feature(rows, column), modality.feature):
+        data = data.cast_column(column, modality.feature(decode=False))
+    data = data.rename_column(column, name) if column != name else data
     data = data.add_column("id", rows.ids)
     if labels is None:
-        return data.select_columns(["id", "image"])
-    return data.add_column("label", labels).select_columns(["id", "image", "label"])
+        return data.select_columns(["id", name])
+    return data.add_column("label", labels).select_columns(["id", name, "label"])
 
 
 def _absolute(value: Any, folder: Path | None) -> str:
@@ -977,30 +985,33 @@ def _skipped_note(rows: dict[str, _Rows]) -> list[str]:
     return [f"skipped: {', '.join(counts)}{f' and {more} more kinds' if more else ''}"]
 
 
-def _batches(part: datasets.Dataset) -> Iterator[list]:
-    """The images of a split, a few hundred at a time: a part of them may hold their bytes."""
+def _batches(part: datasets.Dataset, column: str) -> Iterator[list]:
+    """The files of a split, a few hundred at a time: a part of them may hold their bytes."""
     for start in range(0, len(part), 256):
-        yield part[start : start + 256]["image"]
+        yield part[start : start + 256][column]
 
 
-def _embedded(part: datasets.Dataset) -> bool:
-    return not isinstance(part.features["image"], datasets.Value) or part.features["image"].dtype != "string"
+def _embedded(part: datasets.Dataset, column: str) -> bool:
+    return not isinstance(part.features[column], datasets.Value) or part.features[column].dtype != "string"
 
 
-def _check_images(parts: dict[str, datasets.Dataset], skip: bool, notes: list[str]) -> dict[str, datasets.Dataset]:
-    """Look for images that cannot be read: an error, or with `skip` they are dropped and counted."""
+def _check_files(
+    parts: dict[str, datasets.Dataset], modality: Modality, skip: bool, notes: list[str]
+) -> dict[str, datasets.Dataset]:
+    """Look for files that cannot be read: an error, or with `skip` they are dropped and counted."""
+    plural = modality.plural
     total = sum(len(part) for part in parts.values())
     # What is left out must be known beforehand, whatever it takes.
     full = total <= FULL_DECODE_LIMIT or skip
-    if not full and any(_embedded(part) for part in parts.values()):
-        notes.append(f"images: {total} inside the data set, not checked")
+    if not full and any(_embedded(part, modality.name) for part in parts.values()):
+        notes.append(f"{plural}: {total} inside the data set, not checked")
         return parts
     bad: list[str] = []
     kept = {}
     with ThreadPoolExecutor(_threads()) as pool:
         for role, part in parts.items():
-            check = functools.partial(image_problem, full=full)
-            problems = [problem for batch in _batches(part) for problem in pool.map(check, batch)]
+            files = _batches(part, modality.name)
+            problems = [problem for batch in files for problem in pool.map(modality.problem, batch, repeat(full))]
             rows = [row for row, problem in enumerate(problems) if problem]
             ids = part.select_columns(["id"])
             bad += [f"{ids[row]['id']} ({problems[row]})" for row in rows]
@@ -1008,16 +1019,16 @@ def _check_images(parts: dict[str, datasets.Dataset], skip: bool, notes: list[st
     named = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
     if bad and not skip:
         raise UsageError(
-            f"{len(bad)} of {total} images cannot be read: {named}: repair or remove them, or go on without them with "
-            "--skip_bad_files"
+            f"{len(bad)} of {total} {plural} cannot be read: {named}: repair or remove them, or go on without them "
+            "with --skip_bad_files"
         )
     empty = [role for role, part in kept.items() if not len(part)]
     if empty:
-        raise UsageError(f"none of the images of {empty[0]} can be read: {named}")
+        raise UsageError(f"none of the {plural} of {empty[0]} can be read: {named}")
     if bad:
-        notes.append(f"images: {len(bad)} of {total} cannot be read and are left out: {named}")
+        notes.append(f"{plural}: {len(bad)} of {total} cannot be read and are left out: {named}")
     elif not full:
-        notes.append(f"images: {total}, only their headers checked (--skip_bad_files reads them whole)")
+        notes.append(f"{plural}: {total}, only their headers checked (--skip_bad_files reads them whole)")
     return kept
 
 
@@ -1025,18 +1036,18 @@ def _threads() -> int:
     return min(8, os.cpu_count() or 1)
 
 
-def _content_notes(parts: dict[str, datasets.Dataset], modality: str) -> list[str]:
+def _content_notes(parts: dict[str, datasets.Dataset], modality: Modality) -> list[str]:
     notes = []
-    if modality == "text":
+    if modality.is_text:
         counts = {role: sum(not text.strip() for text in part["text"]) for role, part in parts.items()}
         for role, count in counts.items():
             if count == len(parts[role]):
                 raise UsageError(f"every text of {role} is empty: is it the right column? (--text_column NAME)")
         found = [f"{count} in {role}" for role, count in counts.items() if count]
         notes += [f"warning: empty texts: {', '.join(found)}"] if found else []
-    keys = _text_keys(parts) if modality == "text" else _image_keys(parts)
+    keys = _text_keys(parts) if modality.is_text else _file_keys(parts, modality.name)
     if keys is None:
-        return [*notes, "duplicates: not looked for (images inside a large data set)"]
+        return [*notes, f"duplicates: not looked for ({modality.plural} inside a large data set)"]
     found = []
     for earlier, later in (("train", "validation"), ("train", "test"), ("validation", "test")):
         if later not in parts:
@@ -1057,16 +1068,16 @@ def _text_keys(parts: dict[str, datasets.Dataset]) -> dict[str, list]:
     }
 
 
-def _image_keys(parts: dict[str, datasets.Dataset]) -> dict[str, list] | None:
-    """A hash of each image file's content; None for a file whose size no other split has, which need not be read."""
-    if any(_embedded(part) for part in parts.values()):
+def _file_keys(parts: dict[str, datasets.Dataset], column: str) -> dict[str, list] | None:
+    """A hash of each file's content; None for a file whose size no other split has, which need not be read."""
+    if any(_embedded(part, column) for part in parts.values()):
         if sum(len(part) for part in parts.values()) > FULL_DECODE_LIMIT:
             return None
         return {
-            role: [_digest(image_source(value)[0]) for batch in _batches(part) for value in batch]
+            role: [_digest(image_source(value)[0]) for batch in _batches(part, column) for value in batch]
             for role, part in parts.items()
         }
-    paths = {role: list(part["image"]) for role, part in parts.items()}
+    paths = {role: list(part[column]) for role, part in parts.items()}
     sizes = {role: [os.path.getsize(path) for path in paths[role]] for role in parts}
     splits_with = Counter(size for role in parts for size in set(sizes[role]))
     with ThreadPoolExecutor(_threads()) as pool:

@@ -9,6 +9,7 @@ from hftl import merging, pages
 from hftl.errors import UsageError
 from hftl.folder import say
 from hftl.inert import in_markdown, visible
+from hftl.modality import IMAGE, TEXT
 from hftl.run import Run, load_run
 
 #: classes whose probabilities are shown
@@ -66,9 +67,9 @@ def build(run: Run) -> Any:
     except ImportError as error:
         raise UsageError("hftl demo needs gradio, which is not installed: pip install 'hftl[demo]'") from error
     inputs: list[Any]
-    if run.task.modality == "image":
+    if run.task.modality is IMAGE:
         inputs = [gradio.Image(type="pil", image_mode=None, label="Image")]
-    elif run.task.modality == "text":
+    elif run.task.modality is TEXT:
         inputs = [gradio.Textbox(lines=4, label="Text")]
         if getattr(run.task.arguments, "text_pair_column", None):
             inputs.append(gradio.Textbox(lines=4, label="Second text"))

@@ -80,7 +80,7 @@ def main(task_name: str, tokens: Sequence[str], output: str | None) -> None:
     folder.say(
         f"of {len(labels):,} rows {len(lines):,} look like another class than their label says, {len(sure):,} of them "
         "surely, by the others and the model's features"
-        + (" (rows of a table: counting from 0)" if task_class.modality == "text" else "")
+        + (" (rows of a table: counting from 0)" if task_class.modality.is_text else "")
     )
     head = ["row", "label", "rather", "margin", "sure"]
     if lines:

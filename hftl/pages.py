@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from hftl import __version__
 from hftl.inert import visible
 from hftl.pretrained import public_name
 
+#: letters of a name in a table or a legend; the whole of it shows when it is pointed at
+_LONGEST_NAME = 40
 #: settings that say where files lie, or nothing
 _UNSHOWN = {"output_dir", "task", "hub_model_id", "logging_dir"}
 
@@ -27,6 +30,7 @@ def render(template: str, **values: Any) -> str:
         # What would turn the letters around it, or is none; charts are markup, and have seen to it.
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
+    environment.filters["short"] = short_name
     environment.filters["percent"] = lambda value: "–" if value is None else f"{100 * value:.1f} %"
     return environment.get_template(f"{template}.html.jinja").render(**values, hftl_version=__version__)
 
@@ -39,6 +43,14 @@ def settings(recipe: Mapping[str, Any]) -> dict[str, str]:
 def shown(value: Any) -> str:
     """A setting without the folders of this machine; `file.py:function` stays together."""
     return ", ".join(map(public_name, value)) if isinstance(value, list) else public_name(value)
+
+
+def short_name(name: str) -> Markup:
+    """The name of a class, cut where it would fill the page."""
+    text = visible(name)
+    if len(text) <= _LONGEST_NAME:
+        return escape(text)
+    return Markup('<span title="{}">{}…</span>').format(text, text[: _LONGEST_NAME - 1])
 
 
 def row_name(row: str) -> str:

@@ -29,6 +29,7 @@ from hftl.folder import read_json, say
 from hftl.methods.parts import frozen
 from hftl.methods.plan import prepare_modules
 from hftl.metrics import softmax
+from hftl.modality import Modality
 from hftl.tables import aligned, as_csv
 from hftl.tasks import find_task
 from hftl.tasks.classification import ClassificationTask
@@ -139,7 +140,7 @@ def check(arguments: ArgumentsType) -> None:
     pretrained.check_model_name(arguments.model_name_or_path)
 
 
-def load_rows(arguments: ArgumentsType, modality: str) -> Splits:
+def load_rows(arguments: ArgumentsType, modality: Modality) -> Splits:
     """The data with its report, without the test split.
 
     Raises:

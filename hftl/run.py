@@ -257,7 +257,7 @@ class Run:
         self.cut = 0
         rows = iter(self.task.iter_inputs(inputs, columns))
         number, processes = share
-        skip_bad_files = skip_bad_files and self.task.modality == "image"
+        skip_bad_files = skip_bad_files and not self.task.modality.is_text
         for turn in itertools.count():
             piece = list(itertools.islice(rows, _PIECE))
             if not piece:

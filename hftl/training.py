@@ -247,7 +247,7 @@ def _workers(task: ClassificationTask) -> int:
     it takes up what the network's threads leave idle between steps. For a GPU 8 workers prepare 700 to 7,000 images a
     second. A process with a core to itself has nothing to gain.
     """
-    if task.modality != "image":
+    if task.modality.is_text:
         return 0
     cores = compute.cores() // compute.local_processes()
     if cores < 2:

@@ -17,6 +17,9 @@ from PIL import Image, ImageOps
 from hftl.data import load_inputs, load_labelled, load_splits, stratified_part
 from hftl.errors import UsageError
 from hftl.images import open_image
+from hftl.modality import IMAGE, TEXT
+
+MODALITIES = {"image": IMAGE, "text": TEXT}
 
 
 def arguments(dataset, **options):
@@ -24,7 +27,7 @@ def arguments(dataset, **options):
 
 
 def splits_of(dataset, modality="text", **options):
-    return load_splits(arguments(dataset, **options), modality)
+    return load_splits(arguments(dataset, **options), MODALITIES[modality])
 
 
 def message_of(dataset, modality="text", **options):
@@ -484,9 +487,7 @@ def test_duplicate_images_across_splits(tmp_path):
 def test_limits_are_stratified_and_seeded(tmp_path):
     table = write_table(tmp_path / "data.csv", [f"text {row},{'a' if row % 4 else 'b'}" for row in range(400)])
     first, second, other = (
-        load_splits(
-            SimpleNamespace(dataset_name=str(table), max_train_samples=40, max_eval_samples=8, seed=seed), "text"
-        )
+        load_splits(SimpleNamespace(dataset_name=str(table), max_train_samples=40, max_eval_samples=8, seed=seed), TEXT)
         for seed in (1, 1, 2)
     )
     assert np.bincount(first.train["label"]).tolist() == [30, 10]
@@ -525,20 +526,20 @@ def test_stratified_part():
 def test_load_labelled(tmp_path):
     write_table(tmp_path / "train.csv", ROWS)
     write_table(tmp_path / "valid.csv", ["four,b"])
-    part, name = load_labelled(arguments(tmp_path), None, ["b", "a"], "text", {})
+    part, name = load_labelled(arguments(tmp_path), None, ["b", "a"], TEXT, {})
     assert (name, part[:]) == ("valid", {"id": ["0"], "text": ["four"], "label": [0]})
-    part, name = load_labelled(arguments(tmp_path), "train", ["b", "a"], "text", {})
+    part, name = load_labelled(arguments(tmp_path), "train", ["b", "a"], TEXT, {})
     assert (name, part["label"][:]) == ("train", [1, 0, 1])
-    assert load_labelled(arguments(tmp_path), "validation", ["b", "a"], "text", {})[1] == "valid"
+    assert load_labelled(arguments(tmp_path), "validation", ["b", "a"], TEXT, {})[1] == "valid"
     with pytest.raises(UsageError, match="'b' does not occur in train"):
-        load_labelled(arguments(tmp_path), None, ["a"], "text", {})
+        load_labelled(arguments(tmp_path), None, ["a"], TEXT, {})
     with pytest.raises(UsageError, match="no such split"):
-        load_labelled(arguments(tmp_path), "test", ["b", "a"], "text", {})
+        load_labelled(arguments(tmp_path), "test", ["b", "a"], TEXT, {})
 
 
 def test_load_labelled_images(tmp_path):
     write_classes(tmp_path, {"cat": 2, "dog": 2})
-    part, _ = load_labelled(arguments(tmp_path), None, ["dog", "cat"], "image", {})
+    part, _ = load_labelled(arguments(tmp_path), None, ["dog", "cat"], IMAGE, {})
     assert part["label"][:] == [1, 1, 0, 0]
 
 
@@ -546,34 +547,34 @@ def test_load_inputs(tmp_path):
     write_image(tmp_path / "images" / "deep" / "b.png")
     write_image(tmp_path / "images" / "a.png")
     (tmp_path / "images" / "note.txt").write_text("nothing")
-    inputs = load_inputs(tmp_path / "images", "image", {}, {})
+    inputs = load_inputs(tmp_path / "images", IMAGE, {}, {})
     assert inputs["id"][:] == ["a.png", "deep/b.png"]
-    assert load_inputs(tmp_path / "images" / "a.png", "image", {}, {})["id"][:] == ["a.png"]
+    assert load_inputs(tmp_path / "images" / "a.png", IMAGE, {}, {})["id"][:] == ["a.png"]
     (tmp_path / "texts.txt").write_text("first line\n\nthird line\n")
-    assert load_inputs(tmp_path / "texts.txt", "text", {}, {})[:] == {
+    assert load_inputs(tmp_path / "texts.txt", TEXT, {}, {})[:] == {
         "id": ["0", "2"],
         "text": ["first line", "third line"],
     }
-    assert load_inputs(tmp_path / "images", "text", {}, {})[:] == {"id": ["note.txt"], "text": ["nothing"]}
+    assert load_inputs(tmp_path / "images", TEXT, {}, {})[:] == {"id": ["note.txt"], "text": ["nothing"]}
     (tmp_path / "images" / "deep.txt").mkdir()
     (tmp_path / "images" / "MORE.TXT").write_text("shouted")
     (tmp_path / "images" / "._note.txt").write_bytes(b"\xff of a Mac")
-    assert load_inputs(tmp_path / "images", "text", {}, {})["id"][:] == ["MORE.TXT", "note.txt"]
+    assert load_inputs(tmp_path / "images", TEXT, {}, {})["id"][:] == ["MORE.TXT", "note.txt"]
     table = write_table(tmp_path / "texts.csv", ["1,b", "2,c"], "number,words")
-    assert load_inputs(table, "text", {"text": "words"}, {})[:] == {"id": ["0", "1"], "text": ["b", "c"]}
+    assert load_inputs(table, TEXT, {"text": "words"}, {})[:] == {"id": ["0", "1"], "text": ["b", "c"]}
     assert load_inputs(
-        write_table(tmp_path / "pairs.csv", ["p,q"], "text1,text2"), "text", {}, {"text_pair": "text2"}
+        write_table(tmp_path / "pairs.csv", ["p,q"], "text1,text2"), TEXT, {}, {"text_pair": "text2"}
     ).column_names[1:] == [
         "text",
         "text_pair",
     ]
-    images = load_inputs(write_table(tmp_path / "images" / "list.csv", ["a.png"], "file"), "image", {}, {})
+    images = load_inputs(write_table(tmp_path / "images" / "list.csv", ["a.png"], "file"), IMAGE, {}, {})
     assert images["image"][0] == str(tmp_path / "images" / "a.png")
     for path, modality, expected in [
-        (tmp_path / "nothing", "text", "no such file or folder"),
-        (tmp_path / "texts.txt", "image", "is not an image"),
-        (tmp_path / "images" / "deep", "text", "has no .txt files"),
-        (table, "text", "which column is the text"),
+        (tmp_path / "nothing", TEXT, "no such file or folder"),
+        (tmp_path / "texts.txt", IMAGE, "is none of the images that are read"),
+        (tmp_path / "images" / "deep", TEXT, "has no .txt files"),
+        (table, TEXT, "which column is the text"),
     ]:
         with pytest.raises(UsageError, match=expected):
             load_inputs(path, modality, {}, {})

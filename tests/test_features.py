@@ -193,7 +193,7 @@ def test_a_solved_head_is_the_models_ordinary_one(place: Path, tmp_path: Path, m
     assert scores["log_loss"] == pytest.approx(run.metrics["test"]["log_loss"], abs=2e-3)
     recipe = (run.folder / "recipe.yaml").read_text()
     again = cli.run_recipe(
-        ROOT / "recipes" / f"{run.task.modality}_classification.py",
+        ROOT / "recipes" / f"{run.task.modality.name}_classification.py",
         [f"--config={run.folder / 'recipe.yaml'}", f"--output_dir={tmp_path / 'again'}"],
     )
     assert "head_solver" in recipe

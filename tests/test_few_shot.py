@@ -16,6 +16,7 @@ from scipy import stats
 
 import hftl
 from hftl import backbones, cli, data, pairs, repeats
+from hftl.modality import TEXT
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drawn(folder: Path, shots: int, seed: int = 1) -> data.Splits:
-    return data.load_splits({"dataset_name": str(folder), "shots": shots, "seed": seed}, "text")
+    return data.load_splits({"dataset_name": str(folder), "shots": shots, "seed": seed}, TEXT)
 
 
 @pytest.mark.parametrize("name", ["texts", "no_validation"])

@@ -20,6 +20,7 @@ from hftl.data import Splits
 from hftl.errors import UsageError, did_you_mean
 from hftl.losses import Loss, make_loss
 from hftl.metrics import LOWER_IS_BETTER, METRIC_NAMES, ExtraMetrics, classification_metrics
+from hftl.modality import Modality
 
 #: a training batch, mixed: `(batch) -> batch`, with `labels` of shape (rows, classes)
 Mixing = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -51,7 +52,7 @@ class ClassificationTask:
     """
 
     name: ClassVar[str]
-    modality: ClassVar[str]
+    modality: ClassVar[Modality]
     auto_class: ClassVar[Any]
     arguments_class: ClassVar[type[TransferArguments]]
     #: what a recipe did to the model before its method, for the card: "after …"
@@ -189,8 +190,8 @@ class ClassificationTask:
 
         A task that reads folders in a way of its own overrides this too.
         """
-        named = isinstance(inputs, Path) or (self.modality == "image" and isinstance(inputs, str | os.PathLike))
-        if named and self.modality in ("image", "text") and os.path.isdir(os.path.expanduser(inputs)):
+        named = isinstance(inputs, Path) or (not self.modality.is_text and isinstance(inputs, str | os.PathLike))
+        if named and os.path.isdir(os.path.expanduser(inputs)):
             yield from data.iter_folder(inputs, self.modality, self.arguments.follow_links)
             return
         rows = self.read_inputs(inputs, columns)

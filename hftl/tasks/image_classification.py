@@ -25,6 +25,7 @@ from hftl.errors import UsageError
 from hftl.explain import grad_cam
 from hftl.image_cache import ImageCache, plan_cache
 from hftl.mixing import MixedImages
+from hftl.modality import IMAGE
 from hftl.tasks.classification import ClassificationTask, Mixing, Shown
 
 
@@ -32,7 +33,7 @@ class ImageClassification(ClassificationTask):
     """One label an image."""
 
     name = "image-classification"
-    modality = "image"
+    modality = IMAGE
     auto_class = AutoModelForImageClassification
     # 32 rows: enough for a quiet gradient, and 224-pixel activations of common backbones fit 8 GB.
     batch_size = 32

@@ -27,6 +27,7 @@ from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.explain import token_attributions
 from hftl.folder import say
+from hftl.modality import TEXT
 from hftl.tasks.classification import ClassificationTask, Shown
 
 #: texts tokenised in one call; the tokenizers library works on them in parallel
@@ -39,7 +40,7 @@ class TextClassification(ClassificationTask):
     """One label a text, or a pair of texts."""
 
     name = "text-classification"
-    modality = "text"
+    modality = TEXT
     auto_class = AutoModelForSequenceClassification
     batch_size = 16  # the BERT paper's 16 to 32; the smaller one gives a small data set more steps
     arguments_class = TextArguments

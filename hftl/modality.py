@@ -1,0 +1,72 @@
+"""What the rows of a task hold, and what a person calls it in folders and tables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+
+from hftl.images import image_problem
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One kind of input. One of one's own: `Modality("cloud", "point clouds", frozenset({".npy"}), …)`.
+
+    Attributes:
+        name: of the column that holds the inputs, in every data set that `hftl.data` returns.
+        plural: of an input, in messages.
+        suffixes: of files that hold one input each, in small letters; without any, inputs are texts, in tables.
+        columns: names that people give to the column, likeliest first; compared without case.
+        problem: `(value, full)` → why a file (a path, or `{"bytes", "path"}`) cannot be read, or None; without `full`
+            by its beginning alone.
+        feature: the type that `datasets` has for it.
+        example: an input, in the lines of the card that load the model.
+    """
+
+    name: str
+    plural: str
+    suffixes: frozenset[str] = frozenset()
+    columns: tuple[str, ...] = ()
+    problem: Callable[[Any, bool], str | None] = lambda value, full: None
+    feature: Any = None
+    example: str = ""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the inputs stand in tables, and not in files of their own."""
+        return not self.suffixes
+
+    def names_file(self, path: str | os.PathLike[str]) -> bool:
+        """Whether a path ends as files of this kind do."""
+        return os.path.splitext(path)[1].lower() in self.suffixes
+
+
+#: names of columns with paths, whatever the files hold
+_PATHS = ("file", "path", "filename", "file_name", "filepath", "file_path")
+
+# fmt: off
+IMAGE = Modality(
+    "image", "images",
+    frozenset({
+        ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif",
+        ".jp2",
+    }),
+    ("image", "img", *_PATHS, "image_path", "image_file", "picture", "photo"),
+    image_problem, datasets.Image, '"image.jpg"',
+)
+TEXT = Modality(
+    "text", "texts",
+    columns=(
+        "text", "sentence", "review", "content", "question", "comment", "tweet", "message", "utterance", "document",
+        "query", "body", "title", "description", "headline", "snippet", "input", "prompt",
+    ),
+    example='"A text.", truncation=True',
+)
+# fmt: on
+
+#: the kinds that files are recognised by, whatever the task, with the task that reads them
+FILES = {"image-classification": IMAGE}
