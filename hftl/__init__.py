@@ -19,6 +19,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 #: public name → module; imported when first used, so that `import hftl` and `hftl --help` cost nothing
 _PUBLIC = {
     "CrossEntropyLoss": "hftl.losses",
+    "AudioArguments": "hftl.arguments",
+    "AudioClassification": "hftl.tasks.audio_classification",
     "ImageArguments": "hftl.arguments",
     "ImageClassification": "hftl.tasks.image_classification",
     "Plan": "hftl.methods",
@@ -38,13 +40,14 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
-    from hftl.arguments import ImageArguments, TextArguments, TransferArguments, parse
+    from hftl.arguments import AudioArguments, ImageArguments, TextArguments, TransferArguments, parse
     from hftl.cli import finetune
     from hftl.errors import UsageError
     from hftl.fitting import fit
     from hftl.losses import CrossEntropyLoss
     from hftl.methods import Plan, Stage, build_plan
     from hftl.run import Prediction, Run, load_run
+    from hftl.tasks.audio_classification import AudioClassification
     from hftl.tasks.image_classification import ImageClassification
     from hftl.tasks.text_classification import TextClassification
     from hftl.trainer import TransferTrainer

@@ -25,7 +25,6 @@ from hftl.arguments import parse, stage_arguments
 from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.folder import say
-from hftl.images import image_header_size
 from hftl.methods import build_plan
 from hftl.methods.plan import LEAST_STEPS, Plan, prepare_modules, with_least_steps
 from hftl.ranking import Pooled, features_of, load_rows
@@ -42,12 +41,8 @@ LARGE = 50
 #: the probe above the nearest neighbours by so much: what tells the classes apart is in the features, but not what they
 #: show most. Cats and dogs 0.005, digits, movie reviews and SST-2 0.08 to 0.10, TREC 0.18
 HELD = 0.05
-#: rows whose distances to each other make the silhouette, and pictures whose headers are read
+#: rows whose distances to each other make the silhouette
 _SAMPLE = 1_000
-#: pictures are drawn larger than they are by this, or more: a smaller size costs little and saves the square of it
-_ENLARGED = 2.0
-#: of the texts, cut ones that are worth a word
-_CUT = 0.05
 #: a training that takes longer is worth a word about others
 _LONG = 1_800.0
 
@@ -150,7 +145,7 @@ def choose(figures: Figures) -> Choice:
 def look(found: Pooled, splits: Splits) -> Figures:
     """Every figure that a choice rests on, from the features of the training rows."""
     spectrum = transferability.decompose(transferability.with_constant(found.features))
-    inputs, hint = _inputs(found, splits)
+    inputs, hint = found.task.inputs_in_words(splits, found.rows)
     blocks = backbones.structure(found.model).blocks
     random = np.random.default_rng(0).permutation(len(found.labels))[:_SAMPLE]
     groups = len(np.unique(found.labels[random]))
@@ -176,30 +171,6 @@ def _is_adaptable(model: Any) -> bool:
     """Whether LoRA has a layer to go beside: grouped convolutions it does not take."""
     layers = [model.get_submodule(name) for name in backbones.adaptable_layers(model)]
     return any(getattr(layer, "groups", 1) == 1 for layer in layers)
-
-
-def _inputs(found: Pooled, splits: Splits) -> tuple[str, str]:
-    """Size of pictures or length of texts, and what to change about it."""
-    task: Any = found.task
-    if task.modality.is_text:
-        data = found.rows
-        middle, long = np.percentile(data.lengths, [50, 95])
-        limit = task.processor.model_max_length
-        words = f"texts of {middle:.0f} tokens (median), 95 % up to {long:.0f}; read up to {limit}"
-        cut = data.cut / len(data)
-        return words, f"{cut:.0%} of the texts are cut at {limit} tokens: --max_length" if cut > _CUT else ""
-    chosen = np.linspace(0, len(splits.train) - 1, min(_SAMPLE, len(splits.train))).astype(int)
-    sizes = [image_header_size(splits.train[int(row)]["image"]) for row in chosen]
-    sizes = [size for size in sizes if size is not None]
-    sample = task.collate([found.rows[0]])
-    side = int(sample["pixel_values"].shape[-1])
-    if not sizes:
-        return f"pictures, read at {side} pixels", ""
-    width, height = np.median(np.array(sizes), axis=0).astype(int)
-    larger = side / min(width, height)
-    hint = f"the pictures are drawn {larger:.1f} times as large as they are: a smaller --image_size may be as good and "
-    hint += "faster (hftl rank with MODEL@SIDE tells)"
-    return f"pictures of {width} x {height} (median), read at {side}", hint if larger >= _ENLARGED else ""
 
 
 def _hardware(device: torch.device) -> str:

@@ -367,6 +367,32 @@ class ImageArguments(TransferArguments):
 
 
 @dataclass
+class AudioArguments(TransferArguments):
+    """Arguments of audio tasks."""
+
+    task: str = _argument("audio-classification", "Name of the task.")
+    audio_column: str | None = _argument(None, "Column of the recordings (guessed when not given).")
+    clip_seconds: float | None = _argument(
+        None,
+        "Seconds of a recording that the model takes, from its beginning (default: what 95 % of the training "
+        "recordings fit in, 10 at most; pictures of sounds take whole seconds).",
+    )
+    augmentation: str = _argument(
+        "light",
+        "light: the sound is moved in its window, and some of its bands and moments are silenced (SpecAugment); "
+        "strong: louder or quieter and with noise too.",
+        choices=("none", "light", "strong"),
+    )
+    mixup: float | None = _argument(
+        None, "Mix pictures of sounds and their labels in pairs, weights from Beta(a, a): 0.2 to 1 are usual."
+    )
+    # As the authors of wav2vec 2.0 do it (Baevski et al. 2020, 4.2): it is general, and unstable to train.
+    freeze_feature_encoder: bool = _argument(
+        True, "wav2vec 2.0, HuBERT, WavLM: leave the convolutions below the transformer as they are, in any method."
+    )
+
+
+@dataclass
 class TextArguments(TransferArguments):
     """Arguments of text tasks."""
 
@@ -764,7 +790,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
             "max_train_samples", "max_eval_samples", "shots", "repeats", "soup_runs", "learning_rate",
             "head_learning_rate", "lora_r", "lora_alpha", "lora_blocks", "lora_plus_ratio", "reinit_blocks", "mixup",
             "cutmix", "feature_views", "feature_layers", "feature_cache_gb", "image_size", "image_cache_gb",
-            "max_length", "early_stopping_patience",
+            "max_length", "clip_seconds", "early_stopping_patience",
         ),
         lambda value: value > 0,
         "be above 0",

@@ -117,6 +117,19 @@ def head_parameters(model: nn.Module) -> list[str]:
     return [name for name, index in blocks.items() if index == head]
 
 
+def feature_encoder(model: nn.Module) -> frozenset[str]:
+    """The parameters of the convolutions that transformers' models of waveforms leave fixed in fine-tuning."""
+    freeze = getattr(model, "freeze_feature_encoder", None)
+    if freeze is None:
+        return frozenset()
+    before = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    freeze()  # it also tells the encoder not to ask for gradients of its input
+    fixed = {name: weight for name, weight in model.named_parameters() if name in before and not weight.requires_grad}
+    for weight in fixed.values():
+        weight.requires_grad_()
+    return frozenset(fixed)
+
+
 def normalisation_modules(model: nn.Module) -> list[str]:
     """The names of all normalisation layers: torch's own, their subclasses, and classes that say Norm in their name."""
     return [name for name, module in model.named_modules() if _is_normalisation(module)]

@@ -49,7 +49,8 @@ def groups(lengths: Sequence[int] | None, rows: int, batch_size: int | None, on_
 
 def decoding_threads(rows: Any) -> int:
     """Threads that decode: on the cores that are left; one for pictures in memory, of which two may be the same."""
-    if not len(rows) or not isinstance(rows[0].get("image"), str | bytes | dict):
+    value = next((value for name, value in rows[0].items() if name not in ("id", "label")), None) if len(rows) else None
+    if not isinstance(value, str | bytes | dict):
         return 1
     return max(1, min(4, compute.cores() // compute.local_processes() - 1))
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import wave
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -99,6 +100,45 @@ def digits() -> dict[str, datasets.Dataset]:
         return datasets.Dataset.from_dict(columns, features=features)
 
     return {"train": part(train), "validation": part(validation), "test": part(test)}
+
+
+def pitches() -> dict[str, datasets.Dataset]:
+    """480 made sounds of half a second to a second, 8 kHz: a pitch that rises, falls, stays or wavers, amid noise."""
+    import datasets
+    import numpy as np
+
+    names = ["falling", "rising", "steady", "wavering"]
+    features = datasets.Features(
+        {
+            "audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+            "label": datasets.ClassLabel(names=names),
+        }
+    )
+    random, rate = np.random.default_rng(0), 8_000
+
+    def sound(name: str) -> bytes:
+        moments = np.arange(int(random.uniform(0.5, 1.0) * rate)) / rate
+        octaves = {
+            "falling": -moments,
+            "rising": moments,
+            "steady": 0.0 * moments,
+            "wavering": 0.3 * np.sin(2 * np.pi * random.uniform(4, 8) * moments),
+        }[name]
+        pitch = random.uniform(300, 1_200) * 2 ** (octaves * random.uniform(0.6, 1.4))
+        signal = np.sin(2 * np.pi * np.cumsum(pitch) / rate) + random.normal(0, random.uniform(0.2, 1.0), len(pitch))
+        samples = (8_000 * signal).clip(-32_768, 32_767).astype("<i2")
+        buffer = io.BytesIO()
+        with wave.open(buffer, "wb") as file:
+            file.setparams((1, 2, rate, len(samples), "NONE", ""))
+            file.writeframes(samples.tobytes())
+        return buffer.getvalue()
+
+    def part(count: int) -> datasets.Dataset:
+        rows = [(name, number) for number in range(count) for name in names]
+        sounds = [{"bytes": sound(name), "path": f"{name}-{number}.wav"} for name, number in rows]
+        return datasets.Dataset.from_dict({"audio": sounds, "label": [name for name, _ in rows]}, features=features)
+
+    return {"train": part(80), "validation": part(20), "test": part(20)}
 
 
 def movie_snippets() -> dict[str, datasets.Dataset]:
@@ -253,7 +293,7 @@ def _unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"no built-in {kind} {name!r}.{did_you_mean(name, known)} There are: {', '.join(known)}")
 
 
-BUILTIN_DATASETS = {"digits": digits, "movie-snippets": movie_snippets}
+BUILTIN_DATASETS = {"digits": digits, "movie-snippets": movie_snippets, "pitches": pitches}
 BUILTIN_MODELS: dict[str, Callable[[], Path]] = {
     "efficientnet_lite0": functools.partial(efficientnet_lite, 0),
     "efficientnet_lite1": functools.partial(efficientnet_lite, 1),

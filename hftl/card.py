@@ -72,9 +72,6 @@ those of the `{head}` head in `probe/`{joined}, which plain libraries do not kno
 _FEW, _NAMED = 20, 10
 #: mean gap between confidence and accuracy that is worth a word
 _UNCALIBRATED = 0.05
-_MERGED = """from transformers import pipeline
-classify = pipeline("{task}", {title})
-print(classify({example}))"""
 #: where the adapter is not merged
 _UNMERGED = """from peft import PeftModel
 from transformers import {auto_class}
@@ -129,7 +126,7 @@ def write_card(
         + " |"
         for name, count in zip(splits.label_names, class_counts(splits), strict=True)
     ]
-    usage = _UNMERGED if (target / BASE).is_dir() else _MERGED
+    unmerged = _UNMERGED.format(title=json.dumps(title), auto_class=task.auto_class.__name__)
     text = _TEXT.format(
         title=in_markdown(title), base=in_markdown(base), task=task.name, dataset=in_markdown(dataset),
         method=in_markdown(method), split=split,
@@ -138,10 +135,7 @@ def write_card(
         limits=_limits(splits, plain, split, in_markdown(dataset), licence_of(origin)),
         training=_training(metrics["train"]),
         probe=_probe(arguments) if f"ordinary_head_{split}" in metrics else "",
-        usage=usage.format(
-            task=task.name, title=json.dumps(title), auto_class=task.auto_class.__name__,
-            example=task.modality.example,
-        ),
+        usage=unmerged if (target / BASE).is_dir() else task.usage(title),
     )  # fmt: skip
     ModelCard(f"---\n{header.to_yaml()}\n---\n\n{text}").save(target / "README.md")
     if _is_on_hub(arguments.dataset_name):

@@ -227,7 +227,7 @@ def _predict(argv: list[str]) -> None:
     parser.add_argument("--batch_size", type=_positive, help="rows through the model at once (default: what is fast)")
     parser.add_argument("--skip_bad_files", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--follow_links", action="store_true", help="as for hftl train")
-    _add_columns(parser, "text", "text_pair", "image")
+    _add_columns(parser, "text", "text_pair", "image", "audio")
     _add_trust(parser)
     options = parser.parse_args(argv)
     _check_output(options.output, options.input)
@@ -281,7 +281,7 @@ def _evaluate(argv: list[str]) -> None:
     parser.add_argument("--skip_bad_files", action="store_true", help="as for hftl train")
     parser.add_argument("--follow_links", action="store_true", help="as for hftl train")
     parser.add_argument("--batch_size", type=_positive, help="rows through the model at once (default: what is fast)")
-    _add_columns(parser, "label", "text", "text_pair", "image")
+    _add_columns(parser, "label", "text", "text_pair", "image", "audio")
     _add_trust(parser)
     options = parser.parse_args(argv)
     with quick_imports():
@@ -314,7 +314,7 @@ def _add_columns(parser: argparse.ArgumentParser, *roles: str) -> None:
 
 def _columns(options: argparse.Namespace, run: Run) -> dict[str, str]:
     """The columns that were named, by role."""
-    named = {role: getattr(options, role, None) for role in ("label", "text", "text_pair", "image")}
+    named = {role: getattr(options, role, None) for role in ("label", "text", "text_pair", "image", "audio")}
     for role, name in named.items():
         if name is not None and not hasattr(run.task.arguments, f"{role}_column"):
             raise UsageError(f"--{role}_column does not belong to the task {run.task.name} of this run.")

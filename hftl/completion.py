@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from hftl.arguments import ImageArguments, TextArguments, flag_names
+from hftl.arguments import AudioArguments, ImageArguments, TextArguments, flag_names
 from hftl.methods import METHODS
 from hftl.methods.adapters import SHORT_NAMES
 from hftl.tasks import TASKS
@@ -56,7 +56,7 @@ def script(shell: str, commands: Sequence[str]) -> str:
 
 def _flags() -> tuple[list[str], Mapping[str, Sequence[str]]]:
     """The flags of all tasks, and the values of those that have a few."""
-    classes = (ImageArguments, TextArguments)
+    classes = (AudioArguments, ImageArguments, TextArguments)
     names = sorted({name for one in classes for name in flag_names(one)} | {"config"})
     values: dict[str, Sequence[str]] = {"method": [*METHODS, *SHORT_NAMES]}
     for item in (item for one in classes for item in dataclasses.fields(one)):

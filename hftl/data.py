@@ -25,8 +25,8 @@ import numpy as np
 from hftl.builtin import builtin_dataset
 from hftl.errors import UsageError, did_you_mean
 from hftl.hub import check_hub
-from hftl.images import image_source
 from hftl.modality import FILES, TEXT, Modality
+from hftl.sources import source_of
 from hftl.tables import TABLE_SUFFIXES, aligned, decoded, read_columns
 
 SPLIT_ROLES = {
@@ -1074,7 +1074,9 @@ def _file_keys(parts: dict[str, datasets.Dataset], column: str) -> dict[str, lis
         if sum(len(part) for part in parts.values()) > FULL_DECODE_LIMIT:
             return None
         return {
-            role: [_digest(image_source(value)[0]) for batch in _batches(part, column) for value in batch]
+            role: [
+                _digest(source_of(value, "a file", "or both")[0]) for batch in _batches(part, column) for value in batch
+            ]
             for role, part in parts.items()
         }
     paths = {role: list(part[column]) for role, part in parts.items()}

@@ -9,7 +9,7 @@ from hftl import merging, pages
 from hftl.errors import UsageError
 from hftl.folder import say
 from hftl.inert import in_markdown, visible
-from hftl.modality import IMAGE, TEXT
+from hftl.modality import AUDIO, IMAGE, TEXT
 from hftl.run import Run, load_run
 
 #: classes whose probabilities are shown
@@ -69,6 +69,8 @@ def build(run: Run) -> Any:
     inputs: list[Any]
     if run.task.modality is IMAGE:
         inputs = [gradio.Image(type="pil", image_mode=None, label="Image")]
+    elif run.task.modality is AUDIO:
+        inputs = [gradio.Audio(type="numpy", label="Recording")]
     elif run.task.modality is TEXT:
         inputs = [gradio.Textbox(lines=4, label="Text")]
         if getattr(run.task.arguments, "text_pair_column", None):
@@ -80,6 +82,8 @@ def build(run: Run) -> Any:
         if not all(value if isinstance(value, str) else value is not None for value in values):
             return None, ""
         value = values[0] if len(values) == 1 else tuple(values)
+        if run.task.modality is AUDIO:  # (rate, samples)
+            value = {"array": value[1], "sampling_rate": value[0]}
         (prediction,) = run.predict([value])
         probabilities = {visible(name): value for name, value in prediction.probabilities.items()}
         return probabilities, _rests_on(run, value, run.label_names.index(prediction.label))

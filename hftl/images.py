@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import os
 import struct
 import zlib
 from typing import Any
@@ -15,6 +14,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
 from hftl.errors import UsageError
+from hftl.sources import file_key, missing, opened, source_of
 
 #: what Pillow and its decoders raise for a damaged file
 IMAGE_ERRORS = (
@@ -30,8 +30,6 @@ IMAGE_ERRORS = (
     Image.DecompressionBombError,
 )
 
-#: how much of a file's beginning and end stands for its content
-_PART = 65_536
 #: a longer strip becomes millions of pixels where its shorter side is resized to what a model takes
 _LONGEST_STRIP = 100
 #: longer side of a picture in a report
@@ -60,7 +58,7 @@ def open_image(value: Any, least_side: int | None = None) -> Image.Image:
     if not source:
         raise UsageError(f"no image file is named in {value!r}")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(opened(source)) as image:
             _check_strip(image)
             if least_side is not None:
                 image.draft(None, (least_side, least_side))
@@ -74,15 +72,7 @@ def open_image(value: Any, least_side: int | None = None) -> Image.Image:
 
 def image_source(value: Any) -> tuple[str | bytes | None, str]:
     """The bytes or the path of an image, and what to call it in messages."""
-    if isinstance(value, dict):
-        path = value.get("path")
-        content = value.get("bytes")
-        return (path, str(path)) if content is None else (content, str(path or "an image given as bytes"))
-    if isinstance(value, bytes):
-        return value, "an image given as bytes"
-    if value is None or isinstance(value, (str, os.PathLike)):
-        return (None, "no image") if value is None else (os.fspath(value), os.fspath(value))
-    raise UsageError(f"an image cannot be made from {type(value).__name__}: give a path, bytes, an array or an image")
+    return source_of(value, "an image", "an array or an image")
 
 
 def _check_strip(image: Image.Image) -> None:
@@ -136,10 +126,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def content_key(value: Any, full: bool = False) -> bytes:
-    """16 bytes that stand for the content of an image, as `open_image` takes it.
-
-    Of a file: its size, time of change, first and last 64 KiB, whatever it is called; all of it where `full`.
-    """
+    """16 bytes that stand for the content of an image, as `open_image` takes it; of a file as `file_key`."""
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(value, Image.Image):
         digest.update(f"{value.mode} {value.size}".encode() + value.tobytes())
@@ -150,21 +137,7 @@ def content_key(value: Any, full: bool = False) -> bytes:
     source, name = image_source(value)
     if not source:
         raise UsageError(f"no image file is named in {value!r}")
-    if isinstance(source, bytes):
-        digest.update(source)
-        return digest.digest()
-    try:
-        with open(source, "rb") as file:
-            state = os.fstat(file.fileno())
-            if full:
-                digest.update(file.read())
-                return digest.digest()
-            digest.update(f"{state.st_size} {state.st_mtime_ns}".encode() + file.read(_PART))
-            file.seek(max(_PART, state.st_size - _PART))
-            digest.update(file.read())
-    except OSError as error:
-        raise UsageError(f"{name} cannot be read: {error.strerror}") from error
-    return digest.digest()
+    return file_key(source, name, full)
 
 
 def image_header_size(value: Any) -> tuple[int, int] | None:
@@ -172,19 +145,18 @@ def image_header_size(value: Any) -> tuple[int, int] | None:
     if image_problem(value, full=False):
         return None
     source, _ = image_source(value)
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as image:
+    with Image.open(opened(source or "")) as image:
         return image.size
 
 
 def image_problem(value: Any, full: bool) -> str | None:
     """Why an image cannot be read; decoded small (draft mode) where `full`, else opened only."""
     source, name = image_source(value)
-    if source is None or source == "":
-        return "no file named"
-    if isinstance(source, str) and not os.path.isfile(source):
-        return f"no such file: {source}"
+    problem = missing(source)
+    if source is None or problem:
+        return problem
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(opened(source)) as image:
             _check_strip(image)
             if full:
                 image.draft(None, (64, 64))

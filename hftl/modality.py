@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 
+from hftl.audio import audio_problem
 from hftl.images import image_problem
 
 
@@ -58,6 +59,12 @@ IMAGE = Modality(
     ("image", "img", *_PATHS, "image_path", "image_file", "picture", "photo"),
     image_problem, datasets.Image, '"image.jpg"',
 )
+AUDIO = Modality(
+    "audio", "recordings",
+    frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64"}),
+    ("audio", "sound", "speech", "recording", *_PATHS, "audio_path", "audio_file", "clip", "wav"),
+    audio_problem, datasets.Audio, '"recording.wav"',
+)
 TEXT = Modality(
     "text", "texts",
     columns=(
@@ -69,4 +76,4 @@ TEXT = Modality(
 # fmt: on
 
 #: the kinds that files are recognised by, whatever the task, with the task that reads them
-FILES = {"image-classification": IMAGE}
+FILES = {"image-classification": IMAGE, "audio-classification": AUDIO}

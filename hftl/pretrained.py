@@ -89,10 +89,9 @@ def explained_load(name: str, auto_class: type) -> Iterator[None]:
             "Unrecognized configuration class" in reason
             or "does not appear to have a file named preprocessor" in reason
         ):
-            kind = "image" if "Image" in auto_class.__name__ else "text"
             raise UsageError(
-                f"--model {name!r} is not a model for {kind}s ({auto_class.__name__} does not take it): choose another "
-                f"model, or the recipe of its own task."
+                f"--model {name!r} is not a model for {_kind(auto_class)[0]} ({auto_class.__name__} does not take it): "
+                f"choose another model, or the recipe of its own task."
             ) from error
         local = Path(os.path.expanduser(name))
         if "file named model.safetensors" in reason and (not local.is_dir() or any(local.glob("*.bin"))):
@@ -112,6 +111,12 @@ def explained_load(name: str, auto_class: type) -> Iterator[None]:
                 f"{did_you_mean(name, map(str, Path(name).parent.glob('*')))}"
             ) from error
         raise UsageError(f"--model {name!r} cannot be loaded: {reason[:400]}") from error
+
+
+def _kind(auto_class: Any) -> tuple[str, str]:
+    """What the models of an Auto class are for, and an architecture among them."""
+    kinds = {"Image": ("images", "vit"), "Audio": ("recordings", "wav2vec2")}
+    return next((kinds[word] for word in kinds if word in auto_class.__name__), ("texts", "bert"))
 
 
 def hub_options(arguments: TransferArguments, source: str | Path) -> dict[str, Any]:
@@ -333,7 +338,7 @@ def random_config(model_type: str, auto_class: Any, label_names: list[str], **se
             f"--model random:{model_type} cannot be made small: choose another, such as random:bert."
         ) from error
     if config_class not in auto_class._model_mapping:
-        data, other = ("images", "vit") if "Image" in auto_class.__name__ else ("texts", "bert")
+        data, other = _kind(auto_class)
         raise UsageError(
             f"--model random:{model_type} is not a model for {data}: choose another, such as random:{other}."
         )

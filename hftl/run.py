@@ -33,7 +33,7 @@ _NOT_FROM_A_RUN = {"trust_remote_code", "allow_pickle"}
 #: rows that are predicted before the first of them are given out: a few seconds of images on two cores
 _PIECE = 256
 #: what a column can hold
-_ROLES = ("label", "image", "text", "text_pair")
+_ROLES = ("label", "image", "text", "text_pair", "audio")
 
 
 @dataclass(frozen=True)

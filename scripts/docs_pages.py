@@ -19,7 +19,12 @@ ERRORS = ("UsageError", "DiskError", "Diverged")
 #: words of a message that its anchor is made of
 _ANCHOR_WORDS = 7
 #: title of a table of flags, by the class that has them
-_CLASSES = {"TransferArguments": "All tasks", "ImageArguments": "Image tasks", "TextArguments": "Text tasks"}
+_CLASSES = {
+    "TransferArguments": "All tasks",
+    "ImageArguments": "Image tasks",
+    "AudioArguments": "Audio tasks",
+    "TextArguments": "Text tasks",
+}
 
 
 class Message(NamedTuple):

@@ -46,3 +46,19 @@ def write_both(folder: Path) -> Path:
     write_images(folder / "images", {"train": 8, "val": 3, "test": 5})
     write_texts(folder / "texts", {"train": 32, "dev": 11, "test": 13})
     return folder
+
+
+def write_sounds(folder: Path, splits: dict[str, int], rate: int = 8_000) -> Path:
+    """Class folders of noisy tones, low and high, of a quarter to half a second: `splits` gives sounds a class."""
+    import soundfile
+
+    random = np.random.default_rng(0)
+    for split, count in splits.items():
+        for name, pitch in {"high": 1_500, "low": 300}.items():
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for index in range(count):
+                moments = np.arange(int(rate * random.uniform(0.25, 0.5))) / rate
+                wave = 0.3 * np.sin(2 * np.pi * pitch * random.uniform(0.9, 1.1) * moments)
+                soundfile.write(place / f"{index}.wav", wave + random.normal(0, 0.02, len(wave)), rate)
+    return folder

@@ -100,6 +100,19 @@ _TEXT = {
 }
 _VIT = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 
+_WAVEFORM: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "conv_dim": (8, 8, 8),
+    "conv_stride": (5, 4, 4),
+    "conv_kernel": (10, 8, 4),
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+    "classifier_proj_size": 8,
+}
+
 # The settings that make each architecture small; the class names are <kind>Config and <kind>For… of transformers.
 _IMAGE_SETTINGS: dict[str, dict[str, Any]] = {
     "ViT": _VIT | {"intermediate_size": 32},
@@ -264,6 +277,14 @@ def write_tiny_text_model(folder: str | Path, kind: str = "bert", **sizes: int) 
         tokens |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = getattr(transformers, f"{_KINDS[kind]}Config")(**own | {"vocab_size": len(tokenizer)} | tokens | sizes)
     transformers.AutoModel.from_config(config).save_pretrained(folder)
+    return Path(folder)
+
+
+def write_tiny_waveform_model(folder: str | Path, **settings: Any) -> Path:
+    """Write a random wav2vec 2.0 without a head, and its feature extractor, which pads without a mask."""
+    torch.manual_seed(0)
+    transformers.AutoModel.from_config(transformers.Wav2Vec2Config(**_WAVEFORM | settings)).save_pretrained(folder)
+    transformers.Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(folder)
     return Path(folder)
 
 

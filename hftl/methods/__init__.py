@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -77,9 +78,11 @@ def build_plan(model: nn.Module, arguments: TransferArguments) -> Plan:
     except TypeError as error:
         raise UsageError(f"--method {arguments.method}: the function must take (model, arguments): {error}.") from error
     reference = penalties.reference_model(model, arguments)  # before the method changes the model
+    fixed = backbones.feature_encoder(model) if getattr(arguments, "freeze_feature_encoder", False) else frozenset()
     plan = method(model, arguments)
     if not isinstance(plan, Plan):
         raise UsageError(f"--method {arguments.method}: the function must return a Plan, not {type(plan).__name__}.")
+    plan = replace(plan, stages=tuple(replace(stage, trainable=stage.trainable - fixed) for stage in plan.stages))
     names = {name for name, _ in plan.model.named_parameters()}
     if not plan.stages or not all(stage.trainable for stage in plan.stages):
         raise UsageError(f"--method {arguments.method}: a plan needs stages, and each of them parameters that train.")

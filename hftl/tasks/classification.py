@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ from hftl.losses import Loss, make_loss
 from hftl.metrics import LOWER_IS_BETTER, METRIC_NAMES, ExtraMetrics, classification_metrics
 from hftl.modality import Modality
 
+_USAGE = """from transformers import pipeline
+classify = pipeline("{task}", {title})
+print(classify({example}))"""
 #: a training batch, mixed: `(batch) -> batch`, with `labels` of shape (rows, classes)
 Mixing = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
@@ -33,10 +37,12 @@ class Shown:
     Attributes:
         pictures: data address and description of each.
         texts: each in pieces, with what the piece adds to the class, from -1 to 1; 0 where that is not known.
+        sounds: data address of each.
     """
 
     pictures: list[tuple[str, str]] = field(default_factory=list)
     texts: list[list[tuple[str, float]]] = field(default_factory=list)
+    sounds: list[str] = field(default_factory=list)
 
     @property
     def is_explained(self) -> bool:
@@ -53,7 +59,7 @@ class ClassificationTask:
 
     name: ClassVar[str]
     modality: ClassVar[Modality]
-    auto_class: ClassVar[Any]
+    auto_class: Any
     arguments_class: ClassVar[type[TransferArguments]]
     #: what a recipe did to the model before its method, for the card: "after …"
     preparation: str = ""
@@ -172,6 +178,19 @@ class ClassificationTask:
     def preprocessing(self) -> Any:
         """What determines a row's inputs beside its content and this class, for the key of kept activations."""
         return None
+
+    def inputs_in_words(self, splits: Splits, rows: Any) -> tuple[str, str]:
+        """What the inputs are like, for `hftl advise`, and what to change about how they are read.
+
+        Args:
+            splits: the data.
+            rows: what `dataset` makes of the training split.
+        """
+        return self.modality.plural, ""
+
+    def usage(self, title: str) -> str:
+        """The lines of Python in the card that load the saved model, by its name, and use it."""
+        return _USAGE.format(task=self.name, title=json.dumps(title), example=self.modality.example)
 
     def shown(self, row: Mapping[str, Any], model: Any = None, label: int = 0) -> Shown:
         """What a report shows of a row; with a model also what speaks for a class in it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import math
 import os
@@ -27,6 +26,12 @@ from hftl.image_cache import ImageCache, plan_cache
 from hftl.mixing import MixedImages
 from hftl.modality import IMAGE
 from hftl.tasks.classification import ClassificationTask, Mixing, Shown
+from hftl.tasks.files import FileDataset
+
+#: pictures whose headers are read to see how large they are
+_SAMPLE = 1_000
+#: pictures are drawn larger than they are by this, or more: a smaller size costs little and saves the square of it
+_ENLARGED = 2.0
 
 
 class ImageClassification(ClassificationTask):
@@ -190,12 +195,24 @@ class ImageClassification(ClassificationTask):
         spread = (pixels - pixels.amin()) / (pixels.amax() - pixels.amin()).clamp(min=1e-6)
         return Image.fromarray((255 * spread).byte().permute(1, 2, 0).numpy())
 
+    def inputs_in_words(self, splits: Splits, rows: Any) -> tuple[str, str]:
+        """How large the pictures are, and whether they are read much larger than that."""
+        chosen = np.linspace(0, len(splits.train) - 1, min(_SAMPLE, len(splits.train))).astype(int)
+        sizes = [images.image_header_size(splits.train[int(row)]["image"]) for row in chosen]
+        sizes = [size for size in sizes if size is not None]
+        side = int(rows[0]["pixel_values"].shape[-1])
+        if not sizes:
+            return f"pictures, read at {side} pixels", ""
+        width, height = np.median(np.array(sizes), axis=0).astype(int)
+        larger = side / min(width, height)
+        hint = f"the pictures are drawn {larger:.1f} times as large as they are: a smaller --image_size may be as good "
+        hint += "and faster (hftl rank with MODEL@SIDE tells)"
+        words = f"pictures of {width} x {height} (median), read at {side}"
+        return words, hint if larger >= _ENLARGED else ""
+
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """`pixel_values` of shape (rows, 3, height, width), `labels` of shape (rows,)."""
-        # Convolutions run almost twice as fast in this layout (measured, FP32 on a CPU), and the others do not mind.
-        # Training pictures come in it, channels last, so that stacking them so is a plain copy.
-        pixels = torch.stack([example["pixel_values"].permute(1, 2, 0) for example in examples]).permute(0, 3, 1, 2)
-        batch = {"pixel_values": pixels}
+        batch = {"pixel_values": stack_pixels([example["pixel_values"] for example in examples])}
         if "labels" in examples[0]:
             batch["labels"] = torch.tensor([example["labels"] for example in examples])
         return batch
@@ -214,59 +231,31 @@ class ImageClassification(ClassificationTask):
         ]
 
 
-class ImageDataset(Dataset[dict[str, Any]]):
-    """Rows with an image and perhaps a label, as pixels.
+class ImageDataset(FileDataset):
+    """Rows with an image and perhaps a label, as pixels."""
 
-    With a seed, what is random in `transform` is a function of (seed, epoch, row): the same for any number of workers
-    and processes, and after an interruption.
-    """
+    column = IMAGE.name
+    content_key = staticmethod(images.content_key)
 
     def __init__(
         self, rows: Any, open_image: Any, transform: Any, seed: int | None = None, view: int | None = None
     ) -> None:
-        """Keep the rows; nothing is decoded yet. A `view` is random once and for all, whatever seed and epoch.
+        """`transform` takes what `open_image` gives for a row's image."""
+        super().__init__(rows, seed, view)
+        self.open_image, self.transform = open_image, transform
 
-        `transform` takes what `open_image` gives for a row's image.
-        """
-        self.rows, self.open_image, self.transform, self.seed, self.view = rows, open_image, transform, seed, view
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
+    def example(self, value: Any) -> dict[str, Any]:
+        """`pixel_values` of shape (3, height, width)."""
+        return {"pixel_values": self.transform(self.open_image(value))}
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the augmentation of the next pass."""
-        self.epoch.fill_(epoch)
 
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.rows)
+def stack_pixels(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Pictures of shape (channels, height, width) as one batch, its channels last in memory.
 
-    def _draw(self, seed: int, index: int) -> int:
-        return seed * 7_919 + int(self.epoch) * 1_000_003 + index * 104_729
-
-    @property
-    def labels(self) -> list[int] | None:
-        """The class ids, where the rows have them."""
-        return list(self.rows["label"]) if "label" in getattr(self.rows, "column_names", ()) else None
-
-    def key(self, index: int, full: bool = False) -> int:
-        """64 bits for the content of an image and, of an augmented view, its number."""
-        view = "" if self.view is None else f" view {self.view}"
-        digest = images.content_key(self.rows[index]["image"], full) + view.encode()
-        return int.from_bytes(hashlib.blake2b(digest, digest_size=8).digest(), "little")
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """`pixel_values` of shape (3, height, width), and `labels` where the row has one."""
-        row = self.rows[index]
-        image = self.open_image(row["image"])
-        if self.seed is None and self.view is None:
-            example = {"pixel_values": self.transform(image)}
-        else:
-            drawn = self.key(index) if self.seed is None else self._draw(self.seed, index)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(drawn % 2**63)
-                example = {"pixel_values": self.transform(image)}
-        if "label" in row:
-            example["labels"] = row["label"]
-        return example
+    Convolutions run almost twice as fast in this layout (measured, float32 on a CPU), and the others do not mind.
+    Training pictures come in it, so that stacking them so is a plain copy.
+    """
+    return torch.stack([picture.permute(1, 2, 0) for picture in pictures]).permute(0, 3, 1, 2)
 
 
 #: least part of the area that a training crop takes; gentler than ImageNet's 8 % (Szegedy et al. 2015), at which a

@@ -32,6 +32,8 @@ from hftl.tasks.classification import ClassificationTask, Shown
 
 #: texts tokenised in one call; the tokenizers library works on them in parallel
 _CHUNK = 1_000
+#: part of the texts that may be cut without a word
+_CUT = 0.05
 #: characters of a text in a report
 _SHOWN = 400
 
@@ -168,6 +170,14 @@ class TextClassification(ClassificationTask):
         ]
         largest = max((abs(value) for text in pieces for _, value in text), default=0.0) or 1.0
         return Shown(texts=[[(piece, value / largest) for piece, value in text] for text in pieces])
+
+    def inputs_in_words(self, splits: Splits, rows: Any) -> tuple[str, str]:
+        """How long the texts are, and whether many are cut."""
+        middle, long = np.percentile(rows.lengths, [50, 95])
+        limit = self.processor.model_max_length
+        words = f"texts of {middle:.0f} tokens (median), 95 % up to {long:.0f}; read up to {limit}"
+        cut = rows.cut / len(rows)
+        return words, f"{cut:.0%} of the texts are cut at {limit} tokens: --max_length" if cut > _CUT else ""
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask`, … of shape (rows, tokens), `labels` of shape (rows,).

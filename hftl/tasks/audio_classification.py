@@ -1,0 +1,391 @@
+"""Audio classification, on two routes: models of waveforms, and any image model on log-mel pictures of the sound.
+
+A model that `AutoModelForAudioClassification` takes (wav2vec 2.0, HuBERT, WavLM, Whisper's encoder, AST) gets what its
+own feature extractor makes of the waveform. An image model (timm's, ViT) gets a picture of the sound, made by
+transformers' `WhisperFeatureExtractor`, which is saved beside it: `AutoFeatureExtractor.from_pretrained(RUN)` and a
+resize are all that plain transformers needs, see the card of a run. That networks for photos learn sounds well from
+such pictures: Gong et al. 2021 (AST), Palanisamy et al. 2020.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+from torch.utils.data import Dataset
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    WhisperFeatureExtractor,
+)
+
+from hftl import audio, data, images, pretrained
+from hftl.arguments import AudioArguments, is_pretrained
+from hftl.audio import Waveform
+from hftl.data import Splits
+from hftl.errors import UsageError
+from hftl.explain import grad_cam
+from hftl.folder import say
+from hftl.mixing import MixedImages
+from hftl.modality import AUDIO
+from hftl.tasks.classification import ClassificationTask, Mixing, Shown
+from hftl.tasks.files import FileDataset
+from hftl.tasks.image_classification import stack_pixels
+
+#: of the training recordings that decide how much of one the model takes
+_SAMPLE = 1_000
+#: seconds of a recording that are taken where `--clip_seconds` says nothing
+_LONGEST_CLIP = 10.0
+#: as in AST: 128 bands, and steps of 10 ms; shorter ones where a picture would have fewer columns than it is wide
+_RATE, _BANDS, _WINDOW = 16_000, 128, 1024
+_LONGEST_STEP, _SHORTEST_STEP, _COLUMNS = 160, 64, 224
+#: part of the bands and of the columns that a mask covers at most (SpecAugment, Park et al. 2019: 27 of 80 bands)
+_MASKED = 0.25
+#: louder or quieter than the sound by so many decibels, and noise so far below it (strong augmentation)
+_GAIN, _NOISE = 6.0, (10.0, 40.0)
+#: samples that every model of waveforms can read
+_SHORTEST = 1_600
+#: part of the recordings that may be cut without a word
+_CUT = 0.05
+_OF_WAVEFORMS = """import soundfile
+from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
+extractor = AutoFeatureExtractor.from_pretrained({title})
+model = AutoModelForAudioClassification.from_pretrained({title})
+wave, rate = soundfile.read("recording.wav")  # one channel at {rate} Hz, its first {seconds:g} s
+inputs = extractor(wave, sampling_rate=rate{padding}, return_tensors="pt")
+print(model(**inputs).logits.softmax(-1), model.config.id2label)"""
+_OF_PICTURES = """import soundfile
+from torch.nn.functional import interpolate
+from transformers import AutoFeatureExtractor, AutoModelForImageClassification
+extractor = AutoFeatureExtractor.from_pretrained({title})
+model = AutoModelForImageClassification.from_pretrained({title})
+wave, rate = soundfile.read("recording.wav")  # one channel at {rate} Hz
+bands = extractor(wave, sampling_rate=rate, return_tensors="pt")["input_features"]
+pixels = interpolate(bands[:, None], size=({height}, {width}), mode="bilinear", antialias=True).expand(-1, 3, -1, -1)
+print(model(pixel_values=pixels).logits.softmax(-1), model.config.id2label)"""
+#: seconds of a sound in a report
+_HEARD = 3.0
+
+
+class AudioClassification(ClassificationTask):
+    """One label a recording."""
+
+    name = "audio-classification"
+    modality = AUDIO
+    auto_class = AutoModelForImageClassification
+    #: height and width of the log-mel pictures that an image model gets; None for a model of waveforms
+    side: tuple[int, int] | None = None
+    batch_size = 16
+    arguments_class = AudioArguments
+    arguments: AudioArguments
+
+    def load_model(self, splits: Splits) -> PreTrainedModel:
+        """The model and its feature extractor; how much of a recording is taken is settled here."""
+        arguments = self.arguments
+        name = str(arguments.model_name_or_path)
+        seconds = arguments.clip_seconds or _usual_seconds(splits.train)
+        if is_pretrained(arguments):
+            source = pretrained.find_model(name)
+            self._choose_route(source)
+            model = pretrained.load_model(self.auto_class, source, self.label_names, arguments)
+            self.processor = self._extractor_of(source) if self.side is None else None
+        else:
+            model = self._random_model(name.partition(":")[2])
+        if self.side is not None:
+            self.processor = new_extractor(seconds)
+        else:
+            model.config.apply_spec_augment = False  # it fails for recordings shorter than one of its masks
+            if arguments.mixup is not None:
+                raise UsageError("--mixup mixes pictures of sounds, which this model of waveforms does not take.")
+        self.processor.clip_seconds = seconds  # it is saved with the others
+        pictures = "" if self.side is None else f", as log-mel pictures of {self.side[0]} x {self.side[1]}"
+        say(f"sound: {seconds:g} s of a recording at {self.processor.sampling_rate:,} Hz{pictures}")
+        return model
+
+    def _random_model(self, architecture: str) -> PreTrainedModel:
+        config_class = CONFIG_MAPPING.get(architecture, None)
+        if config_class is None:
+            source = pretrained.random_timm_folder(architecture, None)
+            self._choose_route(source)
+            return pretrained.load_model(self.auto_class, source, self.label_names, self.arguments)
+        hears = config_class in MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING
+        auto_class = AutoModelForAudioClassification if hears else AutoModelForImageClassification
+        config = pretrained.random_config(architecture, auto_class, self.label_names)
+        self._set_route(config)
+        if hears:
+            self.processor = _extractor_class(config)()
+        return auto_class.from_config(config)
+
+    def _choose_route(self, source: str | Path) -> None:
+        """By what the checkpoint's configuration is for.
+
+        Raises:
+            UsageError: it cannot be read, or is for something else.
+        """
+        with pretrained.explained_load(str(source), AutoModelForAudioClassification):
+            self._set_route(AutoConfig.from_pretrained(source, **pretrained.hub_options(self.arguments, source)))
+
+    def _set_route(self, config: Any) -> None:
+        hears = type(config) in MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING
+        if not hears and type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+            raise UsageError(
+                f"--model {str(self.arguments.model_name_or_path)!r} ({config.model_type}) is a model neither of "
+                "waveforms nor of images: choose another, or the recipe of its own task."
+            )
+        self.auto_class = AutoModelForAudioClassification if hears else AutoModelForImageClassification
+        self.side = None if hears else picture_side(config)
+
+    def _extractor_of(self, source: str | Path) -> Any:
+        with pretrained.explained_load(str(source), self.auto_class):
+            return AutoFeatureExtractor.from_pretrained(source, **pretrained.hub_options(self.arguments, source))
+
+    def load_processor(self, source: str | Path) -> None:
+        """Set the feature extractor of a finished run, and by its model the route."""
+        self._choose_route(source)
+        self.processor = self._extractor_of(source)
+
+    def dataset(self, rows: Any, training: bool) -> Dataset[dict[str, Any]]:
+        """Recordings read when they are asked for."""
+        if training and self.arguments.augmentation != "none":
+            return AudioDataset(rows, self._inputs, self.arguments.augmentation, seed=self.arguments.seed)
+        return AudioDataset(rows, self._inputs)
+
+    def views(self, rows: Any, count: int, training: Any) -> list[Any]:
+        """The plain view, or `count` augmented ones, whose draws are functions of the recording and the view's number.
+
+        Raises:
+            UsageError: nothing is augmented.
+        """
+        augmentation = self.arguments.augmentation
+        if count > 1 and augmentation == "none":
+            raise UsageError("--feature_views needs an augmentation: leave out --augmentation none.")
+        if count == 1:
+            return [self.dataset(rows, training=False)]
+        return [AudioDataset(rows, self._inputs, augmentation, view=view) for view in range(count)]
+
+    def mixing(self) -> Mixing | None:
+        """mixup of pictures."""
+        return None if self.arguments.mixup is None else MixedImages(len(self.label_names), self.arguments.mixup, None)
+
+    def preprocessing(self) -> Any:
+        """The extractor's settings, the size of the pictures, and the augmentation of kept views."""
+        arguments = self.arguments
+        augmentation = arguments.feature_views > 1 and arguments.augmentation
+        return [self.processor.to_dict(), self.side, augmentation]
+
+    def waveform(self, value: Any) -> Waveform:
+        """The waveform of a row at the model's rate, shape (samples,); a task of one's own may prepare it further."""
+        return audio.open_audio(value, self.processor.sampling_rate, self.processor.clip_seconds)
+
+    def _inputs(self, value: Any, augmentation: str = "none") -> dict[str, Any]:
+        """What the model takes of one recording; what is random comes from torch's generator."""
+        wave = self.waveform(value)
+        if augmentation == "strong":
+            wave = _disturbed(wave)
+        if self.side is not None:
+            if augmentation == "none":
+                return {"pixel_values": _picture(self._bands(wave), self.side)}
+            bands = self._bands(_moved(wave, self.processor.n_samples))
+            return {"pixel_values": _picture(_silenced(bands, float(bands.min())), self.side)}
+        if augmentation != "none":
+            wave = _silenced(torch.from_numpy(wave)[None], 0.0)[0].numpy()
+        wave = np.pad(wave, (0, max(0, _SHORTEST - len(wave))))
+        (name, *_) = self.processor.model_input_names
+        return {name: self.processor(wave, sampling_rate=self.processor.sampling_rate, **self._padding())[name][0]}
+
+    @property
+    def _takes_samples(self) -> bool:
+        """Whether the model's own extractor hands on the samples of the waveform, as wav2vec 2.0's does."""
+        return self.processor.feature_size == 1
+
+    def _padding(self) -> dict[str, Any]:
+        """Where padding is not masked all recordings come in one length, or an answer would depend on its batch."""
+        if not self._takes_samples or self.processor.return_attention_mask:
+            return {}
+        samples = math.ceil(self.processor.clip_seconds * self.processor.sampling_rate)
+        return {"padding": "max_length", "max_length": max(samples, _SHORTEST), "truncation": True}
+
+    def _bands(self, wave: Waveform) -> torch.Tensor:
+        """The log-mel spectrogram, shape (bands, columns)."""
+        found = self.processor(wave, sampling_rate=self.processor.sampling_rate, return_tensors="pt")
+        return found["input_features"][0]
+
+    def shown(self, row: Mapping[str, Any], model: Any = None, label: int = 0) -> Shown:
+        """The sound, its log-mel picture, and of an image model where it looked (Grad-CAM)."""
+        rate = self.processor.sampling_rate
+        wave = self.waveform(row[self.modality.name])
+        if self.side is None:
+            return Shown(sounds=[sound_address(wave[: int(_HEARD * rate)], rate)])
+        pixels = _picture(self._bands(wave), self.side)
+        low, high = pixels.amin(), pixels.amax()
+        grey = (255 * (pixels[0] - low) / (high - low).clamp(min=1e-6)).byte().flip(0).numpy()  # high notes above
+        picture = Image.fromarray(grey).convert("RGB")
+        pictures = [(images.data_address(picture), "the sound: time to the right, high notes above")]
+        if model is not None:
+            heat = grad_cam(model, {"pixel_values": pixels[None].to(model.device)}, label)
+            if heat is not None:
+                lit = images.spotlight(picture, np.ascontiguousarray(heat[::-1]))
+                pictures.append((images.data_address(lit), "where it looked"))
+        return Shown(pictures, sounds=[sound_address(wave[: int(_HEARD * rate)], rate)])
+
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """`pixel_values` of shape (rows, 3, height, width), or what the extractor gives, padded; `labels` (rows,)."""
+        if self.side is not None:
+            batch = {"pixel_values": stack_pixels([example["pixel_values"] for example in examples])}
+        else:
+            (name, *_) = self.processor.model_input_names
+            inputs = [example[name] for example in examples]
+            if self._takes_samples:
+                batch = dict(self.processor.pad({name: inputs}, padding=True, return_tensors="pt"))
+            else:
+                batch = {name: torch.from_numpy(np.stack(inputs))}
+        if "labels" in examples[0]:
+            batch["labels"] = torch.tensor([example["labels"] for example in examples])
+        return batch
+
+    def read_inputs(self, inputs: Any, columns: Mapping[str, str] | None = None) -> Any:
+        """A folder or table, or one or a list of: path, `{"array", "sampling_rate"}`, array at the model's rate."""
+        name = self.modality.name
+        if isinstance(inputs, str | os.PathLike):
+            known = {name: self.arguments.audio_column}
+            return data.load_inputs(str(inputs), self.modality, columns or {}, known, self.arguments.follow_links)
+        values = inputs if isinstance(inputs, list | tuple) else [inputs]
+        return [
+            {"id": str(value) if isinstance(value, str | os.PathLike) else str(index), name: value}
+            for index, value in enumerate(values)
+        ]
+
+    def inputs_in_words(self, splits: Splits, rows: Any) -> tuple[str, str]:
+        """How long the recordings are, and what to change about how much of them is taken."""
+        lengths = _lengths(splits.train)
+        middle, long = np.percentile(lengths, [50, 95])
+        heard = self.processor.clip_seconds
+        words = f"recordings of {middle:.1f} s (median), 95 % up to {long:.1f}; heard up to {heard:g}"
+        cut = float(np.mean(lengths > heard))
+        return words, f"{cut:.0%} of the recordings are cut: --clip_seconds" if cut > _CUT else ""
+
+    def usage(self, title: str) -> str:
+        """Plain transformers on either route."""
+        if self.side is None:
+            padding = "".join(f", {name}={value!r}" for name, value in self._padding().items())
+            return _OF_WAVEFORMS.format(
+                title=json.dumps(title),
+                rate=self.processor.sampling_rate,
+                seconds=self.processor.clip_seconds,
+                padding=padding,
+            )
+        height, width = self.side
+        return _OF_PICTURES.format(title=json.dumps(title), rate=_RATE, height=height, width=width)
+
+
+class AudioDataset(FileDataset):
+    """Rows with a recording and perhaps a label."""
+
+    column = AUDIO.name
+    content_key = staticmethod(audio.content_key)
+
+    def __init__(
+        self,
+        rows: Any,
+        inputs: Callable[[Any, str], dict[str, Any]],
+        augmentation: str = "none",
+        seed: int | None = None,
+        view: int | None = None,
+    ) -> None:
+        """`inputs` gives what the model takes of a recording, augmented."""
+        super().__init__(rows, seed, view)
+        self.inputs, self.augmentation = inputs, augmentation
+
+    def example(self, value: Any) -> dict[str, Any]:
+        """What the model takes of one recording."""
+        return self.inputs(value, self.augmentation)
+
+
+def new_extractor(seconds: float) -> WhisperFeatureExtractor:
+    """Log-mel pictures of whole seconds, with steps so short that a short clip fills its picture."""
+    step = min(_LONGEST_STEP, max(_SHORTEST_STEP, math.ceil(seconds) * _RATE // _COLUMNS))
+    return WhisperFeatureExtractor(
+        feature_size=_BANDS, sampling_rate=_RATE, hop_length=step, chunk_length=math.ceil(seconds), n_fft=_WINDOW
+    )
+
+
+def picture_side(config: Any) -> tuple[int, int]:
+    """Height and width of the pictures that an image model was made for."""
+    if config.model_type == "timm_wrapper":
+        height, width = config.pretrained_cfg["input_size"][1:]
+        return int(height), int(width)
+    side = getattr(config, "image_size", 224)
+    return (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
+
+
+def sound_address(wave: Waveform, rate: int) -> str:
+    """The sound as FLAC, standing in the page itself."""
+    import base64
+
+    import soundfile
+
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wave, rate, format="FLAC", subtype="PCM_16")
+    return f"data:audio/flac;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _extractor_class(config: Any) -> Any:
+    from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
+
+    return FEATURE_EXTRACTOR_MAPPING[type(config)]
+
+
+def _lengths(rows: Any) -> np.ndarray[Any, Any]:
+    """Seconds of some recordings, over all of the rows."""
+    chosen = np.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows))).astype(int)
+    found = [audio.audio_seconds(rows[int(row)][AUDIO.name]) for row in chosen]
+    return np.array([seconds for seconds in found if seconds is not None])
+
+
+def _usual_seconds(rows: Any) -> float:
+    """What 95 % of the recordings fit in, to half a second, and at most ten."""
+    return min(_LONGEST_CLIP, math.ceil(2 * float(np.percentile(_lengths(rows), 95))) / 2)
+
+
+def _picture(bands: torch.Tensor, side: tuple[int, int]) -> torch.Tensor:
+    """Bands and columns as a picture of three equal channels, shape (3, height, width)."""
+    return functional.interpolate(bands[None, None], size=side, mode="bilinear", antialias=True)[0].expand(3, -1, -1)
+
+
+def _moved(wave: Waveform, samples: int) -> Waveform:
+    """The sound anywhere in its window; it begins at the beginning where nothing is random."""
+    room = samples - len(wave)
+    return np.pad(wave, (int(torch.randint(room + 1, ())), 0)) if room > 0 else wave
+
+
+def _silenced(values: torch.Tensor, silence: float) -> torch.Tensor:
+    """Some bands and some columns silenced (SpecAugment), or of one band some moments; shape (bands, columns)."""
+    values = values.clone()
+    for dimension, size in enumerate(values.shape):
+        width = int(torch.randint(int(_MASKED * size) + 1, ()))
+        start = int(torch.randint(size - width + 1, ()))
+        values.narrow(dimension, start, width).fill_(silence)
+    return values
+
+
+def _disturbed(wave: Waveform) -> Waveform:
+    """Louder or quieter, and with noise."""
+    gain = 10 ** (float(torch.empty(()).uniform_(-_GAIN, _GAIN)) / 20)
+    below = 10 ** (-float(torch.empty(()).uniform_(*_NOISE)) / 20)
+    noise = torch.randn(len(wave)).numpy() * float(np.sqrt(np.mean(wave**2)))
+    return (gain * (wave + below * noise)).astype(np.float32)

@@ -1,0 +1,248 @@
+"""Sounds: read from any file, as pictures for image models and as waveforms for models of those."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_data
+import soundfile
+import tiny_models
+import torch
+from safetensors.torch import load_file
+
+import hftl
+from hftl import audio, cli
+from hftl.errors import UsageError
+from hftl.tasks.audio_classification import new_extractor
+
+QUICK = ["--report_to=none", "--dataloader_num_workers=0", "--per_device_train_batch_size=4", "--clip_seconds=0.5"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("audio")
+    small_data.write_sounds(folder / "sounds", {"train": 8, "val": 3, "test": 3})
+    tiny_models.write_tiny_cnn(folder / "cnn")
+    tiny_models.write_tiny_waveform_model(folder / "wav2vec2")
+    return folder
+
+
+def trained(place: Path, model: str, output: Path, *flags: str) -> hftl.Run:
+    words = [f"--model={place / model}", f"--dataset={place / 'sounds'}", f"--output_dir={output}", *QUICK, *flags]
+    cli._run(["train", "audio-classification", *words])
+    return hftl.load_run(output)
+
+
+def recorded(samples: Any, rate: int = 16_000, kind: str = "WAV", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=kind, **options)
+    return buffer.getvalue()
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a command ends that cannot be done."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    error = capsys.readouterr().err
+    assert (ended.value.code, error.count("\n")) == (2, 1)
+    return error
+
+
+def tone(rate: int, seconds: float = 1.0) -> np.ndarray[Any, Any]:
+    return 0.5 * np.sin(2 * np.pi * 440 * np.arange(int(rate * seconds)) / rate)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3", "AIFF"])
+@pytest.mark.parametrize(("rate", "channels"), [(8_000, 1), (16_000, 1), (44_100, 2)])
+def test_a_tone_is_the_same_tone_from_any_file(kind: str, rate: int, channels: int) -> None:
+    samples = np.stack([tone(rate)] * channels, axis=1)
+    wave = audio.open_audio(recorded(samples, rate, kind), 16_000)
+    assert wave.dtype == np.float32
+    assert abs(len(wave) - 16_000) < 1_000  # codecs add some silence
+    spectrum = np.abs(np.fft.rfft(wave[2_000:14_000]))
+    assert abs(spectrum.argmax() * 16_000 / 12_000 - 440) < 2
+    assert 0.4 < np.abs(wave[2_000:14_000]).max() < 0.6
+
+
+def test_samples_are_recordings_too() -> None:
+    wave = tone(8_000)
+    expected = audio.open_audio({"array": wave, "sampling_rate": 8_000}, 16_000)
+    assert len(expected) == 16_000
+    for array in (np.stack([wave, wave]), np.stack([wave, wave], axis=1), (wave * 32_767).astype(np.int16)):
+        found = audio.open_audio({"array": array, "sampling_rate": 8_000}, 16_000)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(audio.open_audio(wave, 8_000), wave, atol=1e-6)
+    assert len(audio.open_audio({"array": wave, "sampling_rate": 8_000}, 16_000, seconds=0.25)) == 4_000
+    assert len(audio.open_audio(recorded(wave, 8_000), 16_000, seconds=0.25)) == 4_000
+    for wrong in ({"array": wave}, {"array": np.zeros((2, 2, 2)), "sampling_rate": 8_000}, 3):
+        with pytest.raises(UsageError, match="recording"):
+            audio.open_audio(wrong, 16_000)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (recorded(tone(16_000)), None),
+        (recorded(np.zeros(0)), "empty"),
+        (recorded(np.zeros(800)), "silent"),
+        (recorded(np.full(800, np.nan), subtype="FLOAT"), "its samples are no numbers"),
+        (recorded(tone(16_000))[:8_000], "cut off: it holds less than its head says"),
+        (recorded(np.random.default_rng(0).normal(0, 0.1, 40_000), kind="FLAC")[:9_000], "flac decoder lost sync"),
+        (b"no sound here", "not a recording"),
+        (recorded(np.ones(4 * 3_600), rate=1), "4.0 hours long; the limit is one hour: cut it into pieces"),
+    ],
+)
+def test_why_a_recording_cannot_be_used(content: bytes, problem: str | None, tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(content)
+    assert audio.audio_problem(content, full=True) == problem
+    assert audio.audio_problem(str(tmp_path / "a.wav"), full=True) == problem
+
+
+def test_a_bad_recording_ends_the_command_or_is_left_out(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_data.write_sounds(tmp_path / "sounds", {"train": 4})
+    (tmp_path / "sounds" / "train" / "low" / "bad.wav").write_bytes(recorded(np.zeros(800)))
+    words = ["train", "audio-classification", f"--model={place / 'cnn'}", f"--dataset={tmp_path / 'sounds'}"]
+    words += [f"--output_dir={tmp_path / 'run'}", "--method=frozen", *QUICK]
+    error = refused(words, capsys)
+    assert "1 of 9 recordings cannot be read: low/bad.wav (silent)" in error
+    assert "--skip_bad_files" in error
+    cli._run([*words, "--skip_bad_files"])
+    assert "1 of 9 recordings cannot be read and are left out: low/bad.wav (silent)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "words"),
+    [
+        ("bert", [], ("is a model neither of waveforms nor of images",)),
+        ("wav2vec2", ["--mixup=0.2"], ("--mixup mixes pictures",)),
+        ("cnn", ["--clip_seconds=0"], ("--clip_seconds must be above 0",)),
+        ("cnn", ["--feature_views=2", "--augmentation=none", "--method=frozen"], ("--feature_views needs an aug",)),
+    ],
+)
+def test_one_line_for_what_does_not_fit(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, flags: list[str], words: tuple[str]
+) -> None:
+    if model == "bert" and not (place / "bert").is_dir():
+        tiny_models.write_tiny_text_model(place / "bert")
+    command = [f"--model={place / model}", f"--dataset={place / 'sounds'}", f"--output_dir={tmp_path / 'run'}"]
+    error = refused(["train", "audio-classification", *command, *QUICK, *flags], capsys)
+    for word in words:
+        assert word in error
+    assert not (tmp_path / "run").exists()
+
+
+# ---- what the model takes --------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_those_of_plain_transformers(place: Path, tmp_path: Path) -> None:
+    run = trained(place, "cnn", tmp_path / "run", "--method=frozen")
+    files = sorted((place / "sounds" / "test").rglob("*.wav"))
+    check_card(run, files)
+    assert (run.folder / "report.html").read_text().count("<audio controls") == sum(
+        row["label"] != row["prediction"] for row in csv.DictReader((run.folder / "predictions.csv").open())
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_waveforms_are_those_of_plain_transformers(place: Path, tmp_path: Path, masked: bool) -> None:
+    model = place / "wav2vec2"
+    if masked:
+        tiny_models.write_tiny_waveform_model(tmp_path / "layer", feat_extract_norm="layer")
+        config = tmp_path / "layer" / "preprocessor_config.json"
+        config.write_text(config.read_text().replace('"return_attention_mask": false', '"return_attention_mask": true'))
+        model = tmp_path / "layer"
+    run = trained(place, str(model), tmp_path / "run", "--method=full", "--max_steps=2")
+    files = sorted((place / "sounds" / "test").rglob("*.wav"))
+    check_card(run, files)
+    together, alone = run.logits(run.task.read_inputs([str(file) for file in files])), []
+    for file in files:  # an answer does not depend on what else is in the batch
+        alone.append(run.logits(run.task.read_inputs([str(file)]))[0])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def check_card(run: hftl.Run, files: list[Path]) -> None:
+    """The lines of the card, as pasted but for the file's rate, say what hftl says."""
+    (code,) = re.findall(r"```python\n(.*?)```", (run.folder / "README.md").read_text(), re.DOTALL)
+    code = code.replace(f'"{run.folder.name}"', repr(str(run.folder))).replace("print(", "answers.append((")
+    code = re.sub(r"answers\.append\(\((.*)\)$", r"answers.append((\1))", code.strip())
+    for file in files[:3]:
+        wave = audio.open_audio(file, 16_000, run.task.processor.clip_seconds)
+        soundfile.write(run.folder.parent / "recording.wav", wave, 16_000, subtype="FLOAT")
+        answers: list[Any] = []
+        exec(code.replace('"recording.wav"', repr(str(run.folder.parent / "recording.wav"))), {"answers": answers})
+        ((probabilities, names),) = answers
+        (prediction,) = run.predict([str(file)])
+        for index, name in names.items():
+            assert float(probabilities[0, index].detach()) == pytest.approx(prediction.probabilities[name], abs=1e-5)
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_row(place: Path) -> None:
+    flags = [f"--model={place / 'cnn'}", f"--dataset={place / 'sounds'}", *QUICK, f"--output_dir={place / 'unused'}"]
+    for kind in ("light", "strong"):
+        arguments = hftl.parse(hftl.AudioArguments, [*flags, f"--augmentation={kind}"])
+        task = hftl.AudioClassification(arguments)
+        splits = task.load_splits()
+        task.build_model(splits)
+        rows: Any = task.dataset(splits.train, training=True)
+        first, again = (rows[0]["pixel_values"] for _ in range(2))
+        assert torch.equal(first, again)
+        rows.set_epoch(1)
+        assert not torch.equal(first, rows[0]["pixel_values"])
+        plain: Any = task.dataset(splits.train, training=False)
+        assert torch.equal(plain[0]["pixel_values"], plain[0]["pixel_values"])
+        assert not torch.equal(first, plain[0]["pixel_values"])
+        one, other = (view[0]["pixel_values"] for view in task.views(splits.train, 2, rows))
+        assert not torch.equal(one, other)
+
+
+def test_a_short_clip_fills_its_picture() -> None:
+    for seconds, columns in ((0.5, 225), (1, 225), (2, 225), (10, 1_000)):
+        extractor = new_extractor(seconds)
+        wave = np.ones(16_000, np.float32)
+        bands = extractor(wave, sampling_rate=16_000, return_tensors="pt")["input_features"]
+        assert bands.shape[:2] == (1, 128)
+        assert abs(bands.shape[2] - columns) <= 3
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def test_the_convolutions_below_the_transformer_stay_as_they_are(place: Path, tmp_path: Path) -> None:
+    before = load_file(place / "wav2vec2" / "model.safetensors")
+    for frozen, flags in ((True, []), (False, ["--freeze_feature_encoder=false"])):
+        run = trained(place, "wav2vec2", tmp_path / f"run{frozen}", "--method=full", "--max_steps=2", *flags)
+        after = load_file(run.folder / "model.safetensors")
+        encoder = [name for name in before if name.startswith("feature_extractor.")]
+        assert len(encoder) >= 3
+        for name in encoder:
+            assert torch.equal(before[name], after[f"wav2vec2.{name}"]) == frozen, name
+        layer = "encoder.layers.0.attention.v_proj.weight"
+        assert not torch.equal(before[layer], after[f"wav2vec2.{layer}"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["cnn", "wav2vec2"])
+@pytest.mark.parametrize("method", ["partial", "lora", "lp_ft", "frozen"])
+def test_methods(place: Path, tmp_path: Path, model: str, method: str) -> None:
+    flags = ["--unfreeze_blocks=1"] if method == "partial" else []
+    steps = [] if method == "frozen" else ["--num_train_epochs=1"]
+    run = trained(place, model, tmp_path / "run", f"--method={method}", *flags, *steps)
+    assert run.metrics["test"]["accuracy"] >= 0
+    predictions = run.predict(place / "sounds" / "test")
+    with (run.folder / "predictions.csv").open(newline="") as file:
+        rows = {row["id"]: row for row in csv.DictReader(file)}
+    for prediction in predictions:
+        for name in ("high", "low"):
+            kept = float(rows[f"test/{prediction.id}"][f"probability_{name}"])
+            assert prediction.probabilities[name] == pytest.approx(kept, abs=2e-2)  # training may have been in bf16
