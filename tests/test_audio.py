@@ -115,10 +115,10 @@ def test_a_bad_recording_ends_the_command_or_is_left_out(
     words = ["train", "audio-classification", f"--model={place / 'cnn'}", f"--dataset={tmp_path / 'sounds'}"]
     words += [f"--output_dir={tmp_path / 'run'}", "--method=frozen", *QUICK]
     error = refused(words, capsys)
-    assert "1 of 9 recordings cannot be read: low/bad.wav (silent)" in error
+    assert "1 of 9 recordings cannot be read: train/low/bad.wav (silent)" in error
     assert "--skip_bad_files" in error
     cli._run([*words, "--skip_bad_files"])
-    assert "1 of 9 recordings cannot be read and are left out: low/bad.wav (silent)" in capsys.readouterr().out
+    assert "1 of 9 recordings cannot be read and are left out: train/low/bad.wav (silent)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
