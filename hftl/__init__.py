@@ -21,8 +21,11 @@ _PUBLIC = {
     "CrossEntropyLoss": "hftl.losses",
     "AudioArguments": "hftl.arguments",
     "AudioClassification": "hftl.tasks.audio_classification",
+    "ClassificationTask": "hftl.tasks.classification",
+    "FileDataset": "hftl.tasks.files",
     "ImageArguments": "hftl.arguments",
     "ImageClassification": "hftl.tasks.image_classification",
+    "Modality": "hftl.modality",
     "Plan": "hftl.methods",
     "Prediction": "hftl.run",
     "Run": "hftl.run",
@@ -46,8 +49,11 @@ if TYPE_CHECKING:
     from hftl.fitting import fit
     from hftl.losses import CrossEntropyLoss
     from hftl.methods import Plan, Stage, build_plan
+    from hftl.modality import Modality
     from hftl.run import Prediction, Run, load_run
     from hftl.tasks.audio_classification import AudioClassification
+    from hftl.tasks.classification import ClassificationTask
+    from hftl.tasks.files import FileDataset
     from hftl.tasks.image_classification import ImageClassification
     from hftl.tasks.text_classification import TextClassification
     from hftl.trainer import TransferTrainer

@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from hftl import audio, data, images, pretrained
+from hftl import audio, images, pretrained
 from hftl.arguments import AudioArguments, is_pretrained
 from hftl.audio import Waveform
 from hftl.data import Splits
@@ -257,18 +256,6 @@ class AudioClassification(ClassificationTask):
         if "labels" in examples[0]:
             batch["labels"] = torch.tensor([example["labels"] for example in examples])
         return batch
-
-    def read_inputs(self, inputs: Any, columns: Mapping[str, str] | None = None) -> Any:
-        """A folder or table, or one or a list of: path, `{"array", "sampling_rate"}`, array at the model's rate."""
-        name = self.modality.name
-        if isinstance(inputs, str | os.PathLike):
-            known = {name: self.arguments.audio_column}
-            return data.load_inputs(str(inputs), self.modality, columns or {}, known, self.arguments.follow_links)
-        values = inputs if isinstance(inputs, list | tuple) else [inputs]
-        return [
-            {"id": str(value) if isinstance(value, str | os.PathLike) else str(index), name: value}
-            for index, value in enumerate(values)
-        ]
 
     def inputs_in_words(self, splits: Splits, rows: Any) -> tuple[str, str]:
         """How long the recordings are, and what to change about how much of them is taken."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from transformers import PreTrainedModel, set_seed
 
 from hftl import data, folder, methods, pretrained
@@ -53,8 +53,8 @@ class Shown:
 class ClassificationTask:
     """A task with one label a row; subclasses say how inputs are read, prepared and put together.
 
-    A subclass sets the class attributes and writes `load_model`, `load_processor`, `save_processor`, `dataset`,
-    `collate` and `read_inputs`.
+    A subclass sets the class attributes and writes `load_model` and `dataset`; where it has a processor also
+    `load_processor`; and `collate` and `read_inputs` where theirs is not the way of one file a row.
     """
 
     name: ClassVar[str]
@@ -144,12 +144,12 @@ class ClassificationTask:
         raise NotImplementedError
 
     def load_processor(self, source: str | Path) -> None:
-        """Set `self.processor` from a finished run."""
-        raise NotImplementedError
+        """Set `self.processor` from a finished run; by default there is none."""
 
     def save_processor(self, target: Path) -> None:
         """Save what plain transformers needs beside the model."""
-        self.processor.save_pretrained(target)
+        if self.processor is not None:
+            self.processor.save_pretrained(target)
 
     def dataset(self, rows: Any, training: bool) -> Dataset[dict[str, Any]]:
         """The examples of a split, ready for `collate`; augmented in training."""
@@ -198,11 +198,24 @@ class ClassificationTask:
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch: what the model's forward takes, and `labels` of shape (rows,) where there are any."""
-        raise NotImplementedError
+        return default_collate(list(examples))
 
     def read_inputs(self, inputs: Any, columns: Mapping[str, str] | None = None) -> Any:
-        """What `Run.predict` got, as rows for `dataset`; `columns` names the columns of a table by role."""
-        raise NotImplementedError
+        """What `Run.predict` got, as rows for `dataset`: a path of a file, folder or table, or inputs, one or a list.
+
+        Args:
+            inputs: as said.
+            columns: the columns of a table by role.
+        """
+        name = self.modality.name
+        if isinstance(inputs, str | os.PathLike):
+            known = {name: getattr(self.arguments, f"{name}_column", None)}
+            return data.load_inputs(str(inputs), self.modality, columns or {}, known, self.arguments.follow_links)
+        values = inputs if isinstance(inputs, list | tuple) else [inputs]
+        return [
+            {"id": str(value) if isinstance(value, str | os.PathLike) else str(index), name: value}
+            for index, value in enumerate(values)
+        ]
 
     def iter_inputs(self, inputs: Any, columns: Mapping[str, str] | None = None) -> Iterator[dict[str, Any]]:
         """The rows of `read_inputs` one by one; those of a folder are found on the way, so that it may be of any size.

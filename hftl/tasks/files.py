@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch.utils.data import Dataset
 
+from hftl.sources import file_key, source_of
+
 
 class FileDataset(Dataset[dict[str, Any]]):
     """Rows with a file and perhaps a label, as what the model takes; subclasses say how, in `example`.
@@ -31,7 +33,8 @@ class FileDataset(Dataset[dict[str, Any]]):
     @staticmethod
     def content_key(value: Any, full: bool) -> bytes:
         """16 bytes for the content of a file; by all of it where `full`."""
-        raise NotImplementedError
+        source, name = source_of(value, "a file", "or both")
+        return file_key(source or "", name, full)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose what is random in the next pass."""

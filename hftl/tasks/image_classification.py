@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-from hftl import data, images, pretrained
+from hftl import images, pretrained
 from hftl.arguments import ImageArguments, is_pretrained
 from hftl.data import Splits
 from hftl.errors import UsageError
@@ -219,16 +218,8 @@ class ImageClassification(ClassificationTask):
 
     def read_inputs(self, inputs: Any, columns: Mapping[str, str] | None = None) -> Any:
         """A folder or table, or one or a list of: path, PIL image, array (height, width[, 3]); or an array of rows."""
-        if isinstance(inputs, str | os.PathLike):
-            known = {"image": self.arguments.image_column}
-            return data.load_inputs(str(inputs), self.modality, columns or {}, known, self.arguments.follow_links)
-        if not isinstance(inputs, list | tuple):
-            batch = isinstance(inputs, np.ndarray) and inputs.ndim == 4
-            inputs = list(inputs) if batch else [inputs]
-        return [
-            {"id": str(value) if isinstance(value, str | os.PathLike) else str(index), "image": value}
-            for index, value in enumerate(inputs)
-        ]
+        is_batch = isinstance(inputs, np.ndarray) and inputs.ndim == 4
+        return super().read_inputs(list(inputs) if is_batch else inputs, columns)
 
 
 class ImageDataset(FileDataset):
