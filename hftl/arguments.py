@@ -12,6 +12,7 @@ import math
 import numbers
 import os
 import re
+import string
 import sys
 import textwrap
 from collections import Counter
@@ -405,6 +406,11 @@ class TextArguments(TransferArguments):
         "auto",
         "mean: of the token features; architecture: leave it as it is; auto: what the checkpoint was trained with.",
         choices=("auto", "mean", "architecture"),
+    )
+    template: str | None = _argument(
+        None,
+        "What the model reads of a row, with {text} and {text_pair} in it: 'Review: {text}\\nSentiment:'. Of a text "
+        "that is too long the text is cut, not what stands behind it.",
     )
     word_dropout: float | None = _argument(
         None, "Part of the tokens of a training text that are masked, others in each epoch: 0.1 is usual."
@@ -868,6 +874,7 @@ def _check_combinations(arguments: TransferArguments) -> None:
     if getattr(arguments, "test_time_flip", False) and not getattr(arguments, "horizontal_flip", True):
         raise UsageError("--test_time_flip and --horizontal_flip false contradict each other: leave one out.")
     _check_averaging(arguments)
+    _check_template(arguments)
     if arguments.early_stopping_patience and arguments.eval_strategy == "no":
         raise UsageError("--early_stopping_patience needs evaluations: --eval_strategy epoch, or steps.")
     if arguments.eval_epochs is not None and arguments.eval_strategy != "epoch":
@@ -879,6 +886,21 @@ def _check_combinations(arguments: TransferArguments) -> None:
         )
     if arguments.resume and arguments.overwrite:
         raise UsageError("--resume and --overwrite exclude each other.")
+
+
+def _check_template(arguments: TransferArguments) -> None:
+    """A template has a place for the text, and for nothing that a row has not."""
+    template = getattr(arguments, "template", None)
+    if template is None:
+        return
+    try:
+        names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise UsageError(f"--template: {error}. A brace that stands for itself is doubled: {{{{ or }}}}.") from error
+    unknown = sorted(names - {"text", "text_pair"})
+    if unknown or "text" not in names:
+        found = f"{{{unknown[0]}}} is no part of a row" if unknown else "there is no {text} in it"
+        raise UsageError(f"--template: {found}. It may hold {{text}} and {{text_pair}}.")
 
 
 def _check_averaging(arguments: TransferArguments) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +287,52 @@ def test_a_long_pair_keeps_some_of_both(checkpoints: dict[str, Path]) -> None:
 
 
 # --- pooling ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_a_template_is_what_the_model_reads(checkpoints: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    template = "the film: {text}\\nit was"
+    task, model = task_with(checkpoints[kind], f"--template={template}")
+    filled = [f"the film: {text}\nit was" for text in TEXTS]
+    data = task.dataset(task.read_inputs(TEXTS), training=False)
+    assert [data[row]["input_ids"] for row in range(4)] == task.processor(filled).input_ids
+    plain = pipeline("text-classification", str(saved(task, model, tmp_path / "saved")), top_k=None)
+    expected = logits(task, model, TEXTS[0]).softmax(-1)[0].tolist()
+    assert probabilities(plain(filled[:1])[0]) == pytest.approx(expected, abs=1e-5)
+    assert repr("the film: A text.\nit was") in task.usage("saved")
+
+    long = task.dataset(task.read_inputs([LONG]), training=False)
+    ids = long[0]["input_ids"]
+    assert long.cut == 1
+    assert task.processor.model_max_length - 4 <= len(ids) <= task.processor.model_max_length
+    text = task.processor.decode(ids, skip_special_tokens=True)
+    assert text.strip().endswith("it was")  # the text was cut, not what stands behind it
+    assert text.strip().startswith("the film")
+
+
+def test_a_template_has_a_place_for_each_text(checkpoints: dict[str, Path]) -> None:
+    pair = ["--text_pair_column=q"]
+    task, _ = task_with(checkpoints["bert"], "--template={text_pair}, {text}", *pair)
+    data = task.dataset(task.read_inputs([("fast", "slow")]), training=False)
+    assert data[0]["input_ids"] == task.processor("slow, fast").input_ids
+    both = ["--template={text} and {text_pair}", "--max_length=12", *pair]
+    assert all(len(row["input_ids"]) <= 12 for row in examples_of(checkpoints, [(LONG, LONG)], both))
+    for flags, words in {
+        ("--template={text} {text_pair}",): "the data have one text a row",
+        ("--template={text}", *pair): "the data have pairs, and it has no {text_pair}",
+        ("--template=Review:",): "there is no {text} in it",
+        ("--template={text} {label}",): "{label} is no part of a row",
+        ("--template={text} {",): "A brace that stands for itself is doubled",
+        ("--template=" + "a film " * 20 + "{text}", "--max_length=16"): "leaves none for a text",
+    }.items():
+        with pytest.raises(UsageError, match=re.escape(words)):
+            examples_of(checkpoints, [("fast", "slow")] if "--text_pair_column=q" in flags else TEXTS, flags)
+
+
+def examples_of(checkpoints: dict[str, Path], rows: Any, flags: Sequence[str]) -> Any:
+    task, _ = task_with(checkpoints["bert"], *flags)
+    data = task.dataset(task.read_inputs(rows), training=False)
+    return [data[index] for index in range(len(data))]
 
 
 @pytest.mark.parametrize("kind", ["modernbert", "bert", "roberta", "electra"])

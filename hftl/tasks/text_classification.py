@@ -98,7 +98,7 @@ class TextClassification(ClassificationTask):
 
     def _random_model(self, architecture: str, splits: Splits) -> PreTrainedModel:
         columns = [name for name in ("text", "text_pair") if name in splits.train.column_names]
-        texts = itertools.chain.from_iterable(splits.train[name] for name in columns)
+        texts = itertools.chain([self.arguments.template or ""], *(splits.train[name] for name in columns))
         self.processor = train_tokenizer(texts, self.arguments.max_length)
         sizes = {"vocab_size": len(self.processor), "pad_token_id": self.processor.pad_token_id}
         config = pretrained.random_config(architecture, self.auto_class, self.label_names, **sizes)
@@ -142,7 +142,8 @@ class TextClassification(ClassificationTask):
 
     def dataset(self, rows: Any, training: bool) -> Dataset[dict[str, Any]]:
         """Texts, tokenised at once; how many were cut is said."""
-        encoded = TextDataset(rows, self.processor)
+        template = None if self.arguments.template is None else Template(self.arguments.template, self.processor)
+        encoded = TextDataset(rows, self.processor, template)
         if training and self.arguments.word_dropout:
             encoded.drop_words(self.arguments.word_dropout, masking_token(self.processor), self.arguments.seed)
         if encoded.cut and self.says_cut:
@@ -156,6 +157,8 @@ class TextClassification(ClassificationTask):
     def shown(self, row: Mapping[str, Any], model: Any = None, label: int = 0) -> Shown:
         """The beginning of the texts, in tokens with what each adds to the class (integrated gradients)."""
         texts = [row[name] for name in ("text", "text_pair") if name in row]
+        if self.arguments.template is not None:
+            texts = Template(self.arguments.template, self.processor).filled([texts])
         if model is None or not self.processor.is_fast:
             return Shown(texts=[[(_shortened(text), 0.0)] for text in texts])
         encoded = self.processor(*texts, truncation=True, return_offsets_mapping=True)
@@ -170,6 +173,15 @@ class TextClassification(ClassificationTask):
         ]
         largest = max((abs(value) for text in pieces for _, value in text), default=0.0) or 1.0
         return Shown(texts=[[(piece, value / largest) for piece, value in text] for text in pieces])
+
+    def usage(self, title: str) -> str:
+        """The lines of every task; with a template, what it makes of a text."""
+        lines = super().usage(title)
+        if self.arguments.template is None:
+            return lines
+        texts = ["A text."] * (1 + (self.arguments.text_pair_column is not None))
+        (filled,) = Template(self.arguments.template, self.processor).filled([texts])
+        return lines.replace('"A text."', repr(filled))
 
     def inputs_in_words(self, splits: Splits, rows: Any) -> tuple[str, str]:
         """How long the texts are, and whether many are cut."""
@@ -241,17 +253,22 @@ class TextDataset(Dataset[dict[str, Any]]):
         word_dropout: part of the tokens that are masked.
     """
 
-    def __init__(self, rows: Any, tokenizer: Any) -> None:
-        """Tokenise all rows."""
+    def __init__(self, rows: Any, tokenizer: Any, template: Template | None = None) -> None:
+        """Tokenise all rows, put into a template where there is one."""
         self.examples: list[dict[str, Any]] = []
         self.cut, self.word_dropout = 0, 0.0
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
         self.special = np.array(tokenizer.all_special_ids)
         columns = [name for name in ("text", "text_pair") if len(rows) and name in rows[0]]
+        if template is not None:
+            template.check(columns)
         empty = {"input_ids": tokenizer.eos_token_id or tokenizer.pad_token_id or 0, "attention_mask": 1}
         for start in range(0, len(rows), _CHUNK):
             chunk = [rows[index] for index in range(start, min(start + _CHUNK, len(rows)))]
-            encoded = tokenizer(*([row[name] for row in chunk] for name in columns), truncation=True)
+            texts = [[row[name] for row in chunk] for name in columns]
+            if template is not None:
+                texts = [template.filled(list(zip(*texts, strict=True)))]
+            encoded = tokenizer(*texts, truncation=True)
             limit = tokenizer.model_max_length
             self.cut += (
                 sum(bool(entry.overflowing) for entry in encoded.encodings)
@@ -265,6 +282,7 @@ class TextDataset(Dataset[dict[str, Any]]):
                 if "label" in row:
                     example["labels"] = row["label"]
                 self.examples.append(example)
+        self.cut += 0 if template is None else template.cut
         self.lengths = [len(example["input_ids"]) for example in self.examples]
 
     def drop_words(self, part: float, mask: int, seed: int) -> None:
@@ -303,6 +321,53 @@ class TextDataset(Dataset[dict[str, Any]]):
         draws = np.random.default_rng((self.seed, int(self.epoch), index)).random(len(tokens))
         dropped = (draws < self.word_dropout) & ~np.isin(tokens, self.special)
         return {**example, "input_ids": np.where(dropped, self.mask, tokens).tolist()}
+
+
+class Template:
+    """Texts put into what the model reads of them, such as `Review: {text}\\nSentiment:`, `\\n` being a new line.
+
+    A decoder answers at the last token: where everything together is too long the texts are cut, in equal parts.
+
+    Attributes:
+        cut: how many were.
+    """
+
+    def __init__(self, text: str, tokenizer: Any) -> None:
+        """Keep the template, and how many tokens it leaves for the texts."""
+        self.text, self.tokenizer, self.cut = text.replace("\\n", "\n"), tokenizer, 0
+        alone = len(tokenizer(self.text.format(text="", text_pair="")).input_ids)
+        self.room = tokenizer.model_max_length - alone
+        if self.room < 1:
+            raise UsageError(f"--template takes {alone} tokens itself, and --max_length leaves none for a text.")
+
+    def check(self, columns: Sequence[str]) -> None:
+        """Refuse a template that has a place for a second text where there is none, or none where there is one.
+
+        Raises:
+            UsageError: as said.
+        """
+        has_place = "{text_pair}" in self.text
+        if columns and has_place != ("text_pair" in columns):
+            found = "the data have one text a row" if has_place else "the data have pairs, and it has no {text_pair}"
+            raise UsageError(f"--template {self.text!r}: {found}.")
+
+    def filled(self, rows: Sequence[Sequence[str]]) -> list[str]:
+        """The template with the texts of each row in it, one or two."""
+        whole = [self._fill(texts) for texts in rows]
+        lengths = [len(ids) for ids in self.tokenizer(whole).input_ids] if whole else []
+        for position, length in enumerate(lengths):
+            if length > self.tokenizer.model_max_length:
+                self.cut += 1
+                room = max(1, self.room // len(rows[position]) - 1)  # where texts meet there may be a token more
+                whole[position] = self._fill([self._cut(text, room) for text in rows[position]])
+        return whole
+
+    def _fill(self, texts: Sequence[str]) -> str:
+        return self.text.format(**dict(zip(("text", "text_pair"), texts, strict=False)))
+
+    def _cut(self, text: str, room: int) -> str:
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        return text if len(ids) <= room else self.tokenizer.decode(ids[:room])
 
 
 def masking_token(tokenizer: Any) -> int:
