@@ -62,6 +62,9 @@ class TransferArguments(TrainingArguments):
     model_revision: str = _argument("main", "Branch, tag or commit of the model on the Hub.")
     trust_remote_code: bool = _argument(False, "Run Python code that comes with the model.")
     allow_pickle: bool = _argument(False, "Read weights that are pickled (pytorch_model.bin), as tensors alone.")
+    weights: str | None = _argument(
+        None, "File of another library's weights for the architecture of --model (random:ARCH), .safetensors or .pth."
+    )
     keep_head: bool = _argument(False, "Keep the model's trained output layer; its classes must be the data's.")
 
     # Data
@@ -964,9 +967,14 @@ NOT_IN_RECIPE = {
 }  # fmt: skip
 
 
+def has_checkpoint(arguments: TransferArguments) -> bool:
+    """Whether `--model` names a checkpoint, and not an architecture alone."""
+    return not str(arguments.model_name_or_path).startswith("random:")
+
+
 def is_pretrained(arguments: TransferArguments) -> bool:
     """Whether the model comes with weights that learned something."""
-    return not str(arguments.model_name_or_path).startswith("random:")
+    return has_checkpoint(arguments) or arguments.weights is not None
 
 
 def to_recipe(arguments: TransferArguments) -> dict[str, Any]:

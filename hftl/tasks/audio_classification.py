@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from hftl import audio, images, pretrained
-from hftl.arguments import AudioArguments, is_pretrained
+from hftl.arguments import AudioArguments, has_checkpoint
 from hftl.audio import Waveform
 from hftl.data import Splits
 from hftl.errors import UsageError
@@ -98,7 +98,7 @@ class AudioClassification(ClassificationTask):
         arguments = self.arguments
         name = str(arguments.model_name_or_path)
         seconds = arguments.clip_seconds or _usual_seconds(splits.train)
-        if is_pretrained(arguments):
+        if has_checkpoint(arguments):
             source = pretrained.find_model(name)
             self._choose_route(source)
             model = pretrained.load_model(self.auto_class, source, self.label_names, arguments)

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset, default_collate
 from transformers import PreTrainedModel, set_seed
 
-from hftl import data, folder, methods, pretrained
+from hftl import data, folder, methods, pretrained, weights
 from hftl.arguments import TransferArguments
 from hftl.data import Splits
 from hftl.errors import UsageError, did_you_mean
@@ -89,6 +89,8 @@ class ClassificationTask:
         folder.check_output_folder(self.arguments)
         methods.check_method(self.arguments)
         pretrained.check_model_name(self.arguments.model_name_or_path)
+        if self.arguments.weights is not None:
+            weights.check_file(self.arguments.weights, self.arguments.allow_pickle)
         self._extra_metrics  # noqa: B018 - a metric that cannot be loaded is an error now, not after training
         splits = data.load_splits(self.arguments, self.modality)
         for line in splits.report:
@@ -103,7 +105,10 @@ class ClassificationTask:
         """
         self.label_names = splits.label_names
         set_seed(self.arguments.seed)  # before the head is drawn
-        return self.load_model(splits)
+        model = self.load_model(splits)
+        if self.arguments.weights is not None:
+            weights.fill(model, self.arguments.weights)
+        return model
 
     def loss(self, splits: Splits) -> Loss:
         """The loss that was asked for, of outputs and labels."""

@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode, v2
 from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from hftl import images, pretrained
-from hftl.arguments import ImageArguments, is_pretrained
+from hftl.arguments import ImageArguments, has_checkpoint
 from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.explain import grad_cam
@@ -47,7 +47,7 @@ class ImageClassification(ClassificationTask):
     def load_model(self, splits: Splits) -> PreTrainedModel:
         """The model and its image processor, at `--image_size` where that is given."""
         name = str(self.arguments.model_name_or_path)
-        if not is_pretrained(self.arguments):
+        if not has_checkpoint(self.arguments):
             return self._random_model(name.partition(":")[2])
         source = pretrained.find_model(self.arguments.model_name_or_path)
         model = pretrained.load_model(self.auto_class, source, self.label_names, self.arguments)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from hftl import data, pooling, pretrained
-from hftl.arguments import TextArguments, is_pretrained
+from hftl.arguments import TextArguments, has_checkpoint
 from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.explain import token_attributions
@@ -51,7 +51,7 @@ class TextClassification(ClassificationTask):
     def load_model(self, splits: Splits) -> PreTrainedModel:
         """The model and its tokenizer; a decoder without a padding token gets its end-of-text token as one."""
         name = str(self.arguments.model_name_or_path)
-        if not is_pretrained(self.arguments):
+        if not has_checkpoint(self.arguments):
             return self._random_model(name.partition(":")[2], splits)
         source = pretrained.find_model(self.arguments.model_name_or_path)
         model = pretrained.load_model(self.auto_class, source, self.label_names, self.arguments)

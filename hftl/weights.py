@@ -1,0 +1,129 @@
+"""Weights of another library in an architecture that hftl knows: `--model random:ARCH --weights FILE`.
+
+Files of torchvision, of timm, of self-supervised trainings (MoCo's `module.encoder_q.`, DINO's `teacher` and
+`backbone.`), and those whose tensors are in the same order under names of their own, as lukemelas' EfficientNets are.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from hftl import backbones
+from hftl.errors import UsageError, did_you_mean
+from hftl.folder import say
+
+#: the least part of the backbone's tensors that a file must fill
+LEAST_FILLED = 0.95
+#: where trainings keep the weights among other things, the likeliest first
+_INSIDE = ("state_dict", "model_state_dict", "model_state", "model_ema", "teacher", "model", "net", "student")
+_PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".th")
+#: segments that may stand before the names that two libraries share
+_MOST_SEGMENTS = 3
+
+State = dict[str, torch.Tensor]
+
+
+def check_file(name: str, allow_pickle: bool) -> None:
+    """Refuse a file that cannot be read, before any data is.
+
+    Raises:
+        UsageError: it is not there, of another kind, or pickled and that was not allowed.
+    """
+    path = Path(name)
+    if not path.is_file():
+        siblings = [str(path.parent / entry.name) for entry in path.parent.glob("*")]
+        raise UsageError(f"--weights {name!r}: there is no such file.{did_you_mean(name, siblings)}")
+    suffix = path.suffix.lower()
+    if suffix in _PICKLED and not allow_pickle:
+        raise UsageError(
+            f"--weights {name!r} is pickled, and could run code when it is read: if you trust where it comes from, "
+            "--allow_pickle reads it, as tensors alone."
+        )
+    if suffix not in (".safetensors", *_PICKLED):
+        raise UsageError(f"--weights {name!r}: files of weights end in .safetensors, {', '.join(_PICKLED)}.")
+
+
+def fill(model: nn.Module, name: str) -> None:
+    """Fill the backbone of a model from a file; the head stays as it is.
+
+    Raises:
+        UsageError: the file cannot be read, or fills less than `LEAST_FILLED` of the backbone's tensors.
+    """
+    head = backbones.structure(model).trained_head
+    target = {
+        key: value for key, value in _tensors(model.state_dict()).items() if not backbones.is_below_any(key, head)
+    }
+    source = _read(name)
+    found = _by_name(source, target)
+    if len(found) < LEAST_FILLED * len(target):
+        found = _by_order(source, target) or found
+    if len(found) < LEAST_FILLED * len(target):
+        first = next(key for key in target if key not in found)
+        raise UsageError(
+            f"--weights {name!r} fills {len(found)} of the {len(target)} tensors of the backbone (first missing: "
+            f"{first}): it is of another architecture."
+        )
+    model.load_state_dict(found, strict=False)
+    say(f"weights: {len(found)} of the {len(target)} tensors of the backbone are those of {Path(name).name}")
+
+
+def _read(name: str) -> State:
+    """The tensors in a file by name."""
+    try:
+        if name.lower().endswith(".safetensors"):
+            return _tensors(load_file(name))
+        content = torch.load(name, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"--weights {name!r} cannot be read as tensors: {reason}") from error
+    while isinstance(content, Mapping):
+        inside = next((key for key in _INSIDE if isinstance(content.get(key), Mapping)), None)
+        if inside is None:
+            return _tensors(content)
+        content = content[inside]
+    raise UsageError(f"--weights {name!r} holds {type(content).__name__}, and not tensors by name.")
+
+
+def _tensors(state: Mapping[str, object]) -> State:
+    """Without counters of batches, which nothing is computed with, and what is no tensor."""
+    return {
+        key: value
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and (value.ndim or value.is_floating_point())
+    }
+
+
+def _by_name(source: State, target: State) -> State:
+    """The tensors of the same name and shape, once what stands before the names on both sides is exchanged."""
+    best: State = {}
+    for strip in _prefixes(source):
+        named = {key[len(strip) :]: value for key, value in source.items() if key.startswith(strip)}
+        for add in _prefixes(target):
+            pairs = ((f"{add}{key}", value) for key, value in named.items())
+            found = {key: value for key, value in pairs if key in target and target[key].shape == value.shape}
+            best = found if len(found) > len(best) else best
+    return best
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """What names begin with, up to some segments; nothing first."""
+    found = {"": None}
+    for name in names:
+        for dot in list(re.finditer(r"\.", name))[:_MOST_SEGMENTS]:
+            found[name[: dot.end()]] = None
+    return list(found)
+
+
+def _by_order(source: State, target: State) -> State:
+    """The tensors one after the other, where all shapes agree; what is left in the file is its head."""
+    pairs = list(zip(source.values(), target.items(), strict=False))
+    agree = len(source) >= len(target) and all(value.shape == wanted.shape for value, (_, wanted) in pairs)
+    return {key: value for value, (key, _) in pairs} if agree else {}
