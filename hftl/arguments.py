@@ -379,7 +379,7 @@ class AudioArguments(TransferArguments):
     clip_seconds: float | None = _argument(
         None,
         "Seconds of a recording that the model takes, from its beginning (default: what 95 % of the training "
-        "recordings fit in, 10 at most; pictures of sounds take whole seconds).",
+        "recordings fit in, 10 at most).",
     )
     augmentation: str = _argument(
         "light",

