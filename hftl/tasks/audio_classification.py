@@ -317,7 +317,7 @@ class AudioDataset(FileDataset):
 def new_extractor(seconds: float, rates: np.ndarray[Any, Any]) -> WhisperFeatureExtractor:
     """What makes log-mel pictures, with steps so short that a short clip fills its picture.
 
-    At 8 kHz where the recordings have no more (telephones), else at 16: half a picture would be empty.
+    At 8 kHz where the recordings have no more (telephones), else at 16: a fifth of the picture would be empty.
     """
     rate = _RATES[int(np.mean(rates > _RATES[0]) > _CUT)]
     step = int(min(_LONGEST_STEP * rate, max(_SHORTEST_STEP * rate, seconds * rate / _COLUMNS)))
