@@ -69,11 +69,17 @@ def test_a_faster_run_that_does_other_work_misses_the_target(check: str, mine: A
     assert result["met"] is holds
 
 
-@pytest.mark.parametrize(("summed_otherwise", "holds"), [([0.7, 0.53], True), ([0.7, 0.505], False)])
-def test_losses_may_differ_as_rounding_makes_them(summed_otherwise: list[float], holds: bool) -> None:
-    ours, mine = made_up("hftl", [1.0], losses=[0.7, 0.52])
-    theirs, other = made_up("peer", [9.0], losses=[0.7, 0.5])
-    again, third = made_up("peer, other order", [9.0], losses=summed_otherwise)
+@pytest.mark.parametrize(
+    ("late", "early", "summed_otherwise", "holds"),
+    [(0.52, 0.7, 0.53, True), (0.52, 0.7, 0.511, True), (0.52, 0.7, 0.505, False), (0.5, 0.71, 0.53, False)],
+)
+def test_losses_may_differ_as_rounding_makes_them(
+    late: float, early: float, summed_otherwise: float, holds: bool
+) -> None:
+    first = [0.7] * 10
+    ours, mine = made_up("hftl", [1.0], losses=[early, *first[1:], late])
+    theirs, other = made_up("peer", [9.0], losses=[*first, 0.5])
+    again, third = made_up("peer, other order", [9.0], losses=[*first, summed_otherwise])
     comparison = Comparison("", ours, (theirs, again), 2.0, checks=("losses",))
     assert summarise(comparison, {ours: mine, theirs: other, again: third})["met"] is holds
 

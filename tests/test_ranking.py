@@ -79,7 +79,7 @@ def test_scores_are_those_of_the_models_own_outputs(images: Path) -> None:
     task = ImageClassification(
         ranking.parse(ImageClassification.arguments_class, [f"--model={images / 'resnet'}", *tokens])
     )
-    splits = ranking.load_rows(task.arguments, "image")
+    splits = ranking.load_rows(task.arguments, task.modality)
     task.build_model(splits)
     data: Any = task.dataset(splits.train, training=False)
     batch = task.collate([data[index] for index in range(36)])
@@ -112,7 +112,7 @@ def test_what_enters_a_head_of_several_layers_is_the_mean_of_the_real_tokens(tmp
 
     flags = [f"--model={tmp_path / 'roberta'}", f"--dataset={tmp_path / 'data'}", "--feature_cache_dtype=float32"]
     task = TextClassification(ranking.parse(TextClassification.arguments_class, flags))
-    splits = ranking.load_rows(task.arguments, "text")
+    splits = ranking.load_rows(task.arguments, task.modality)
     found = ranking.features_of(task, splits)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "roberta").eval()
     for row in range(3):
