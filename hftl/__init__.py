@@ -18,10 +18,10 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 #: public name → module; imported when first used, so that `import hftl` and `hftl --help` cost nothing
 _PUBLIC = {
-    "CrossEntropyLoss": "hftl.losses",
     "AudioArguments": "hftl.arguments",
     "AudioClassification": "hftl.tasks.audio_classification",
     "ClassificationTask": "hftl.tasks.classification",
+    "CrossEntropyLoss": "hftl.losses",
     "FileDataset": "hftl.tasks.files",
     "ImageArguments": "hftl.arguments",
     "ImageClassification": "hftl.tasks.image_classification",

@@ -192,7 +192,7 @@ def load_labelled(
     source = _open_source(arguments, modality)
     name = _find_split(split, source, "--split") if split else _default_split(source)
     rows = source.splits[name]()
-    given = {role: _option(arguments, f"{role}_column") for role in ("label", *_input_roles(modality))}
+    given = {role: _option(arguments, f"{role}_column") for role in ("label", *input_roles(modality))}
     columns, _ = _resolve_columns(rows, _like_training(rows, given, known), modality)
     _require_same_pair(rows, columns, known)
     labels = _encode(_row_labels(rows, columns["label"]), list(label_names), rows)
@@ -299,7 +299,7 @@ def _option(arguments: Any, name: str, default: Any = None) -> Any:
 # ---- sources -------------------------------------------------------------------------------------------------------
 
 
-def _input_roles(modality: Modality) -> list[str]:
+def input_roles(modality: Modality) -> list[str]:
     """The roles of the columns that inputs are read from."""
     return ["text", "text_pair"] if modality.is_text else [modality.name]
 
@@ -694,7 +694,7 @@ def _resolve_columns(
 ) -> tuple[dict[str, str], list[str]]:
     """From roles to columns, and which of them were guessed."""
     names = _column_names(rows.data)
-    wanted = [*_input_roles(modality), "label"] if labelled else _input_roles(modality)
+    wanted = [*input_roles(modality), "label"] if labelled else input_roles(modality)
     columns = {role: name for role in wanted if (name := _option(arguments, f"{role}_column"))}
     for role, name in columns.items():
         if name not in names:

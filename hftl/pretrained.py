@@ -30,7 +30,7 @@ LOAD_ERRORS = (
     OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError, pickle.UnpicklingError,
 )  # fmt: skip
 #: the least part of the backbone's tensors that a checkpoint must fill
-_LEAST_LOADED = 0.95
+LEAST_LOADED = 0.95
 
 
 def check_model_name(name: str | None) -> None:
@@ -242,7 +242,7 @@ def _check_loaded(model: PreTrainedModel, report: dict[str, Any], name: str) -> 
     missing = set(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]}
     tensors = [key for key, _ in model.named_parameters() if not backbones.is_below_any(key, head)]
     loaded = [key for key in tensors if key not in missing]
-    if len(loaded) < _LEAST_LOADED * len(tensors):
+    if len(loaded) < LEAST_LOADED * len(tensors):
         first = next(key for key in tensors if key in missing)
         raise UsageError(
             f"--model {name!r}: its weights fill {len(loaded)} of the {len(tensors)} tensors of the backbone (first "

@@ -32,8 +32,6 @@ from hftl.tasks.classification import ClassificationTask
 _NOT_FROM_A_RUN = {"trust_remote_code", "allow_pickle"}
 #: rows that are predicted before the first of them are given out: a few seconds of images on two cores
 _PIECE = 256
-#: what a column can hold
-_ROLES = ("label", "image", "text", "text_pair", "audio")
 
 
 @dataclass(frozen=True)
@@ -303,15 +301,16 @@ class Run:
         Raises:
             UsageError: the data cannot be read, or has labels that the model does not know.
         """
+        roles = ("label", *data.input_roles(self.task.modality))
         settings = stage_arguments(
             self.task.arguments,
             dataset_name=dataset,
             dataset_config_name=dataset_config_name,
             max_eval_samples=None,
             skip_bad_files=skip_bad_files,
-            **{f"{role}_column": columns.get(role) for role in _ROLES},
+            **{f"{role}_column": columns.get(role) for role in roles},
         )
-        known = {role: getattr(self.task.arguments, f"{role}_column", None) for role in _ROLES}
+        known = {role: getattr(self.task.arguments, f"{role}_column", None) for role in roles}
         rows, _ = data.load_labelled(settings, split, self.label_names, self.task.modality, known)
         return self.task.score(self.logits(rows, batch_size), np.asarray(rows["label"]))
 

@@ -19,9 +19,8 @@ from torch import nn
 from hftl import backbones
 from hftl.errors import UsageError, did_you_mean
 from hftl.folder import say
+from hftl.pretrained import LEAST_LOADED
 
-#: the least part of the backbone's tensors that a file must fill
-LEAST_FILLED = 0.95
 #: where trainings keep the weights among other things, the likeliest first
 _INSIDE = ("state_dict", "model_state_dict", "model_state", "model_ema", "teacher", "model", "net", "student")
 _PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".th")
@@ -55,7 +54,7 @@ def fill(model: nn.Module, name: str) -> None:
     """Fill the backbone of a model from a file; the head stays as it is.
 
     Raises:
-        UsageError: the file cannot be read, or fills less than `LEAST_FILLED` of the backbone's tensors.
+        UsageError: the file cannot be read, or fills less than `LEAST_LOADED` of the backbone's tensors.
     """
     head = backbones.structure(model).trained_head
     target = {
@@ -63,9 +62,9 @@ def fill(model: nn.Module, name: str) -> None:
     }
     source = _read(name)
     found = _by_name(source, target)
-    if len(found) < LEAST_FILLED * len(target):
+    if len(found) < LEAST_LOADED * len(target):
         found = _by_order(source, target) or found
-    if len(found) < LEAST_FILLED * len(target):
+    if len(found) < LEAST_LOADED * len(target):
         first = next(key for key in target if key not in found)
         raise UsageError(
             f"--weights {name!r} fills {len(found)} of the {len(target)} tensors of the backbone (first missing: "

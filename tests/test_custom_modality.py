@@ -38,6 +38,12 @@ def test_it_trains_and_gets_features_heads_a_report_and_predictions(
     clouds = tmp_path / "home" / "clouds" / "test"
     loaded = hftl.load_run(tmp_path / "run", recipe.CloudClassification)
     predictions = loaded.predict(clouds)
+    rows = [f"{path},{path.parent.name}" for path in sorted(clouds.rglob("*.npy"))]
+    (tmp_path / "named.csv").write_text(
+        "\n".join(["other,kind,where", *(f"x,{row.split(',')[1]},{row.split(',')[0]}" for row in rows)])
+    )
+    scores = loaded.evaluate(str(tmp_path / "named.csv"), label="kind", cloud="where")
+    assert scores["accuracy"] == run.metrics["test"]["accuracy"]
     assert np.mean([entry.id.startswith(entry.label) for entry in predictions]) == run.metrics["test"]["accuracy"]
     plain = recipe.CloudModel.from_pretrained(tmp_path / "run").eval()
     rows = loaded.task.dataset(loaded.task.read_inputs(clouds / "box"), training=False)
