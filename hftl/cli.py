@@ -227,6 +227,12 @@ def _predict(argv: list[str]) -> None:
     parser.add_argument("--batch_size", type=_positive, help="rows through the model at once (default: what is fast)")
     parser.add_argument("--skip_bad_files", action="store_true", help="leave out files that cannot be read")
     parser.add_argument("--follow_links", action="store_true", help="as for hftl train")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32"),
+        default="auto",
+        help="auto: that of the training where this machine is made for it, with the labels of fp32",
+    )
     _add_columns(parser, "text", "text_pair", "image", "audio")
     _add_trust(parser)
     options = parser.parse_args(argv)
@@ -241,6 +247,8 @@ def _predict(argv: list[str]) -> None:
     _choose_device()
     run = load_run(options.run, trust_remote_code=options.trust_remote_code)
     run.task.arguments.follow_links |= options.follow_links
+    if options.precision == "fp32":
+        run.precision = options.precision
     looks_like_path = Path(options.input).suffix.lower() in {".txt", *TABLE_SUFFIXES} or _IS_PATH.match(options.input)
     is_file = not run.task.modality.is_text or looks_like_path or os.path.exists(options.input)
     source = Path(options.input) if is_file else options.input

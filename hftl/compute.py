@@ -121,6 +121,18 @@ def autocast(precision: str, device: torch.device | str = "cpu") -> contextlib.A
     return torch.autocast(torch.device(device).type, dtype=kinds[precision])
 
 
+def has_native(precision: str, device: torch.device) -> bool:
+    """Whether a device computes in `precision` by itself: bf16 without such instructions is slower than float32."""
+    if device.type == "cuda":
+        return precision != "bf16" or torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # of PyTorch 2.10 and later
+    return precision == "fp32" or (
+        device.type == "cpu"
+        and precision == "bf16"
+        and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    )
+
+
 def typical_batch(dataset: Any, collate: Any) -> dict[str, torch.Tensor]:
     """A batch to measure with: 16 rows, of texts those whose length is nearest to the mean.
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import small_data
 import tiny_models
+import torch
 from forked import LAUNCH, ROOT, Command, run_command, run_ranks
 from PIL import Image
 
@@ -77,6 +78,43 @@ def test_texts_keep_their_order_and_their_answers(place: Path, text_run: hftl.Ru
     of_folder = text_run.predict(place / "notes")
     assert [entry.id for entry in of_folder] == [f"{index:03}.txt" for index in range(600)]
     assert [entry.probability for entry in of_folder] == pytest.approx([e.probability for e in together], abs=1e-5)
+
+
+def test_half_precision_gives_the_labels_of_float32(place: Path, text_run: hftl.Run) -> None:
+    assert text_run.precision == "fp32"  # as it was trained: too few rows for anything else
+    settings = {"dataset": place / "texts", "max_steps": 40, "learning_rate": 1e-3, "output_dir": place / "clear"}
+    run = hftl.finetune("text-classification", model=place / "bert", **settings)
+    rows = run.task.read_inputs(place / "notes")
+    exact = run.logits(rows)
+    run.precision = "bf16"
+    half = run.logits(rows)
+    moved = np.abs(half - exact).max(axis=1) > 1e-4
+    assert 50 < moved.sum() < 550  # in half precision; the others stand near a tie
+    assert np.abs(exact[:, 0] - exact[:, 1])[~moved].mean() < np.abs(exact[:, 0] - exact[:, 1])[moved].mean() / 2
+    assert half.argmax(axis=1).tolist() == exact.argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precision", "expected"),
+    [
+        ({"avx512_bf16": True}, "bf16", True),
+        ({"bf16": True}, "bf16", True),  # of ARM
+        ({"avx512_bf16": False, "avx2": True}, "bf16", False),
+        ({"avx512_bf16": True}, "fp16", False),
+        ({}, "fp32", True),
+    ],
+)
+def test_a_precision_is_used_where_the_machine_is_made_for_it(
+    capabilities: dict[str, bool],
+    precision: str,
+    expected: bool,
+    text_run: hftl.Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    run = hftl.load_run(text_run.folder)
+    run.metrics["train"]["precision"] = precision  # what it was trained in, maybe elsewhere
+    assert run.precision == (precision if expected else "fp32")
 
 
 @pytest.mark.parametrize(("batch_size", "on_cpu"), [(None, True), (None, False), (7, True)])
