@@ -9,6 +9,7 @@ import os
 import platform
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def has_native(precision: str, device: torch.device) -> bool:
     """Whether a device computes in `precision` by itself: bf16 without such instructions is slower than float32."""
     if device.type == "cuda":
         return precision != "bf16" or torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # of PyTorch 2.10 and later
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of PyTorch 2.10 and later
     return precision == "fp32" or (
         device.type == "cpu"
         and precision == "bf16"

@@ -30,8 +30,8 @@ from hftl.tasks.classification import ClassificationTask
 
 #: what only the person may say who uses the run
 _NOT_FROM_A_RUN = {"trust_remote_code", "allow_pickle"}
-#: rows whose two largest logits are nearer than this many times what half precision moved a logit in the first batch are
-#: computed in float32: two may move towards one another, and other batches further than the first
+#: rows whose two largest logits are nearer than this many times what half precision moved a logit in the first batch
+#: are computed in float32: two may move towards one another, and other batches further than the first
 _NEAR = 4
 #: rows that are predicted before the first of them are given out: a few seconds of images on two cores
 _PIECE = 256
