@@ -57,7 +57,10 @@ class TransferArguments(TrainingArguments):
 
     # Model
     model_name_or_path: str | None = _argument(
-        None, "Hub id, local folder, builtin:NAME, or random:ARCH for a model that is not pretrained.", "--model"
+        None,
+        "Hub id, local folder, builtin:NAME, torchvision:NAME, keras:NAME, or random:ARCH for a model that is not "
+        "pretrained.",
+        "--model",
     )
     model_revision: str = _argument("main", "Branch, tag or commit of the model on the Hub.")
     trust_remote_code: bool = _argument(False, "Run Python code that comes with the model.")

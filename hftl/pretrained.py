@@ -55,6 +55,11 @@ def find_model(name: str | None) -> str:
         from hftl.builtin import builtin_model
 
         return str(builtin_model(name.partition(":")[2]))
+    if name.startswith(("torchvision:", "keras:")):
+        from hftl import origins
+
+        library, _, model = name.partition(":")
+        return origins.torchvision_model(model) if library == "torchvision" else origins.keras_model(model)
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path):
         if (path / "adapter_config.json").is_file():

@@ -1,0 +1,169 @@
+"""Pretrained models by the names that other libraries have for them: `torchvision:resnet50`, `keras:EfficientNetB0`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+from urllib.error import URLError
+
+import torch
+
+from hftl.builtin import in_order, made_once, write_timm_checkpoint
+from hftl.errors import UsageError, did_you_mean
+from hftl.folder import say
+from hftl.hub import check_hub
+
+#: torchvision's models whose layers timm has in the same order, where the names differ
+_RENAMED = {
+    **{
+        f"efficientnet_b{size}": f"tf_efficientnet_b{size}" for size in (5, 6, 7)
+    },  # BatchNorm's epsilon is that of these
+    "efficientnet_v2_m": "tf_efficientnetv2_m",
+    "efficientnet_v2_l": "tf_efficientnetv2_l",
+    "mnasnet0_5": "mnasnet_050",
+    "mnasnet0_75": "mnasnet_075",
+    "mnasnet1_0": "mnasnet_100",
+    "mobilenet_v2": "mobilenetv2_100",
+}
+#: … and where they do not
+_SAME = (
+    "densenet121", "densenet161", "densenet169", "densenet201", "efficientnet_b0", "efficientnet_b1", "efficientnet_b2",
+    "efficientnet_b3", "efficientnet_b4", "inception_v3", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16",
+    "vgg16_bn", "vgg19", "vgg19_bn", "wide_resnet50_2", "wide_resnet101_2",
+)  # fmt: skip
+TORCHVISION: Mapping[str, str] = MappingProxyType({**{name: name for name in _SAME}, **_RENAMED})
+
+#: Keras Applications whose weights timm has ported. The source of both is named: with AutoAugment, as the accuracies in
+#: Keras' table say, github.com/tensorflow/tpu/tree/master/models/official/efficientnet; github.com/google/automl
+#: (efficientnetv2, ImageNet-1k alone); github.com/tensorflow/models (slim, mobilenet v3 and Inception-ResNet v2);
+#: Xception's are Keras' own.
+KERAS: Mapping[str, str] = MappingProxyType(
+    {
+        **{f"EfficientNetB{size}": f"tf_efficientnet_b{size}.aa_in1k" for size in range(8)},
+        **{f"EfficientNetV2B{size}": f"tf_efficientnetv2_b{size}.in1k" for size in range(4)},
+        **{f"EfficientNetV2{size}": f"tf_efficientnetv2_{size.lower()}.in1k" for size in "SML"},
+        "InceptionResNetV2": "inception_resnet_v2.tf_in1k",
+        "MobileNetV3Large": "tf_mobilenetv3_large_100.in1k",
+        "MobileNetV3Small": "tf_mobilenetv3_small_100.in1k",
+        "Xception": "legacy_xception.tf_in1k",
+    }
+)
+#: how far the answers of the two implementations may lie apart, relative to the largest
+_TOLERANCE = 1e-4
+_HALF = (0.5, 0.5, 0.5)
+
+
+def torchvision_model(name: str) -> str:
+    """A folder with torchvision's own weights in timm's architecture, of which the answers are the same.
+
+    Args:
+        name: `resnet50`, or with one of its sets of weights `resnet50:IMAGENET1K_V1`; by default torchvision's own
+            default.
+
+    Raises:
+        UsageError: there is no such model or set of weights, timm has not its layers, or it cannot be downloaded.
+    """
+    from torchvision import models
+
+    architecture, _, tag = name.partition(":")
+    if architecture not in TORCHVISION:
+        there = architecture in models.list_models()
+        why = "timm does not have its layers, which hftl saves models in." if there else "there is no such model."
+        raise UsageError(
+            f"--model torchvision:{architecture}: {why}{did_you_mean(architecture, TORCHVISION)} There are: "
+            f"{', '.join(TORCHVISION)}."
+        )
+    sets: Any = models.get_model_weights(architecture)
+    if tag and tag not in sets.__members__:
+        raise UsageError(
+            f"--model torchvision:{name}: there is no {tag!r} of it.{did_you_mean(tag, sets.__members__)} There are: "
+            f"{', '.join(sets.__members__)}."
+        )
+    weights = sets[tag] if tag else sets.DEFAULT
+    write: Callable[[Path], None] = functools.partial(_write_torchvision, architecture, weights)
+    return str(made_once(f"torchvision-{architecture}-{weights.name}", write))
+
+
+def _write_torchvision(architecture: str, weights: Any, folder: Path) -> None:
+    from torchvision import models
+
+    say(f"model: {weights.url} is fetched, {weights.meta['_file_size']:,.0f} MB")
+    try:
+        theirs = models.get_model(architecture, weights=weights).eval()
+    except (URLError, OSError, RuntimeError) as error:  # no connection; no room; a file that is not what it was
+        raise UsageError(f"--model torchvision:{architecture}: {weights.url} cannot be fetched: {error}") from error
+    preset = weights.transforms()
+    mean, std = preset.mean, preset.std
+    source = {key: value for key, value in theirs.state_dict().items() if not key.startswith("AuxLogits.")}
+    ours = TORCHVISION[architecture]
+    state = in_order(source, ours)
+    settings = {"mean": mean, "std": std}
+    if getattr(theirs, "transform_input", False):  # Inception's pixels are from -1 to 1, whatever they came as
+        settings = {"mean": _HALF, "std": _HALF}
+    (crop,), (resize,) = preset.crop_size, preset.resize_size
+    _check_same(theirs, (mean, std), ours, state, settings, crop)
+    write_timm_checkpoint(
+        ours,
+        state,
+        folder,
+        **settings,
+        input_size=(3, crop, crop),
+        crop_pct=crop / resize,
+        interpolation=preset.interpolation.value,
+        tag=weights.name.lower(),
+    )
+
+
+@torch.no_grad()
+def _check_same(
+    theirs: torch.nn.Module,
+    normalised: tuple[Any, Any],
+    architecture: str,
+    state: dict[str, torch.Tensor],
+    settings: dict[str, Any],
+    side: int,
+) -> None:
+    """Compare the answers of the two implementations for the same pixels.
+
+    Raises:
+        UsageError: they differ.
+    """
+    import timm
+
+    def channels(values: Any) -> torch.Tensor:
+        return torch.tensor(values).view(1, 3, 1, 1)
+
+    ours = timm.create_model(architecture).eval()
+    ours.load_state_dict(state)
+    pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    expected = theirs((pixels - channels(normalised[0])) / channels(normalised[1]))
+    found = ours((pixels - channels(settings["mean"])) / channels(settings["std"]))
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= _TOLERANCE:
+        raise UsageError(
+            f"--model torchvision:{architecture}: timm's {architecture} gives other answers with the same weights (by "
+            f"{difference:.1e}, relative), in these versions of both libraries."
+        )
+
+
+def keras_model(name: str) -> str:
+    """The Hub id of timm's port of a model of Keras Applications.
+
+    Raises:
+        UsageError: there is no such model, or no port of its weights is known.
+    """
+    names = {known.lower(): known for known in KERAS}
+    known = names.get(name.lower())
+    if known is None:
+        raise UsageError(
+            f"--model keras:{name}: no port of the weights of such a model is known.{did_you_mean(name, KERAS)} There "
+            f"are: {', '.join(KERAS)}."
+        )
+    check_hub()
+    place = f"timm/{KERAS[known]}"
+    say(f"model: keras:{known} is {place}")
+    return place
