@@ -15,7 +15,7 @@ import numpy.typing as npt
 from hftl import folder
 from hftl.data import Splits
 from hftl.errors import UsageError
-from hftl.inert import from_cell, visible
+from hftl.inert import as_cell, from_cell, visible
 from hftl.metrics import softmax
 from hftl.tables import as_csv
 
@@ -53,11 +53,16 @@ def write_answers(path: Path, label_names: Sequence[str], splits: Splits, split:
     folder.write_text(path, as_csv([_head(label_names), *lines]))
 
 
-def read_answers(path: Path, label_names: Sequence[str]) -> Answers:
+def read_answers(path: Path, label_names: Sequence[str], rows: int | None = None) -> Answers:
     """The content of a run's predictions.csv.
 
+    Args:
+        path: the file.
+        label_names: of the run.
+        rows: how many it must have; None where that is not known.
+
     Raises:
-        UsageError: there is none, or it is not of these classes.
+        UsageError: there is none, it is not of these classes, or it is damaged.
     """
     if not path.is_file():
         raise UsageError(
@@ -67,22 +72,27 @@ def read_answers(path: Path, label_names: Sequence[str]) -> Answers:
     csv.field_size_limit(sys.maxsize)  # names of rows are of any length
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            head, *lines = ([from_cell(cell) for cell in line] for line in csv.reader(file))
+            head, *lines = csv.reader(file)
     except (ValueError, csv.Error) as error:
         raise UsageError(f"{str(path)!r} is damaged: {error}") from error
-    if head != [*map(visible, _head(label_names))] or not lines:
+    if head != [*map(as_cell, _head(label_names))] or not lines:
         raise UsageError(f"{str(path)!r} is not of this run: its columns are not those of the run's classes.")
     try:
         answers = Answers(
-            ids=[line[0] for line in lines],
-            labels=np.array([numbers[line[1]] for line in lines]),
-            predictions=np.array([numbers[line[2]] for line in lines]),
+            ids=[from_cell(line[0]) for line in lines],
+            labels=np.array([numbers[from_cell(line[1])] for line in lines]),
+            predictions=np.array([numbers[from_cell(line[2])] for line in lines]),
             probabilities=np.array([line[3:] for line in lines], dtype=float),
         )
     except (KeyError, IndexError, ValueError) as error:  # an unknown class, a line that is cut, no number
         raise UsageError(f"{str(path)!r} is damaged: {type(error).__name__} {error}") from error
     if not np.isfinite(answers.probabilities).all():
         raise UsageError(f"{str(path)!r} is damaged: a probability is no number.")
+    if rows is not None and len(lines) != rows:
+        raise UsageError(
+            f"{str(path)!r} is damaged: it has {len(lines):,} rows, and the run answered {rows:,}. Remove it, and "
+            "`hftl report` makes it anew."
+        )
     return answers
 
 

@@ -21,12 +21,12 @@ from hftl.inert import in_markdown
 from hftl.joined import as_flags, wished
 from hftl.merging import BASE
 from hftl.metrics import share_interval
-from hftl.pretrained import public_name
+from hftl.pretrained import find_model, public_name
 from hftl.tasks.classification import ClassificationTask, class_counts
 
 _TEXT = """# {title}
 
-{base} adapted to {task} on `{dataset}` with the method `{method}`{preparation}, using hftl.
+{base} adapted to {task} on {dataset} with the method {method}{preparation}, using hftl.
 
 ## Results
 
@@ -88,7 +88,7 @@ def write_card(
     where, colon, function = arguments.method.rpartition(":")
     method = f"{public_name(where)}:{function}" if colon else function
     title = arguments.hub_model_id or Path(str(arguments.output_dir)).name
-    on_hub = _is_on_hub(arguments.model_name_or_path)
+    on_hub = _place_on_hub(str(arguments.model_name_or_path))
     plain = metrics.get(f"ordinary_head_{split}", metrics[split])  # of what plain libraries load
     results = [
         EvalResult(
@@ -97,7 +97,7 @@ def write_card(
         )
         for kind, name, key in (("accuracy", "Accuracy", "accuracy"), ("f1", "Macro F1", "f1_macro"))
     ]  # fmt: skip
-    origin = base_card(str(arguments.model_name_or_path))
+    origin = base_card(on_hub or str(arguments.model_name_or_path))
     header = ModelCardData(
         pipeline_tag=task.name,
         library_name="transformers",
@@ -106,7 +106,7 @@ def write_card(
         license_link=origin.get("license_link"),
         language=origin.get("language"),
         datasets=dataset if _is_on_hub(arguments.dataset_name) else None,
-        base_model=arguments.model_name_or_path if on_hub else None,
+        base_model=on_hub,
         tags=["hftl", task.modality.name],
         base_model_relation=("adapter" if (target / BASE).is_dir() else "finetune") if on_hub else None,
         metrics=["accuracy", "f1"],
@@ -159,11 +159,18 @@ def _is_on_hub(name: str | None) -> bool:
     return name is not None and not os.path.exists(os.path.expanduser(name)) and ":" not in name
 
 
+def _place_on_hub(model: str) -> str | None:
+    """Where the base model is on the Hub; those of Keras are timm's ports of them."""
+    if model.startswith("keras:"):
+        return find_model(model)
+    return model if _is_on_hub(model) else None
+
+
 def base_card(name: str) -> dict[str, Any]:
     """The metadata of the base model's card; empty where there is none, or the Hub has none to give now."""
     if name.startswith("builtin:"):
         # As tensorflow/tpu and sentence-transformers/all-MiniLM-L6-v2, where the weights come from, say.
-        return {"license": "apache-2.0"}
+        return {"license": "apache-2.0"} | ({"language": "en"} if name == "builtin:minilm" else {})
     folder = Path(os.path.expanduser(name))
     if _is_on_hub(name) or (folder / "README.md").is_file():
         with contextlib.suppress(HTTPError, OSError, ValueError):  # no such file, no connection, no YAML
@@ -212,7 +219,7 @@ def _limits(splits: Splits, scores: dict[str, float], split: str, dataset: str, 
     if error > _UNCALIBRATED:
         lines.append(f"Its probabilities are off by {error:.0%} on average: it is not as right as it is sure.")
     lines.append(
-        f"It has learned from {len(splits.train):,} rows of `{dataset}`: on data of another origin the scores may be "
+        f"It has learned from {len(splits.train):,} rows of {dataset}: on data of another origin the scores may be "
         "far lower."
     )
     lines.append("Whatever it is given, it answers with one of its classes.")

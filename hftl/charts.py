@@ -15,7 +15,7 @@ from hftl.pages import short_name
 #: size of the drawing in its own units; the page scales it
 _WIDTH, _HEIGHT = 440, 260
 #: room for the axes: left, top, right, bottom
-_LEFT, _TOP, _RIGHT, _BOTTOM = 52, 10, 12, 40
+_LEFT, _TOP, _RIGHT, _BOTTOM = 60, 10, 12, 40
 #: around a map
 _MARGIN = 8
 #: points of a line beyond which the eye sees no difference

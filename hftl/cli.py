@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from hftl import __version__
 from hftl.errors import UsageError, did_you_mean
-from hftl.inert import visible
+from hftl.hub import check_name
+from hftl.inert import on_one_line
 from hftl.launch import launch, quick_imports
 from hftl.tasks import TASKS, check_task
 
@@ -306,7 +307,7 @@ def _evaluate(argv: list[str]) -> None:
         **_columns(options, run),
     )
     for name, value in scores.items():
-        print(visible(f"{name:<28}{value:.4f}"))
+        print(f"{on_one_line(name):<27} {value:.4f}")
 
 
 def _add_trust(parser: argparse.ArgumentParser) -> None:
@@ -449,6 +450,7 @@ def _push(argv: list[str]) -> None:
     parser.add_argument("--revision", help="branch to push to; it is made where it is not there")
     parser.add_argument("--create_pr", action="store_true", help="propose the commit instead of making it")
     options = parser.parse_args(argv)
+    check_name(options.repository)
     with quick_imports():
         from hftl.run import load_run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hftl import folder, pages
-from hftl.answers import Answers, read_answers
+from hftl.answers import Answers
 from hftl.arguments import read_yaml
 from hftl.errors import UsageError
-from hftl.folder import PREDICTIONS, RECIPE, say
-from hftl.report import found_in_data, known_rows, read_splits
+from hftl.folder import RECIPE, say
+from hftl.report import answers_of, found_in_data, known_rows, read_splits
 from hftl.run import Run, load_run
 from hftl.tables import aligned
 from hftl.tasks.classification import Shown
@@ -91,21 +92,20 @@ def shared_answers(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str]
                 f"{name} has other classes than {names[0]} ({', '.join(run.label_names[:5])}; {', '.join(first[:5])}): "
                 "such runs cannot be compared."
             )
-    every = [read_answers(run.folder / PREDICTIONS, first) for run in runs]
+    every = [answers_of(run) for run in runs]
+    known_by = [answers.ids for answers in every]
     digests = {str(found_in_data(run).get("scored")) for run in runs} - {"None"}
     if len(digests) > 1 and all(_NUMBERED.fullmatch(row) for row in every[0].ids):
-        raise UsageError(
-            f"{', '.join(names)} were not scored on the same rows, and these have numbers alone, by which shared ones "
-            "cannot be told: compare runs on the same test split."
-        )
+        known_by = [_contents(run, answers, name) for run, answers, name in zip(runs, every, names, strict=True)]
     counts = [len(answers.ids) for answers in every]
-    common = set(every[0].ids).intersection(*(answers.ids for answers in every[1:]))
-    rows = [row for row in every[0].ids if row in common]
-    if not rows:
+    common = set(known_by[0]).intersection(*known_by[1:])
+    shared = [row for row in known_by[0] if row in common]
+    if not shared:
         raise UsageError(f"{', '.join(names)} share no test row: compare runs on the same data.")
-    if max(counts) > len(rows):
-        say(f"compared on the {len(rows):,} rows that all have (of {', '.join(f'{count:,}' for count in counts)})")
-    chosen = [_part(answers, rows) for answers in every]
+    if max(counts) > len(shared):
+        say(f"compared on the {len(shared):,} rows that all have (of {', '.join(f'{count:,}' for count in counts)})")
+    rows = [row for row, known in zip(every[0].ids, known_by[0], strict=True) if known in common]
+    chosen = [_part(answers, known, shared) for answers, known in zip(every, known_by, strict=True)]
     for answers, name in zip(chosen[1:], names[1:], strict=True):
         differ = np.flatnonzero(answers.labels != chosen[0].labels)
         if len(differ):
@@ -116,11 +116,35 @@ def shared_answers(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str]
     return rows, chosen
 
 
-def _part(answers: Answers, rows: Sequence[str]) -> Answers:
-    """The answers to some rows, in their order."""
-    places = {row: number for number, row in enumerate(answers.ids)}
+def _contents(run: Run, answers: Answers, name: str) -> list[str]:
+    """The texts of the rows, from the run's data, numbered where one comes again: of rows that have numbers alone.
+
+    Raises:
+        UsageError: the rows are no texts, or the data are not at hand or not what they were.
+    """
+    splits = read_splits(run) if run.task.modality.is_text else None
+    places = known_rows(splits, run)
+    if splits is None or not places:
+        raise UsageError(
+            f"{name} was not scored on the same rows as the others, and these have numbers alone: shared ones are told "
+            "by their texts, where the data of all runs are at hand and unchanged. Compare runs on the same test split."
+        )
+    rows = splits.scored[[places[row] for row in answers.ids]]
+    texts = zip(*(rows[column] for column in ("text", "text_pair") if column in rows), strict=True)
+    times: Counter[str] = Counter()
+    contents = []
+    for text in map(repr, texts):
+        times[text] += 1
+        contents.append(f"{times[text]} {text}")
+    return contents
+
+
+def _part(answers: Answers, known_by: Sequence[str], rows: Sequence[str]) -> Answers:
+    """The answers to some rows, in their order; `known_by` says which row is which."""
+    places = {row: number for number, row in enumerate(known_by)}
     order = [places[row] for row in rows]
-    return Answers(list(rows), answers.labels[order], answers.predictions[order], answers.probabilities[order])
+    ids = [answers.ids[place] for place in order]
+    return Answers(ids, answers.labels[order], answers.predictions[order], answers.probabilities[order])
 
 
 def compare(

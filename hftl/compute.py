@@ -283,14 +283,28 @@ def _key(model: nn.Module, batch: dict[str, torch.Tensor], training: bool) -> st
     return f"{machine()}; {name}, {count:,} parameters, {kind}; {shapes}"
 
 
+def hardware() -> str:
+    """What computes, and the operating system, in a few words without a name of this machine."""
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        processor = f"{f'{count} x ' if count > 1 else ''}{torch.cuda.get_device_name()}"
+    else:
+        processor = f"{_processor()[0]}, {torch.get_num_threads()} threads a process"
+    return f"{processor}, {platform.system()} {platform.machine()}"
+
+
 def machine() -> str:
-    """The processor, its threads and torch: virtual machines give families of processors the same name."""
+    """The processor with its family, its threads and torch: virtual machines give families the same name."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{' '.join(_processor())} {capability}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _processor() -> list[str]:
+    """Its name, and on Linux its family and model."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    parts = [found.get(name, "") for name in ("model name", "cpu family", "model")]
-    processor = " ".join(filter(None, parts)) or platform.processor() or platform.machine()
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{processor} {capability}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    known = [found[name] for name in ("model name", "cpu family", "model") if name in found]
+    return known or [platform.processor() or platform.machine()]
 
 
 def _remembered() -> dict[str, dict[str, str]]:

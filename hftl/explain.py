@@ -15,6 +15,8 @@ from hftl import backbones
 
 #: points of the path from nothing to the text; more change the second digit
 _STEPS = 8
+#: of points that go through the model at once
+_TOKENS = 1_024
 
 
 def grad_cam(model: nn.Module, inputs: Mapping[str, torch.Tensor], label: int) -> npt.NDArray[np.float32] | None:
@@ -101,17 +103,20 @@ def token_attributions(model: Any, inputs: Mapping[str, torch.Tensor], label: in
         model(**inputs)
     if not kept or kept[0].shape[:2] != inputs["input_ids"].shape:
         return None
-    whole = kept[0].detach() - mean
+    whole = (kept[0].detach() - mean)[0]
     gradients = torch.zeros_like(whole)
-    for step in range(_STEPS):  # one after the other: eight long texts at once may not fit
-        with mixed_embeddings(layer, mean, (step + 0.5) / _STEPS) as kept, torch.enable_grad():
-            score = model(**inputs).logits[0, label]
-            gradients += torch.autograd.grad(score, kept[0])[0] / _STEPS
-    return (gradients * whole)[0].sum(dim=-1).float().cpu().numpy()
+    # Eight long texts at once may not fit, and decoders find the ends of several by what they are padded with.
+    together = 1 if getattr(model.config, "pad_token_id", None) is None else max(1, _TOKENS // len(whole))
+    for shares in ((torch.arange(_STEPS) + 0.5) / _STEPS).split(together):
+        points = {name: value.expand(len(shares), *value.shape[1:]) for name, value in inputs.items()}
+        with mixed_embeddings(layer, mean, shares.to(mean).view(-1, 1, 1)) as kept, torch.enable_grad():
+            score = model(**points).logits[:, label].sum()
+            gradients += torch.autograd.grad(score, kept[0])[0].sum(dim=0) / _STEPS
+    return (gradients * whole).sum(dim=-1).float().cpu().numpy()
 
 
 @contextmanager
-def mixed_embeddings(layer: Any, mean: torch.Tensor, share: float) -> Iterator[list[torch.Tensor]]:
+def mixed_embeddings(layer: Any, mean: torch.Tensor, share: float | torch.Tensor) -> Iterator[list[torch.Tensor]]:
     """Give tokens this share of their embedding, and of the mean of all embeddings the rest; kept for the gradient."""
     kept: list[torch.Tensor] = []
 

@@ -1,8 +1,10 @@
-"""Whether the Hub answers, asked once and quickly."""
+"""What is known of the Hub beforehand: whether it answers, asked once and quickly, and which names it takes."""
 
 from __future__ import annotations
 
 import functools
+
+from hftl.errors import UsageError
 
 _SECONDS = 5.0
 
@@ -23,3 +25,21 @@ def check_hub() -> None:
     except (HTTPError, OfflineModeIsEnabled):
         constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = True
+
+
+def check_name(repository: str) -> None:
+    """Refuse a name that no repository can have.
+
+    Raises:
+        UsageError: as said.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UsageError(
+            f"Pushing to {repository!r}: that is no name of a repository. It is NAME or USER/NAME, of letters, digits, "
+            "'-', '_' and '.', with no '-' or '.' at its beginning or end, and 96 long at most."
+        ) from error

@@ -23,6 +23,7 @@ from hftl.arguments import TransferArguments, read_yaml
 from hftl.card import EVALUATIONS, base_card, forbids_changes, licence_of
 from hftl.errors import UsageError
 from hftl.folder import CHECKPOINTS, LOGS, PREDICTIONS, RECIPE, is_main_process, say
+from hftl.hub import check_name
 from hftl.pretrained import public_name
 from hftl.report import REPORT, render_report
 
@@ -54,6 +55,8 @@ _ADVICE = {
     429: "it has had too many requests: try again in a while",
     507: "it has no room for the files",
 }
+#: settings that name what a run was made from, the flags that say it, and where the card does
+_SOURCES = {"model_name_or_path": ("--model", "base_model"), "dataset_name": ("--dataset", "datasets")}
 #: where the model of a checkpoint stands while the training goes on
 _IN_PROGRESS = "in-progress"
 _Answer = TypeVar("_Answer")
@@ -86,6 +89,7 @@ def push(
         UsageError: the Hub refused, or could not be reached, or the base model's licence forbids it; the run stays as
             it is.
     """
+    check_name(repository)
     _check_licence(_card_of(run.folder), repository)
     api = HfApi(token=token)
     operations: list[CommitOperationAdd | CommitOperationDelete]
@@ -124,8 +128,10 @@ def check_base(arguments: TransferArguments) -> None:
     """Refuse to begin a training that is to be pushed and may not be.
 
     Raises:
-        UsageError: the licence of the base model forbids it.
+        UsageError: the licence of the base model forbids it, or no repository can have such a name.
     """
+    if arguments.hub_model_id is not None:
+        check_name(arguments.hub_model_id)
     _check_licence(base_card(str(arguments.model_name_or_path)), str(arguments.hub_model_id))
 
 
@@ -154,9 +160,14 @@ def _shared_card(folder: Path, name: str) -> bytes:
 
 
 def _shared_recipe(folder: Path) -> bytes:
-    """The recipe without the folders of this machine."""
-    settings = {key: _without_folders(value) for key, value in read_yaml(folder / RECIPE).items()}
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode()
+    """The recipe without the folders of this machine: model and data that came from one are left to who repeats it."""
+    recipe = read_yaml(folder / RECIPE)
+    card = _card_of(folder)
+    # What came from the Hub is in the card; builtin: and the like are everywhere.
+    local = [key for key, (_, said) in _SOURCES.items() if said not in card and ":" not in str(recipe.get(key, ":"))]
+    settings = {key: _without_folders(value) for key, value in recipe.items() if key not in local}
+    notes = [f"# {_SOURCES[key][0]} was a file or folder, {public_name(recipe[key])!r}: name yours\n" for key in local]
+    return ("".join(notes) + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)).encode()
 
 
 def _without_folders(value: Any) -> Any:

@@ -32,6 +32,8 @@ REPORT = "report.html"
 _EXAMPLES = 12
 #: … and how many of them with what the answer rests on, which takes some passes of the model for each
 _EXPLAINED = 6
+#: right answers, of as many classes
+_RIGHT = 3
 #: more classes than this make no readable table of all pairs: the most frequent confusions are listed
 _MOST_CLASSES = 20
 #: lines of other lists
@@ -61,8 +63,8 @@ def render_report(run: Run, splits: Splits | None, shared: bool = False) -> str:
     Raises:
         UsageError: the run has no predictions.
     """
-    answers = read_answers(run.folder / PREDICTIONS, run.label_names)
-    split = "test" if "test" in run.metrics else "validation"
+    answers = answers_of(run)
+    split = scored_split(run)
     names = run.label_names
     recipe = pages.settings(read_yaml(run.folder / RECIPE))
     places = known_rows(splits, run)
@@ -76,7 +78,7 @@ def render_report(run: Run, splits: Splits | None, shared: bool = False) -> str:
         scores=run.metrics[split],
         interval=share_interval(int(answers.correct.sum()), len(answers.ids)),
         metrics=run.metrics,
-        training={"versions": {}, **run.metrics["train"]},  # older runs have none
+        training={"versions": {}, "hardware": "", **run.metrics["train"]},  # older runs have none
         blocks=_blocks(run.metrics["train"]["stages"]),
         curves=_training_curves(run.folder / LOGS / "log.jsonl"),
         data=found_in_data(run),
@@ -86,11 +88,27 @@ def render_report(run: Run, splits: Splits | None, shared: bool = False) -> str:
         reliability=_reliability(answers),
         ranking=_ranking_curves(answers, names),
         map=_map(run, answers, splits, places),
-        mistakes=[] if shared else _mistakes(run, answers, splits, places),
+        mistakes=[] if shared else _examples(run, answers, splits, places, _surest_mistakes(answers)),
+        right=[] if shared else _examples(run, answers, splits, places, _surest_of_classes(answers)),
         explained=_EXPLAINED,
         label_errors=_label_errors(run, answers, splits, places),
         settings=recipe,
     )
+
+
+def scored_split(run: Run) -> str:
+    """The split whose rows are in predictions.csv."""
+    return "test" if "test" in run.metrics else "validation"
+
+
+def answers_of(run: Run) -> Answers:
+    """What the run says of every row of that split.
+
+    Raises:
+        UsageError: as `read_answers`.
+    """
+    counts = found_in_data(run)["rows"].get(scored_split(run))
+    return read_answers(run.folder / PREDICTIONS, run.label_names, sum(counts.values()) if counts else None)
 
 
 def ensure_answers(run: Run, splits: Splits | None) -> None:
@@ -282,15 +300,30 @@ def _ranking_curves(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _mistakes(run: Run, answers: Answers, splits: Splits | None, places: Mapping[str, int]) -> list[dict[str, Any]]:
-    """The wrong answers of which the model is surest, with what it saw."""
+def _surest_mistakes(answers: Answers) -> list[int]:
+    """Rows of the wrong answers of which the model is surest."""
     wrong = np.flatnonzero(~answers.correct)
-    order = wrong[np.argsort(-answers.probabilities[wrong].max(axis=1), kind="stable")][:_EXAMPLES]
+    return wrong[np.argsort(-answers.probabilities[wrong].max(axis=1), kind="stable")][:_EXAMPLES].tolist()
+
+
+def _surest_of_classes(answers: Answers) -> list[int]:
+    """Of the classes with most right answers the row of which the model is surest."""
+    right = np.flatnonzero(answers.correct)
+    order = right[np.argsort(-answers.probabilities[right].max(axis=1), kind="stable")]
+    _, first = np.unique(answers.labels[order], return_index=True)
+    counts = np.bincount(answers.labels[order])
+    return sorted(order[first].tolist(), key=lambda row: -counts[answers.labels[row]])[:_RIGHT]
+
+
+def _examples(
+    run: Run, answers: Answers, splits: Splits | None, places: Mapping[str, int], order: list[int]
+) -> list[dict[str, Any]]:
+    """Rows with what the model saw, and what its answers to the first of them rest on."""
     explainer: Any = None
-    if places and len(order) and run.probe is None:  # else another head gave the answers
+    if places and order and run.probe is None:  # else another head gave the answers
         explainer = None if merging.is_quantised(run.model) else run.model  # few bits may be packed for inference alone
     examples: list[dict[str, Any]] = []
-    for number in order.tolist():
+    for number in order:
         row, said = answers.ids[number], int(answers.predictions[number])
         shown = Shown()
         if splits is not None and row in places:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from hftl import __version__, backbones, folder, merging
+from hftl import __version__, backbones, compute, folder, merging
 from hftl.answers import write_answers
 from hftl.arguments import to_recipe
 from hftl.data import Splits
@@ -63,6 +63,7 @@ def write_run(
             "stages": records,
             "seed": arguments.seed,
             "precision": arguments.precision,
+            "hardware": compute.hardware(),
             "versions": _versions(),
         },
         **{name: scores for name, (_, _, scores) in results.items()},

@@ -14,7 +14,7 @@ from pathlib import Path
 import datasets
 
 from hftl.errors import UsageError
-from hftl.inert import as_cell
+from hftl.inert import as_cell, on_one_line
 
 TABLE_SUFFIXES = {".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet"}
 
@@ -29,6 +29,7 @@ def as_csv(lines: Iterable[Sequence[object]]) -> str:
 
 def aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
     """Lines of cells with their columns one below the other, those whose numbers are in `left` to the left."""
+    lines = [[on_one_line(cell) for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     cells = [
         [

@@ -76,7 +76,7 @@ def error_messages(package: Path) -> list[tuple[str, str, list[Message]]]:
     taken: set[str] = set()
     for path in sorted(package.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        texts = [message_of(call) for call in error_calls(tree)]
+        texts = [message_of(call) for call in error_calls(tree)] + [*_advice(tree)]
         name = str(path.relative_to(package.parent))
         taken.add(_module_anchor(name))
         messages = [Message(text, _free_anchor(text, taken)) for text in texts]
@@ -93,6 +93,17 @@ def error_calls(tree: ast.AST) -> list[ast.Call]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ERRORS
     ]
     return sorted(calls, key=lambda call: (call.lineno, call.col_offset))
+
+
+def _advice(tree: ast.Module) -> Iterator[str]:
+    """The reasons in a module's table `_ADVICE`, which stand inside its messages."""
+    for node in tree.body:
+        if (
+            isinstance(node, ast.Assign)
+            and ast.unparse(node.targets[0]) == "_ADVICE"
+            and isinstance(node.value, ast.Dict)
+        ):
+            yield from map(_rendered, node.value.values)
 
 
 def message_of(call: ast.Call) -> str:

@@ -91,6 +91,12 @@ def test_runs_that_cannot_be_compared(place: Path) -> None:
     part = Path(shutil.copytree(place / "b", place / "part"))
     lines = (part / "predictions.csv").read_text().splitlines()
     (part / "predictions.csv").write_text("\n".join(lines[:8]) + "\n")
+    cut = run_command(["compare", "a", "part"], place)
+    assert cut.returncode == 2
+    assert "predictions.csv' is damaged: it has 7 rows, and the run answered 15" in cut.stderr
+    found = part / "logs" / "data.json"
+    content = json.loads(found.read_text())
+    found.write_text(json.dumps({**content, "rows": {"test": {"red": 7}}}))
     done = run_command(["compare", "a", "part"], place)
     assert done.returncode == 0, done.stderr
     assert "compared on the 7 rows that all have (of 15, 7)" in done.stdout
@@ -104,6 +110,7 @@ def test_runs_that_cannot_be_compared(place: Path) -> None:
     assert "two runs or more" in refused("a")
     assert "is no finished run" in refused("a", "images")
     cells = [line.split(",") for line in lines[1:]]
+    found.write_text(json.dumps(content))
     (part / "predictions.csv").write_text(
         "\n".join([lines[0], *(",".join(["x" + c[0], *c[1:]]) for c in cells)]) + "\n"
     )
@@ -123,10 +130,16 @@ def test_rows_that_have_numbers_alone_are_compared_on_the_same_data_only(tmp_pat
     small_data.write_texts(tmp_path / "two", {"test": 10, "train": 24, "dev": 8})  # other texts, the same labels
     tiny_models.write_tiny_text_model(tmp_path / "bert", kind="bert")
     train = ["train", "text-classification", "--model=bert", "--max_steps=1", "--report_to=none"]
-    for data, name in (("one", "a"), ("one", "b"), ("two", "c")):
-        done = run_command([*train, f"--dataset={data}", f"--output_dir={name}"], tmp_path)
+    for data, name, flags in (("one", "a", []), ("one", "b", ["--max_eval_samples=6"]), ("two", "c", [])):
+        done = run_command([*train, f"--dataset={data}", f"--output_dir={name}", *flags], tmp_path)
         assert done.returncode == 0, done.stderr
-    assert run_command(["compare", "a", "b"], tmp_path).returncode == 0
+    part = run_command(["compare", "a", "b"], tmp_path)
+    assert part.returncode == 0, part.stderr
+    assert "compared on the 6 rows that all have (of 10, 6)" in part.stdout
     refused = run_command(["compare", "a", "c"], tmp_path)
     assert refused.returncode == 2
-    assert "not scored on the same rows" in refused.stderr
+    assert refused.stderr == "error: a, c share no test row: compare runs on the same data.\n"
+    shutil.move(tmp_path / "one", tmp_path / "gone")
+    refused = run_command(["compare", "a", "b"], tmp_path)
+    assert refused.returncode == 2
+    assert "where the data of all runs are at hand" in refused.stderr

@@ -18,7 +18,7 @@ from forked import run_command
 from huggingface_hub import ModelCard, constants
 
 import hftl
-from hftl import push
+from hftl import cli, push
 from hftl.card import EVALUATIONS, forbids_changes
 from hftl.errors import UsageError
 
@@ -145,7 +145,17 @@ def test_no_folder_of_this_machine_is_pushed(place: Path, hub: hub_server.Hub) -
     assert str(place) in (place / "elsewhere" / "recipe.yaml").read_text()  # with which the run is repeated here
     for path, content in hub.files["tester/elsewhere"].items():
         assert str(place).encode() not in content, path
-    assert b"dataset_name: texts" in hub.files["tester/elsewhere"]["recipe.yaml"]
+    recipe = hub.files["tester/elsewhere"]["recipe.yaml"].decode()
+    # Elsewhere these names might be those of something else on the Hub.
+    assert "# --model was a file or folder, 'bert': name yours\n# --dataset was a file or folder, 'texts'" in recipe
+    assert not {"model_name_or_path", "dataset_name"} & set(yaml.safe_load(recipe))
+
+
+@pytest.mark.parametrize("name", ["bad repo", "a/b/c", "-a", "a" * 97])
+def test_a_name_that_no_repository_has(name: str, place: Path, hub: hub_server.Hub) -> None:
+    with pytest.raises(UsageError, match="no name of a repository"):
+        cli._run(["push", str(place / "text"), *(["--"] if name == "-a" else []), name])
+    assert not hub.requests
 
 
 @pytest.mark.slow

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import html
+import re
+
+import markdown
 import pytest
 
-from hftl.inert import as_cell, from_cell, in_markdown, visible
+from hftl.inert import as_cell, from_cell, in_markdown, on_one_line, visible
 
 
 @pytest.mark.parametrize(
@@ -40,4 +44,33 @@ def test_a_terminal_obeys_nothing() -> None:
 
 def test_a_page_shows_a_name_as_it_is() -> None:
     name = "a|b\n<script>alert(1)</script>\x1b"
-    assert in_markdown(name) == "a&#124;b &lt;script&gt;alert(1)&lt;/script&gt;\\x1b"
+    assert shown_by_markdown(name) == "a|b <script>alert(1)</script>\\x1b"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "![x](https://evil.example/p.png)",
+        "[log in](https://evil.example) **x** __y__ _z_",
+        "`code` ~~gone~~ [x][y] <https://evil.example>",
+        "# heading",
+        "https://evil.example www.evil.example me@evil.example",
+        r"back\\slash \[x\](y) &amp; a_b_c",
+    ],
+)
+def test_a_page_obeys_no_name(name: str) -> None:
+    assert shown_by_markdown(name) == name
+    # GitHub's Markdown makes links of bare addresses too.
+    assert not re.search(r"://|www\.|@", in_markdown(name))
+
+
+def shown_by_markdown(name: str) -> str:
+    """What stands in the cell of a table, without anything but text in it."""
+    page = markdown.markdown(f"| a | b |\n| --- | --- |\n| {in_markdown(name)} | 1 |\n", extensions=["tables"])
+    (cell,) = re.findall("<td>(.*?)</td>\\s*<td>1</td>", page, flags=re.DOTALL)
+    assert "<" not in cell
+    return html.unescape(cell)
+
+
+def test_a_name_is_one_line() -> None:
+    assert on_one_line("a\nb: 1\tc\u2028d\x1b") == "a\\nb: 1\\tc\\u2028d\\x1b"

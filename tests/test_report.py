@@ -23,14 +23,14 @@ from PIL import Image
 from transformers import AutoModelForSequenceClassification
 
 import hftl
-from hftl import charts, data, explain, feature_map, images
-from hftl.answers import read_answers
+from hftl import charts, data, explain, feature_map, images, report
+from hftl.answers import Answers, read_answers
 from hftl.callbacks import LogFile
 from hftl.charts import Line
 from hftl.data import _without_folders
 from hftl.label_errors import likely_label_errors
 from hftl.report import _training_curves
-from hftl.tables import as_csv
+from hftl.tables import aligned, as_csv
 from hftl.tasks.text_classification import TextClassification, _pieces
 
 #: what a data set may hold, and a page must not act on
@@ -108,7 +108,11 @@ def test_what_it_says_is_what_was_measured(image_run: Path) -> None:
     pictures = [attributes for tag, attributes in page.elements if tag == "img"]
     assert len(pictures) >= len(wrong[:12]) > 0
     assert all(str(picture["src"]).startswith("data:image/jpeg;base64,") and picture["alt"] for picture in pictures)
-    stages = metrics["train"]["stages"]
+    assert "What right answers rest on" in page.text
+    train = metrics["train"]
+    assert f"Trained on {train['hardware']}, in {train['precision']}." in page.text
+    assert f"{train['samples_per_second']:,.1f} rows a second" in page.text
+    stages = train["stages"]
     assert [stage["name"] for stage in stages] == ["head", "all"]
     for stage in stages:
         assert stage["name"] in page.text
@@ -185,7 +189,7 @@ def test_features_that_a_training_had_are_not_computed_again(place: Path, monkey
     kept = feature_map.features_of(run, splits, numbers)
     assert kept.shape == (15, 32)
     (frozen / "logs" / "features-test.npy").unlink()
-    assert np.allclose(feature_map.features_of(run, splits, numbers), kept, rtol=2e-3, atol=2e-3)  # kept in 16 bits
+    assert np.allclose(feature_map.features_of(run, splits, numbers), kept, rtol=1e-2, atol=1e-2)  # kept in 16 bits
 
 
 @pytest.mark.slow
@@ -235,6 +239,7 @@ def test_it_can_be_made_anew(place: Path, image_run: Path) -> None:
         ("predictions.csv", lambda text: text.replace(",red,", ",pink,", 1), "is damaged: KeyError"),
         ("predictions.csv", lambda text: text[: text.rindex(",") - 12], "is damaged"),
         ("predictions.csv", lambda text: re.sub(r"0\.\d+$", "nan", text.rstrip()), "a probability is no number"),
+        ("predictions.csv", lambda text: text[: text.rindex("\n", 0, -1)], "it has 14 rows, and the run answered 15"),
         ("metrics.json", lambda text: text[:-9], "its metrics.json is no JSON"),
         ("metrics.json", lambda text: re.sub('"hftl": "[^"]*"', '"hftl": "99.1.0"', text), "made by hftl 99.1.0"),
     ],
@@ -381,6 +386,13 @@ def test_grad_cam_finds_the_place() -> None:
     assert explain.grad_cam(model, picture, 0) is None  # nothing speaks for it
 
 
+def test_right_answers_of_several_classes_are_shown() -> None:
+    probabilities = np.array([[0.9, 0.1, 0], [0.8, 0.2, 0], [0.1, 0.6, 0.3], [0.4, 0.3, 0.3], [0.2, 0.1, 0.7]])
+    answers = Answers(list("abcde"), np.array([0, 0, 1, 2, 0]), probabilities.argmax(axis=1), probabilities)
+    assert report._surest_of_classes(answers) == [0, 2]  # the third class has none
+    assert report._surest_mistakes(answers) == [4, 3]
+
+
 def test_flipped_labels_come_first() -> None:
     random = np.random.default_rng(0)
     truth = random.integers(0, 3, 300)
@@ -437,3 +449,10 @@ def test_what_a_terminal_obeys_is_written_out_in_a_table(tmp_path: Path) -> None
     (tmp_path / "t.csv").write_bytes(as_csv([["id", "label"], ["a\rb", "\x1b[2Jc"], ["1", "d\ne"]]).encode())
     with (tmp_path / "t.csv").open(newline="") as file:
         assert list(csv.reader(file)) == [["id", "label"], ["a\\rb", "\\x1b[2Jc"], ["1", "d\ne"]]
+
+
+def test_no_name_makes_a_line_of_a_table() -> None:
+    assert aligned([["class", "rows"], ["b\nc: accuracy 1", "3"]], left=[0]) == [
+        "class             rows",
+        "b\\nc: accuracy 1     3",
+    ]
