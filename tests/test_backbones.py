@@ -158,10 +158,31 @@ EXPECTED = {
         ("score",), 4, ("transformer.wte", "transformer.wpe"), ("transformer.h.2", "transformer.ln_f"), False
     ),
     "qwen2": Expected(("score",), 4, ("model.embed_tokens",), ("model.layers.2", "model.norm"), False),
+    "wav2vec2": Expected(
+        ("projector", "classifier"),
+        4,
+        (
+            "wav2vec2.masked_spec_embed",
+            "wav2vec2.feature_extractor",
+            "wav2vec2.feature_projection",
+            "wav2vec2.encoder.pos_conv_embed",
+            "wav2vec2.encoder.layer_norm",
+        ),
+        ("wav2vec2.encoder.layers.2",),
+        False,
+    ),
+    "ast": Expected(
+        ("classifier",),
+        4,
+        ("audio_spectrogram_transformer.embeddings",),
+        ("audio_spectrogram_transformer.layers.2", "audio_spectrogram_transformer.layernorm"),
+        False,
+    ),
 }
 
 # Tables and tokens of more than one dimension, by the end of their names, that must be spared from weight decay.
 TABLES = {
+    "ast": {"cls_token", "distillation_token", "position_embeddings"},
     "timm_vit_tiny": {"cls_token", "pos_embed"},
     "timm_deit_tiny_distilled": {"cls_token", "pos_embed", "dist_token"},
     "timm_swin_tiny": {"relative_position_bias_table"},
@@ -266,8 +287,10 @@ def test_normalisation_modules(name: str) -> None:
     model = shared_model(name)
     found = set(backbones.normalisation_modules(model))
     named = {key for key, module in model.named_modules() if "norm" in type(module).__name__.lower()}
-    # Inception's ConvNormAct and ConvNeXt's NormMlpClassifierHead have a norm, and are none.
-    assert found == {key for key in named if not re.search("Conv.*Act|Head", type(model.get_submodule(key)).__name__)}
+    # Inception's ConvNormAct, ConvNeXt's NormMlpClassifierHead and wav2vec's LayerNormConvLayer have a norm, and are
+    # none; nor is what keeps a weight's norm.
+    others = re.compile("Conv.*Act|Head|ConvLayer|WeightNorm")
+    assert found == {key for key in named if not others.search(type(model.get_submodule(key)).__name__)}
     assert found
 
 

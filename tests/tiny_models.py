@@ -121,6 +121,12 @@ _IMAGE_SETTINGS: dict[str, dict[str, Any]] = {
     "Swin": {"embed_dim": 8, "depths": [1, 2, 1], "num_heads": [1, 2, 4], "window_size": 4, "image_size": 64},
     "ResNet": {"embedding_size": 8, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 2, 1]},
 }
+_AUDIO_SETTINGS: dict[str, dict[str, Any]] = {
+    # As the task sets it: no masks, which are not for sounds as short as these, and no layers left out at random.
+    "Wav2Vec2": _WAVEFORM | {"apply_spec_augment": False, "layerdrop": 0.0},
+    "AST": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    | {"max_length": 32, "num_mel_bins": 32},
+}
 _TEXT_SETTINGS: dict[str, dict[str, Any]] = {
     "Bert": _TEXT,
     "Roberta": _TEXT | {"pad_token_id": 1, "max_position_embeddings": 66},
@@ -141,12 +147,14 @@ _TEXT_SETTINGS: dict[str, dict[str, Any]] = {
 def transformers_model(kind: str) -> PreTrainedModel:
     """A random transformers classification model with three labels; `kind` as in its class names (`ViT`, `Bert`)."""
     torch.manual_seed(0)
-    task = "ImageClassification" if kind in _IMAGE_SETTINGS else "SequenceClassification"
-    return getattr(transformers, f"{kind}For{task}")(_config(kind, **LABELS)).eval()
+    settings = {"Image": _IMAGE_SETTINGS, "Audio": _AUDIO_SETTINGS, "Sequence": _TEXT_SETTINGS}
+    data = next(data for data, known in settings.items() if kind in known)
+    auto_class = getattr(transformers, f"AutoModelFor{data}Classification")
+    return auto_class.from_config(_config(kind, **LABELS)).eval()
 
 
 def _config(kind: str, **settings: Any) -> transformers.PreTrainedConfig:
-    own = _IMAGE_SETTINGS.get(kind) or _TEXT_SETTINGS[kind]
+    own = (_IMAGE_SETTINGS | _AUDIO_SETTINGS | _TEXT_SETTINGS)[kind]
     return getattr(transformers, f"{kind}Config")(**own, **settings)
 
 
@@ -193,11 +201,15 @@ TINY: dict[str, Callable[[], PreTrainedModel]] = {
     "albert": partial(transformers_model, "Albert"),
     "gpt2": partial(transformers_model, "GPT2"),
     "qwen2": partial(transformers_model, "Qwen2"),
+    "wav2vec2": partial(transformers_model, "Wav2Vec2"),
+    "ast": partial(transformers_model, "AST"),
 }
 
 
 def tiny_inputs(model: PreTrainedModel, batch: int = 2) -> dict[str, torch.Tensor]:
     """A batch that `model` takes: pixel_values (batch, 3, size, size), or input_ids and attention_mask (batch, 8).
+
+    Or input_values: waveforms (batch, 1600), or spectrograms (batch, 32, 32).
 
     The last row of text has two pad tokens at its end. Seeded, so that two calls give the same batch.
     """
@@ -205,6 +217,9 @@ def tiny_inputs(model: PreTrainedModel, batch: int = 2) -> dict[str, torch.Tenso
     if model.main_input_name == "pixel_values":
         size = _image_size(model)
         return {"pixel_values": torch.rand(batch, 3, size, size, generator=generator)}
+    if model.main_input_name == "input_values":
+        shape = (32, 32) if model.config.model_type == "audio-spectrogram-transformer" else (1600,)
+        return {"input_values": torch.randn(batch, *shape, generator=generator)}
     tokens = torch.randint(5, VOCABULARY_SIZE, (batch, 8), generator=generator)
     mask = torch.ones_like(tokens)
     tokens[-1, -2:], mask[-1, -2:] = model.config.pad_token_id, 0

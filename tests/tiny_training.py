@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from tiny_models import tiny_inputs
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, default_data_collator
+from transformers import AutoModelForAudioClassification, PreTrainedModel, default_data_collator
 
 import hftl
-from hftl.arguments import ImageArguments, TextArguments, TransferArguments, stage_arguments
+from hftl.arguments import AudioArguments, ImageArguments, TextArguments, TransferArguments, stage_arguments
 from hftl.losses import CrossEntropyLoss
 from hftl.methods import Stage
+from hftl.tasks.audio_classification import AudioClassification
 from hftl.tasks.image_classification import ImageClassification
 from hftl.tasks.text_classification import TextClassification
 from hftl.trainer import TransferTrainer
@@ -39,8 +40,8 @@ PLAIN = [
 
 def tiny_arguments(model: PreTrainedModel, *flags: str) -> TransferArguments:
     """Parsed arguments for a short training of `model`; later flags win."""
-    images = model.main_input_name == "pixel_values"
-    return stage_arguments(_parsed(ImageArguments if images else TextArguments, flags))
+    classes = {"pixel_values": ImageArguments, "input_values": AudioArguments, "input_ids": TextArguments}
+    return stage_arguments(_parsed(classes[model.main_input_name], flags))
 
 
 @cache
@@ -83,8 +84,10 @@ def every_tensor(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def task_of(model: PreTrainedModel) -> Any:
     """The model's task, with nothing but the model to save."""
-    images = model.main_input_name == "pixel_values"
-    task: Any = (ImageClassification if images else TextClassification)(tiny_arguments(model))
+    tasks: dict[str, Any] = {"pixel_values": ImageClassification, "input_ids": TextClassification}
+    task = tasks.get(model.main_input_name, AudioClassification)(tiny_arguments(model))
+    if model.main_input_name == "input_values":
+        task.auto_class = AutoModelForAudioClassification  # as it sets it for a model of waveforms
     task.processor = SimpleNamespace(save_pretrained=lambda folder: None)
     return task
 

@@ -112,6 +112,9 @@ class AudioClassification(ClassificationTask):
             self.processor = new_extractor(seconds, rates)
         else:
             model.config.apply_spec_augment = False  # it fails for recordings shorter than one of its masks
+            for name in ("layerdrop", "encoder_layerdrop"):  # DDP waits for gradients of layers left out at random
+                if hasattr(model.config, name):
+                    setattr(model.config, name, 0.0)
             if arguments.mixup is not None:
                 raise UsageError("--mixup mixes pictures of sounds, which this model of waveforms does not take.")
         self.processor.clip_seconds = seconds  # it is saved with the others
