@@ -43,7 +43,7 @@ def builtin_dataset(name: str) -> dict[str, datasets.Dataset]:
     """The splits (train, validation, test) of a built-in data set."""
     if name not in BUILTIN_DATASETS:
         raise _unknown("data set", name, BUILTIN_DATASETS)
-    with _explained_cache(name):
+    with explained_cache(f"builtin:{name}"):
         return BUILTIN_DATASETS[name]()
 
 
@@ -51,12 +51,12 @@ def builtin_model(name: str) -> Path:
     """The folder of a built-in model: an ordinary checkpoint that transformers loads."""
     if name not in BUILTIN_MODELS:
         raise _unknown("model", name, BUILTIN_MODELS)
-    with _explained_cache(name):
+    with explained_cache(f"builtin:{name}"):
         return BUILTIN_MODELS[name]()
 
 
 @contextlib.contextmanager
-def _explained_cache(name: str) -> Iterator[None]:
+def explained_cache(name: str) -> Iterator[None]:
     """Say which folder could not be written.
 
     Raises:
@@ -66,7 +66,7 @@ def _explained_cache(name: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UsageError(
-            f"builtin:{name} cannot be written to {str(cache_folder())!r}: {error.strerror or error}. Name another "
+            f"{name} cannot be written to {str(cache_folder())!r}: {error.strerror or error}. Name another "
             "folder in the environment variable HFTL_HOME."
         ) from error
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.errors import HTTPError
@@ -87,7 +88,7 @@ def write_card(
     base, dataset = public_name(arguments.model_name_or_path), public_name(arguments.dataset_name)
     where, colon, function = arguments.method.rpartition(":")
     method = f"{public_name(where)}:{function}" if colon else function
-    title = arguments.hub_model_id or Path(str(arguments.output_dir)).name
+    title = repository_of(arguments)
     on_hub = _place_on_hub(str(arguments.model_name_or_path))
     plain = metrics.get(f"ordinary_head_{split}", metrics[split])  # of what plain libraries load
     results = [
@@ -97,7 +98,7 @@ def write_card(
         )
         for kind, name, key in (("accuracy", "Accuracy", "accuracy"), ("f1", "Macro F1", "f1_macro"))
     ]  # fmt: skip
-    origin = base_card(on_hub or str(arguments.model_name_or_path))
+    origin = base_card(str(arguments.model_name_or_path))
     header = ModelCardData(
         pipeline_tag=task.name,
         library_name="transformers",
@@ -120,11 +121,12 @@ def write_card(
     ]
     if getattr(arguments, "test_time_flip", False):
         rows.append("\nOf each image and its mirror image (`--test_time_flip`); plain transformers takes it alone.")
+    scored = np.bincount(np.asarray(splits.scored["label"], dtype=int), minlength=len(splits.label_names))
     classes = [
         f"| {in_markdown(name)} | {count:,} | "
-        + " | ".join(f"{plain.get(f'{kind}/{name}', 0.0):.4f}" for kind in ("precision", "recall", "f1"))
+        + " | ".join(f"{plain[f'{kind}/{name}']:.4f}" if there else "–" for kind in ("precision", "recall", "f1"))
         + " |"
-        for name, count in zip(splits.label_names, class_counts(splits), strict=True)
+        for name, count, there in zip(splits.label_names, class_counts(splits), scored, strict=True)
     ]
     unmerged = _UNMERGED.format(title=json.dumps(title), auto_class=task.auto_class.__name__)
     text = _TEXT.format(
@@ -159,6 +161,11 @@ def _is_on_hub(name: str | None) -> bool:
     return name is not None and not os.path.exists(os.path.expanduser(name)) and ":" not in name
 
 
+def repository_of(arguments: TransferArguments) -> str:
+    """Where a run goes on the Hub: by default, under the name of its folder."""
+    return arguments.hub_model_id or Path(str(arguments.output_dir)).resolve().name
+
+
 def _place_on_hub(model: str) -> str | None:
     """Where the base model is on the Hub; those of Keras are timm's ports of them."""
     if model.startswith("keras:"):
@@ -171,9 +178,10 @@ def base_card(name: str) -> dict[str, Any]:
     if name.startswith("builtin:"):
         # As tensorflow/tpu and sentence-transformers/all-MiniLM-L6-v2, where the weights come from, say.
         return {"license": "apache-2.0"} | ({"language": "en"} if name == "builtin:minilm" else {})
+    name = _place_on_hub(name) or name
     folder = Path(os.path.expanduser(name))
     if _is_on_hub(name) or (folder / "README.md").is_file():
-        with contextlib.suppress(HTTPError, OSError, ValueError):  # no such file, no connection, no YAML
+        with contextlib.suppress(HTTPError, OSError, ValueError, yaml.YAMLError):  # no such file, no connection
             return ModelCard.load(name if _is_on_hub(name) else folder / "README.md").data.to_dict()
     return {}
 
@@ -192,8 +200,8 @@ def _of_licence(licence: str | None) -> str:
     """What the licence of the base model means for who uses this one."""
     if licence is None:
         return "The licence of the base model is not known here: look for it before you use or share this one."
-    words, licence = str(licence).lower().split("-"), in_markdown(str(licence))
-    if forbids_changes(licence):
+    forbids, words, licence = forbids_changes(licence), licence.lower().split("-"), in_markdown(licence)
+    if forbids:
         return f"The licence of the base model ({licence}) does not let changed versions be shared: this one neither."
     if "nc" in words or "noncommercial" in words:
         return f"The licence of the base model ({licence}) does not allow commercial use."

@@ -26,8 +26,8 @@ from hftl.tasks.classification import Shown
 _DRAWS = 1_000
 #: examples of each kind of disagreement
 _EXAMPLES = 6
-#: scores that are compared, with whether more is better
-SCORES = {"accuracy": True, "f1_macro": True, "log_loss": False}
+#: scores that are compared
+SCORES = ("accuracy", "f1_macro", "log_loss")
 
 
 @dataclass
@@ -94,8 +94,9 @@ def shared_answers(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str]
             )
     every = [answers_of(run) for run in runs]
     known_by = [answers.ids for answers in every]
-    digests = {str(found_in_data(run).get("scored")) for run in runs} - {"None"}
-    if len(digests) > 1 and all(_NUMBERED.fullmatch(row) for row in every[0].ids):
+    digests = {found_in_data(run).get("scored") for run in runs}
+    numbered = all(_NUMBERED.fullmatch(row) for answers in every for row in answers.ids)
+    if numbered and (len(digests) > 1 or None in digests):
         known_by = [_contents(run, answers, name) for run, answers, name in zip(runs, every, names, strict=True)]
     counts = [len(answers.ids) for answers in every]
     common = set(known_by[0]).intersection(*known_by[1:])
@@ -126,8 +127,8 @@ def _contents(run: Run, answers: Answers, name: str) -> list[str]:
     places = known_rows(splits, run)
     if splits is None or not places:
         raise UsageError(
-            f"{name} was not scored on the same rows as the others, and these have numbers alone: shared ones are told "
-            "by their texts, where the data of all runs are at hand and unchanged. Compare runs on the same test split."
+            f"{name} was not scored on the same rows as the others, and these have numbers alone: of texts shared ones "
+            "are told where the data of all runs are at hand and unchanged. Compare runs on the same test split."
         )
     rows = splits.scored[[places[row] for row in answers.ids]]
     texts = zip(*(rows[column] for column in ("text", "text_pair") if column in rows), strict=True)

@@ -124,14 +124,13 @@ def autocast(precision: str, device: torch.device | str = "cpu") -> contextlib.A
 
 def has_native(precision: str, device: torch.device) -> bool:
     """Whether a device computes in `precision` by itself: bf16 without such instructions is slower than float32."""
+    if precision == "fp32":
+        return True
     if device.type == "cuda":
-        return precision != "bf16" or torch.cuda.is_bf16_supported(including_emulation=False)
+        return precision == "fp16" or (precision == "bf16" and torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of PyTorch 2.10 and later
-    return precision == "fp32" or (
-        device.type == "cpu"
-        and precision == "bf16"
-        and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    )
+    known = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return device.type == "cpu" and precision == "bf16" and known
 
 
 def typical_batch(dataset: Any, collate: Any) -> dict[str, torch.Tensor]:

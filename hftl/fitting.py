@@ -15,6 +15,7 @@ from hftl.answers import write_answers
 from hftl.arguments import TransferArguments, parse
 from hftl.auto import TRIALS, check, search
 from hftl.callbacks import StopSignals
+from hftl.card import repository_of
 from hftl.compute import wait_for_all
 from hftl.data import Splits
 from hftl.errors import UsageError
@@ -81,9 +82,8 @@ def conclude(run: Run, splits: Splits, arguments: TransferArguments) -> None:
     # Another seed may have drawn other rows.
     say(f"report:     {write_report(run, read_splits(run) if arguments.repeats > 1 else splits)}")
     if arguments.push_to_hub:
-        name = arguments.hub_model_id or run.folder.name
         where = {"private": arguments.hub_private_repo, "revision": arguments.hub_revision}
-        say(f"pushed to:  {run.push(name, token=arguments.hub_token, **where)}")
+        say(f"pushed to:  {run.push(repository_of(arguments), token=arguments.hub_token, **where)}")
 
 
 def _search(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Run:

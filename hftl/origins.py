@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -11,7 +12,7 @@ from urllib.error import URLError
 
 import torch
 
-from hftl.builtin import in_order, made_once, write_timm_checkpoint
+from hftl.builtin import explained_cache, in_order, made_once, write_timm_checkpoint
 from hftl.errors import UsageError, did_you_mean
 from hftl.folder import say
 from hftl.hub import check_hub
@@ -85,7 +86,8 @@ def torchvision_model(name: str) -> str:
         )
     weights = sets[tag] if tag else sets.DEFAULT
     write: Callable[[Path], None] = functools.partial(_write_torchvision, architecture, weights)
-    return str(made_once(f"torchvision-{architecture}-{weights.name}", write))
+    with explained_cache(f"torchvision:{name}"):
+        return str(made_once(f"torchvision-{architecture}-{weights.name}", write))
 
 
 def _write_torchvision(architecture: str, weights: Any, folder: Path) -> None:
@@ -93,19 +95,26 @@ def _write_torchvision(architecture: str, weights: Any, folder: Path) -> None:
 
     say(f"model: {weights.url} is fetched, {weights.meta['_file_size']:,.0f} MB")
     try:
+        weights.get_state_dict(check_hash=True, weights_only=True)  # else torchvision would read any pickle
         theirs = models.get_model(architecture, weights=weights).eval()
-    except (URLError, OSError, RuntimeError) as error:  # no connection; no room; a file that is not what it was
+    # No connection; no room; a file that is not what it was.
+    except (URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise UsageError(f"--model torchvision:{architecture}: {weights.url} cannot be fetched: {error}") from error
     preset = weights.transforms()
     mean, std = preset.mean, preset.std
-    source = {key: value for key, value in theirs.state_dict().items() if not key.startswith("AuxLogits.")}
     ours = TORCHVISION[architecture]
-    state = in_order(source, ours)
+    try:
+        source = {key: value for key, value in theirs.state_dict().items() if not key.startswith("AuxLogits.")}
+        state = in_order(source, ours)
+    except ValueError as error:
+        raise _differs(architecture, str(error)) from error
     settings = {"mean": mean, "std": std}
     if getattr(theirs, "transform_input", False):  # Inception's pixels are from -1 to 1, whatever they came as
         settings = {"mean": _HALF, "std": _HALF}
     (crop,), (resize,) = preset.crop_size, preset.resize_size
-    _check_same(theirs, (mean, std), ours, state, settings, crop)
+    difference = _difference(theirs, (mean, std), ours, state, settings, crop)
+    if not difference <= _TOLERANCE:
+        raise _differs(architecture, f"by {difference:.1e}, relative")
     write_timm_checkpoint(
         ours,
         state,
@@ -118,20 +127,23 @@ def _write_torchvision(architecture: str, weights: Any, folder: Path) -> None:
     )
 
 
+def _differs(architecture: str, how: str) -> UsageError:
+    return UsageError(
+        f"--model torchvision:{architecture}: timm's {TORCHVISION[architecture]} gives other answers with the same "
+        f"weights in the installed versions of both libraries ({how}). Choose a model of timm's own."
+    )
+
+
 @torch.no_grad()
-def _check_same(
+def _difference(
     theirs: torch.nn.Module,
     normalised: tuple[Any, Any],
     architecture: str,
     state: dict[str, torch.Tensor],
     settings: dict[str, Any],
     side: int,
-) -> None:
-    """Compare the answers of the two implementations for the same pixels.
-
-    Raises:
-        UsageError: they differ.
-    """
+) -> float:
+    """How far the answers of the two implementations for the same pixels lie apart, relative to the largest."""
     import timm
 
     def channels(values: Any) -> torch.Tensor:
@@ -142,14 +154,10 @@ def _check_same(
     pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     expected = theirs((pixels - channels(normalised[0])) / channels(normalised[1]))
     found = ours((pixels - channels(settings["mean"])) / channels(settings["std"]))
-    difference = float((found - expected).abs().max() / expected.abs().max())
-    if not difference <= _TOLERANCE:
-        raise UsageError(
-            f"--model torchvision:{architecture}: timm's {architecture} gives other answers with the same weights (by "
-            f"{difference:.1e}, relative), in these versions of both libraries."
-        )
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
+@functools.cache
 def keras_model(name: str) -> str:
     """The Hub id of timm's port of a model of Keras Applications.
 

@@ -16,7 +16,7 @@ from hftl.pretrained import public_name
 #: letters of a name in a table or a legend; the whole of it shows when it is pointed at
 _LONGEST_NAME = 40
 #: settings that say where files lie, or nothing
-_UNSHOWN = {"output_dir", "task", "hub_model_id", "logging_dir"}
+_UNSHOWN = {"output_dir", "task", "hub_model_id"}
 
 
 def render(template: str, **values: Any) -> str:

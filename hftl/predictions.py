@@ -64,7 +64,7 @@ def write_predictions(run: Run, inputs: Any, output: Path | None, **settings: An
             finally:
                 beside.unlink(missing_ok=True)
         say(f"{count:,} predictions written to {output}")
-    if run.cut:
+    if run.cut and is_main_process():
         print(f"{run.cut:,} texts were longer than the model reads and were cut", file=sys.stderr)
 
 

@@ -50,7 +50,9 @@ def find_model(name: str | None) -> str:
         UsageError: no name, or a folder that is not there or holds no model.
     """
     if not name:
-        raise UsageError("--model is missing: name a Hub id, a local folder, builtin:NAME or random:ARCH.")
+        raise UsageError(
+            "--model is missing: name a Hub id, a local folder, builtin:, torchvision: or keras:NAME, or random:ARCH."
+        )
     if name.startswith("builtin:"):
         from hftl.builtin import builtin_model
 

@@ -20,7 +20,7 @@ from huggingface_hub.utils import filter_repo_objects, parse_ratelimit_headers
 from transformers import TrainerCallback
 
 from hftl.arguments import TransferArguments, read_yaml
-from hftl.card import EVALUATIONS, base_card, forbids_changes, licence_of
+from hftl.card import EVALUATIONS, base_card, forbids_changes, licence_of, repository_of
 from hftl.errors import UsageError
 from hftl.folder import CHECKPOINTS, LOGS, PREDICTIONS, RECIPE, is_main_process, say
 from hftl.hub import check_name
@@ -40,7 +40,7 @@ _CHANGED = ("README.md", RECIPE)
 #: a * above also matches below folders
 _KEPT_BACK = (f"{CHECKPOINTS}/*", f"{LOGS}/*", "repeats/*", "trials/*")
 #: what a Hub answers that has trouble of its own or too much to do, or whose repository something else changes
-_PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
+_PASSING = frozenset({408, 409, 412, 425, 429, 500, 502, 503, 504})
 #: seconds before each further try, where the Hub says nothing of it; its client has its own for every single file
 _PAUSES = (1.0, 5.0)
 _LONGEST_PAUSE = 60.0
@@ -57,6 +57,8 @@ _ADVICE = {
 }
 #: settings that name what a run was made from, the flags that say it, and where the card does
 _SOURCES = {"model_name_or_path": ("--model", "base_model"), "dataset_name": ("--dataset", "datasets")}
+#: beginnings of names that mean the same on every machine
+_EVERYWHERE = ("builtin:", "torchvision:", "keras:", "random:")
 #: where the model of a checkpoint stands while the training goes on
 _IN_PROGRESS = "in-progress"
 _Answer = TypeVar("_Answer")
@@ -130,9 +132,9 @@ def check_base(arguments: TransferArguments) -> None:
     Raises:
         UsageError: the licence of the base model forbids it, or no repository can have such a name.
     """
-    if arguments.hub_model_id is not None:
-        check_name(arguments.hub_model_id)
-    _check_licence(base_card(str(arguments.model_name_or_path)), str(arguments.hub_model_id))
+    repository = repository_of(arguments)
+    check_name(repository)
+    _check_licence(base_card(str(arguments.model_name_or_path)), repository)
 
 
 def _check_licence(card: dict[str, Any], repository: str) -> None:
@@ -163,10 +165,12 @@ def _shared_recipe(folder: Path) -> bytes:
     """The recipe without the folders of this machine: model and data that came from one are left to who repeats it."""
     recipe = read_yaml(folder / RECIPE)
     card = _card_of(folder)
-    # What came from the Hub is in the card; builtin: and the like are everywhere.
-    local = [key for key, (_, said) in _SOURCES.items() if said not in card and ":" not in str(recipe.get(key, ":"))]
+    # What came from the Hub is in the card.
+    own = [key for key in _SOURCES if not str(recipe.get(key)).startswith(_EVERYWHERE)]
+    local = [key for key in own if key in recipe and _SOURCES[key][1] not in card]
     settings = {key: _without_folders(value) for key, value in recipe.items() if key not in local}
-    notes = [f"# {_SOURCES[key][0]} was a file or folder, {public_name(recipe[key])!r}: name yours\n" for key in local]
+    said = ", which is another one elsewhere\n"
+    notes = [f"# {_SOURCES[key][0]} was {public_name(recipe[key])!r}{said}" for key in local]
     return ("".join(notes) + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)).encode()
 
 
@@ -184,7 +188,7 @@ class PushSaves(TrainerCallback):
 
     def __init__(self, arguments: TransferArguments) -> None:
         """Keep where to push to."""
-        self.repository = arguments.hub_model_id or Path(str(arguments.output_dir)).name
+        self.repository = repository_of(arguments)
         self.private, self.revision = arguments.hub_private_repo, arguments.hub_revision
         self.api = HfApi(token=arguments.hub_token)
         self.upload: threading.Thread | None = None
@@ -245,7 +249,7 @@ def _files(folder: Path) -> list[str]:
     return list(found)
 
 
-def _tried(call: Callable[[], _Answer], passing: Iterable[int] = frozenset(_PASSING)) -> _Answer:
+def _tried(call: Callable[[], _Answer], passing: Iterable[int] = _PASSING) -> _Answer:
     """What the call gives; it is tried again where the Hub or the way to it has trouble that may pass."""
     for pause in _PAUSES:
         try:

@@ -91,7 +91,7 @@ def render_report(run: Run, splits: Splits | None, shared: bool = False) -> str:
         mistakes=[] if shared else _examples(run, answers, splits, places, _surest_mistakes(answers)),
         right=[] if shared else _examples(run, answers, splits, places, _surest_of_classes(answers)),
         explained=_EXPLAINED,
-        label_errors=_label_errors(run, answers, splits, places),
+        label_errors={} if shared else _label_errors(run, answers, splits, places),
         settings=recipe,
     )
 
@@ -112,11 +112,13 @@ def answers_of(run: Run) -> Answers:
 
 
 def ensure_answers(run: Run, splits: Splits | None) -> None:
-    """Make predictions.csv where it is missing and the data are at hand."""
+    """Make predictions.csv where it is missing and the data are at hand, and what they were."""
     path = run.folder / PREDICTIONS
     if path.is_file() or splits is None:
         return
-    split = "validation" if splits.test is None else "test"
+    if not known_rows(splits, run):
+        raise UsageError(f"{str(run.folder)!r} has no {path.name}, and its data are not those that it was scored on.")
+    split = scored_split(run)
     folder.say(f"{path.name} is missing: {len(splits.scored):,} rows are predicted")
     labels = np.asarray(splits.scored["label"])
     write_answers(path, run.label_names, splits, split, run.logits(splits.scored), labels)
@@ -183,16 +185,14 @@ def _training_curves(path: Path) -> dict[str, Any]:
 
 def _log_entries(path: Path) -> list[dict[str, Any]]:
     """The lines of a training log; what was done again after an interruption counts once."""
-    kept: list[dict[str, Any]] = []
+    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             entry = json.loads(line)
         except ValueError:  # cut by a crash
             continue
-        if kept and kept[-1]["stage"] == entry["stage"] and kept[-1]["step"] > entry["step"]:
-            kept = [old for old in kept if old["stage"] != entry["stage"] or old["step"] < entry["step"]]
-        kept.append(entry)
-    return kept
+        kept.setdefault((entry["stage"], entry["step"], "eval_loss" in entry), entry)  # the same, bit for bit
+    return list(kept.values())
 
 
 def _blocks(stages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -271,9 +271,9 @@ def _ranking_curves(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
     from sklearn import metrics
 
     numbers = [1] if len(names) == 2 else list(range(len(names)))
-    there = [number for number in numbers if 0 < (answers.labels == number).sum() < len(answers.labels)]
+    occurring = [number for number in numbers if 0 < (answers.labels == number).sum() < len(answers.labels)]
     frequent = np.argsort(-np.bincount(answers.labels, minlength=len(names)), kind="stable")[:_MOST_CLASSES]
-    there = [number for number in there if number in frequent]
+    there = [number for number in occurring if number in frequent]
     if not there:
         return {}
     roc, precision, table = [], [], []
@@ -296,7 +296,7 @@ def _ranking_curves(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
         "precision": charts.line_chart(precision, f"Precision-recall curves; {about}", "recall", "precision", *axes),
         "table": table,
         "shown": len(roc),
-        "left_out": len(numbers) - len(there),
+        "left_out": len(occurring) - len(there),
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from packaging.version import Version
 from transformers import PreTrainedModel, TrainingArguments
 
 from hftl import __version__, backbones, batches, compute, data, merging
 from hftl.arguments import argument_tokens, parse, read_yaml, stage_arguments
-from hftl.errors import UsageError
+from hftl.errors import UsageError, did_you_mean
 from hftl.folder import METRICS, RECIPE, REPLACED, read_json, say
 from hftl.joined import as_flags, wished
 from hftl.metrics import softmax
@@ -74,12 +74,7 @@ class Run:
     @functools.cached_property
     def metrics(self) -> dict[str, Any]:
         """The content of metrics.json."""
-        try:
-            return read_json(self.folder / METRICS)
-        except ValueError as error:
-            raise UsageError(
-                f"The run in {str(self.folder)!r} is damaged: its {METRICS} is no JSON ({error})."
-            ) from error
+        return _read_metrics(self.folder)
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
@@ -189,11 +184,11 @@ class Run:
         near = torch.ones(len(answers), dtype=torch.bool)
         if self._rounding is not None:
             best = answers.topk(2, dim=1).values
-            near = best[:, 0] - best[:, 1] < _NEAR * self._rounding
+            near = ~(best[:, 0] - best[:, 1] >= _NEAR * self._rounding)  # what is no number is not far away
         if near.any():
             exact = self._viewed({name: value[near.to(value.device)] for name, value in inputs.items()}, "fp32")
             if self._rounding is None:
-                self._rounding = float((answers - exact).abs().max())
+                self._rounding = float((answers - exact).abs().nan_to_num(nan=torch.inf).max())
             answers[near] = exact
 
     @torch.no_grad()
@@ -337,6 +332,10 @@ class Run:
             UsageError: the data cannot be read, or has labels that the model does not know.
         """
         roles = ("label", *data.input_roles(self.task.modality))
+        for name in columns.keys() - set(roles):
+            raise UsageError(
+                f"{name!r} is no role of a column; there are {', '.join(roles)}.{did_you_mean(name, roles)}"
+            )
         settings = stage_arguments(
             self.task.arguments,
             dataset_name=dataset,
@@ -386,6 +385,7 @@ def load_run(
             if (path / REPLACED).is_dir():
                 state += f"; the run that was to be replaced lies in its folder {REPLACED}"
             raise UsageError(f"{str(path)!r} is no finished run: the folder {state}.")
+    _check_version(path)
     recipe = read_yaml(path / RECIPE)
     task_class = task_class or find_task(str(recipe.get("task")))
     # How it was trained does not matter here, and may not be possible here (fp16, FSDP): only hftl's own settings do.
@@ -405,16 +405,21 @@ def load_run(
     ]
     task.label_names = [str(name) for name in names]
     run = Run(path, task)
-    _check_version(run)
     task.load_processor(path)
     return run
 
 
-def _check_version(run: Run) -> None:
+def _read_metrics(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / METRICS)
+    except ValueError as error:
+        raise UsageError(f"The run in {str(folder)!r} is damaged: its {METRICS} is no JSON ({error}).") from error
+
+
+def _check_version(folder: Path) -> None:
     """Refuse a run of a newer hftl, whose files may mean something else."""
-    made = str(run.metrics["train"].get("versions", {}).get("hftl", __version__))
-    of_run, own = (tuple(int(number) for number in re.findall(r"\d+", text)[:2]) for text in (made, __version__))
-    if of_run > own:
+    made = str(_read_metrics(folder)["train"].get("versions", {}).get("hftl", __version__))
+    if Version(made).release[:2] > Version(__version__).release[:2]:
         raise UsageError(
-            f"{str(run.folder)!r} was made by hftl {made}, and this is {__version__}: pip install --upgrade hftl."
+            f"{str(folder)!r} was made by hftl {made}, and this is {__version__}: pip install --upgrade hftl."
         )

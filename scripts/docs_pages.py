@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 #: the exceptions whose message a person sees
 ERRORS = ("UsageError", "DiskError", "Diverged")
+#: … and tables of what stands inside such messages
+REASONS = ("_ADVICE", "_DISK_ERRORS")
 #: words of a message that its anchor is made of
 _ANCHOR_WORDS = 7
 #: title of a table of flags, by the class that has them
@@ -76,7 +78,7 @@ def error_messages(package: Path) -> list[tuple[str, str, list[Message]]]:
     taken: set[str] = set()
     for path in sorted(package.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        texts = [message_of(call) for call in error_calls(tree)] + [*_advice(tree)]
+        texts = [message_of(call) for call in error_calls(tree)] + [*_reasons(tree)]
         name = str(path.relative_to(package.parent))
         taken.add(_module_anchor(name))
         messages = [Message(text, _free_anchor(text, taken)) for text in texts]
@@ -95,12 +97,12 @@ def error_calls(tree: ast.AST) -> list[ast.Call]:
     return sorted(calls, key=lambda call: (call.lineno, call.col_offset))
 
 
-def _advice(tree: ast.Module) -> Iterator[str]:
-    """The reasons in a module's table `_ADVICE`, which stand inside its messages."""
+def _reasons(tree: ast.Module) -> Iterator[str]:
+    """The reasons in a module's tables of them, which stand inside its messages."""
     for node in tree.body:
         if (
             isinstance(node, ast.Assign)
-            and ast.unparse(node.targets[0]) == "_ADVICE"
+            and ast.unparse(node.targets[0]) in REASONS
             and isinstance(node.value, ast.Dict)
         ):
             yield from map(_rendered, node.value.values)

@@ -17,7 +17,7 @@ import pytest
 from test_recipes import ROOT, recipe_and_flags
 
 import hftl
-from hftl import cli, push
+from hftl import cli, folder, push
 from hftl.arguments import flag_names
 from hftl.loading import load_file
 from hftl.losses import check_loss
@@ -234,7 +234,7 @@ def test_the_site_builds_and_knows_every_error(tmp_path: Path) -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("UsageError", "DiskError", "Diverged")
     ]
-    assert len(anchors) == len(set(anchors)) == len(calls) + len(push._ADVICE) > 100
+    assert len(anchors) == len(set(anchors)) == len(calls) + len(push._ADVICE) + len(folder._DISK_ERRORS) > 100
     assert "it wants a token: make one that may write" in page
     flags = (tmp_path / "site" / "flags.html").read_text(encoding="utf-8")
     assert 'id="lora_r"' in flags

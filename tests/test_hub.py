@@ -147,7 +147,7 @@ def test_no_folder_of_this_machine_is_pushed(place: Path, hub: hub_server.Hub) -
         assert str(place).encode() not in content, path
     recipe = hub.files["tester/elsewhere"]["recipe.yaml"].decode()
     # Elsewhere these names might be those of something else on the Hub.
-    assert "# --model was a file or folder, 'bert': name yours\n# --dataset was a file or folder, 'texts'" in recipe
+    assert recipe.startswith("# --model was 'bert', which is another one elsewhere\n# --dataset was 'texts', which")
     assert not {"model_name_or_path", "dataset_name"} & set(yaml.safe_load(recipe))
 
 
@@ -156,6 +156,10 @@ def test_a_name_that_no_repository_has(name: str, place: Path, hub: hub_server.H
     with pytest.raises(UsageError, match="no name of a repository"):
         cli._run(["push", str(place / "text"), *(["--"] if name == "-a" else []), name])
     assert not hub.requests
+    arguments = hftl.parse(hftl.TextArguments, ["--model=bert", f"--output_dir={place / name}"])
+    if Path(name).name == name:  # under which the run would be pushed
+        with pytest.raises(UsageError, match="no name of a repository"):
+            push.check_base(arguments)
 
 
 @pytest.mark.slow

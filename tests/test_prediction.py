@@ -94,6 +94,24 @@ def test_half_precision_gives_the_labels_of_float32(place: Path, text_run: hftl.
     assert half.argmax(axis=1).tolist() == exact.argmax(axis=1).tolist()
 
 
+def test_what_is_no_number_in_half_precision_is_computed_again(
+    text_run: hftl.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = hftl.load_run(text_run.folder)
+    texts = [f"good film {index}" for index in range(40)]
+    expected = [entry.probabilities for entry in run.predict(texts, batch_size=10)]
+    plain = run._viewed
+
+    def viewed(inputs: dict[str, torch.Tensor], precision: str) -> torch.Tensor:
+        answers = plain(inputs, "fp32")
+        return answers * torch.nan if precision == "bf16" and len(answers) > 1 else answers
+
+    monkeypatch.setattr(run, "_viewed", viewed)
+    run.precision = "bf16"
+    found = [entry.probabilities for entry in run.predict(texts, batch_size=10)]
+    assert [list(row.values()) for row in found] == [pytest.approx(list(row.values()), abs=1e-5) for row in expected]
+
+
 @pytest.mark.parametrize(
     ("capabilities", "precision", "expected"),
     [

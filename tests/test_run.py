@@ -311,6 +311,11 @@ def test_pairs_from_a_file(place: Path) -> None:
         run.predict(single)
 
 
+def test_a_column_of_no_role_is_refused(place: Path, lora_run: hftl.Run) -> None:
+    with pytest.raises(hftl.UsageError, match="'lable' is no role of a column; there are label"):
+        lora_run.evaluate(str(place / "texts"), lable="sentiment")
+
+
 def test_resume_needs_the_same_processes_and_settings(place: Path, lora_run: hftl.Run) -> None:
     folder = place / "interrupted"
     (folder / "checkpoints").mkdir(parents=True)
