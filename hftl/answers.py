@@ -41,6 +41,10 @@ class Answers:
         """Whether the prediction is the label, shape (rows,)."""
         return self.predictions == self.labels
 
+    def surest(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Some rows, those first of whose answers the model is surest."""
+        return rows[np.argsort(-self.probabilities[rows].max(axis=1), kind="stable")]
+
 
 def write_answers(path: Path, label_names: Sequence[str], splits: Splits, split: str, logits: Any, labels: Any) -> None:
     """A line for each row of a split: its id, what it is, what the model says, and the probability of every class."""

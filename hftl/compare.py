@@ -17,7 +17,7 @@ from hftl.answers import Answers
 from hftl.arguments import read_yaml
 from hftl.errors import UsageError
 from hftl.folder import RECIPE, say
-from hftl.report import answers_of, found_in_data, known_rows, read_splits
+from hftl.report import KnownRows, answers_of, found_in_data, read_splits
 from hftl.run import Run, load_run
 from hftl.tables import aligned
 from hftl.tasks.classification import Shown
@@ -123,14 +123,13 @@ def _contents(run: Run, answers: Answers, name: str) -> list[str]:
     Raises:
         UsageError: the rows are no texts, or the data are not at hand or not what they were.
     """
-    splits = read_splits(run) if run.task.modality.is_text else None
-    places = known_rows(splits, run)
-    if splits is None or not places:
+    known = KnownRows(run, read_splits(run) if run.task.modality.is_text else None)
+    if known.splits is None:
         raise UsageError(
             f"{name} was not scored on the same rows as the others, and these have numbers alone: of texts shared ones "
             "are told where the data of all runs are at hand and unchanged. Compare runs on the same test split."
         )
-    rows = splits.scored[[places[row] for row in answers.ids]]
+    rows = known.splits.scored[[known.places[row] for row in answers.ids]]
     texts = zip(*(rows[column] for column in ("text", "text_pair") if column in rows), strict=True)
     times: Counter[str] = Counter()
     contents = []
@@ -172,7 +171,7 @@ def compare(
         examples = [
             _example(one, answers[0], row, classes, rows, shown)
             for group in (won, lost)
-            for row in group[np.argsort(-one.probabilities[group].max(axis=1), kind="stable")][:_EXAMPLES]
+            for row in one.surest(group)[:_EXAMPLES]
         ]
         values = {score: _interval(drawn[number][score]) for score in SCORES}
         compared.append(Compared(name, values, gains, len(won), len(lost), _mcnemar(len(won), len(lost)), examples))
@@ -224,9 +223,7 @@ def _example(
 
 def _examples_shown(run: Run) -> Callable[[str], Shown]:
     """What shows a row by its id, from the run's data, where these can be read and are what they were."""
-    splits = read_splits(run)
-    places = known_rows(splits, run)
-    return lambda row: run.task.shown(splits.scored[places[row]]) if splits and row in places else Shown()
+    return KnownRows(run, read_splits(run)).shown
 
 
 def different_settings(recipes: Sequence[dict[str, Any]]) -> dict[str, list[str]]:

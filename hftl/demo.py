@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from hftl import merging, pages
+from hftl import pages
 from hftl.errors import UsageError
 from hftl.folder import say
 from hftl.inert import in_markdown, visible
@@ -103,7 +103,7 @@ def build(run: Run) -> Any:
 
 def _rests_on(run: Run, value: Any, label: int) -> str:
     """What speaks for the answer, as HTML; nothing where another head than the model's own gave it."""
-    if run.probe is not None or merging.is_quantised(run.model):
+    if not run.is_explainable:
         return ""
     row = run.task.read_inputs([value])[0]
     shown = run.task.shown(row, run.model, label)

@@ -67,14 +67,14 @@ def render_report(run: Run, splits: Splits | None, shared: bool = False) -> str:
     split = scored_split(run)
     names = run.label_names
     recipe = pages.settings(read_yaml(run.folder / RECIPE))
-    places = known_rows(splits, run)
+    known = KnownRows(run, splits)
     return pages.render(
         "report",
         title=run.folder.resolve().name,
         task=run.task.name,
         split=split,
         rows=len(answers.ids),
-        at_hand=bool(places),
+        at_hand=bool(known.places),
         scores=run.metrics[split],
         interval=share_interval(int(answers.correct.sum()), len(answers.ids)),
         metrics=run.metrics,
@@ -87,11 +87,11 @@ def render_report(run: Run, splits: Splits | None, shared: bool = False) -> str:
         confusion=_confusion(answers, names),
         reliability=_reliability(answers),
         ranking=_ranking_curves(answers, names),
-        map=_map(run, answers, splits, places),
-        mistakes=[] if shared else _examples(run, answers, splits, places, _surest_mistakes(answers)),
-        right=[] if shared else _examples(run, answers, splits, places, _surest_of_classes(answers)),
+        map=_map(answers, known),
+        mistakes=[] if shared else _examples(answers, known, _surest_mistakes(answers)),
+        right=[] if shared else _examples(answers, known, _surest_of_classes(answers)),
         explained=_EXPLAINED,
-        label_errors={} if shared else _label_errors(run, answers, splits, places),
+        label_errors={} if shared else _label_errors(answers, known),
         settings=recipe,
     )
 
@@ -116,7 +116,7 @@ def ensure_answers(run: Run, splits: Splits | None) -> None:
     path = run.folder / PREDICTIONS
     if path.is_file() or splits is None:
         return
-    if not known_rows(splits, run):
+    if not KnownRows(run, splits).places:
         raise UsageError(f"{str(run.folder)!r} has no {path.name}, and its data are not those that it was scored on.")
     split = scored_split(run)
     folder.say(f"{path.name} is missing: {len(splits.scored):,} rows are predicted")
@@ -136,12 +136,27 @@ def read_splits(run: Run) -> Splits | None:
         return None
 
 
-def known_rows(splits: Splits | None, run: Run) -> dict[str, int]:
-    """Where the rows of predictions.csv stand in the data, by id; nothing where these are not what they were."""
-    found = found_in_data(run)
-    if splits is None or found.get("scored") != splits.fingerprint(splits.scored):
-        return {}
-    return {visible(row): place for place, row in enumerate(splits.scored["id"])}
+class KnownRows:
+    """The rows of predictions.csv in the data.
+
+    Attributes:
+        run: the finished run.
+        splits: its data; None where they are not at hand, or not what they were.
+        places: numbers in the split that was scored, by id as `visible` gives it; empty without the data.
+    """
+
+    def __init__(self, run: Run, splits: Splits | None) -> None:
+        """Compare the data with those that the run was scored on."""
+        same = splits is not None and found_in_data(run).get("scored") == splits.fingerprint(splits.scored)
+        self.run, self.splits = run, splits if same else None
+        ids = [] if self.splits is None else self.splits.scored["id"]
+        self.places = {visible(row): place for place, row in enumerate(ids)}
+
+    def shown(self, row: str, *explained: Any) -> Shown:
+        """A row as a person sees it, `explained` as for the task's own; nothing where it is not known."""
+        if self.splits is None or row not in self.places:
+            return Shown()
+        return self.run.task.shown(self.splits.scored[self.places[row]], *explained)
 
 
 def found_in_data(run: Run) -> dict[str, Any]:
@@ -302,53 +317,44 @@ def _ranking_curves(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
 
 def _surest_mistakes(answers: Answers) -> list[int]:
     """Rows of the wrong answers of which the model is surest."""
-    wrong = np.flatnonzero(~answers.correct)
-    return wrong[np.argsort(-answers.probabilities[wrong].max(axis=1), kind="stable")][:_EXAMPLES].tolist()
+    return answers.surest(np.flatnonzero(~answers.correct))[:_EXAMPLES].tolist()
 
 
 def _surest_of_classes(answers: Answers) -> list[int]:
     """Of the classes with most right answers the row of which the model is surest."""
-    right = np.flatnonzero(answers.correct)
-    order = right[np.argsort(-answers.probabilities[right].max(axis=1), kind="stable")]
-    _, first = np.unique(answers.labels[order], return_index=True)
-    counts = np.bincount(answers.labels[order])
-    return sorted(order[first].tolist(), key=lambda row: -counts[answers.labels[row]])[:_RIGHT]
+    order = answers.surest(np.flatnonzero(answers.correct))
+    _, first, counts = np.unique(answers.labels[order], return_index=True, return_counts=True)
+    return order[first[np.argsort(-counts, kind="stable")]][:_RIGHT].tolist()
 
 
-def _examples(
-    run: Run, answers: Answers, splits: Splits | None, places: Mapping[str, int], order: list[int]
-) -> list[dict[str, Any]]:
+def _examples(answers: Answers, known: KnownRows, order: list[int]) -> list[dict[str, Any]]:
     """Rows with what the model saw, and what its answers to the first of them rest on."""
-    explainer: Any = None
-    if places and order and run.probe is None:  # else another head gave the answers
-        explainer = None if merging.is_quantised(run.model) else run.model  # few bits may be packed for inference alone
-    examples: list[dict[str, Any]] = []
-    for number in order:
-        row, said = answers.ids[number], int(answers.predictions[number])
-        shown = Shown()
-        if splits is not None and row in places:
-            shown = run.task.shown(splits.scored[places[row]], explainer if len(examples) < _EXPLAINED else None, said)
-        examples.append(
-            {
-                "id": pages.row_name(row),
-                "label": run.label_names[answers.labels[number]],
-                "prediction": run.label_names[said],
-                "probability": float(answers.probabilities[number].max()),
-                "shown": shown,
-            }
-        )
-    return examples
+    run = known.run
+    model = run.model if known.places and order and run.is_explainable else None
+    return [
+        {
+            "id": pages.row_name(answers.ids[row]),
+            "label": run.label_names[answers.labels[row]],
+            "prediction": run.label_names[answers.predictions[row]],
+            "probability": float(answers.probabilities[row].max()),
+            "shown": known.shown(
+                answers.ids[row], model if place < _EXPLAINED else None, int(answers.predictions[row])
+            ),
+        }
+        for place, row in enumerate(order)
+    ]
 
 
-def _map(run: Run, answers: Answers, splits: Splits | None, places: Mapping[str, int]) -> dict[str, Any]:
+def _map(answers: Answers, known: KnownRows) -> dict[str, Any]:
     """Where the features put some of the rows; nothing where the data are not there, or few bits are for inference."""
-    if splits is None or len(places) < 2 or merging.is_quantised(run.model):
+    run, places = known.run, known.places
+    if known.splits is None or len(places) < 2 or merging.is_quantised(run.model):
         return {}
-    known = np.array([number for number, row in enumerate(answers.ids) if row in places])
-    chosen = known[draw_rows(len(known))]
+    there = np.array([number for number, row in enumerate(answers.ids) if row in places])
+    chosen = there[draw_rows(len(there))]
     labels = answers.labels[chosen]
     try:
-        features = features_of(run, splits, np.array([places[answers.ids[number]] for number in chosen]))
+        features = features_of(run, known.splits, np.array([places[answers.ids[number]] for number in chosen]))
     except NoCut:  # the head reads more than one vector a row
         return {}
     found = feature_map(features, labels)
@@ -357,15 +363,13 @@ def _map(run: Run, answers: Answers, splits: Splits | None, places: Mapping[str,
     return {"rows": len(chosen), "explained": found.explained, "pure": found.pure, "chart": chart}
 
 
-def _label_errors(run: Run, answers: Answers, splits: Splits | None, places: Mapping[str, int]) -> dict[str, Any]:
+def _label_errors(answers: Answers, known: KnownRows) -> dict[str, Any]:
     """Rows of the split whose label is likely wrong, the first of them with what they hold."""
-    names = run.label_names
+    names = known.run.label_names
     found, rather = likely_label_errors(answers.probabilities, answers.labels)
-    known = [places.get(answers.ids[row]) for row in found[:_EXAMPLES].tolist()]
-    shown = [Shown() if splits is None or place is None else run.task.shown(splits.scored[place]) for place in known]
     lines = [
         {
-            "shown": shown[number] if number < len(shown) else Shown(),
+            "shown": known.shown(answers.ids[row]) if number < _EXAMPLES else Shown(),
             "id": pages.row_name(answers.ids[row]),
             "label": names[answers.labels[row]],
             "rather": names[other],

@@ -102,6 +102,11 @@ class Run:
         """Names of the classes by class id."""
         return self.task.label_names
 
+    @property
+    def is_explainable(self) -> bool:
+        """Whether the model itself gave the answers, and its weights are not packed for inference alone."""
+        return self.probe is None and not merging.is_quantised(self.model)
+
     @functools.cached_property
     def precision(self) -> str:
         """What predictions are computed in: as the run was, where this machine is made for it, else float32.
