@@ -92,6 +92,8 @@ def read_answers(path: Path, label_names: Sequence[str], rows: int | None = None
         raise UsageError(f"{str(path)!r} is damaged: {type(error).__name__} {error}") from error
     if not np.isfinite(answers.probabilities).all():
         raise UsageError(f"{str(path)!r} is damaged: a probability is no number.")
+    if not np.allclose(answers.probabilities.sum(axis=1), 1, atol=1e-3) or len(set(answers.ids)) < len(lines):
+        raise UsageError(f"{str(path)!r} is damaged: probabilities do not sum to 1, or a row comes twice.")
     if rows is not None and len(lines) != rows:
         raise UsageError(
             f"{str(path)!r} is damaged: it has {len(lines):,} rows, and the run answered {rows:,}. Remove it, and "

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from hftl.tasks.classification import ClassificationTask, class_counts
 
 _TEXT = """# {title}
 
-{base} adapted to {task} on {dataset} with the method {method}{preparation}, using hftl.
+The model {base} adapted to {task} on {dataset} with the method {method}{preparation}, using hftl.
 
 ## Results
 
@@ -71,6 +72,8 @@ those of the `{head}` head in `probe/`{joined}, which plain libraries do not kno
 """
 #: training rows below which a class is named among the limits, and how many of those
 _FEW, _NAMED = 20, 10
+#: words in the names of licences that are known to most
+_USUAL = frozenset({"apache", "mit", "bsd", "cc", "cc0", "gpl", "lgpl", "agpl", "mpl", "isc", "unlicense", "openrail"})
 #: mean gap between confidence and accuracy that is worth a word
 _UNCALIBRATED = 0.05
 #: where the adapter is not merged
@@ -193,19 +196,24 @@ def licence_of(card: Mapping[str, Any]) -> str | None:
 
 def forbids_changes(licence: str | None) -> bool:
     """Whether a licence lets nobody share changed versions: Creative Commons' "no derivatives"."""
-    return "nd" in str(licence).lower().split("-")
+    return bool(_words_of(licence) & {"nd", "noderivs", "noderivatives"})
+
+
+def _words_of(licence: str | None) -> set[str]:
+    return set(re.findall("[a-z]+", str(licence).lower()))
 
 
 def _of_licence(licence: str | None) -> str:
     """What the licence of the base model means for who uses this one."""
     if licence is None:
         return "The licence of the base model is not known here: look for it before you use or share this one."
-    forbids, words, licence = forbids_changes(licence), licence.lower().split("-"), in_markdown(licence)
+    forbids, words, licence = forbids_changes(licence), _words_of(licence), in_markdown(licence)
     if forbids:
         return f"The licence of the base model ({licence}) does not let changed versions be shared: this one neither."
-    if "nc" in words or "noncommercial" in words:
+    if words & {"nc", "noncommercial", "research"} or {"non", "commercial"} <= words:
         return f"The licence of the base model ({licence}) does not allow commercial use."
-    return f"The licence is that of the base model, {licence}."
+    terms = "" if words & _USUAL else ": it has terms of its own, which hold for this one too. Read them"
+    return f"The licence is that of the base model, {licence}{terms}."
 
 
 def _limits(splits: Splits, scores: dict[str, float], split: str, dataset: str, licence: str | None) -> str:

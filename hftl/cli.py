@@ -469,7 +469,7 @@ def _completion(argv: list[str]) -> None:
     with quick_imports():
         from hftl.completion import script
 
-    print(script(options.shell, list(_commands())), end="")
+    print(script(options.shell, _commands()), end="")
 
 
 def _list(argv: list[str]) -> None:

@@ -93,11 +93,7 @@ def shared_answers(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str]
                 "such runs cannot be compared."
             )
     every = [answers_of(run) for run in runs]
-    known_by = [answers.ids for answers in every]
-    digests = {found_in_data(run).get("scored") for run in runs}
-    numbered = all(_NUMBERED.fullmatch(row) for answers in every for row in answers.ids)
-    if numbered and (len(digests) > 1 or None in digests):
-        known_by = [_contents(run, answers, name) for run, answers, name in zip(runs, every, names, strict=True)]
+    known_by = _known_by(runs, every, names)
     counts = [len(answers.ids) for answers in every]
     common = set(known_by[0]).intersection(*known_by[1:])
     shared = [row for row in known_by[0] if row in common]
@@ -117,25 +113,40 @@ def shared_answers(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str]
     return rows, chosen
 
 
-def _contents(run: Run, answers: Answers, name: str) -> list[str]:
-    """The texts of the rows, from the run's data, numbered where one comes again: of rows that have numbers alone.
+def _known_by(runs: Sequence[Run], every: Sequence[Answers], names: Sequence[str]) -> list[list[str]]:
+    """By what the rows of each run are told: their ids where the data are the same, else the content too.
 
     Raises:
-        UsageError: the rows are no texts, or the data are not at hand or not what they were.
+        UsageError: rows of other data have numbers alone, and the data of a run are not at hand.
     """
-    known = KnownRows(run, read_splits(run) if run.task.modality.is_text else None)
-    if known.splits is None:
+    ids = [answers.ids for answers in every]
+    digests = {found_in_data(run).get("scored") for run in runs}
+    if len(digests) == 1 and None not in digests:
+        return ids
+    numbered = all(_NUMBERED.fullmatch(row) for rows in ids for row in rows)
+    known = [KnownRows(run, read_splits(run)) for run in runs]
+    unknown = [name for name, rows in zip(names, known, strict=True) if rows.splits is None]
+    if not unknown:
+        return [_contents(rows, answers, numbered) for rows, answers in zip(known, every, strict=True)]
+    problem = f"the runs were not scored on the same data, and those of {', '.join(unknown)} are gone or have changed"
+    if numbered:
         raise UsageError(
-            f"{name} was not scored on the same rows as the others, and these have numbers alone: of texts shared ones "
-            "are told where the data of all runs are at hand and unchanged. Compare runs on the same test split."
+            f"{problem}: rows that have numbers alone cannot be told. Compare runs on the same test split."
         )
-    rows = known.splits.scored[[known.places[row] for row in answers.ids]]
-    texts = zip(*(rows[column] for column in ("text", "text_pair") if column in rows), strict=True)
+    say(f"warning: {problem}: rows are told by their names alone")
+    return ids
+
+
+def _contents(known: KnownRows, answers: Answers, numbered: bool) -> list[str]:
+    """What stands for each row: its content, with its name, or with its label where it has a number alone."""
+    assert known.splits is not None
+    rows = known.splits.scored.select([known.places[row] for row in answers.ids])
     times: Counter[str] = Counter()
     contents = []
-    for text in map(repr, texts):
-        times[text] += 1
-        contents.append(f"{times[text]} {text}")
+    for row, label, content in zip(answers.ids, answers.labels, known.splits.contents(rows), strict=True):
+        name = f"{label if numbered else row} {content}"
+        times[name] += 1
+        contents.append(f"{times[name]} {name}")
     return contents
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 from hftl.arguments import AudioArguments, ImageArguments, TextArguments, flag_names
 from hftl.methods import METHODS
@@ -21,6 +24,7 @@ _BASH = """_hftl() {{
             2,train|2,advise|2,check-labels|2,lr-find|2,tune) words="{tasks}" ;;
             2,completion) words="bash zsh fish" ;;
             *,train|*,advise|*,check-labels|*,lr-find|*,tune|*,rank) words="{flags}" ;;
+{others}
         esac
     fi
     COMPREPLY=($(compgen -W "$words" -- "$current"))
@@ -29,29 +33,49 @@ complete -o default -F _hftl hftl
 """
 
 
-def script(shell: str, commands: Sequence[str]) -> str:
+#: commands that take the flags of a task
+_TRAINING = ("train", "advise", "check-labels", "lr-find", "tune", "rank")
+
+
+def script(shell: str, commands: Mapping[str, Callable[[list[str]], object]]) -> str:
     """The script of a shell.
 
     Args:
         shell: bash, zsh or fish.
-        commands: of hftl.
+        commands: of hftl, by name.
     """
     names, values = _flags()
+    others = {name: _flags_of(command) for name, command in commands.items() if name not in _TRAINING}
     if shell == "fish":
-        training = "'__fish_seen_subcommand_from train advise check-labels lr-find tune rank'"
+        training = f"'__fish_seen_subcommand_from {' '.join(_TRAINING)}'"
         lines = [f"complete -c hftl -n __fish_use_subcommand -a '{' '.join(commands)}'"]
         lines.append(f"complete -c hftl -n {training} -a '{' '.join(TASKS)}'")
         for name in names:
             choices = f" -x -a '{' '.join(values[name])}'" if name in values else " -r"
             lines.append(f"complete -c hftl -n {training} -l {name}{choices}")
+        for command, flags in others.items():
+            seen = f"'__fish_seen_subcommand_from {command}'"
+            lines += [f"complete -c hftl -n {seen} -l {name}" for name in flags]
         return "\n".join(lines) + "\n"
     text = _BASH.format(
         values="\n".join(f'        --{name}) words="{" ".join(choices)}" ;;' for name, choices in values.items()),
         commands=" ".join(commands),
         tasks=" ".join(TASKS),
         flags=" ".join(f"--{name}" for name in names),
+        others="\n".join(
+            f'            *,{command}) words="{" ".join(f"--{name}" for name in flags)}" ;;'
+            for command, flags in others.items()
+            if flags
+        ),
     )
     return f"autoload -U +X bashcompinit && bashcompinit\n{text}" if shell == "zsh" else text
+
+
+def _flags_of(command: Callable[[list[str]], object]) -> list[str]:
+    """The flags in the help of a command."""
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        command(["--help"])
+    return sorted(set(re.findall(r"^  (?:-\w, )?--([a-z_]+)", text.getvalue(), re.MULTILINE)))
 
 
 def _flags() -> tuple[list[str], Mapping[str, Sequence[str]]]:

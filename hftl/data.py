@@ -26,7 +26,7 @@ from hftl.builtin import builtin_dataset
 from hftl.errors import UsageError, did_you_mean
 from hftl.hub import check_hub
 from hftl.modality import FILES, TEXT, Modality
-from hftl.sources import source_of
+from hftl.sources import file_key, source_of
 from hftl.tables import TABLE_SUFFIXES, aligned, decoded, read_columns
 
 SPLIT_ROLES = {
@@ -74,6 +74,8 @@ class Splits:
     """What was read, as it was named."""
     notes: list[str] = field(default_factory=list)
     """What was found and checked."""
+    validation_is_drawn: bool = False
+    """Whether validation is a part of what was given to train on."""
 
     @property
     def report(self) -> list[str]:
@@ -93,7 +95,7 @@ class Splits:
         rows = {role: dict(zip(self.label_names, part.tolist(), strict=True)) for role, part in counts.items()}
         notes = [_without_folders(note, self.source) for note in self.notes]
         notes += _class_notes(counts["train"], self.label_names)
-        return {"notes": notes, "rows": rows, "scored": self.fingerprint(self.scored)}
+        return {"notes": notes, "rows": rows, "scored": self.scored_digest()}
 
     def _counts(self) -> dict[str, np.ndarray[Any, Any]]:
         """Rows of each class in each split that is there."""
@@ -103,6 +105,23 @@ class Splits:
             for role, part in parts.items()
             if part is not None
         }
+
+    def scored_digest(self) -> str:
+        """A name for the rows that a run is scored on, with the content of their files."""
+        digest = hashlib.blake2b(self.fingerprint(self.scored).encode(), digest_size=8)
+        for content in self.contents(self.scored):
+            digest.update(content.encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+    def contents(self, part: datasets.Dataset) -> list[str]:
+        """What stands for the input of each row: its texts, or of a file its size, beginning and end."""
+        names = [name for name in part.column_names if name not in ("id", "label")]
+        if "text" in names:
+            return [repr(texts) for texts in zip(*(part[name] for name in names), strict=True)]
+        (name,) = names
+        with ThreadPoolExecutor(_threads()) as pool:
+            values = (value for batch in _batches(part, name) for value in batch)
+            return [key.hex() for key in pool.map(_undated_key, values)]
 
     def fingerprint(self, *parts: datasets.Dataset) -> str:
         """A name for rows, else for what is trained and validated on: ids, labels, texts; not the content of images."""
@@ -178,7 +197,10 @@ def load_splits(arguments: Any, modality: Modality) -> Splits:
         raise UsageError("--max_train_samples leaves one class only: take more.")
     parts = {role: parts[role] for role in ("train", "validation", "test") if role in parts}
     notes += _content_notes(parts, modality)
-    return Splits(parts["train"], parts["validation"], parts.get("test"), label_names, columns, source.name, notes)
+    drawn = "validation" not in rows
+    return Splits(
+        parts["train"], parts["validation"], parts.get("test"), label_names, columns, source.name, notes, drawn
+    )
 
 
 def load_labelled(
@@ -1093,6 +1115,11 @@ def _digests(pool: ThreadPoolExecutor, paths: list[str], wanted: list[bool]) -> 
         part = slice(start, start + 1024)
         digests += pool.map(lambda path, want: _digest(path) if want else None, paths[part], wanted[part])
     return digests
+
+
+def _undated_key(value: Any) -> bytes:
+    source, name = source_of(value, "a file", "or both")
+    return file_key(source or b"", name, dated=False)
 
 
 def _digest(source: str | bytes | None) -> bytes | None:

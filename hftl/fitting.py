@@ -53,8 +53,6 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
         run = _repeat(task, plan, splits, arguments)
     else:
         path = train_plan(task, plan, splits, arguments, saves)
-        for pushes in saves:
-            pushes.wait()
         # What several processes share out, or an adapter is around, is read from the folder when it is needed.
         apart = arguments.world_size > 1 or (path / merging.BASE).is_dir()
         run = Run(path, task, None if apart else backbones.without_adapters(plan.model))

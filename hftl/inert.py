@@ -8,8 +8,10 @@ import re
 #: what a terminal obeys instead of showing it, and what turns the order of the letters around it (Unicode TR 36, 3.1)
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _BREAKS = re.compile("[\t\n\u2028\u2029]")
-#: what Markdown reads as more than a letter: within words an underscore is one; `://`, `www.` and `@` make addresses
-_MARKS = re.compile(r"[\\`*{}\[\]()#!~|]|(?<![^\W_])_|_(?![^\W_])|(?<=:)/(?=/)|(?<=www)\.|@", re.IGNORECASE)
+#: what Markdown reads as more than a letter; within words an underscore is one
+_MARKS = re.compile(r"[\\`*{}\[\]()#!~|]|(?<![^\W_])_|_(?![^\W_])")
+#: behind what names become addresses, which GitHub's Markdown and others make links of: `//`, `@`, `www.`
+_ADDRESS = re.compile(r"/(?=/)|@|www(?=\.)", re.IGNORECASE)
 #: beginnings that a spreadsheet takes for a formula (OWASP, CSV injection), behind the quotes that `as_cell` puts there
 _FORMULA = re.compile("'*[=+\\-@\t]")
 _NUMBER = re.compile(r"[+-]?(\d[\d_,.]*|inf|nan)(e[+-]?\d+)?$", re.IGNORECASE)
@@ -39,4 +41,4 @@ def on_one_line(name: str) -> str:
 def in_markdown(name: str) -> str:
     """The name on one line, of which nothing is taken for Markdown (CommonMark, 2.4), HTML or an address."""
     text = html.escape(" ".join(visible(name).split()), quote=False)
-    return _MARKS.sub(lambda found: f"&#{ord(found.group())};", text)
+    return _ADDRESS.sub(r"\g<0><span></span>", _MARKS.sub(lambda found: f"&#{ord(found.group())};", text))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import datasets
 import numpy as np
 import numpy.typing as npt
 
@@ -63,6 +65,8 @@ def main(task_name: str, tokens: Sequence[str], output: str | None) -> None:
         if Path(os.path.abspath(output)).is_relative_to(place):
             raise UsageError(f"--output {output!r} is a part of the data: name another file.")
     splits = load_rows(arguments, task_class.modality)
+    if splits.validation_is_drawn:  # rows to train on as well: whoever cleans them wants all looked at
+        splits = dataclasses.replace(splits, train=datasets.concatenate_datasets([splits.train, splits.validation]))
     found = features_of(task_class(arguments), splits)
     present, labels = np.unique(found.labels, return_inverse=True)
     spectrum = transferability.decompose(transferability.with_constant(found.features))

@@ -16,6 +16,7 @@ from hftl.builtin import explained_cache, in_order, made_once, write_timm_checkp
 from hftl.errors import UsageError, did_you_mean
 from hftl.folder import say
 from hftl.hub import check_hub
+from hftl.pretrained import load_reason
 
 #: torchvision's models whose layers timm has in the same order, where the names differ
 _RENAMED = {
@@ -99,7 +100,9 @@ def _write_torchvision(architecture: str, weights: Any, folder: Path) -> None:
         theirs = models.get_model(architecture, weights=weights).eval()
     # No connection; no room; a file that is not what it was.
     except (URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UsageError(f"--model torchvision:{architecture}: {weights.url} cannot be fetched: {error}") from error
+        raise UsageError(
+            f"--model torchvision:{architecture}: {weights.url} cannot be fetched: {load_reason(error)}"
+        ) from error
     preset = weights.transforms()
     mean, std = preset.mean, preset.std
     ours = TORCHVISION[architecture]

@@ -83,6 +83,13 @@ def find_model(name: str | None) -> str:
     return name
 
 
+def load_reason(error: BaseException) -> str:
+    """What a library said, in one line; not torch's advice on pickles, which is to let them run code."""
+    said = " ".join(str(error).split())
+    unsafe = isinstance(error, pickle.UnpicklingError) or "weights_only" in said
+    return "its pickle holds more than tensors, and could run code" if unsafe else said
+
+
 @contextlib.contextmanager
 def explained_load(name: str, auto_class: type) -> Iterator[None]:
     """Turn what the libraries raise for a model that they cannot load into one clear error."""
@@ -91,7 +98,7 @@ def explained_load(name: str, auto_class: type) -> Iterator[None]:
     except UsageError:
         raise
     except LOAD_ERRORS as error:
-        reason = " ".join(str(error).split())
+        reason = load_reason(error)
         if (
             "Unrecognized configuration class" in reason
             or "does not appear to have a file named preprocessor" in reason

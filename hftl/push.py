@@ -211,9 +211,9 @@ class PushSaves(TrainerCallback):
         else:
             self.upload.start()
 
-    def wait(self) -> None:
-        """Until what has begun is there."""
-        if self.upload is not None and self.upload.is_alive():
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Wait until what has begun is there, or has failed: the checkpoint is removed then."""
+        if self.upload is not None:
             self.upload.join()
 
     def _push(self, place: Path, step: int) -> None:

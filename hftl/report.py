@@ -147,7 +147,7 @@ class KnownRows:
 
     def __init__(self, run: Run, splits: Splits | None) -> None:
         """Compare the data with those that the run was scored on."""
-        same = splits is not None and found_in_data(run).get("scored") == splits.fingerprint(splits.scored)
+        same = splits is not None and found_in_data(run).get("scored") == splits.scored_digest()
         self.run, self.splits = run, splits if same else None
         ids = [] if self.splits is None else self.splits.scored["id"]
         self.places = {visible(row): place for place, row in enumerate(ids)}

@@ -416,9 +416,13 @@ def load_run(
 
 def _read_metrics(folder: Path) -> dict[str, Any]:
     try:
-        return read_json(folder / METRICS)
+        metrics = read_json(folder / METRICS)
     except ValueError as error:
         raise UsageError(f"The run in {str(folder)!r} is damaged: its {METRICS} is no JSON ({error}).") from error
+    missing = [name for name in ("train", "validation") if not isinstance(metrics, dict) or name not in metrics]
+    if missing:
+        raise UsageError(f"The run in {str(folder)!r} is damaged: its {METRICS} has no {missing[0]!r}.")
+    return metrics
 
 
 def _check_version(folder: Path) -> None:

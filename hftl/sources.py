@@ -49,10 +49,11 @@ def missing(source: str | bytes | None) -> str | None:
     return None
 
 
-def file_key(source: str | bytes, name: str, full: bool = False) -> bytes:
+def file_key(source: str | bytes, name: str, full: bool = False, dated: bool = True) -> bytes:
     """16 bytes that stand for the content of a file.
 
-    Of one on the disk: its size, time of change, first and last 64 KiB, whatever it is called; all of it where `full`.
+    Of one on the disk: its size, time of change (where `dated`), first and last 64 KiB, whatever it is called; all of
+    it where `full`.
 
     Raises:
         UsageError: it cannot be read.
@@ -67,7 +68,8 @@ def file_key(source: str | bytes, name: str, full: bool = False) -> bytes:
             if full:
                 digest.update(file.read())
                 return digest.digest()
-            digest.update(f"{state.st_size} {state.st_mtime_ns}".encode() + file.read(_PART))
+            changed = state.st_mtime_ns if dated else ""
+            digest.update(f"{state.st_size} {changed}".encode() + file.read(_PART))
             file.seek(max(_PART, state.st_size - _PART))
             digest.update(file.read())
     except OSError as error:

@@ -110,7 +110,7 @@ def test_help_has_every_flag_below_a_heading(arguments_class: type, capsys: pyte
 
 def test_a_shell_completes_commands_flags_and_values(tmp_path: Path) -> None:
     path = tmp_path / "script"
-    path.write_text(completion.script("bash", list(cli._commands())))
+    path.write_text(completion.script("bash", cli._commands()))
     lines = [
         f"source {path}",
         'ask() { COMP_WORDS=("$@"); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _hftl; echo "${COMPREPLY[@]}"; }',
@@ -119,6 +119,8 @@ def test_a_shell_completes_commands_flags_and_values(tmp_path: Path) -> None:
         "ask hftl train text-classification --feature_cache_d",
         "ask hftl train text-classification --method lp",
         "ask hftl train text-classification --sampler b",
+        "ask hftl push runs/pets --pr",
+        "ask hftl predict runs/pets pictures --out",
     ]
     done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
@@ -127,12 +129,16 @@ def test_a_shell_completes_commands_flags_and_values(tmp_path: Path) -> None:
         "--feature_cache_dtype",
         "lp_ft",
         "balanced",
+        "--private",
+        "--output",
     ]
     assert done.stderr == ""
 
 
 def test_other_shells_complete_too() -> None:
-    assert completion.script("zsh", ["train"]).endswith(completion.script("bash", ["train"]))
-    script = completion.script("fish", ["train", "predict"])
+    commands = {"train": print, "push": cli._push}
+    assert completion.script("zsh", commands).endswith(completion.script("bash", commands))
+    script = completion.script("fish", commands)
+    assert "-n '__fish_seen_subcommand_from push' -l create_pr" in script
     assert "-l sampler -x -a 'random balanced'" in script
-    assert "-n __fish_use_subcommand -a 'train predict'" in script
+    assert "-n __fish_use_subcommand -a 'train push'" in script

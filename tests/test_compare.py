@@ -11,7 +11,10 @@ import pytest
 import small_data
 import tiny_models
 from forked import run_command
+from PIL import Image
 
+import hftl
+from hftl import data
 from hftl.answers import Answers
 from hftl.compare import compare, different_settings
 
@@ -87,6 +90,28 @@ def test_two_runs(place: Path) -> None:
 
 
 @pytest.mark.slow
+def test_other_pictures_of_the_same_names_are_other_rows(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(place / "images", place / "others")
+    for path in (place / "others" / "test").rglob("*.png"):
+        picture = Image.open(path)
+        picture.transpose(Image.Transpose.TRANSPOSE).rotate(7, fillcolor="white").save(path)
+    shutil.copytree(place / "a", place / "other")
+    recipe = place / "other" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("dataset_name: images", "dataset_name: others"))
+    # As a run on that data would have it.
+    run = hftl.load_run(place / "other")
+    monkeypatch.chdir(place)
+    splits = data.load_splits(run.task.arguments, run.task.modality)
+    (place / "other" / "logs" / "data.json").write_text(json.dumps(splits.found()))
+    done = run_command(["compare", "a", "other"], place)
+    assert (done.returncode, done.stderr) == (2, "error: a, other share no test row: compare runs on the same data.\n")
+    shutil.move(place / "others", place / "elsewhere")
+    done = run_command(["compare", "a", "other"], place)
+    assert done.returncode == 0, done.stderr
+    assert "those of other are gone or have changed: rows are told by their names alone" in done.stdout
+
+
+@pytest.mark.slow
 def test_runs_that_cannot_be_compared(place: Path) -> None:
     part = Path(shutil.copytree(place / "b", place / "part"))
     lines = (part / "predictions.csv").read_text().splitlines()
@@ -130,8 +155,8 @@ def test_rows_that_have_numbers_alone_are_compared_on_the_same_data_only(tmp_pat
     small_data.write_texts(tmp_path / "two", {"test": 10, "train": 24, "dev": 8})  # other texts, the same labels
     tiny_models.write_tiny_text_model(tmp_path / "bert", kind="bert")
     train = ["train", "text-classification", "--model=bert", "--max_steps=1", "--report_to=none"]
-    for data, name, flags in (("one", "a", []), ("one", "b", ["--max_eval_samples=6"]), ("two", "c", [])):
-        done = run_command([*train, f"--dataset={data}", f"--output_dir={name}", *flags], tmp_path)
+    for table, name, flags in (("one", "a", []), ("one", "b", ["--max_eval_samples=6"]), ("two", "c", [])):
+        done = run_command([*train, f"--dataset={table}", f"--output_dir={name}", *flags], tmp_path)
         assert done.returncode == 0, done.stderr
     part = run_command(["compare", "a", "b"], tmp_path)
     assert part.returncode == 0, part.stderr
@@ -142,4 +167,4 @@ def test_rows_that_have_numbers_alone_are_compared_on_the_same_data_only(tmp_pat
     shutil.move(tmp_path / "one", tmp_path / "gone")
     refused = run_command(["compare", "a", "b"], tmp_path)
     assert refused.returncode == 2
-    assert "where the data of all runs are at hand" in refused.stderr
+    assert "those of a, b are gone or have changed" in refused.stderr

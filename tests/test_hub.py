@@ -18,7 +18,7 @@ from forked import run_command
 from huggingface_hub import ModelCard, constants
 
 import hftl
-from hftl import cli, push
+from hftl import card, cli, push
 from hftl.card import EVALUATIONS, forbids_changes
 from hftl.errors import UsageError
 
@@ -261,7 +261,25 @@ def test_a_licence_that_forbids_it(place: Path, hub: hub_server.Hub) -> None:
     assert refused.returncode == 2
     assert not (place / "early").exists()
     assert not hub.requests
-    assert not forbids_changes("apache-2.0")
+
+
+@pytest.mark.parametrize(
+    ("licence", "shared", "said"),
+    [
+        ("apache-2.0", True, "licence is that of the base model, apache-2.0."),
+        ("cc-by-nd-4.0", False, "does not let changed versions be shared"),
+        ("CC BY-NC-ND 4.0", False, "does not let changed versions be shared"),
+        ("cc_by_nd_4.0", False, "does not let changed versions be shared"),
+        ("CC BY-NC 4.0", True, "does not allow commercial use"),
+        ("non-commercial", True, "does not allow commercial use"),
+        ("mistral-ai-research-license", True, "does not allow commercial use"),
+        ("llama3", True, "has terms of its own"),
+        (None, True, "is not known here"),
+    ],
+)
+def test_what_a_licence_means_is_said(licence: str | None, shared: bool, said: str) -> None:
+    assert forbids_changes(licence) != shared
+    assert said in card._of_licence(licence)
 
 
 @pytest.mark.slow

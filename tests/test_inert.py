@@ -54,20 +54,21 @@ def test_a_page_shows_a_name_as_it_is() -> None:
         "[log in](https://evil.example) **x** __y__ _z_",
         "`code` ~~gone~~ [x][y] <https://evil.example>",
         "# heading",
-        "https://evil.example www.evil.example me@evil.example",
+        "https://evil.example www.evil.example me@evil.example xmpp:me@evil.example //evil.com",
         r"back\\slash \[x\](y) &amp; a_b_c",
     ],
 )
 def test_a_page_obeys_no_name(name: str) -> None:
     assert shown_by_markdown(name) == name
     # GitHub's Markdown makes links of bare addresses too.
-    assert not re.search(r"://|www\.|@", in_markdown(name))
+    assert not re.search(r"//|@\w|www\.", in_markdown(name))
 
 
 def shown_by_markdown(name: str) -> str:
     """What stands in the cell of a table, without anything but text in it."""
     page = markdown.markdown(f"| a | b |\n| --- | --- |\n| {in_markdown(name)} | 1 |\n", extensions=["tables"])
     (cell,) = re.findall("<td>(.*?)</td>\\s*<td>1</td>", page, flags=re.DOTALL)
+    cell = cell.replace("<span></span>", "")
     assert "<" not in cell
     return html.unescape(cell)
 

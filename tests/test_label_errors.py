@@ -51,6 +51,9 @@ def test_pictures_in_the_wrong_folder_come_first(tmp_path: Path) -> None:
     assert {row["sure"] for row in rows} <= {"yes", ""}
     assert f"of 60 rows {len(rows)} look like another class" in done.stdout
     assert not (tmp_path / "runs").exists()
+    shutil.rmtree(tmp_path / "images" / "val")  # a part of train is drawn in its place, and looked at all the same
+    done = run_command(["check-labels", "image-classification", *flags], tmp_path)
+    assert "of 60 rows" in done.stdout
 
     (tmp_path / "table.csv").write_text("text,label\n")
     words = ["check-labels", "text-classification", "--dataset=table.csv", "--model=x", "--output=table.csv"]

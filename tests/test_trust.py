@@ -59,6 +59,8 @@ def test_even_then_a_pickle_runs_nothing(place: Path) -> None:
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert not (place / "pickle_has_run").exists()
+    assert "its pickle holds more than tensors" in done.stderr
+    assert "weights_only" not in done.stderr  # torch's advice is to switch that off
 
 
 @pytest.mark.slow
