@@ -281,6 +281,8 @@ class TransferArguments(TrainingArguments):
     given: ClassVar[frozenset[str]] = frozenset()
     # Neither: `--learning_rate auto`, whose field is None until the rate is found.
     finds_learning_rate: ClassVar[bool] = False
+    #: three: on 8,000 movie reviews more gained nothing (MiniLM, 0.874 to 0.878)
+    usual_epochs: ClassVar[float] = 3.0
 
     def __post_init__(self) -> None:
         """Choose the device before TrainingArguments asks for it, and check what Trainer would only trip over."""
@@ -376,6 +378,10 @@ class ImageArguments(TransferArguments):
 @dataclass
 class AudioArguments(TransferArguments):
     """Arguments of audio tasks."""
+
+    #: pictures of sounds are far from the photos that image models have seen: of spoken digits EfficientNet-Lite0
+    #: learns 0.967 in three epochs, 0.977 in five, 0.980 in six
+    usual_epochs: ClassVar[float] = 6.0
 
     task: str = _argument("audio-classification", "Name of the task.")
     audio_column: str | None = _argument(None, "Column of the recordings (guessed when not given).")
