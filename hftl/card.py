@@ -18,7 +18,7 @@ from huggingface_hub.errors import HTTPError
 
 from hftl.arguments import TransferArguments
 from hftl.data import Splits
-from hftl.folder import write_text
+from hftl.folder import repository_of, write_text
 from hftl.inert import in_markdown
 from hftl.joined import as_flags, wished
 from hftl.merging import BASE
@@ -162,11 +162,6 @@ def _write_evaluation(target: Path, arguments: TransferArguments, scores: dict[s
 
 def _is_on_hub(name: str | None) -> bool:
     return name is not None and not os.path.exists(os.path.expanduser(name)) and ":" not in name
-
-
-def repository_of(arguments: TransferArguments) -> str:
-    """Where a run goes on the Hub: by default, under the name of its folder."""
-    return arguments.hub_model_id or Path(str(arguments.output_dir)).resolve().name
 
 
 def _place_on_hub(model: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import pickle
 from collections.abc import Iterable
 
 
@@ -34,3 +35,10 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
         return ""
     swapped = (choice for choice in near if sorted(choice) == sorted(name))  # lroa: difflib finds road as near as lora
     return f" Did you mean {next(swapped, near[0])!r}?"
+
+
+def load_reason(error: BaseException) -> str:
+    """What a library said, in one line; not torch's advice on pickles, which is to let them run code."""
+    said = " ".join(str(error).split())
+    unsafe = isinstance(error, pickle.UnpicklingError) or "weights_only" in said
+    return "its pickle holds more than tensors, and could run code" if unsafe else said

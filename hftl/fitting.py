@@ -15,7 +15,6 @@ from hftl.answers import write_answers
 from hftl.arguments import TransferArguments, parse
 from hftl.auto import TRIALS, check, search
 from hftl.callbacks import StopSignals
-from hftl.card import repository_of
 from hftl.compute import wait_for_all
 from hftl.data import Splits
 from hftl.errors import UsageError
@@ -81,7 +80,7 @@ def conclude(run: Run, splits: Splits, arguments: TransferArguments) -> None:
     say(f"report:     {write_report(run, read_splits(run) if arguments.repeats > 1 else splits)}")
     if arguments.push_to_hub:
         where = {"private": arguments.hub_private_repo, "revision": arguments.hub_revision}
-        say(f"pushed to:  {run.push(repository_of(arguments), token=arguments.hub_token, **where)}")
+        say(f"pushed to:  {run.push(folder.repository_of(arguments), token=arguments.hub_token, **where)}")
 
 
 def _search(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Run:

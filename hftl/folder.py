@@ -65,6 +65,11 @@ def say(message: str = "") -> None:
         print(visible(message), flush=True)
 
 
+def repository_of(arguments: TransferArguments) -> str:
+    """Where a run goes on the Hub: by default, under the name of its folder."""
+    return arguments.hub_model_id or Path(str(arguments.output_dir)).resolve().name
+
+
 def default_output_dir(arguments: TransferArguments) -> str:
     """`runs/DATASET-MODEL-METHOD`, from the last part of each name."""
     parts = (arguments.dataset_name, arguments.model_name_or_path, arguments.method)

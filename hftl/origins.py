@@ -13,10 +13,9 @@ from urllib.error import URLError
 import torch
 
 from hftl.builtin import explained_cache, in_order, made_once, write_timm_checkpoint
-from hftl.errors import UsageError, did_you_mean
+from hftl.errors import UsageError, did_you_mean, load_reason
 from hftl.folder import say
 from hftl.hub import check_hub
-from hftl.pretrained import load_reason
 
 #: torchvision's models whose layers timm has in the same order, where the names differ
 _RENAMED = {

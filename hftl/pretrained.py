@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from hftl import backbones
 from hftl.arguments import TransferArguments
-from hftl.errors import UsageError, did_you_mean
+from hftl.errors import UsageError, did_you_mean, load_reason
 from hftl.folder import read_json, say
 from hftl.hub import check_hub
 
@@ -51,7 +51,8 @@ def find_model(name: str | None) -> str:
     """
     if not name:
         raise UsageError(
-            "--model is missing: name a Hub id, a local folder, builtin:, torchvision: or keras:NAME, or random:ARCH."
+            "--model is missing: name a Hub id, a local folder, builtin:NAME, torchvision:NAME, keras:NAME or "
+            "random:ARCH."
         )
     if name.startswith("builtin:"):
         from hftl.builtin import builtin_model
@@ -81,13 +82,6 @@ def find_model(name: str | None) -> str:
         raise UsageError(f"--model {name!r}: there is no such folder.{did_you_mean(str(path), siblings)}")
     check_hub()
     return name
-
-
-def load_reason(error: BaseException) -> str:
-    """What a library said, in one line; not torch's advice on pickles, which is to let them run code."""
-    said = " ".join(str(error).split())
-    unsafe = isinstance(error, pickle.UnpicklingError) or "weights_only" in said
-    return "its pickle holds more than tensors, and could run code" if unsafe else said
 
 
 @contextlib.contextmanager

@@ -20,9 +20,9 @@ from huggingface_hub.utils import filter_repo_objects, parse_ratelimit_headers
 from transformers import TrainerCallback
 
 from hftl.arguments import TransferArguments, read_yaml
-from hftl.card import EVALUATIONS, base_card, forbids_changes, licence_of, repository_of
+from hftl.card import EVALUATIONS, base_card, forbids_changes, licence_of
 from hftl.errors import UsageError
-from hftl.folder import CHECKPOINTS, LOGS, PREDICTIONS, RECIPE, is_main_process, say
+from hftl.folder import CHECKPOINTS, LOGS, PREDICTIONS, RECIPE, is_main_process, repository_of, say
 from hftl.hub import check_name
 from hftl.pretrained import public_name
 from hftl.report import REPORT, render_report

@@ -114,7 +114,8 @@ class Run:
         It may be set to "fp32", "bf16" or "fp16". In half precision probabilities differ by some thousandths from those
         of float32, and labels do not: rows without a clear answer are computed again in float32.
         """
-        trained = str(self.metrics["train"].get("precision", "fp32"))
+        known = (self.folder / METRICS).is_file()  # not of a model by itself
+        trained = str(self.metrics["train"].get("precision")) if known else "fp32"
         return trained if compute.has_native(trained, self.model.device) else "fp32"
 
     def summary(self) -> str:

@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from hftl import backbones, pretrained
-from hftl.errors import UsageError, did_you_mean
+from hftl import backbones
+from hftl.errors import UsageError, did_you_mean, load_reason
 from hftl.folder import say
+from hftl.pretrained import LEAST_LOADED
 
 #: where trainings keep the weights among other things, the likeliest first
 _INSIDE = ("state_dict", "model_state_dict", "model_state", "model_ema", "teacher", "model", "net", "student")
@@ -61,9 +62,9 @@ def fill(model: nn.Module, name: str) -> None:
     }
     source = _read(name)
     found = _by_name(source, target)
-    if len(found) < pretrained.LEAST_LOADED * len(target):
+    if len(found) < LEAST_LOADED * len(target):
         found = _by_order(source, target) or found
-    if len(found) < pretrained.LEAST_LOADED * len(target):
+    if len(found) < LEAST_LOADED * len(target):
         first = next(key for key in target if key not in found)
         raise UsageError(
             f"--weights {name!r} fills {len(found)} of the {len(target)} tensors of the backbone (first missing: "
@@ -80,7 +81,7 @@ def _read(name: str) -> State:
             return _tensors(load_file(name))
         content = torch.load(name, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = pretrained.load_reason(error)[:200]
+        reason = load_reason(error)[:200]
         raise UsageError(f"--weights {name!r} cannot be read as tensors: {reason}") from error
     while isinstance(content, Mapping):
         inside = next((key for key in _INSIDE if isinstance(content.get(key), Mapping)), None)

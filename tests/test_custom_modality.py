@@ -49,6 +49,7 @@ def test_it_trains_and_gets_features_heads_a_report_and_predictions(
     rows = loaded.task.dataset(loaded.task.read_inputs(clouds / "box"), training=False)
     with torch.no_grad():
         logits = plain(**loaded.task.collate([rows[index] for index in range(len(rows))])).logits
+    loaded.precision = "fp32"  # whatever a measurement chose for the training
     np.testing.assert_allclose(loaded.logits(loaded.task.read_inputs(clouds / "box")), logits, atol=1e-5)
     capsys.readouterr()
 
