@@ -404,6 +404,15 @@ def test_right_answers_of_several_classes_are_shown() -> None:
     assert report._surest_mistakes(answers) == [4, 3]
 
 
+def test_rounding_of_many_classes_is_no_damage(tmp_path: Path) -> None:
+    names = [f"c{number}" for number in range(8_000)]
+    head = ["id", "label", "prediction", *(f"probability_{name}" for name in names)]
+    # 0.9968, and 0.0000004 for each of the others, of which six digits have nothing.
+    cells = ["0", "c0", "c0", *(f"{0.9968 if number == 0 else 4e-7:.6f}" for number in range(8_000))]
+    (tmp_path / "predictions.csv").write_text(as_csv([head, cells]))
+    assert read_answers(tmp_path / "predictions.csv", names).correct.all()
+
+
 def test_flipped_labels_come_first() -> None:
     random = np.random.default_rng(0)
     truth = random.integers(0, 3, 300)
