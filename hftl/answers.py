@@ -52,7 +52,7 @@ def write_answers(path: Path, label_names: Sequence[str], splits: Splits, split:
     probabilities = softmax(np.asarray(logits))
     lines = (
         [row_id, label_names[label], label_names[int(row.argmax())], *(f"{p:.6f}" for p in row)]
-        for row_id, label, row in zip(rows["id"], labels, probabilities, strict=True)
+        for row_id, label, row in zip(rows["id"][:], labels, probabilities, strict=True)
     )
     folder.write_text(path, as_csv([_head(label_names), *lines]))
 

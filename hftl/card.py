@@ -124,7 +124,7 @@ def write_card(
     ]
     if getattr(arguments, "test_time_flip", False):
         rows.append("\nOf each image and its mirror image (`--test_time_flip`); plain transformers takes it alone.")
-    scored = np.bincount(np.asarray(splits.scored["label"], dtype=int), minlength=len(splits.label_names))
+    scored = np.bincount(np.asarray(splits.scored["label"][:], dtype=int), minlength=len(splits.label_names))
     classes = [
         f"| {in_markdown(name)} | {count:,} | "
         + " | ".join(f"{plain[f'{kind}/{name}']:.4f}" if there else "–" for kind in ("precision", "recall", "f1"))

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,8 +55,11 @@ LABEL_COLUMNS = [
 # fmt: on
 
 PathType = TypeVar("PathType", str, Path)
+Result = TypeVar("Result")
 
 FULL_DECODE_LIMIT = 5000  # above so many files reading all of them whole takes minutes: headers only
+_AT_ONCE = 256  # files that are in memory, where a data set holds them
+_PIECE = 16  # of them for a thread: to hand over one alone takes longer than to hash it
 
 
 @dataclass
@@ -95,17 +98,18 @@ class Splits:
         rows = {role: dict(zip(self.label_names, part.tolist(), strict=True)) for role, part in counts.items()}
         notes = [_without_folders(note, self.source) for note in self.notes]
         notes += _class_notes(counts["train"], self.label_names)
-        return {"notes": notes, "rows": rows, "scored": self.scored_digest()}
+        return {"notes": notes, "rows": rows, "scored": self.scored_digest}
 
     def _counts(self) -> dict[str, np.ndarray[Any, Any]]:
         """Rows of each class in each split that is there."""
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
         return {
-            role: np.bincount(np.asarray(part["label"], dtype=int), minlength=len(self.label_names))
+            role: np.bincount(np.asarray(part["label"][:], dtype=int), minlength=len(self.label_names))
             for role, part in parts.items()
             if part is not None
         }
 
+    @functools.cached_property
     def scored_digest(self) -> str:
         """A name for the rows that a run is scored on, with the content of their files."""
         digest = hashlib.blake2b(self.fingerprint(self.scored).encode(), digest_size=8)
@@ -117,11 +121,9 @@ class Splits:
         """What stands for the input of each row: its texts, or of a file its size, beginning and end."""
         names = [name for name in part.column_names if name not in ("id", "label")]
         if "text" in names:
-            return [repr(texts) for texts in zip(*(part[name] for name in names), strict=True)]
+            return [repr(texts) for texts in zip(*(part[name][:] for name in names), strict=True)]
         (name,) = names
-        with ThreadPoolExecutor(_threads()) as pool:
-            values = (value for batch in _batches(part, name) for value in batch)
-            return [key.hex() for key in pool.map(_undated_key, values)]
+        return [key.hex() for key in _in_threads(_undated_key, _files(part, name))]
 
     def fingerprint(self, *parts: datasets.Dataset) -> str:
         """A name for rows, else for what is trained and validated on: ids, labels, texts; not the content of images."""
@@ -183,7 +185,7 @@ def load_splits(arguments: Any, modality: Modality) -> Splits:
     if not modality.is_text:
         # Before anything is drawn: the draw is then the same as if the bad files had not been there.
         parts = _check_files(parts, modality, bool(_option(arguments, "skip_bad_files", False)), notes)
-        _require_two_classes(np.asarray(parts["train"]["label"]), label_names, rows["train"].origin)
+        _require_two_classes(np.asarray(parts["train"]["label"][:]), label_names, rows["train"].origin)
     shots = _option(arguments, "shots")
     if shots is not None:
         parts |= _take_shots(parts, shots, label_names, seed, notes)
@@ -193,7 +195,7 @@ def load_splits(arguments: Any, modality: Modality) -> Splits:
     for role in parts:
         limit = _option(arguments, "max_train_samples" if role == "train" else "max_eval_samples")
         parts[role] = _limited(parts[role], limit, seed)
-    if len(np.unique(parts["train"]["label"])) < 2:
+    if len(np.unique(parts["train"]["label"][:])) < 2:
         raise UsageError("--max_train_samples leaves one class only: take more.")
     parts = {role: parts[role] for role in ("train", "validation", "test") if role in parts}
     notes += _content_notes(parts, modality)
@@ -525,7 +527,7 @@ def _default_split(source: _Source) -> str:
 def _take_validation(train: datasets.Dataset, fraction: float, seed: int, notes: list[str], column: str) -> dict:
     if not 0 < fraction < 1:
         raise UsageError(f"--validation_fraction {fraction}: it must lie between 0 and 1")
-    labels = np.asarray(train["label"])
+    labels = np.asarray(train["label"][:])
     # A class that validation does not have would not count in choosing the best checkpoint.
     count = max(len(np.unique(labels)), round(len(labels) * fraction))
     taken = stratified_part(labels, count, seed, leave_one=True)
@@ -572,7 +574,7 @@ def _take_shots(
 
 def _draw_of_each_class(part: datasets.Dataset, count: int, classes: int, seed: int) -> list[np.ndarray]:
     """Positions of at most `count` rows of each class; more rows a class begin with those that fewer would have."""
-    labels = np.asarray(part["label"], dtype=np.int64)
+    labels = np.asarray(part["label"][:], dtype=np.int64)
     generator = np.random.default_rng(seed)
     return [generator.permutation(np.flatnonzero(labels == index))[:count] for index in range(classes)]
 
@@ -582,7 +584,7 @@ def _limited(part: datasets.Dataset, limit: int | None, seed: int) -> datasets.D
         return part
     if limit < 1:
         raise UsageError(f"{limit} samples cannot be taken: --max_train_samples and --max_eval_samples start at 1")
-    return part.select(stratified_part(np.asarray(part["label"]), limit, seed))
+    return part.select(stratified_part(np.asarray(part["label"][:]), limit, seed))
 
 
 def stratified_part(labels: np.ndarray, count: int, seed: int, leave_one: bool = False) -> np.ndarray:
@@ -687,7 +689,7 @@ def _read_tables(shards: list[Path]) -> _Rows:
     if isinstance(parts[0].data, datasets.Dataset):
         data = datasets.concatenate_datasets([part.data for part in parts])
     else:
-        data = {name: [value for part in parts for value in part.data[name]] for name in names[0]}
+        data = {name: [value for part in parts for value in part.data[name][:]] for name in names[0]}
     return _Rows(origin, data, [str(row) for row in range(sum(len(part.ids) for part in parts))], parts[0].folder)
 
 
@@ -833,7 +835,7 @@ def _require_columns(rows: dict[str, _Rows], columns: dict[str, str], arguments:
 
 def _row_labels(rows: _Rows, column: str) -> list[str | None]:
     """The label of each row as its name; None where it is missing."""
-    values = list(rows.data[column])
+    values = rows.data[column][:]
     if rows.class_folders:
         return values
     feature = _feature(rows, column)
@@ -940,7 +942,7 @@ def _canonical(rows: _Rows, columns: dict[str, str], labels: np.ndarray | None, 
                 f"files of this machine: it must hold the {modality.plural} themselves."
             )
         features[modality.name] = string
-        data[modality.name] = [_absolute(value, rows.folder) for value in rows.data[column]]
+        data[modality.name] = [_absolute(value, rows.folder) for value in rows.data[column][:]]
     for role in ("text", "text_pair"):
         if role in columns:
             features[role], data[role] = string, _texts(rows, columns[role])
@@ -975,7 +977,7 @@ def _absolute(value: Any, folder: Path | None) -> str:
 
 
 def _texts(rows: _Rows, column: str) -> list[str]:
-    values = list(rows.data[column])
+    values = rows.data[column][:]
     strange = next((value for value in values if isinstance(value, (list, dict, bytes))), None)
     if strange is not None:
         raise UsageError(f"{rows.origin}: the column {column!r} holds {type(strange).__name__} values, not texts")
@@ -1007,10 +1009,22 @@ def _skipped_note(rows: dict[str, _Rows]) -> list[str]:
     return [f"skipped: {', '.join(counts)}{f' and {more} more kinds' if more else ''}"]
 
 
-def _batches(part: datasets.Dataset, column: str) -> Iterator[list]:
-    """The files of a split, a few hundred at a time: a part of them may hold their bytes."""
-    for start in range(0, len(part), 256):
-        yield part[start : start + 256][column]
+def _files(part: datasets.Dataset, column: str) -> Iterator[Any]:
+    """The files of a split, read a few hundred at a time: a part of them may hold their bytes."""
+    for start in range(0, len(part), _AT_ONCE):
+        yield from part[start : start + _AT_ONCE][column]
+
+
+def _in_threads(function: Callable[[Any], Result], values: Iterable[Any]) -> list[Result]:
+    """What a function says of each value, in order; of few values at a time, for what they hold."""
+    results: list[Result] = []
+    values = iter(values)
+    with ThreadPoolExecutor(_threads()) as pool:
+        while several := list(itertools.islice(values, _AT_ONCE)):
+            pieces = [several[start : start + _PIECE] for start in range(0, len(several), _PIECE)]
+            for found in pool.map(lambda piece: [function(value) for value in piece], pieces):
+                results += found
+    return results
 
 
 def _embedded(part: datasets.Dataset, column: str) -> bool:
@@ -1030,14 +1044,12 @@ def _check_files(
         return parts
     bad: list[str] = []
     kept = {}
-    with ThreadPoolExecutor(_threads()) as pool:
-        for role, part in parts.items():
-            files = _batches(part, modality.name)
-            problems = [problem for batch in files for problem in pool.map(modality.problem, batch, repeat(full))]
-            rows = [row for row, problem in enumerate(problems) if problem]
-            ids = part.select_columns(["id"])
-            bad += [f"{ids[row]['id']} ({problems[row]})" for row in rows]
-            kept[role] = part.select(np.flatnonzero([not problem for problem in problems])) if rows else part
+    for role, part in parts.items():
+        problems = _in_threads(lambda value: modality.problem(value, full), _files(part, modality.name))
+        rows = [row for row, problem in enumerate(problems) if problem]
+        ids = part.select_columns(["id"])
+        bad += [f"{ids[row]['id']} ({problems[row]})" for row in rows]
+        kept[role] = part.select(np.flatnonzero([not problem for problem in problems])) if rows else part
     named = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
     if bad and not skip:
         raise UsageError(
@@ -1061,7 +1073,7 @@ def _threads() -> int:
 def _content_notes(parts: dict[str, datasets.Dataset], modality: Modality) -> list[str]:
     notes = []
     if modality.is_text:
-        counts = {role: sum(not text.strip() for text in part["text"]) for role, part in parts.items()}
+        counts = {role: sum(not text.strip() for text in part["text"][:]) for role, part in parts.items()}
         for role, count in counts.items():
             if count == len(parts[role]):
                 raise UsageError(f"every text of {role} is empty: is it the right column? (--text_column NAME)")
@@ -1083,9 +1095,9 @@ def _content_notes(parts: dict[str, datasets.Dataset], modality: Modality) -> li
 
 def _text_keys(parts: dict[str, datasets.Dataset]) -> dict[str, list]:
     return {
-        role: list(zip(part["text"], part["text_pair"], strict=True))
+        role: list(zip(part["text"][:], part["text_pair"][:], strict=True))
         if "text_pair" in part.column_names
-        else list(part["text"])
+        else part["text"][:]
         for role, part in parts.items()
     }
 
@@ -1096,25 +1108,17 @@ def _file_keys(parts: dict[str, datasets.Dataset], column: str) -> dict[str, lis
         if sum(len(part) for part in parts.values()) > FULL_DECODE_LIMIT:
             return None
         return {
-            role: [
-                _digest(source_of(value, "a file", "or both")[0]) for batch in _batches(part, column) for value in batch
-            ]
+            role: _in_threads(lambda value: _digest(source_of(value, "a file", "or both")[0]), _files(part, column))
             for role, part in parts.items()
         }
-    paths = {role: list(part[column]) for role, part in parts.items()}
+    paths = {role: part[column][:] for role, part in parts.items()}
     sizes = {role: [os.path.getsize(path) for path in paths[role]] for role in parts}
     splits_with = Counter(size for role in parts for size in set(sizes[role]))
-    with ThreadPoolExecutor(_threads()) as pool:
-        return {role: _digests(pool, paths[role], [splits_with[size] > 1 for size in sizes[role]]) for role in parts}
-
-
-def _digests(pool: ThreadPoolExecutor, paths: list[str], wanted: list[bool]) -> list[bytes | None]:
-    """Digests of the files that are wanted, some at a time: a call that waits in a pool takes a kilobyte."""
-    digests: list[bytes | None] = []
-    for start in range(0, len(paths), 1024):
-        part = slice(start, start + 1024)
-        digests += pool.map(lambda path, want: _digest(path) if want else None, paths[part], wanted[part])
-    return digests
+    wanted = {
+        role: [path if splits_with[size] > 1 else None for path, size in zip(paths[role], sizes[role], strict=True)]
+        for role in parts
+    }
+    return {role: _in_threads(_digest, wanted[role]) for role in parts}
 
 
 def _undated_key(value: Any) -> bytes:

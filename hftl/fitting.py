@@ -127,7 +127,7 @@ def score_on_test(task_class: type[ClassificationTask], splits: Splits, argument
     path = Path(str(arguments.output_dir))
     run = load_run(path, task_class)
     if splits.test is not None:
-        logits, labels = run.logits(splits.test), np.asarray(splits.test["label"])
+        logits, labels = run.logits(splits.test), np.asarray(splits.test["label"][:])
         scores = scores_of(run.task, run.task.loss(splits), logits, labels)
         write_answers(path / PREDICTIONS, run.task.label_names, splits, "test", logits, labels)
         run.metrics["test"] = scores

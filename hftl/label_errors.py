@@ -76,7 +76,7 @@ def main(task_name: str, tokens: Sequence[str], output: str | None) -> None:
     every = np.arange(len(labels))
     margins = scores[every, rather] - scores[every, labels]
     order = [row for row in np.argsort(-margins, kind="stable").tolist() if margins[row] > 0]
-    names, ids = [splits.label_names[number] for number in present], splits.train["id"]
+    names, ids = [splits.label_names[number] for number in present], splits.train["id"][:]
     lines = [
         [str(ids[row]), names[labels[row]], names[rather[row]], f"{margins[row]:.3f}", "yes" * (row in sure)]
         for row in order

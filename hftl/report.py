@@ -120,7 +120,7 @@ def ensure_answers(run: Run, splits: Splits | None) -> None:
         raise UsageError(f"{str(run.folder)!r} has no {path.name}, and its data are not those that it was scored on.")
     split = scored_split(run)
     folder.say(f"{path.name} is missing: {len(splits.scored):,} rows are predicted")
-    labels = np.asarray(splits.scored["label"])
+    labels = np.asarray(splits.scored["label"][:])
     write_answers(path, run.label_names, splits, split, run.logits(splits.scored), labels)
 
 
@@ -147,9 +147,9 @@ class KnownRows:
 
     def __init__(self, run: Run, splits: Splits | None) -> None:
         """Compare the data with those that the run was scored on."""
-        same = splits is not None and found_in_data(run).get("scored") == splits.scored_digest()
+        same = splits is not None and found_in_data(run).get("scored") == splits.scored_digest
         self.run, self.splits = run, splits if same else None
-        ids = [] if self.splits is None else self.splits.scored["id"]
+        ids = [] if self.splits is None else self.splits.scored["id"][:]
         self.places = {visible(row): place for place, row in enumerate(ids)}
 
     def shown(self, row: str, *explained: Any) -> Shown:

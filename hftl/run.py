@@ -352,7 +352,7 @@ class Run:
         )
         known = {role: getattr(self.task.arguments, f"{role}_column", None) for role in roles}
         rows, _ = data.load_labelled(settings, split, self.label_names, self.task.modality, known)
-        return self.task.score(self.logits(rows, batch_size), np.asarray(rows["label"]))
+        return self.task.score(self.logits(rows, batch_size), np.asarray(rows["label"][:]))
 
     def push(self, repository: str, **options: Any) -> str:
         """Push to the Hub in one commit, and give the address; see `hftl.push.push`."""

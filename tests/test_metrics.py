@@ -7,13 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from tiny_models import TINY, write_tiny_text_model
 from tiny_training import tiny_arguments
 
 import hftl
 from hftl.data import Splits
 from hftl.errors import UsageError
-from hftl.metrics import METRIC_NAMES, ExtraMetrics, classification_metrics, expected_calibration_error, softmax
+from hftl.metrics import (
+    METRIC_NAMES,
+    ExtraMetrics,
+    classification_metrics,
+    expected_calibration_error,
+    share_interval,
+    softmax,
+)
 from hftl.tasks.text_classification import TextClassification
 
 NAMES = ["ant", "bee", "cat"]
@@ -82,6 +90,12 @@ def test_one_class_only() -> None:
     scores = classification_metrics(logits_for(np.array([0, 0]), classes=2), np.array([0, 0]), ["no", "yes"])
     assert scores["accuracy"] == scores["f1_macro"] == 1.0
     assert scores["matthews_correlation"] == 0.0
+
+
+@pytest.mark.parametrize("hits", [0, 1, 40, 99, 100])
+def test_the_interval_of_a_share_is_that_of_scipy(hits: int) -> None:
+    expected = binomtest(hits, 100).proportion_ci(method="wilson")
+    assert share_interval(hits, 100) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 def test_softmax_of_large_logits() -> None:

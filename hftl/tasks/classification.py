@@ -237,4 +237,4 @@ class ClassificationTask:
 
 def class_counts(splits: Splits) -> list[int]:
     """Training rows of each class."""
-    return np.bincount(splits.train["label"], minlength=len(splits.label_names)).tolist()
+    return np.bincount(splits.train["label"][:], minlength=len(splits.label_names)).tolist()

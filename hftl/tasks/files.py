@@ -50,7 +50,7 @@ class FileDataset(Dataset[dict[str, Any]]):
     @property
     def labels(self) -> list[int] | None:
         """The class ids, where the rows have them."""
-        return list(self.rows["label"]) if "label" in getattr(self.rows, "column_names", ()) else None
+        return self.rows["label"][:] if "label" in getattr(self.rows, "column_names", ()) else None
 
     def key(self, index: int, full: bool = False) -> int:
         """64 bits for the content of a file and, of an augmented view, its number."""

@@ -98,7 +98,7 @@ class TextClassification(ClassificationTask):
 
     def _random_model(self, architecture: str, splits: Splits) -> PreTrainedModel:
         columns = [name for name in ("text", "text_pair") if name in splits.train.column_names]
-        texts = itertools.chain([self.arguments.template or ""], *(splits.train[name] for name in columns))
+        texts = itertools.chain([self.arguments.template or ""], *(splits.train[name][:] for name in columns))
         self.processor = train_tokenizer(texts, self.arguments.max_length)
         sizes = {"vocab_size": len(self.processor), "pad_token_id": self.processor.pad_token_id}
         config = pretrained.random_config(architecture, self.auto_class, self.label_names, **sizes)
@@ -264,7 +264,9 @@ class TextDataset(Dataset[dict[str, Any]]):
             template.check(columns)
         empty = {"input_ids": tokenizer.eos_token_id or tokenizer.pad_token_id or 0, "attention_mask": 1}
         for start in range(0, len(rows), _CHUNK):
-            chunk = [rows[index] for index in range(start, min(start + _CHUNK, len(rows)))]
+            chunk = rows[start : start + _CHUNK]
+            if isinstance(chunk, dict):  # columns, of a data set: that is much faster than row by row
+                chunk = [dict(zip(chunk, row, strict=True)) for row in zip(*chunk.values(), strict=True)]
             texts = [[row[name] for row in chunk] for name in columns]
             if template is not None:
                 texts = [template.filled(list(zip(*texts, strict=True)))]
