@@ -25,6 +25,8 @@ _PUBLIC = {
     "FileDataset": "hftl.tasks.files",
     "ImageArguments": "hftl.arguments",
     "ImageClassification": "hftl.tasks.image_classification",
+    "ImageTextArguments": "hftl.arguments",
+    "ImageTextClassification": "hftl.tasks.image_text_classification",
     "Modality": "hftl.modality",
     "Plan": "hftl.methods",
     "Prediction": "hftl.run",
@@ -43,7 +45,14 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
-    from hftl.arguments import AudioArguments, ImageArguments, TextArguments, TransferArguments, parse
+    from hftl.arguments import (
+        AudioArguments,
+        ImageArguments,
+        ImageTextArguments,
+        TextArguments,
+        TransferArguments,
+        parse,
+    )
     from hftl.cli import finetune
     from hftl.errors import UsageError
     from hftl.fitting import fit
@@ -55,6 +64,7 @@ if TYPE_CHECKING:
     from hftl.tasks.classification import ClassificationTask
     from hftl.tasks.files import FileDataset
     from hftl.tasks.image_classification import ImageClassification
+    from hftl.tasks.image_text_classification import ImageTextClassification
     from hftl.tasks.text_classification import TextClassification
     from hftl.trainer import TransferTrainer
 

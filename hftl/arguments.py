@@ -429,6 +429,20 @@ class TextArguments(TransferArguments):
     )
 
 
+@dataclass
+class ImageTextArguments(ImageArguments, TextArguments):
+    """Arguments of tasks of images with texts; `--model` names the image backbone."""
+
+    task: str = _argument("image-text-classification", "Name of the task.")
+    text_model: str | None = _argument(
+        None, "The text backbone, as --model names the image backbone; none where --model is a run of this task."
+    )
+    modality_dropout: float = _argument(
+        0.1, "Part of the training rows that lose their image, and as many their text, so that either is enough."
+    )
+    fusion_dropout: float = _argument(0.1, "Part of the joined features that are left out in training.")
+
+
 class _Parser(HfArgumentParser):
     """Errors as `UsageError`, with the nearest name."""
 

@@ -67,6 +67,9 @@ def structure(model: nn.Module) -> Structure:
         UsageError: no output layer is found, or nothing else.
     """
     plain = without_adapters(model)
+    if towers := _towers(plain):
+        head = tuple(name for name, child in plain.named_children() if child not in towers.values())
+        return Structure(head, _beside_each_other(towers))
     backbone, head = _backbone_and_head(plain)
     pooler = _pooler(plain, backbone)
     outside = (*pooler, *head)
@@ -154,8 +157,8 @@ def no_decay_parameters(model: nn.Module) -> set[str]:
     distillation tokens, tables of relative positions; and what a timm model's own `no_weight_decay()` lists.
     """
     plain = without_adapters(model)
-    backbone = _backbone(plain)
-    listed = _timm_no_decay(_name_of(plain, backbone), backbone) if _is_timm(backbone) else set()
+    found = map(_backbone, _towers(plain).values() or [plain])
+    listed = set().union(*(_timm_no_decay(_name_of(plain, one), one) for one in found if _is_timm(one)))
     names = ((name, plain_name(model, name), parameter) for name, parameter in model.named_parameters())
     return {
         name
@@ -359,6 +362,25 @@ def _backbone_and_head(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
             "AutoModelForSequenceClassification."
         )
     return backbone, tuple(dict.fromkeys(head))
+
+
+def _towers(model: nn.Module) -> dict[str, nn.Module]:
+    """The backbones of a model that has several beside each other, and says so in `towers`."""
+    return {name: model.get_submodule(name) for name in getattr(model, "towers", ())}
+
+
+def _beside_each_other(towers: Mapping[str, nn.Module]) -> tuple[tuple[str, ...], ...]:
+    """Blocks that hold one of each backbone: the stems are in the first, the last ones in the last."""
+    each = []
+    for name, tower in towers.items():
+        blocks = _shortest_prefixes(_group(tower, _backbone(tower), _parameters(tower)), ())
+        each.append([tuple(_join(name, prefix) for prefix in block) for block in blocks])
+    joined: list[tuple[str, ...]] = [() for _ in range(max(map(len, each)))]
+    for stem, *rest in each:
+        joined[0] += stem
+        for place, block in enumerate(rest, start=len(joined) - len(rest)):
+            joined[place] += block
+    return tuple(joined)
 
 
 def _pooler(model: nn.Module, backbone: nn.Module) -> tuple[str, ...]:

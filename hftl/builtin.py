@@ -142,6 +142,56 @@ def pitches() -> dict[str, datasets.Dataset]:
     return {"train": part(80), "validation": part(20), "test": part(20)}
 
 
+def captions() -> dict[str, datasets.Dataset]:
+    """1,440 drawings of a figure with a sentence that names one: the same figure, or another.
+
+    As many of each figure and of each sentence are right as wrong, so that neither alone says anything.
+    """
+    import datasets
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    corners = {"triangle": 3, "square": 4, "star": 10, "circle": 0}
+    sentences = ["A drawing of a {}.", "Here you see a {}.", "This is a {}.", "The picture shows a {}."]
+    features = datasets.Features(
+        {
+            "image": datasets.Image(decode=False),
+            "caption": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["other", "same"]),
+        }
+    )
+    random = np.random.default_rng(0)
+
+    def drawing(figure: str) -> bytes:
+        back, front = random.integers(0, 110, 3), random.integers(145, 256, 3)
+        if random.random() < 0.5:
+            back, front = front, back
+        image = Image.new("RGB", (96, 96), tuple(back.tolist()))
+        radius, turn = random.uniform(20, 36), random.uniform(-0.25, 0.25)
+        middle = random.uniform(radius, 96 - radius, 2)
+        count = corners[figure] or 60
+        angles = turn - np.pi / 2 + 2 * np.pi * (np.arange(count) + 0.5 * (figure == "square")) / count
+        lengths = radius * np.where((figure == "star") & (np.arange(count) % 2 == 1), 0.4, 1.0)
+        points = middle + lengths[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        ImageDraw.Draw(image).polygon([tuple(point) for point in points.tolist()], fill=tuple(front.tolist()))
+        noisy = np.asarray(image) + random.normal(0, 12, (96, 96, 1))
+        buffer = io.BytesIO()
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    def part(count: int) -> datasets.Dataset:
+        columns: dict[str, list] = {"image": [], "caption": [], "label": []}
+        for number in range(count):
+            for figure in corners:
+                named = figure if number % 2 else [name for name in corners if name != figure][number // 2 % 3]
+                columns["image"].append({"bytes": drawing(figure), "path": f"{figure}-{number}.png"})
+                columns["caption"].append(sentences[int(random.integers(len(sentences)))].format(named))
+                columns["label"].append(int(figure == named))
+        return datasets.Dataset.from_dict(columns, features=features)
+
+    return {"train": part(240), "validation": part(60), "test": part(60)}
+
+
 def movie_snippets() -> dict[str, datasets.Dataset]:
     """Sentences of movie reviews, positive or negative: 10,070 rows, split 80/10/10 by a hash of the text."""
     import datasets
@@ -332,7 +382,7 @@ def _unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"no built-in {kind} {name!r}.{did_you_mean(name, known)} There are: {', '.join(known)}")
 
 
-BUILTIN_DATASETS = {"digits": digits, "movie-snippets": movie_snippets, "pitches": pitches}
+BUILTIN_DATASETS = {"digits": digits, "movie-snippets": movie_snippets, "captions": captions, "pitches": pitches}
 BUILTIN_MODELS: dict[str, Callable[[], Path]] = {
     "efficientnet_lite0": functools.partial(efficientnet_lite, 0),
     "efficientnet_lite1": functools.partial(efficientnet_lite, 1),

@@ -78,7 +78,7 @@ _USUAL = frozenset({"apache", "mit", "bsd", "cc", "cc0", "gpl", "lgpl", "agpl", 
 _UNCALIBRATED = 0.05
 #: where the adapter is not merged
 _UNMERGED = """from peft import PeftModel
-from transformers import {auto_class}
+from {module} import {auto_class}
 base = {auto_class}.from_pretrained({title}, subfolder="base")
 model = PeftModel.from_pretrained(base, {title}, subfolder="adapter")"""
 
@@ -88,11 +88,13 @@ def write_card(
 ) -> None:
     """Write README.md with the metadata that the Hub reads. No local path gets into it."""
     split = "test" if "test" in metrics else "validation"
-    base, dataset = public_name(arguments.model_name_or_path), public_name(arguments.dataset_name)
+    bases = [str(name) for name in (arguments.model_name_or_path, getattr(arguments, "text_model", None)) if name]
+    base, dataset = " and ".join(map(public_name, bases)), public_name(arguments.dataset_name)
     where, colon, function = arguments.method.rpartition(":")
     method = f"{public_name(where)}:{function}" if colon else function
     title = repository_of(arguments)
-    on_hub = _place_on_hub(str(arguments.model_name_or_path))
+    on_hub = list(filter(None, map(_place_on_hub, bases)))
+    plain_library = task.auto_class.__module__.startswith("transformers")
     plain = metrics.get(f"ordinary_head_{split}", metrics[split])  # of what plain libraries load
     results = [
         EvalResult(
@@ -101,16 +103,16 @@ def write_card(
         )
         for kind, name, key in (("accuracy", "Accuracy", "accuracy"), ("f1", "Macro F1", "f1_macro"))
     ]  # fmt: skip
-    origin = base_card(str(arguments.model_name_or_path))
+    origin = _common(list(map(base_card, bases)))
     header = ModelCardData(
-        pipeline_tag=task.name,
-        library_name="transformers",
+        pipeline_tag=task.name if plain_library else None,
+        library_name="transformers" if plain_library else "hftl",
         license=origin.get("license"),
         license_name=origin.get("license_name"),
         license_link=origin.get("license_link"),
         language=origin.get("language"),
         datasets=dataset if _is_on_hub(arguments.dataset_name) else None,
-        base_model=on_hub,
+        base_model=on_hub[0] if len(on_hub) == 1 else on_hub or None,
         tags=["hftl", task.modality.name],
         base_model_relation=("adapter" if (target / BASE).is_dir() else "finetune") if on_hub else None,
         metrics=["accuracy", "f1"],
@@ -131,7 +133,8 @@ def write_card(
         + " |"
         for name, count, there in zip(splits.label_names, class_counts(splits), scored, strict=True)
     ]
-    unmerged = _UNMERGED.format(title=json.dumps(title), auto_class=task.auto_class.__name__)
+    module = "transformers" if plain_library else task.auto_class.__module__
+    unmerged = _UNMERGED.format(title=json.dumps(title), auto_class=task.auto_class.__name__, module=module)
     text = _TEXT.format(
         title=in_markdown(title), base=in_markdown(base), task=task.name, dataset=in_markdown(dataset),
         method=in_markdown(method), split=split,
@@ -182,6 +185,11 @@ def base_card(name: str) -> dict[str, Any]:
         with contextlib.suppress(HTTPError, OSError, ValueError, yaml.YAMLError):  # no such file, no connection
             return ModelCard.load(name if _is_on_hub(name) else folder / "README.md").data.to_dict()
     return {}
+
+
+def _common(cards: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the cards of all base models say alike."""
+    return {name: value for name, value in cards[0].items() if all(card.get(name) == value for card in cards)}
 
 
 def licence_of(card: Mapping[str, Any]) -> str | None:

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ import numpy as np
 from hftl.builtin import builtin_dataset
 from hftl.errors import UsageError, did_you_mean
 from hftl.hub import check_hub
-from hftl.modality import FILES, TEXT, Modality
+from hftl.modality import FILES, TEXT, Modality, is_missing
 from hftl.sources import file_key, source_of
 from hftl.tables import TABLE_SUFFIXES, aligned, decoded, read_columns
 
@@ -120,10 +121,13 @@ class Splits:
     def contents(self, part: datasets.Dataset) -> list[str]:
         """What stands for the input of each row: its texts, or of a file its size, beginning and end."""
         names = [name for name in part.column_names if name not in ("id", "label")]
-        if "text" in names:
-            return [repr(texts) for texts in zip(*(part[name][:] for name in names), strict=True)]
-        (name,) = names
-        return [key.hex() for key in _in_threads(_undated_key, _files(part, name))]
+        texts = [part[name][:] for name in names if name in ("text", "text_pair")]
+        written = [repr(row) for row in zip(*texts, strict=True)] if texts else [""] * len(part)
+        files = [name for name in names if name not in ("text", "text_pair")]
+        if not files:
+            return written
+        keys = _in_threads(_undated_key, column_of(part, files[0]))
+        return [key.hex() + text for key, text in zip(keys, written, strict=True)]
 
     def fingerprint(self, *parts: datasets.Dataset) -> str:
         """A name for rows, else for what is trained and validated on: ids, labels, texts; not the content of images."""
@@ -325,7 +329,9 @@ def _option(arguments: Any, name: str, default: Any = None) -> Any:
 
 def input_roles(modality: Modality) -> list[str]:
     """The roles of the columns that inputs are read from."""
-    return ["text", "text_pair"] if modality.is_text else [modality.name]
+    if modality.is_text:
+        return ["text", "text_pair"]
+    return [modality.name, "text"] if modality.has_texts else [modality.name]
 
 
 def _open_source(arguments: Any, modality: Modality) -> _Source:
@@ -409,17 +415,18 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
 def _folder_source(folder: Path, modality: Modality, root: str | None) -> _Source:
     folders, files = _entries(folder)
     if not folders and not files:
-        layout = "" if modality.is_text else f"class folders with {modality.plural}, or "
+        layout = "" if modality.is_text or modality.has_texts else f"class folders with {modality.plural}, or "
         raise UsageError(f"{folder} is empty: it should hold {layout}tables")
     tables = [file for file in files if file.suffix.lower() in TABLE_SUFFIXES]
     # A folder named like a split that holds files itself is a class: trains and buses, say.
     named = [entry for entry in folders if entry.name.lower() in SPLIT_ROLES]
     split_folders = [entry for entry in named if _entries(entry)[0]] or (named if named == folders else [])
     class_folders = split_folders or (folders if len(folders) > 1 else [])
-    if tables and (modality.is_text or not class_folders or any(_role(table.stem) for table in tables)):
+    needs_table = modality.is_text or modality.has_texts
+    if tables and (needs_table or not class_folders or any(_role(table.stem) for table in tables)):
         return _tables_source(folder, [_inside(table, root) for table in tables])
-    if modality.is_text:
-        raise _no_tables(folder)
+    if needs_table:
+        raise _no_tables(folder, modality)
     if not split_folders:
         return _Source(str(folder), {"train": functools.partial(_read_class_folders, folder, folder, modality, root)})
     others = [entry.name for entry in [*folders, *files] if entry not in split_folders]
@@ -429,7 +436,12 @@ def _folder_source(folder: Path, modality: Modality, root: str | None) -> _Sourc
     return _Source(str(folder), splits, others)
 
 
-def _no_tables(folder: Path) -> UsageError:
+def _no_tables(folder: Path, modality: Modality) -> UsageError:
+    if modality.has_texts:
+        return UsageError(
+            f"{folder} holds no table: {modality.plural} with texts stand in one, such as train.csv with the columns "
+            f"{modality.name}, text and label"
+        )
     for path in folder.rglob("*"):
         for task, kind in FILES.items():
             if kind.names_file(path):
@@ -734,7 +746,7 @@ def _resolve_columns(
 
     if labelled and "label" not in columns and (name := _guess(LABEL_COLUMNS, free())):
         columns["label"] = name
-    if not rows.class_folders:
+    if not rows.class_folders and (labelled or not modality.has_texts):  # one may be missing in prediction
         _refuse_others(rows, columns, names, modality)
     if modality.is_text:
         columns |= _guess_texts(columns, free(), not labelled or len(names) == 2)
@@ -742,9 +754,14 @@ def _resolve_columns(
         name := _guess_file(rows, free(), modality, labelled and "label" not in columns)
     ):
         columns[modality.name] = name
+    if modality.has_texts:
+        _add_text(rows, columns, free(), modality)
     if labelled and "label" not in columns and len(names) == 2 and len(free()) == 1:
         columns["label"] = free()[0]
-    for role in [wanted[0], "label"] if labelled else wanted[:1]:
+    needed = [role for role in wanted if role != "text_pair"]
+    if modality.has_texts and not labelled and columns:
+        needed = []
+    for role in needed:
         if role not in columns:
             raise UsageError(f"{rows.origin}: which column is the {role}? Say --{role}_column NAME. {_listed(names)}")
     ordered = {role: columns[role] for role in wanted if role in columns}
@@ -774,6 +791,22 @@ def _guess_texts(columns: dict[str, str], names: list[str], other_one: bool) -> 
     return {"text": name} if name else {}
 
 
+def _add_text(rows: _Rows, columns: dict[str, str], names: list[str], modality: Modality) -> None:
+    """The column of the texts beside the files, by its name or as the only one left.
+
+    Raises:
+        UsageError: the two are named the wrong way round.
+    """
+    if "text" not in columns and (name := _guess(TEXT.columns, names) or (names[0] if len(names) == 1 else None)):
+        columns["text"] = name
+    file, text = (columns.get(role) for role in (modality.name, "text"))
+    if file and text and not _holds(rows, file, modality) and _holds(rows, text, modality):
+        raise UsageError(
+            f"{rows.origin}: {text!r} holds names of {modality.plural} and {file!r} does not: say "
+            f"--{modality.name}_column {text} --text_column {file}"
+        )
+
+
 def _guess_file(rows: _Rows, names: list[str], modality: Modality, label_unknown: bool) -> str | None:
     """By type, else by name, else the one column that holds the modality's files or their names."""
     typed = [name for name in names if modality.feature and isinstance(_feature(rows, name), modality.feature)]
@@ -783,7 +816,8 @@ def _guess_file(rows: _Rows, names: list[str], modality: Modality, label_unknown
     if named:
         return named
     fitting = [name for name in names if _holds(rows, name, modality)]
-    return fitting[0] if len(fitting) == 1 and len(names) <= 1 + label_unknown else None
+    alone = modality.has_texts or len(names) <= 1 + label_unknown
+    return fitting[0] if len(fitting) == 1 and alone else None
 
 
 def _holds(rows: _Rows, column: str, modality: Modality) -> bool:
@@ -792,7 +826,7 @@ def _holds(rows: _Rows, column: str, modality: Modality) -> bool:
     if feature is not None and not isinstance(feature, datasets.Value):
         is_file = isinstance(feature, dict) and "bytes" in feature
         return is_file or bool(modality.feature and isinstance(feature, modality.feature))
-    values = [value for value in rows.data[column][:20] if value is not None]
+    values = [value for value in rows.data[column][:20] if not is_missing(value)]
     return bool(values) and all(isinstance(value, bytes) or modality.names_file(str(value)) for value in values)
 
 
@@ -805,6 +839,8 @@ def _refuse_others(rows: _Rows, columns: dict[str, str], names: list[str], modal
     role = modality.name
     if not modality.is_text and (role in columns or any(_holds(rows, name, modality) for name in names)):
         return
+    if modality.is_text and role not in columns and _guess(TEXT.columns, names):
+        return  # texts with files beside them
     suspects = [columns[role]] if role in columns else names
     for task, kind in FILES.items():
         if kind is not modality and any(_holds(rows, name, kind) for name in suspects):
@@ -932,10 +968,11 @@ def _canonical(rows: _Rows, columns: dict[str, str], labels: np.ndarray | None, 
     string = datasets.Value("string")
     features = {"id": string}
     data: dict[str, Any] = {"id": rows.ids}
-    if not modality.is_text:
+    if modality.name in columns and not modality.is_text:
         column = columns[modality.name]
         if isinstance(rows.data, datasets.Dataset) and not _holds_paths(rows, column):
-            return _canonical_embedded(rows, column, labels, modality)
+            embedded = _canonical_embedded(rows, column, labels, modality)
+            return embedded.add_column("text", _texts(rows, columns["text"])) if "text" in columns else embedded
         if isinstance(rows.data, datasets.Dataset) and rows.folder is None:
             raise UsageError(
                 f"{rows.origin}: the column {column!r} holds names of files, and a data set of the Hub would name "
@@ -1009,10 +1046,17 @@ def _skipped_note(rows: dict[str, _Rows]) -> list[str]:
     return [f"skipped: {', '.join(counts)}{f' and {more} more kinds' if more else ''}"]
 
 
-def _files(part: datasets.Dataset, column: str) -> Iterator[Any]:
-    """The files of a split, read a few hundred at a time: a part of them may hold their bytes."""
-    for start in range(0, len(part), _AT_ONCE):
-        yield from part[start : start + _AT_ONCE][column]
+def column_of(rows: Any, column: str) -> Iterator[Any]:
+    """A column of a data set or of a list of rows, "" where there is none.
+
+    It is read a few hundred rows at a time: a part of them may hold the bytes of files.
+    """
+    for start in range(0, len(rows), _AT_ONCE):
+        piece = rows[start : start + _AT_ONCE]
+        if isinstance(piece, dict):
+            yield from piece.get(column) or repeat("", len(next(iter(piece.values()))))
+        else:
+            yield from (row.get(column, "") for row in piece)
 
 
 def _in_threads(function: Callable[[Any], Result], values: Iterable[Any]) -> list[Result]:
@@ -1031,6 +1075,18 @@ def _embedded(part: datasets.Dataset, column: str) -> bool:
     return not isinstance(part.features[column], datasets.Value) or part.features[column].dtype != "string"
 
 
+def _problems(part: datasets.Dataset, modality: Modality, full: bool) -> list[str | None]:
+    """Why the file of a row cannot be read, or that the row has neither a file nor a text; None where all is well."""
+    problems = _in_threads(lambda value: modality.problem(value, full), column_of(part, modality.name))
+    if not modality.has_texts:
+        return problems
+    gone = map(is_missing, column_of(part, modality.name))
+    return [
+        f"neither {modality.name} nor text" if lost and not text.strip() else problem
+        for problem, lost, text in zip(problems, gone, part["text"][:], strict=True)
+    ]
+
+
 def _check_files(
     parts: dict[str, datasets.Dataset], modality: Modality, skip: bool, notes: list[str]
 ) -> dict[str, datasets.Dataset]:
@@ -1045,7 +1101,7 @@ def _check_files(
     bad: list[str] = []
     kept = {}
     for role, part in parts.items():
-        problems = _in_threads(lambda value: modality.problem(value, full), _files(part, modality.name))
+        problems = _problems(part, modality, full)
         rows = [row for row, problem in enumerate(problems) if problem]
         ids = part.select_columns(["id"])
         bad += [f"{ids[row]['id']} ({problems[row]})" for row in rows]
@@ -1079,7 +1135,14 @@ def _content_notes(parts: dict[str, datasets.Dataset], modality: Modality) -> li
                 raise UsageError(f"every text of {role} is empty: is it the right column? (--text_column NAME)")
         found = [f"{count} in {role}" for role, count in counts.items() if count]
         notes += [f"warning: empty texts: {', '.join(found)}"] if found else []
+    if modality.has_texts:
+        notes += _missing_note(parts, modality)
     keys = _text_keys(parts) if modality.is_text else _file_keys(parts, modality.name)
+    if keys is not None and modality.has_texts:  # the same picture with another text is another row
+        texts = _text_keys(parts)
+        keys = {
+            role: [key and (key, text) for key, text in zip(keys[role], texts[role], strict=True)] for role in parts
+        }
     if keys is None:
         return [*notes, f"duplicates: not looked for ({modality.plural} inside a large data set)"]
     found = []
@@ -1091,6 +1154,17 @@ def _content_notes(parts: dict[str, datasets.Dataset], modality: Modality) -> li
         if count:
             found.append(f"{count} of {later} also in {earlier}")
     return [*notes, f"warning: duplicates: {', '.join(found)}" if found else "duplicates across splits: none"]
+
+
+def _missing_note(parts: dict[str, datasets.Dataset], modality: Modality) -> list[str]:
+    """In how many rows of each split there is a file alone, or a text alone."""
+    found = []
+    for role, part in parts.items():
+        files = sum(map(is_missing, column_of(part, modality.name)))
+        texts = sum(not text.strip() for text in part["text"][:])
+        found += [f"{files} of {role} have no {modality.name}"] if files else []
+        found += [f"{texts} of {role} have no text"] if texts else []
+    return [f"missing: {', '.join(found)}"] if found else []
 
 
 def _text_keys(parts: dict[str, datasets.Dataset]) -> dict[str, list]:
@@ -1107,12 +1181,9 @@ def _file_keys(parts: dict[str, datasets.Dataset], column: str) -> dict[str, lis
     if any(_embedded(part, column) for part in parts.values()):
         if sum(len(part) for part in parts.values()) > FULL_DECODE_LIMIT:
             return None
-        return {
-            role: _in_threads(lambda value: _digest(source_of(value, "a file", "or both")[0]), _files(part, column))
-            for role, part in parts.items()
-        }
+        return {role: _in_threads(_content_digest, column_of(part, column)) for role, part in parts.items()}
     paths = {role: part[column][:] for role, part in parts.items()}
-    sizes = {role: [os.path.getsize(path) for path in paths[role]] for role in parts}
+    sizes = {role: [os.path.getsize(path) if path else 0 for path in paths[role]] for role in parts}
     splits_with = Counter(size for role in parts for size in set(sizes[role]))
     wanted = {
         role: [path if splits_with[size] > 1 else None for path, size in zip(paths[role], sizes[role], strict=True)]
@@ -1122,14 +1193,21 @@ def _file_keys(parts: dict[str, datasets.Dataset], column: str) -> dict[str, lis
 
 
 def _undated_key(value: Any) -> bytes:
+    if is_missing(value):
+        return b""
     source, name = source_of(value, "a file", "or both")
     return file_key(source or b"", name, dated=False)
+
+
+def _content_digest(value: Any) -> bytes | None:
+    return _digest(b"" if is_missing(value) else source_of(value, "a file", "or both")[0])
 
 
 def _digest(source: str | bytes | None) -> bytes | None:
     if source is None:
         return None
-    content = Path(source).read_bytes() if isinstance(source, str) else source
+    content = Path(source).read_bytes() if isinstance(source, str) and source else source or b""
+    assert isinstance(content, bytes)
     return hashlib.blake2b(content, digest_size=16).digest()
 
 

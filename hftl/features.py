@@ -270,9 +270,8 @@ class KeptDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One row."""
-        example = (
-            {name: value for name, value in self.base[index].items() if name in self.carried} if self.carried else {}
-        )
+        whole = getattr(self.base, "without_files", self.base.__getitem__)  # a file need not be read for the rest
+        example = {name: value for name, value in whole(index).items() if name in self.carried} if self.carried else {}
         example["kept"] = self.shards.read(self.places[self.view, index])
         if self.labels is not None:
             example["labels"] = self.labels[index]
@@ -798,6 +797,6 @@ def _probes(task: Any, dataset: Any, device: torch.device) -> tuple[Batch, Batch
         probes.append(backbones.inputs_of(batch, device))
     short, long = probes
     if "input_ids" in short and short["input_ids"].shape == (2, long["input_ids"].shape[1]):
-        half = short["input_ids"].shape[1] // 2
-        short = {name: value[:, :half] for name, value in short.items()}
+        ids = short["input_ids"].shape
+        short = {name: value[:, : ids[1] // 2] if value.shape == ids else value for name, value in short.items()}
     return short, long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,13 @@ import datasets
 
 from hftl.audio import audio_problem
 from hftl.images import image_problem
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a row has no file: an empty cell, or nothing in a data set that holds files."""
+    return (
+        value is None or (isinstance(value, str) and not value) or (isinstance(value, dict) and not any(value.values()))
+    )
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class Modality:
             by its beginning alone.
         feature: the type that `datasets` has for it.
         example: an input, in the lines of the card that load the model.
+        has_texts: whether a text goes with each file, in the same table; either of them may be missing.
     """
 
     name: str
@@ -35,6 +44,7 @@ class Modality:
     problem: Callable[[Any, bool], str | None] = lambda value, full: None
     feature: Any = None
     example: str = ""
+    has_texts: bool = False
 
     @property
     def is_text(self) -> bool:
@@ -69,11 +79,18 @@ TEXT = Modality(
     "text", "texts",
     columns=(
         "text", "sentence", "review", "content", "question", "comment", "tweet", "message", "utterance", "document",
-        "query", "body", "title", "description", "headline", "snippet", "input", "prompt",
+        "query", "body", "title", "description", "headline", "snippet", "input", "prompt", "caption",
     ),
     example='"A text.", truncation=True',
 )
 # fmt: on
+#: an image, a text, or both
+IMAGE_TEXT = dataclasses.replace(
+    IMAGE,
+    problem=lambda value, full: None if is_missing(value) else image_problem(value, full),
+    example='{"image": "image.jpg", "text": "A text."}',
+    has_texts=True,
+)
 
 #: the kinds that files are recognised by, whatever the task, with the task that reads them
 FILES = {"image-classification": IMAGE, "audio-classification": AUDIO}

@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -64,8 +65,10 @@ def write_predictions(run: Run, inputs: Any, output: Path | None, **settings: An
             finally:
                 beside.unlink(missing_ok=True)
         say(f"{count:,} predictions written to {output}")
-    if run.cut and is_main_process():
-        print(f"{run.cut:,} texts were longer than the model reads and were cut", file=sys.stderr)
+    if is_main_process():
+        remarks = [f"{run.cut:,} texts were longer than the model reads and were cut"] if run.cut else []
+        remarks += [f"rows without {what}, answered by the rest: {count:,}" for what, count in (+run.missing).items()]
+        print("".join(f"{line}\n" for line in remarks), end="", file=sys.stderr)
 
 
 def _write_rows(run: Run, pieces: Iterator[list[Any]], file: IO[str], header: bool) -> tuple[list[int], list[int]]:
@@ -103,7 +106,9 @@ def _write_shared(run: Run, pieces: Iterator[list[Any]], output: Path, beside: P
         place = output.parent / name[0]
         with (place / f"{rank}.csv").open("w", encoding="utf-8", newline="") as file:
             sizes, rows = _write_rows(run, pieces, file, header=False)
-        (place / f"{rank}.json").write_text(json.dumps({"sizes": sizes, "rows": rows, "cut": run.cut}))
+        (place / f"{rank}.json").write_text(
+            json.dumps({"sizes": sizes, "rows": rows, "cut": run.cut, "missing": run.missing})
+        )
         _together(distributed.barrier)
         count = _join(run, place, processes, beside) if rank == 0 else 0
         _together(distributed.barrier)
@@ -138,6 +143,7 @@ def _join(run: Run, folder: Path, processes: int, beside: Path) -> int:
                 if turn < len(part["sizes"]):
                     target.write(file.read(part["sizes"][turn]))
     run.cut = sum(part["cut"] for part in parts)
+    run.missing = sum((Counter(part["missing"]) for part in parts), Counter())
     return sum(sum(part["rows"]) for part in parts)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,8 @@ class Run:
         self._rounding: float | None = None
         #: texts that were longer than the model reads, of the inputs that were predicted last
         self.cut = 0
+        #: of those inputs, how many had no image and no text, by these names
+        self.missing: Counter[str] = Counter()
 
     def __repr__(self) -> str:
         """Folder, task and method."""
@@ -174,6 +177,7 @@ class Run:
         """Numbers of the rows that could be read, in order, and their logits."""
         dataset: Any = self.task.dataset(rows, training=False)
         self.cut += getattr(dataset, "cut", 0)
+        self.missing += getattr(dataset, "missing", Counter())
         kept: list[int] = []
         logits = [np.zeros((0, len(self.label_names)), np.float32)]
         for group, inputs in self.prepared(dataset, rows, batch_size, skip_bad_files):
@@ -288,7 +292,7 @@ class Run:
         Raises:
             UsageError: an input cannot be read.
         """
-        self.cut = 0
+        self.cut, self.missing = 0, Counter()
         rows = iter(self.task.iter_inputs(inputs, columns))
         number, processes = share
         skip_bad_files = skip_bad_files and not self.task.modality.is_text

@@ -26,6 +26,7 @@ _CLASSES = {
     "ImageArguments": "Image tasks",
     "AudioArguments": "Audio tasks",
     "TextArguments": "Text tasks",
+    "ImageTextArguments": "Image-text tasks, beside those of image and text tasks",
 }
 
 

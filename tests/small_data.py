@@ -41,6 +41,21 @@ def write_texts(folder: Path, splits: dict[str, int]) -> Path:
     return folder
 
 
+def write_pairs(folder: Path, splits: dict[str, int]) -> Path:
+    """Tables of pictures as `write_images` makes them, with a text for each; a fifth have none, a fifth no picture."""
+    write_images(folder / "pictures", splits)
+    for split in splits:
+        with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["photo", "caption", "label"])
+            for number, path in enumerate(sorted((folder / "pictures" / split).rglob("*.png"))):
+                photo = "" if number % 5 == 1 else path.relative_to(folder).as_posix()
+                writer.writerow(
+                    [photo, "" if number % 5 == 3 else f"{split} {number} {path.parent.name}", path.parent.name]
+                )
+    return folder
+
+
 def write_both(folder: Path) -> Path:
     """Pictures in `images` and sentences in `texts`, of a few rows each, split in the two ways that people name."""
     write_images(folder / "images", {"train": 8, "val": 3, "test": 5})

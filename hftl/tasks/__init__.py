@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 TASKS = {
     "image-classification": ("hftl.tasks.image_classification", "ImageClassification", "image_classification"),
     "audio-classification": ("hftl.tasks.audio_classification", "AudioClassification", "audio_classification"),
+    "image-text-classification": (
+        "hftl.tasks.image_text_classification",
+        "ImageTextClassification",
+        "image_text_classification",
+    ),
     "text-classification": ("hftl.tasks.text_classification", "TextClassification", "text_classification"),
 }
 

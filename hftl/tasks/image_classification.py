@@ -108,7 +108,7 @@ class ImageClassification(ClassificationTask):
             cache = self._training_cache(rows)
             opener = self._opener() if cache is None else cache.picture
             return ImageDataset(rows, opener, transform, seed=self.arguments.seed)
-        return ImageDataset(rows, self._opener(), self._plain_transform)
+        return ImageDataset(rows, self._opener(), self.plain_transform)
 
     def _training_transform(self) -> v2.Compose:
         arguments = self.arguments
@@ -172,7 +172,7 @@ class ImageClassification(ClassificationTask):
         opener, mode, limit = self._opener(), arguments.image_cache, arguments.image_cache_gb
         return plan_cache(rows, side, decoded, opener, mode, epochs, limit)
 
-    def _plain_transform(self, image: Any) -> torch.Tensor:
+    def plain_transform(self, image: Any) -> torch.Tensor:
         """The processor's own transform, so that plain transformers sees the same pixels; shape (3, height, width)."""
         return self.processor(images=image, return_tensors="pt")["pixel_values"][0].float()
 
@@ -181,7 +181,7 @@ class ImageClassification(ClassificationTask):
         picture = self.open_image(row["image"])
         pictures = [(images.data_address(picture), "the picture")]
         if model is not None:
-            pixels = self._plain_transform(picture)
+            pixels = self.plain_transform(picture)
             heat = grad_cam(model, {"pixel_values": pixels[None].to(model.device)}, label)
             if heat is not None:
                 pictures.append((images.data_address(images.spotlight(self._seen(pixels), heat)), "where it looked"))

@@ -1,0 +1,277 @@
+"""Classification of images with texts: any image backbone and any text backbone, joined by gates (late fusion)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers import AutoConfig, PreTrainedModel
+
+from hftl import backbones, data, merging, pretrained
+from hftl.arguments import ImageTextArguments, has_checkpoint, stage_arguments
+from hftl.data import Splits
+from hftl.errors import UsageError
+from hftl.fusion import FusionConfig, FusionModel
+from hftl.modality import IMAGE_TEXT, is_missing
+from hftl.tasks.classification import ClassificationTask, Shown
+from hftl.tasks.image_classification import ImageClassification
+from hftl.tasks.text_classification import TextClassification, TextDataset
+
+_USAGE = """import hftl
+from huggingface_hub import snapshot_download
+folder = snapshot_download({title})
+print(hftl.load_run(folder).predict({example}))"""
+_PRESENCE = ("image_present", "text_present")
+_NOT_TOKENS = {"pixel_values", *_PRESENCE}
+#: flags of images or texts that are not for both, and why
+_REFUSED = {
+    "text_pair_column": "it reads one text a row",
+    "pooling": "it takes the mean of the tokens",
+    "weights": "it has two backbones",
+    "load_in_4bit": "it is not quantised",
+    "load_in_8bit": "it is not quantised",
+    "mixup": "pictures would be mixed, and their texts not",
+    "cutmix": "pictures would be mixed, and their texts not",
+}
+#: what stands for a picture that is missing, which the head does not look at: it has the shape of the others
+_NO_PICTURE = Image.new("RGB", (256, 256), (128, 128, 128))
+
+
+class ImageTextClassification(ClassificationTask):
+    """One label for an image and a text, either of which may be missing."""
+
+    name = "image-text-classification"
+    modality = IMAGE_TEXT
+    auto_class = FusionModel
+    batch_size = 32
+    arguments_class = ImageTextArguments
+    arguments: ImageTextArguments
+
+    def __init__(self, arguments: ImageTextArguments) -> None:
+        """As every task; the two parts are prepared by the tasks of one modality."""
+        super().__init__(arguments)
+        for name, reason in _REFUSED.items():
+            if getattr(arguments, name) != type(arguments).__dataclass_fields__[name].default:
+                raise UsageError(f"--{name} is not for {self.name}: {reason}. Leave it out.")
+        self.image = ImageClassification(arguments)
+        # The mean of the tokens is taken: what a classifier has behind them would be lost.
+        changes = {"model_name_or_path": arguments.text_model, "model_revision": "main", "pooling": "architecture"}
+        text: Any = stage_arguments(arguments, **changes)
+        self.text = TextClassification(text)
+
+    def load_model(self, splits: Splits) -> PreTrainedModel:
+        """Two backbones and a fresh head, or a model of an earlier run with one."""
+        arguments = self.arguments
+        if self._is_joined():
+            source = pretrained.find_model(arguments.model_name_or_path)
+            model = pretrained.load_model(FusionModel, source, self.label_names, arguments)
+            self.load_processor(source)
+            return model
+        if arguments.text_model is None:
+            raise UsageError(
+                "--text_model is missing: --model names the image backbone, and --text_model the text backbone."
+            )
+        self.image.label_names = self.text.label_names = self.label_names
+        image, text = self.image.load_model(splits), self.text.load_model(splits)
+        side = self.image.plain_transform(_NO_PICTURE).shape[-1]
+        arguments = self.arguments
+        settings = {name: getattr(arguments, name) for name in ("modality_dropout", "fusion_dropout")}
+        for name, value in settings.items():
+            if not 0 <= value < (0.5 if name == "modality_dropout" else 1):
+                raise UsageError(f"--{name} {value:g} is a part of the rows or features: 0 to 0.5, 0.1 say.")
+        return FusionModel.join(image, text, self.label_names, side, **settings)
+
+    def _is_joined(self) -> bool:
+        """Whether `--model` is a model of this task already."""
+        arguments = self.arguments
+        if not has_checkpoint(arguments):
+            return False
+        source = pretrained.find_model(arguments.model_name_or_path)
+        with pretrained.explained_load(str(arguments.model_name_or_path), self.image.auto_class):
+            config = AutoConfig.from_pretrained(source, **pretrained.hub_options(arguments, source))
+        if isinstance(config, FusionConfig) and arguments.text_model is not None:
+            raise UsageError("--text_model: --model has a text backbone already. Leave it out.")
+        return isinstance(config, FusionConfig)
+
+    def load_processor(self, source: str | Path) -> None:
+        """Set the processors of a finished run."""
+        if not Path(source).is_dir():
+            from huggingface_hub import snapshot_download
+
+            source = snapshot_download(str(source), revision=self.arguments.model_revision)
+        self.image.load_processor(Path(source, "image"))
+        self.text.load_processor(Path(source, "text"))
+
+    def save_processor(self, target: Path) -> None:
+        """Save the two backbones by themselves, with their processors: each loads with `AutoModel`."""
+        base = target / merging.BASE
+        model: Any = FusionModel.from_pretrained(base if base.is_dir() else target, dtype=torch.float32)
+        for name, task in (("image", self.image), ("text", self.text)):
+            pretrained.save_model(model.get_submodule(name), target / name)
+            task.save_processor(target / name)
+
+    def dataset(self, rows: Any, training: bool) -> Dataset[dict[str, Any]]:
+        """Images decoded when they are asked for, texts tokenised at once."""
+        task, pictures = self.image, list(map(is_missing, data.column_of(rows, "image")))
+        if any(pictures):  # what is not there cannot be kept for later epochs
+            task = ImageClassification(stage_arguments(self.arguments, image_cache="off"))
+            task.processor = self.image.processor
+        return ImageTextDataset(task.dataset(rows, training), self._texts(rows, training))
+
+    def _texts(self, rows: Any, training: bool) -> Any:
+        self.text.says_cut = self.says_cut
+        texts = [{"text": text or ""} for text in data.column_of(rows, "text")]
+        if len(rows) and "label" in rows[0]:
+            texts = [{**row, "label": label} for row, label in zip(texts, data.column_of(rows, "label"), strict=True)]
+        return self.text.dataset(texts, training)
+
+    def views(self, rows: Any, count: int, training: Any) -> list[Any]:
+        """As for images."""
+        texts = self._texts(rows, training=False)
+        return [ImageTextDataset(view, texts) for view in self.image.views(rows, count, None)]
+
+    def test_views(self, inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """As for images."""
+        return self.image.test_views(inputs)
+
+    def preprocessing(self) -> Any:
+        """As for images; the tokens are part of a row's key."""
+        return self.image.preprocessing()
+
+    def inputs_in_words(self, splits: Splits, rows: Any) -> tuple[str, str]:
+        """Of the images and the texts."""
+        (pictures, one), (texts, other) = (
+            self.image.inputs_in_words(splits, rows.pictures),
+            self.text.inputs_in_words(splits, rows.texts),
+        )
+        return f"{pictures}; {texts}", one or other
+
+    def usage(self, title: str) -> str:
+        """Lines of hftl: the model is its own."""
+        return _USAGE.format(title=json.dumps(title), example=self.modality.example)
+
+    def shown(self, row: Mapping[str, Any], model: Any = None, label: int = 0) -> Shown:
+        """The picture and the text; with a model, what in each speaks for the class, the other being as it is."""
+        pictures, texts = model, model
+        if model is not None:
+            batch = self.collate([self.dataset([row], training=False)[0]])
+            inputs = backbones.inputs_of(batch, model.device)
+            pictures = _Beside(model, {name: value for name, value in inputs.items() if name != "pixel_values"})
+            texts = _Beside(model, {name: inputs[name] for name in ("pixel_values", *_PRESENCE)})
+        return Shown(
+            [] if is_missing(row.get("image")) else self.image.shown(row, pictures, label).pictures,
+            self.text.shown({"text": row["text"]}, texts, label).texts if row.get("text") else [],
+        )
+
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """`pixel_values`, `input_ids`, `attention_mask`, …, and what is there: `image_present`, `text_present`."""
+        tokens = [{name: value for name, value in example.items() if name not in _NOT_TOKENS} for example in examples]
+        batch = self.text.collate(tokens)
+        labels = {"labels": batch.pop("labels")} if "labels" in batch else {}
+        if "pixel_values" in examples[0]:  # kept features stand for them else
+            batch = {**self.image.collate([{"pixel_values": row["pixel_values"]} for row in examples]), **batch}
+        for name in _PRESENCE:
+            batch[name] = torch.tensor([example[name] for example in examples])
+        return batch | labels
+
+    def read_inputs(self, inputs: Any, columns: Mapping[str, str] | None = None) -> Any:
+        """A table or folder, or one or a list of `{"image": …, "text": …}`, either of which may be missing."""
+        if isinstance(inputs, str | Path):
+            known = {"image": self.arguments.image_column, "text": self.arguments.text_column}
+            return data.load_inputs(str(inputs), self.modality, columns or {}, known, self.arguments.follow_links)
+        values = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+        for value in values:
+            if not isinstance(value, Mapping) or not {"image", "text"} & value.keys():
+                raise UsageError("The model reads images with texts: give {'image': …, 'text': …}, or one of them.")
+        return [
+            {"id": str(number), "image": value.get("image", ""), "text": value.get("text") or ""}
+            for number, value in enumerate(values)
+        ]
+
+
+class _Beside:
+    """A model whose other inputs, of one row, are held."""
+
+    def __init__(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> None:
+        self.model, self.inputs = backbones.without_adapters(model), inputs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, **inputs: torch.Tensor) -> Any:
+        rows = len(next(iter(inputs.values())))
+        return self.model(**inputs, **{name: held.expand(rows, *held.shape[1:]) for name, held in self.inputs.items()})
+
+
+class ImageTextDataset(Dataset[dict[str, Any]]):
+    """Rows with an image and a text, one of which may be missing.
+
+    Attributes:
+        pictures: the images.
+        texts: the texts.
+        cut: texts that were longer than the model reads.
+        missing: rows without an image and without a text, by their names.
+    """
+
+    def __init__(self, pictures: Any, texts: TextDataset) -> None:
+        """Both of the same rows."""
+        self.pictures, self.texts, self.cut = pictures, texts, texts.cut
+        self.has_image = [not is_missing(value) for value in data.column_of(self.rows, "image")]
+        self.has_text = [bool((text or "").strip()) for text in data.column_of(self.rows, "text")]
+        self.missing = Counter(image=self.has_image.count(False), text=self.has_text.count(False))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose what is random in the next pass."""
+        self.pictures.set_epoch(epoch)
+        self.texts.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.texts)
+
+    @property
+    def rows(self) -> Any:
+        """The rows as they were given."""
+        return self.pictures.rows
+
+    @property
+    def view(self) -> int | None:
+        """The number of a fixed augmented view."""
+        return self.pictures.view
+
+    @property
+    def labels(self) -> list[int] | None:
+        """The class ids, where the rows have them."""
+        return self.texts.labels
+
+    def key(self, index: int, full: bool = False) -> int:
+        """64 bits for the content of a row."""
+        image = self.pictures.key(index, full) if self.has_image[index] else 0
+        both = f"{image} {self.texts.key(index)} {self.has_text[index]}"
+        return int.from_bytes(hashlib.blake2b(both.encode(), digest_size=8).digest(), "little")
+
+    def without_files(self, index: int) -> dict[str, Any]:
+        """A row but its picture, which need not be read."""
+        return {**self.texts[index], "image_present": self.has_image[index], "text_present": self.has_text[index]}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`pixel_values`, tokens, what is there, and `labels` where the row has one.
+
+        Raises:
+            UsageError: there is neither an image nor a text, or the image cannot be read.
+        """
+        if not (self.has_image[index] or self.has_text[index]):
+            raise UsageError(f"row {self.rows[index]['id']} has neither an image nor a text")
+        picture = self.pictures[index] if self.has_image[index] else self._no_picture()
+        return {**picture, **self.without_files(index)}
+
+    def _no_picture(self) -> dict[str, Any]:
+        with torch.random.fork_rng(devices=[]):
+            return {"pixel_values": self.pictures.transform(_NO_PICTURE)}
