@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.inert import as_cell, from_cell, visible
 from hftl.metrics import softmax
-from hftl.tables import as_csv
 
 
 @dataclass
@@ -49,12 +47,13 @@ class Answers:
 def write_answers(path: Path, label_names: Sequence[str], splits: Splits, split: str, logits: Any, labels: Any) -> None:
     """A line for each row of a split: its id, what it is, what the model says, and the probability of every class."""
     rows: Any = splits.test if split == "test" else splits.validation
-    probabilities = softmax(np.asarray(logits))
-    lines = (
-        [row_id, label_names[label], label_names[int(row.argmax())], *(f"{p:.6f}" for p in row)]
-        for row_id, label, row in zip(rows["id"][:], labels, probabilities, strict=True)
-    )
-    folder.write_text(path, as_csv([_head(label_names), *lines]))
+    names = [as_cell(name) for name in label_names]
+    with folder.replacing(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")  # line by line: thousands of classes take gigabytes at once
+        writer.writerow(map(as_cell, _head(label_names)))
+        for row_id, label, row in zip(rows["id"][:], labels, softmax(np.asarray(logits)), strict=True):
+            numbers = [f"{probability:.6f}" for probability in row.tolist()]
+            writer.writerow([as_cell(row_id), names[label], names[int(row.argmax())], *numbers])
 
 
 def read_answers(path: Path, label_names: Sequence[str], rows: int | None = None) -> Answers:
@@ -72,35 +71,45 @@ def read_answers(path: Path, label_names: Sequence[str], rows: int | None = None
         raise UsageError(
             f"{str(path.parent)!r} has no {path.name}: `hftl report` makes it anew, where the run's data are at hand."
         )
-    numbers = {visible(name): number for number, name in enumerate(label_names)}
-    csv.field_size_limit(sys.maxsize)  # names of rows are of any length
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            head, *lines = csv.reader(file)
-    except (ValueError, csv.Error) as error:
-        raise UsageError(f"{str(path)!r} is damaged: {error}") from error
-    if head != [*map(as_cell, _head(label_names))] or not lines:
-        raise UsageError(f"{str(path)!r} is not of this run: its columns are not those of the run's classes.")
-    try:
-        answers = Answers(
-            ids=[from_cell(line[0]) for line in lines],
-            labels=np.array([numbers[from_cell(line[1])] for line in lines]),
-            predictions=np.array([numbers[from_cell(line[2])] for line in lines]),
-            probabilities=np.array([line[3:] for line in lines], dtype=float),
-        )
-    except (KeyError, IndexError, ValueError) as error:  # an unknown class, a line that is cut, no number
-        raise UsageError(f"{str(path)!r} is damaged: {type(error).__name__} {error}") from error
-    if not np.isfinite(answers.probabilities).all():
-        raise UsageError(f"{str(path)!r} is damaged: a probability is no number.")
-    rounding = 1e-3 + 5e-7 * len(label_names)  # of thousands of classes most are written as nothing
-    sums_hold = np.allclose(answers.probabilities.sum(axis=1), 1, rtol=0, atol=rounding)
-    if not sums_hold or len(set(answers.ids)) < len(lines):
-        raise UsageError(f"{str(path)!r} is damaged: probabilities do not sum to 1, or a row comes twice.")
-    if rows is not None and len(lines) != rows:
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = csv.reader(file)
+        try:
+            head = next(lines, [])
+            if head != [*map(as_cell, _head(label_names))]:
+                raise UsageError(f"{str(path)!r} is not of this run: its columns are not those of the run's classes.")
+            answers = _read_lines(lines, label_names)
+        except (ValueError, csv.Error) as error:
+            raise UsageError(
+                f"{str(path)!r} is damaged ({error}). Remove it, and `hftl report` makes it anew."
+            ) from error
+    if rows is not None and len(answers.ids) != rows:
         raise UsageError(
-            f"{str(path)!r} is damaged: it has {len(lines):,} rows, and the run answered {rows:,}. Remove it, and "
-            "`hftl report` makes it anew."
+            f"{str(path)!r} is damaged: it has {len(answers.ids):,} rows, and the run answered {rows:,}. Remove it, "
+            "and `hftl report` makes it anew."
         )
+    return answers
+
+
+def _read_lines(lines: Iterable[list[str]], label_names: Sequence[str]) -> Answers:
+    """The answers in the lines behind the head; ValueError says what is wrong with them."""
+    numbers = {visible(name): number for number, name in enumerate(label_names)}
+    ids, classes, probabilities = [], [], []
+    for number, line in enumerate(lines, start=2):
+        if len(line) != 3 + len(label_names):
+            raise ValueError(f"line {number} has {len(line)} columns")
+        named = [numbers.get(from_cell(cell), -1) for cell in line[1:3]]
+        if min(named) < 0:
+            raise ValueError(f"line {number} names another class")
+        ids.append(from_cell(line[0]))
+        classes.append(named)
+        probabilities.append(np.array(line[3:], dtype=float))
+    if not ids:
+        raise ValueError("it has no rows")
+    labels, predictions = np.array(classes).T
+    answers = Answers(ids, labels, predictions, np.stack(probabilities))
+    rounding = 1e-3 + 5e-7 * len(label_names)  # of thousands of classes most are written as nothing
+    if not np.allclose(answers.probabilities.sum(axis=1), 1, rtol=0, atol=rounding) or len(set(ids)) < len(ids):
+        raise ValueError("probabilities do not sum to 1, or a row comes twice")
     return answers
 
 

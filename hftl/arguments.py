@@ -613,13 +613,21 @@ def find_config(name: str) -> Path:
     if not (owner and repository and file):
         raise UsageError(f"--config {name!r}: name a file in a repository, as hf://USER/NAME/recipe.yaml.")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
 
     try:
         path = Path(hf_hub_download(f"{owner}/{repository}", file))
+    except (EntryNotFoundError, RepositoryNotFoundError) as error:
+        raise UsageError(
+            f"--config {name!r}: the Hub has no such repository or file, or lets nobody in without a token (`hf auth "
+            "login`)."
+        ) from error
     except (HTTPError, OSError, ValueError) as error:
         raise UsageError(f"--config {name!r} cannot be fetched: {' '.join(str(error).split())[:200]}") from error
     settings = read_yaml(path)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):  # what has to be named anew here
+            print(visible(f"  {line}"))
     for key, value in settings.items():
         if value is not None:
             print(visible(f"  {key}: {value!r}"))

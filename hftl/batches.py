@@ -12,7 +12,7 @@ import numpy as np
 
 from hftl import compute
 from hftl.errors import UsageError
-from hftl.inert import visible
+from hftl.inert import visible, without_home
 
 #: rows at once on an accelerator
 _ROWS = 32
@@ -97,7 +97,7 @@ def _finished(
         except UsageError as error:
             if not skip_bad_files:
                 raise
-            print(visible(f"left out: {error}"), file=sys.stderr, flush=True)
+            print(visible(without_home(f"left out: {error}")), file=sys.stderr, flush=True)
             continue
         kept.append(index)
     return kept, read

@@ -389,6 +389,12 @@ BUILTIN_MODELS: dict[str, Callable[[], Path]] = {
     "efficientnet_lite2": functools.partial(efficientnet_lite, 2),
     "minilm": minilm,
 }
+#: where the Hub has the same weights: the package's own page says so of MiniLM, and of EfficientNet-Lite both are ports
+#: of what the authors published (tensorflow/tpu)
+BUILTIN_ON_HUB = {
+    "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+    **{f"efficientnet_lite{size}": f"timm/tf_efficientnet_lite{size}.in1k" for size in range(3)},
+}
 #: what the extra `builtin` installs
 _INSTALLED = ("digits", "movie-snippets", "efficientnet_lite0", "minilm")
 

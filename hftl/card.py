@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import os
@@ -14,16 +13,17 @@ from typing import Any
 import numpy as np
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
 from hftl.arguments import TransferArguments
+from hftl.builtin import BUILTIN_ON_HUB
 from hftl.data import Splits
-from hftl.folder import repository_of, write_text
+from hftl.folder import read_json, repository_of, say, write_text
 from hftl.inert import in_markdown
 from hftl.joined import as_flags, wished
-from hftl.merging import BASE
+from hftl.merging import ADAPTER, BASE
 from hftl.metrics import share_interval
-from hftl.pretrained import find_model, public_name
+from hftl.pretrained import EVERYWHERE, find_model, public_name
 from hftl.tasks.classification import ClassificationTask, class_counts
 
 _TEXT = """# {title}
@@ -60,11 +60,13 @@ Precision, recall and F1 are those on {split}.
 | --- | --- |
 {training}
 
-`recipe.yaml` repeats the training: `hftl train {task} --config recipe.yaml`.
-"""
+`recipe.yaml` repeats the training: `hftl train {task} --config recipe.yaml{places}`.
+{adapter}"""
 
 #: scores as the Hub reads them
 EVALUATIONS = ".eval_results/hftl.yaml"
+#: of an adapter's configuration
+_ADAPTER_SIZES = {"rank": "r", "alpha": "lora_alpha"}
 _PROBE = """
 This is the ordinary model with a logistic head, whose scores are those of `ordinary_head`. The other scores are
 those of the `{head}` head in `probe/`{joined}, which plain libraries do not know: `hftl predict`, `hftl evaluate` and
@@ -89,9 +91,9 @@ def write_card(
     """Write README.md with the metadata that the Hub reads. No local path gets into it."""
     split = "test" if "test" in metrics else "validation"
     bases = [str(name) for name in (arguments.model_name_or_path, getattr(arguments, "text_model", None)) if name]
-    base, dataset = " and ".join(map(public_name, bases)), public_name(arguments.dataset_name)
-    where, colon, function = arguments.method.rpartition(":")
-    method = f"{public_name(where)}:{function}" if colon else function
+    base = " and ".join(_place_on_hub(name) or public_name(name) for name in bases)
+    dataset = public_name(arguments.dataset_name)
+    method = public_name(arguments.method)
     title = repository_of(arguments)
     on_hub = list(filter(None, map(_place_on_hub, bases)))
     plain_library = task.auto_class.__module__.startswith("transformers")
@@ -144,7 +146,10 @@ def write_card(
         training=_training(metrics["train"]),
         probe=_probe(arguments) if f"ordinary_head_{split}" in metrics else "",
         usage=unmerged if (target / BASE).is_dir() else task.usage(title),
+        places=_places(arguments), adapter=_adapter(target, base),
     )  # fmt: skip
+    if forbids_changes(licence_of(origin)) or _is_for_private_use(_words_of(licence_of(origin))):
+        say(f"licence: {_of_licence(licence_of(origin))}")
     ModelCard(f"---\n{header.to_yaml()}\n---\n\n{text}").save(target / "README.md")
     if _is_on_hub(arguments.dataset_name):
         _write_evaluation(target, arguments, plain, split)
@@ -168,9 +173,11 @@ def _is_on_hub(name: str | None) -> bool:
 
 
 def _place_on_hub(model: str) -> str | None:
-    """Where the base model is on the Hub; those of Keras are timm's ports of them."""
+    """Where the base model is on the Hub; of those of Keras and of packages where the same weights are."""
     if model.startswith("keras:"):
         return find_model(model)
+    if model.startswith("builtin:"):
+        return BUILTIN_ON_HUB.get(model.partition(":")[2])
     return model if _is_on_hub(model) else None
 
 
@@ -182,8 +189,13 @@ def base_card(name: str) -> dict[str, Any]:
     name = _place_on_hub(name) or name
     folder = Path(os.path.expanduser(name))
     if _is_on_hub(name) or (folder / "README.md").is_file():
-        with contextlib.suppress(HTTPError, OSError, ValueError, yaml.YAMLError):  # no such file, no connection
+        try:
             return ModelCard.load(name if _is_on_hub(name) else folder / "README.md").data.to_dict()
+        except EntryNotFoundError:
+            return {}
+        except (HTTPError, OSError, ValueError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())[:100]
+            say(f"licence: the card of {name!r} cannot be read ({reason}): look for what it allows yourself")
     return {}
 
 
@@ -194,7 +206,10 @@ def _common(cards: list[dict[str, Any]]) -> dict[str, Any]:
 
 def licence_of(card: Mapping[str, Any]) -> str | None:
     """The name of a licence: "other" has one of its own."""
-    return card.get("license_name") or card.get("license") if card.get("license") == "other" else card.get("license")
+    licence = card.get("license")
+    if licence == "other":
+        licence = card.get("license_name") or licence
+    return ", ".join(map(str, licence)) if isinstance(licence, list) else str(licence) if licence else None
 
 
 def forbids_changes(licence: str | None) -> bool:
@@ -206,6 +221,10 @@ def _words_of(licence: str | None) -> set[str]:
     return set(re.findall("[a-z]+", str(licence).lower()))
 
 
+def _is_for_private_use(words: set[str]) -> bool:
+    return bool(words & {"nc", "noncommercial", "research"}) or {"non", "commercial"} <= words
+
+
 def _of_licence(licence: str | None) -> str:
     """What the licence of the base model means for who uses this one."""
     if licence is None:
@@ -213,7 +232,7 @@ def _of_licence(licence: str | None) -> str:
     forbids, words, licence = forbids_changes(licence), _words_of(licence), in_markdown(licence)
     if forbids:
         return f"The licence of the base model ({licence}) does not let changed versions be shared: this one neither."
-    if words & {"nc", "noncommercial", "research"} or {"non", "commercial"} <= words:
+    if _is_for_private_use(words):
         return f"The licence of the base model ({licence}) does not allow commercial use."
     terms = "" if words & _USUAL else ": it has terms of its own, which hold for this one too. Read them"
     return f"The licence is that of the base model, {licence}{terms}."
@@ -267,6 +286,37 @@ def _probe(arguments: TransferArguments) -> str:
     """Which head the scores are of."""
     flags = as_flags(wished(arguments))
     return _PROBE.format(head=arguments.head or "logistic", joined=f" (`{flags}`)" if flags else "")
+
+
+def _places(arguments: TransferArguments) -> str:
+    """Flags for what a recipe cannot name elsewhere: model and data that came from this machine."""
+    named = {
+        "--model": arguments.model_name_or_path,
+        "--text_model": getattr(arguments, "text_model", None),
+        "--dataset": arguments.dataset_name,
+    }
+    return "".join(
+        f" {flag} PLACE"
+        for flag, name in named.items()
+        if name and not (_is_on_hub(name) or name.startswith(EVERYWHERE))
+    )
+
+
+def _adapter(target: Path, base: str) -> str:
+    """What lies in the adapter's folder, where there is one."""
+    path = target / ADAPTER / "adapter_config.json"
+    if not path.is_file():
+        return ""
+    config = read_json(path)
+    sizes = ", ".join(f"{name} {config[key]}" for name, key in _ADAPTER_SIZES.items() if config.get(key))
+    layers = config.get("target_modules")
+    where = f", in {len(layers)} layers" if isinstance(layers, list) else ""
+    merged = "" if (target / BASE).is_dir() else "; `model.safetensors` is the model with it merged"
+    kind = in_markdown(str(config.get("peft_type")))
+    return (
+        f"\nThe adapter by itself is in `{ADAPTER}/` ({kind}{', ' if sizes else ''}{sizes}{where}), for "
+        f"`peft.PeftModel` on {in_markdown(base)}{merged}.\n"
+    )
 
 
 def _repeats(metrics: dict[str, Any], split: str) -> str:

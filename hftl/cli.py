@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from hftl import __version__
 from hftl.errors import UsageError, did_you_mean
 from hftl.hub import check_name
-from hftl.inert import on_one_line
+from hftl.inert import on_one_line, without_home
 from hftl.launch import launch, quick_imports
 from hftl.tasks import TASKS, check_task
 
@@ -358,8 +358,8 @@ def _advise(argv: list[str]) -> None:
 
 def _check_labels(argv: list[str]) -> None:
     task = _named_task(argv, "check-labels")
-    parser = _Parser(prog="hftl check-labels", allow_abbrev=False, add_help=False)
-    parser.add_argument("--output")
+    parser = _training_parser("check-labels", "Training rows whose label is likely wrong.")
+    parser.add_argument("--output", help="CSV file to write, with all of them")
     options, rest = parser.parse_known_args(argv[1:])
     _check_output(options.output)
     with quick_imports():
@@ -370,9 +370,9 @@ def _check_labels(argv: list[str]) -> None:
 
 def _lr_find(argv: list[str]) -> None:
     task = _named_task(argv, "lr-find")
-    parser = _Parser(prog="hftl lr-find", allow_abbrev=False, add_help=False)
-    parser.add_argument("--output", default="lr_find.png")
-    parser.add_argument("--steps", type=_positive, default=100)
+    parser = _training_parser("lr-find", "A range test of the learning rate.")
+    parser.add_argument("--output", default="lr_find.png", help="picture to write (default: lr_find.png)")
+    parser.add_argument("--steps", type=_positive, default=100, help="of the test (default: 100)")
     options, rest = parser.parse_known_args(argv[1:])
     _check_output(options.output)
     with quick_imports():
@@ -383,9 +383,15 @@ def _lr_find(argv: list[str]) -> None:
 
 def _tune(argv: list[str]) -> None:
     task = _named_task(argv, "tune")
-    parser = _Parser(prog="hftl tune", allow_abbrev=False, add_help=False)
-    parser.add_argument("--trials", type=_positive, required=True)
-    parser.add_argument("--search", nargs="+", required=True)
+    parser = _training_parser("tune", "A search for settings, by trials that are stopped early.")
+    parser.add_argument("--trials", type=_positive, required=True, help="how many")
+    parser.add_argument(
+        "--search",
+        nargs="+",
+        required=True,
+        metavar="NAME=RANGE",
+        help="log(1e-5,1e-3), uniform(0,1), int(1,8) or a,b,c",
+    )
     options, rest = parser.parse_known_args(argv[1:])
     with quick_imports():
         from hftl import tuning
@@ -393,8 +399,19 @@ def _tune(argv: list[str]) -> None:
     tuning.main(task, rest, " ".join(options.search), options.trials)
 
 
+def _training_parser(command: str, description: str) -> _Parser:
+    """The parser of a command that also takes the flags of a training, which are left to it."""
+    return _Parser(
+        prog=f"hftl {command} TASK",
+        description=f"{description} Other flags: those of hftl train TASK, see hftl train TASK --help.",
+        allow_abbrev=False,
+    )
+
+
 def _named_task(argv: list[str], command: str) -> str:
-    """The task that a command is for."""
+    """The task that a command is for; only its help can do without."""
+    if argv[:1] in (["--help"], ["-h"]):
+        argv.insert(0, next(iter(TASKS)))
     if not argv or argv[0].startswith("-"):
         raise UsageError(f"Name the task: hftl {command} TASK --model M --dataset D …, with one of {', '.join(TASKS)}.")
     check_task(argv[0])
@@ -413,7 +430,7 @@ def _report(argv: list[str]) -> None:
     run = load_run(options.run, trust_remote_code=options.trust_remote_code)
     splits = read_splits(run)
     ensure_answers(run, splits)
-    print(f"written to {write_report(run, splits)}")
+    print(without_home(f"written to {write_report(run, splits)}"))
 
 
 def _compare(argv: list[str]) -> None:
@@ -422,12 +439,13 @@ def _compare(argv: list[str]) -> None:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--output", help="page to write, beside the table that is printed")
+    _add_trust(parser)
     options = parser.parse_args(argv)
     _check_output(options.output)
     with quick_imports():
         from hftl import compare
 
-    compare.main(options.runs, options.output)
+    compare.main(options.runs, options.output, options.trust_remote_code)
 
 
 def _demo(argv: list[str]) -> None:
@@ -449,13 +467,15 @@ def _push(argv: list[str]) -> None:
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--revision", help="branch to push to; it is made where it is not there")
     parser.add_argument("--create_pr", action="store_true", help="propose the commit instead of making it")
+    _add_trust(parser)
     options = parser.parse_args(argv)
     check_name(options.repository)
     with quick_imports():
         from hftl.run import load_run
 
     how = {"private": options.private, "revision": options.revision, "create_pr": options.create_pr}
-    print(load_run(options.run).push(options.repository, **how))
+    run = load_run(options.run, trust_remote_code=options.trust_remote_code)
+    print(run.push(options.repository, **how))
 
 
 def _completion(argv: list[str]) -> None:
@@ -506,7 +526,7 @@ def _copy(argv: list[str]) -> None:
         shutil.copyfile(source, target)
     except OSError as error:
         raise UsageError(f"{str(target)!r} cannot be written: {error.strerror}.") from error
-    print(f"copied to {target}")
+    print(without_home(f"copied to {target}"))
 
 
 def _cache(argv: list[str]) -> None:
@@ -520,7 +540,7 @@ def _cache(argv: list[str]) -> None:
 
     entries = [*sorted(cache_folder().glob("features/*/")), *cache_folder().glob("images/")]
     if options.action == "size":
-        print(f"{sum(map(folder_bytes, entries)) / 1e6:,.1f} MB in {cache_folder()}")
+        print(without_home(f"{sum(map(folder_bytes, entries)) / 1e6:,.1f} MB in {cache_folder()}"))
     elif options.action == "ls":
         for entry in entries:
             print(f"{entry.name:<32}  {folder_bytes(entry) / 1e6:9,.1f} MB  {_cached(entry)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,7 +19,7 @@ from hftl.answers import Answers
 from hftl.arguments import read_yaml
 from hftl.errors import UsageError
 from hftl.folder import RECIPE, say
-from hftl.report import KnownRows, answers_of, found_in_data, read_splits
+from hftl.report import KnownRows, answers_of, found_in_data, read_splits, scored_split
 from hftl.run import Run, load_run
 from hftl.tables import aligned
 from hftl.tasks.classification import Shown
@@ -57,7 +59,7 @@ class Compared:
 _NUMBERED = re.compile(r"(.*-)?\d+")
 
 
-def main(paths: Sequence[str], output: str | None) -> None:
+def main(paths: Sequence[str], output: str | None, trust_remote_code: bool = False) -> None:
     """`hftl compare`: the table in the terminal, and a page where one is asked for.
 
     Raises:
@@ -65,22 +67,31 @@ def main(paths: Sequence[str], output: str | None) -> None:
     """
     if len(paths) < 2:
         raise UsageError("hftl compare takes two runs or more.")
-    runs = [load_run(path) for path in paths]
+    runs = [load_run(path, trust_remote_code=trust_remote_code) for path in paths]
     names = _names(paths)
-    rows, answers = shared_answers(runs, names)
+    known = functools.cache(lambda number: KnownRows(runs[number], read_splits(runs[number])))
+    rows, answers = shared_answers(runs, names, known)
+    splits = list(dict.fromkeys(map(scored_split, runs)))
     settings = different_settings([read_yaml(run.folder / RECIPE) for run in runs])
-    shown = None if output is None else _examples_shown(runs[0])
+    shown = None if output is None else known(0).shown
     compared = compare(answers, names, runs[0].label_names, rows, shown)
-    say(_as_text(compared, settings, len(rows)))
+    say(_as_text(compared, settings, len(rows), splits))
     if output is not None:
-        page = pages.render("compare", runs=compared, settings=settings, rows=len(rows), scores=SCORES)
+        page = pages.render("compare", runs=compared, settings=settings, rows=len(rows), scores=SCORES, splits=splits)
         with folder.explained_disk_errors(Path(output).parent):
             folder.write_text(Path(output), page)
         say(f"\nwritten to {output}")
 
 
-def shared_answers(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], list[Answers]]:
+def shared_answers(
+    runs: Sequence[Run], names: Sequence[str], known_rows: Callable[[int], KnownRows]
+) -> tuple[list[str], list[Answers]]:
     """Ids of the test rows that all runs have, and the answers of each run to those.
+
+    Args:
+        runs: finished runs.
+        names: of them, in messages.
+        known_rows: from the number of a run to its rows in the data, read when they are needed.
 
     Raises:
         UsageError: the classes differ, no row is shared, or a shared row has different labels.
@@ -93,7 +104,7 @@ def shared_answers(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str]
                 "such runs cannot be compared."
             )
     every = [answers_of(run) for run in runs]
-    known_by = _known_by(runs, every, names)
+    known_by = _known_by(runs, every, names, known_rows)
     counts = [len(answers.ids) for answers in every]
     common = set(known_by[0]).intersection(*known_by[1:])
     shared = [row for row in known_by[0] if row in common]
@@ -113,7 +124,9 @@ def shared_answers(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str]
     return rows, chosen
 
 
-def _known_by(runs: Sequence[Run], every: Sequence[Answers], names: Sequence[str]) -> list[list[str]]:
+def _known_by(
+    runs: Sequence[Run], every: Sequence[Answers], names: Sequence[str], known_rows: Callable[[int], KnownRows]
+) -> list[list[str]]:
     """By what the rows of each run are told: their ids where the data are the same, else the content too.
 
     Raises:
@@ -124,7 +137,7 @@ def _known_by(runs: Sequence[Run], every: Sequence[Answers], names: Sequence[str
     if len(digests) == 1 and None not in digests:
         return ids
     numbered = all(_NUMBERED.fullmatch(row) for rows in ids for row in rows)
-    known = [KnownRows(run, read_splits(run)) for run in runs]
+    known = [known_rows(number) for number in range(len(runs))]
     unknown = [name for name, rows in zip(names, known, strict=True) if rows.splits is None]
     if not unknown:
         return [_contents(rows, answers, numbered) for rows, answers in zip(known, every, strict=True)]
@@ -193,17 +206,18 @@ def _draws(answers: Answers, classes: int) -> dict[str, npt.NDArray[np.float64]]
     """Each score of all rows, and behind it those of `_DRAWS` draws; the draws are a function of the number of rows."""
     count = len(answers.labels)
     random = np.random.default_rng(0)
-    pairs = answers.labels * classes + answers.predictions
+    hits = np.where(answers.correct, answers.labels, classes)  # by class, wrong answers behind the last
     own = -np.log(
         np.clip(answers.probabilities[np.arange(count), answers.labels], 1e-6, 1)
     )  # as many digits as there are
     values = np.empty((_DRAWS + 1, 3))
     for number in range(_DRAWS + 1):
         chosen = random.integers(0, count, count) if number else slice(None)
-        table = np.bincount(pairs[chosen], minlength=classes * classes).reshape(classes, classes)
-        right, labels = table.diagonal(), table.sum(axis=1)
+        right = np.bincount(hits[chosen], minlength=classes + 1)[:classes]
+        labels = np.bincount(answers.labels[chosen], minlength=classes)
+        predicted = np.bincount(answers.predictions[chosen], minlength=classes)
         there = labels > 0
-        f1 = 2 * right[there] / (labels + table.sum(axis=0))[there]
+        f1 = 2 * right[there] / (labels + predicted)[there]
         values[number] = right.sum() / count, f1.mean(), own[chosen].mean()
     return dict(zip(SCORES, values.T, strict=True))
 
@@ -232,11 +246,6 @@ def _example(
     }
 
 
-def _examples_shown(run: Run) -> Callable[[str], Shown]:
-    """What shows a row by its id, from the run's data, where these can be read and are what they were."""
-    return KnownRows(run, read_splits(run)).shown
-
-
 def different_settings(recipes: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     """The settings that are not the same in all runs, with each run's value."""
     names = dict.fromkeys(name for recipe in recipes for name in pages.settings(recipe))
@@ -245,7 +254,10 @@ def different_settings(recipes: Sequence[dict[str, Any]]) -> dict[str, list[str]
         values = [recipe.get(name) for recipe in recipes]
         if any(value != values[0] for value in values):
             shown = ["" if value is None else pages.shown(value) for value in values]
-            different[name] = shown if len(set(shown)) > 1 else list(map(str, values))
+            if len(set(shown)) == 1:  # the same name in other folders: from where these differ
+                places = [os.path.abspath(os.path.expanduser(str(value))) for value in values]
+                shown = [os.path.relpath(place, os.path.commonpath(places)) for place in places]
+            different[name] = shown
     return different
 
 
@@ -255,7 +267,7 @@ def _names(paths: Sequence[str]) -> list[str]:
     return last if len(set(last)) == len(last) else list(paths)
 
 
-def _as_text(compared: Sequence[Compared], settings: dict[str, list[str]], rows: int) -> str:
+def _as_text(compared: Sequence[Compared], settings: dict[str, list[str]], rows: int, splits: Sequence[str]) -> str:
     """What the terminal shows."""
     head = ["run", *SCORES, "won", "lost", "p"]
     lines = [head]
@@ -265,9 +277,11 @@ def _as_text(compared: Sequence[Compared], settings: dict[str, list[str]], rows:
             [run.name, *scores, *([str(run.won), str(run.lost), f"{run.probability:.2g}"] if number else [""] * 3)]
         )
     about = (
-        f"{rows:,} test rows; in brackets 95 % intervals; won: right where {compared[0].name} is wrong; p: McNemar's"
+        f"{rows:,} rows of {' and '.join(splits)}; in brackets 95 % intervals; won: right where {compared[0].name} "
+        "is wrong; p: McNemar's"
     )
-    parts = [about, *aligned(lines, left=[0])]
+    chosen = ["the models were chosen by their scores on validation: new data may well give lower ones"]
+    parts = [about, *(chosen if "validation" in splits else []), *aligned(lines, left=[0])]
     for run in compared[1:]:
         value, low, high = run.gains["accuracy"]
         sure = "more than chance" if run.probability < 0.05 else "not more than chance may do"

@@ -14,7 +14,7 @@ from hftl.methods.adapters import SHORT_NAMES
 from hftl.tasks import TASKS
 
 _BASH = """_hftl() {{
-    local words current=${{COMP_WORDS[COMP_CWORD]}}
+    local words current=${{COMP_WORDS[COMP_CWORD]}} training="{flags}"
     case ${{COMP_WORDS[COMP_CWORD-1]}} in
 {values}
     esac
@@ -23,8 +23,7 @@ _BASH = """_hftl() {{
             1,*) words="{commands}" ;;
             2,train|2,advise|2,check-labels|2,lr-find|2,tune) words="{tasks}" ;;
             2,completion) words="bash zsh fish" ;;
-            *,train|*,advise|*,check-labels|*,lr-find|*,tune|*,rank) words="{flags}" ;;
-{others}
+{own}
         esac
     fi
     COMPREPLY=($(compgen -W "$words" -- "$current"))
@@ -45,7 +44,8 @@ def script(shell: str, commands: Mapping[str, Callable[[list[str]], object]]) ->
         commands: of hftl, by name.
     """
     names, values = _flags()
-    others = {name: _flags_of(command) for name, command in commands.items() if name not in _TRAINING}
+    own = {name: _flags_of(command) for name, command in commands.items() if name not in ("train", "advise")}
+    own |= {"train": [], "advise": []}
     if shell == "fish":
         training = f"'__fish_seen_subcommand_from {' '.join(_TRAINING)}'"
         lines = [f"complete -c hftl -n __fish_use_subcommand -a '{' '.join(commands)}'"]
@@ -53,7 +53,7 @@ def script(shell: str, commands: Mapping[str, Callable[[list[str]], object]]) ->
         for name in names:
             choices = f" -x -a '{' '.join(values[name])}'" if name in values else " -r"
             lines.append(f"complete -c hftl -n {training} -l {name}{choices}")
-        for command, flags in others.items():
+        for command, flags in own.items():
             seen = f"'__fish_seen_subcommand_from {command}'"
             lines += [f"complete -c hftl -n {seen} -l {name}" for name in flags]
         return "\n".join(lines) + "\n"
@@ -62,10 +62,11 @@ def script(shell: str, commands: Mapping[str, Callable[[list[str]], object]]) ->
         commands=" ".join(commands),
         tasks=" ".join(TASKS),
         flags=" ".join(f"--{name}" for name in names),
-        others="\n".join(
-            f'            *,{command}) words="{" ".join(f"--{name}" for name in flags)}" ;;'
-            for command, flags in others.items()
-            if flags
+        own="\n".join(
+            f'            *,{command}) words="{"$training " * (command in _TRAINING)}'
+            f'{" ".join(f"--{name}" for name in flags)}" ;;'
+            for command, flags in own.items()
+            if flags or command in _TRAINING
         ),
     )
     return f"autoload -U +X bashcompinit && bashcompinit\n{text}" if shell == "zsh" else text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 from typing import Any
 
@@ -9,7 +10,7 @@ from hftl import pages
 from hftl.errors import UsageError
 from hftl.folder import say
 from hftl.inert import in_markdown, visible
-from hftl.modality import AUDIO, IMAGE, TEXT
+from hftl.modality import AUDIO, IMAGE, IMAGE_TEXT, TEXT
 from hftl.run import Run, load_run
 
 #: classes whose probabilities are shown
@@ -18,7 +19,7 @@ _OF_PICTURES = "The second picture is bright where it speaks for the answer (Gra
 _OF_TEXTS = "Coloured words speak for the answer, underlined ones against it (integrated gradients)."
 #: as the report draws them, in the colours of either theme
 _STYLE = """
-.rests mark { color: inherit; border-radius: 3px; padding: 0 0.1em; }
+.rests mark { color: inherit; border-radius: 3px; }
 .rests mark.for { background: rgb(60 130 220 / calc(var(--weight) * 0.45)); }
 .rests mark.against { text-decoration: underline dotted; background: rgb(220 110 30 / calc(var(--weight) * 0.45)); }
 .rests .pictures { display: flex; gap: 0.5rem; flex-wrap: wrap; }
@@ -68,7 +69,9 @@ def build(run: Run) -> Any:
         raise UsageError("hftl demo needs gradio, which is not installed: pip install 'hftl[demo]'") from error
     inputs: list[Any]
     if run.task.modality is IMAGE:
-        inputs = [gradio.Image(type="pil", image_mode=None, label="Image")]
+        inputs = [_picture()]
+    elif run.task.modality is IMAGE_TEXT:
+        inputs = [_picture(), gradio.Textbox(lines=4, label="Text")]
     elif run.task.modality is AUDIO:
         inputs = [gradio.Audio(type="numpy", label="Recording")]
     elif run.task.modality is TEXT:
@@ -79,12 +82,19 @@ def build(run: Run) -> Any:
         raise UsageError(f"hftl demo has no page for the task {run.task.name}.")
 
     def answer(*values: Any) -> tuple[dict[str, float] | None, str]:
-        if not all(value if isinstance(value, str) else value is not None for value in values):
+        there = [value not in (None, "") if isinstance(value, str | None) else True for value in values]
+        if not (any(there) if run.task.modality is IMAGE_TEXT else all(there)):
             return None, ""
         value = values[0] if len(values) == 1 else tuple(values)
         if run.task.modality is AUDIO:  # (rate, samples)
             value = {"array": value[1], "sampling_rate": value[0]}
-        (prediction,) = run.predict([value])
+        elif run.task.modality is IMAGE_TEXT:
+            value = dict(zip(("image", "text"), values, strict=True))
+        try:
+            (prediction,) = run.predict([value])
+        except UsageError as error:
+            message = html.escape(visible(_without_place(str(error), values)))
+            raise gradio.Error(message, print_exception=False) from error
         probabilities = {visible(name): value for name, value in prediction.probabilities.items()}
         return probabilities, _rests_on(run, value, run.label_names.index(prediction.label))
 
@@ -99,6 +109,23 @@ def build(run: Run) -> Any:
         description=f"{run.task.name}, {len(run.label_names)} classes. What is entered stays on this machine.",
         flagging_mode="never",
     )
+
+
+def _picture() -> Any:
+    """A place for a picture that gives its file as it is: what cannot be read is for hftl to say."""
+    import gradio
+
+    picture: Any = gradio.Image(label="Image")
+    picture.preprocess = lambda payload: None if payload is None else payload.path
+    return picture
+
+
+def _without_place(message: str, values: Any) -> str:
+    """An error without the folder that the page put an upload into."""
+    for value in values:
+        if isinstance(value, str) and os.path.isabs(value):
+            message = message.replace(value, os.path.basename(value))
+    return message
 
 
 def _rests_on(run: Run, value: Any, label: int) -> str:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from hftl import backbones
 from hftl.data import Splits
 from hftl.features import KeptDataset, PooledFeatures, head_source
-from hftl.folder import LOGS, replacing
+from hftl.folder import LOGS, replacing, say
 
 if TYPE_CHECKING:
     from hftl.run import Run
@@ -86,7 +86,10 @@ def features_of(run: Run, splits: Splits, numbers: npt.NDArray[np.int64]) -> npt
     """
     path = run.folder / LOGS / _FILE.format("validation" if splits.test is None else "test")
     if path.is_file() and np.array_equal(numbers, draw_rows(len(splits.scored))):
-        return np.load(path, allow_pickle=False).astype(np.float64)
+        try:
+            return np.load(path, allow_pickle=False).astype(np.float64)
+        except (ValueError, EOFError) as error:
+            say(f"features of the map: {path} is damaged ({error}), and they are computed again")
     rows = splits.scored.select(numbers)
     said, run.task.says_cut = run.task.says_cut, False  # when the rows were scored
     try:

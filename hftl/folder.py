@@ -20,7 +20,7 @@ import yaml
 
 from hftl.arguments import TransferArguments, read_yaml, to_recipe
 from hftl.errors import DiskError, UsageError
-from hftl.inert import visible
+from hftl.inert import visible, without_home
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.json"
@@ -62,7 +62,7 @@ def is_main_process() -> bool:
 def say(message: str = "") -> None:
     """Print one message, once for all processes."""
     if is_main_process():
-        print(visible(message), flush=True)
+        print(visible(without_home(message)), flush=True)
 
 
 def repository_of(arguments: TransferArguments) -> str:

@@ -7,6 +7,8 @@ import functools
 from hftl.errors import UsageError
 
 _SECONDS = 5.0
+#: whether the person wants no connection; None until the Hub was asked
+_wanted_offline: bool | None = None
 
 
 @functools.cache
@@ -15,16 +17,28 @@ def check_hub() -> None:
 
     Its client would try six times over half a minute for each file, with a line about each.
     """
+    global _wanted_offline
     import datasets
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
     from huggingface_hub.utils import get_session
 
+    _wanted_offline = constants.HF_HUB_OFFLINE
     try:
         get_session().head(constants.ENDPOINT, timeout=_SECONDS)
     except (HTTPError, OfflineModeIsEnabled):
         constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = True
+
+
+def ask_again() -> None:
+    """Forget that the Hub did not answer: hours may lie between reading a model and pushing another."""
+    import datasets
+    from huggingface_hub import constants
+
+    if _wanted_offline is not None:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = _wanted_offline
+        check_hub.cache_clear()
 
 
 def check_name(repository: str) -> None:

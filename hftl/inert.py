@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 import re
 
 #: what a terminal obeys instead of showing it, and what turns the order of the letters around it (Unicode TR 36, 3.1)
@@ -12,14 +13,21 @@ _BREAKS = re.compile("[\t\n\u2028\u2029]")
 _MARKS = re.compile(r"[\\`*{}\[\]()#!~|]|(?<![^\W_])_|_(?![^\W_])")
 #: behind what names become addresses, which GitHub's Markdown and others make links of: `//`, `@`, `www.`
 _ADDRESS = re.compile(r"/(?=/)|@|www(?=\.)", re.IGNORECASE)
-#: beginnings that a spreadsheet takes for a formula (OWASP, CSV injection), behind the quotes that `as_cell` puts there
-_FORMULA = re.compile("'*[=+\\-@\t]")
+#: beginnings that a spreadsheet takes for a formula (OWASP, CSV injection; in full width too), behind
+#: the quotes that `as_cell` puts there
+_FORMULA = re.compile("'*[=+\\-@\t\n\uff1d\uff0b\uff0d\uff20]")
 _NUMBER = re.compile(r"[+-]?(\d[\d_,.]*|inf|nan)(e[+-]?\d+)?$", re.IGNORECASE)
 
 
 def visible(text: str) -> str:
     """The text with what a terminal would obey written out (`\\x1b`), line breaks and tabs as they are."""
     return _OBEYED.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
+def without_home(text: str) -> str:
+    """The text with `~` for the home folder, whose name is that of the person."""
+    home = os.path.expanduser("~").rstrip("/")
+    return re.sub(rf"(?<![\w./~-]){re.escape(home)}(?![\w.-])", "~", text) if len(home) > 1 else text
 
 
 def as_cell(text: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from hftl.errors import UsageError
-from hftl.inert import visible
+from hftl.inert import visible, without_home
 
 #: when hftl was first imported: in a command of its own, when the process began
 _imported = time.time()
@@ -100,7 +100,7 @@ def launch(main: Callable[..., Any], *arguments: Any) -> None:
 
 def _in_one_line(text: str) -> str:
     """File names may have line breaks, what a terminal obeys, and what is half a character."""
-    shown = visible(text.replace("\n", "\\n"))
+    shown = visible(without_home(text).replace("\n", "\\n"))
     return shown.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

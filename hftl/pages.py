@@ -41,7 +41,7 @@ def settings(recipe: Mapping[str, Any]) -> dict[str, str]:
 
 
 def shown(value: Any) -> str:
-    """A setting without the folders of this machine; `file.py:function` stays together."""
+    """A setting without the folders of this machine."""
     return ", ".join(map(public_name, value)) if isinstance(value, list) else public_name(value)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from hftl.errors import UsageError
-from hftl.folder import explained_disk_errors, is_main_process, read_json, say
+from hftl.folder import explained_disk_errors, is_main_process, read_json, replacing, say, write_json
 from hftl.inert import as_cell
 
 if TYPE_CHECKING:
@@ -53,17 +52,11 @@ def write_predictions(run: Run, inputs: Any, output: Path | None, **settings: An
         _write_rows(run, itertools.chain([first], pieces), sys.stdout, header=True)
     else:
         with _ended_by_sigterm(), explained_disk_errors(output.parent):
-            beside = output.with_name(f".{output.name}.{os.getpid()}")
-            try:
-                if processes > 1:
-                    count = _write_shared(run, pieces, output, beside)
-                else:
-                    with beside.open("w", encoding="utf-8", newline="") as file:
-                        count = sum(_write_rows(run, pieces, file, header=True)[1])
-                if is_main_process():
-                    os.replace(beside, output)
-            finally:
-                beside.unlink(missing_ok=True)
+            if processes > 1:
+                count = _write_shared(run, pieces, output)
+            else:
+                with replacing(output) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+                    count = sum(_write_rows(run, pieces, file, header=True)[1])
         say(f"{count:,} predictions written to {output}")
     if is_main_process():
         remarks = [f"{run.cut:,} texts were longer than the model reads and were cut"] if run.cut else []
@@ -90,7 +83,7 @@ def _write_rows(run: Run, pieces: Iterator[list[Any]], file: IO[str], header: bo
     return sizes, rows
 
 
-def _write_shared(run: Run, pieces: Iterator[list[Any]], output: Path, beside: Path) -> int:
+def _write_shared(run: Run, pieces: Iterator[list[Any]], output: Path) -> int:
     """Write this process's pieces into a folder made for this command alone; the main process joins them in turn."""
     import torch
 
@@ -106,11 +99,12 @@ def _write_shared(run: Run, pieces: Iterator[list[Any]], output: Path, beside: P
         place = output.parent / name[0]
         with (place / f"{rank}.csv").open("w", encoding="utf-8", newline="") as file:
             sizes, rows = _write_rows(run, pieces, file, header=False)
-        (place / f"{rank}.json").write_text(
-            json.dumps({"sizes": sizes, "rows": rows, "cut": run.cut, "missing": run.missing})
-        )
+        write_json(place / f"{rank}.json", {"sizes": sizes, "rows": rows, "cut": run.cut, "missing": run.missing})
         _together(distributed.barrier)
-        count = _join(run, place, processes, beside) if rank == 0 else 0
+        count = 0
+        if rank == 0:
+            with replacing(output) as beside:
+                count = _join(run, place, processes, beside)
         _together(distributed.barrier)
         return count
     finally:

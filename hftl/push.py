@@ -23,8 +23,8 @@ from hftl.arguments import TransferArguments, read_yaml
 from hftl.card import EVALUATIONS, base_card, forbids_changes, licence_of
 from hftl.errors import UsageError
 from hftl.folder import CHECKPOINTS, LOGS, PREDICTIONS, RECIPE, is_main_process, repository_of, say
-from hftl.hub import check_name
-from hftl.pretrained import public_name
+from hftl.hub import ask_again, check_name
+from hftl.pretrained import EVERYWHERE, public_name, public_value
 from hftl.report import REPORT, render_report
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 #: what of a run folder goes to the Hub
 _PUSHED = (
     "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", RECIPE, EVALUATIONS,
-    "adapter/*", "base/*", "probe/*",
+    "adapter/*", "base/*", "probe/*", "image/*", "text/*",
 )  # fmt: skip
 #: … of which these are changed on the way
 _CHANGED = ("README.md", RECIPE)
@@ -50,15 +50,18 @@ _ADVICE = {
     401: "it wants a token: make one that may write at {endpoint}/settings/tokens, then `hf auth login`",
     403: "the token may not write there: make one that may at {endpoint}/settings/tokens, or name a place of yours",
     404: "there is no such repository or branch, or the token may not see it",
+    413: "it takes no files as large as these",
     409: "something else is changing the repository: try again in a while",
     412: "something else is changing the repository: try again in a while",
     429: "it has had too many requests: try again in a while",
     507: "it has no room for the files",
 }
 #: settings that name what a run was made from, the flags that say it, and where the card does
-_SOURCES = {"model_name_or_path": ("--model", "base_model"), "dataset_name": ("--dataset", "datasets")}
-#: beginnings of names that mean the same on every machine
-_EVERYWHERE = ("builtin:", "torchvision:", "keras:", "random:")
+_SOURCES = {
+    "model_name_or_path": ("--model", "base_model"),
+    "text_model": ("--text_model", "base_model"),
+    "dataset_name": ("--dataset", "datasets"),
+}
 #: where the model of a checkpoint stands while the training goes on
 _IN_PROGRESS = "in-progress"
 _Answer = TypeVar("_Answer")
@@ -93,6 +96,7 @@ def push(
     """
     check_name(repository)
     _check_licence(_card_of(run.folder), repository)
+    ask_again()
     api = HfApi(token=token)
     operations: list[CommitOperationAdd | CommitOperationDelete]
     operations = [CommitOperationAdd(path, run.folder / path) for path in _files(run.folder) if path not in _CHANGED]
@@ -157,7 +161,7 @@ def _card_of(folder: Path) -> dict[str, Any]:
 def _shared_card(folder: Path, name: str) -> bytes:
     """The card, with the lines that load the model naming the repository."""
     text = (folder / "README.md").read_text(encoding="utf-8")
-    call = r'(pipeline\("[\w-]+", |from_pretrained\((?:base, )?)"(?:[^"\\]|\\.)*"'
+    call = r'(pipeline\("[\w-]+", |from_pretrained\((?:base, )?|snapshot_download\()"(?:[^"\\]|\\.)*"'
     return re.sub(call, lambda found: found[1] + json.dumps(name), text).encode()
 
 
@@ -166,18 +170,12 @@ def _shared_recipe(folder: Path) -> bytes:
     recipe = read_yaml(folder / RECIPE)
     card = _card_of(folder)
     # What came from the Hub is in the card.
-    own = [key for key in _SOURCES if not str(recipe.get(key)).startswith(_EVERYWHERE)]
+    own = [key for key in _SOURCES if not str(recipe.get(key)).startswith(EVERYWHERE)]
     local = [key for key in own if key in recipe and _SOURCES[key][1] not in card]
-    settings = {key: _without_folders(value) for key, value in recipe.items() if key not in local}
+    settings = {key: public_value(value) for key, value in recipe.items() if key not in local}
     said = ", which is another one elsewhere\n"
     notes = [f"# {_SOURCES[key][0]} was {public_name(recipe[key])!r}{said}" for key in local]
     return ("".join(notes) + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)).encode()
-
-
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_without_folders(entry) for entry in value]
-    return public_name(value) if isinstance(value, str) else value
 
 
 class PushSaves(TrainerCallback):
@@ -198,8 +196,6 @@ class PushSaves(TrainerCallback):
         if not is_main_process() or (self.upload is not None and self.upload.is_alive()):
             return
         place = Path(args.output_dir, "pushed")
-        # A daemon, so that a training that is stopped does not wait for it.
-        self.upload = threading.Thread(target=self._push, args=(place, state.global_step), daemon=True)
         try:
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir()
@@ -209,6 +205,8 @@ class PushSaves(TrainerCallback):
         except OSError as error:
             self._left_out(state.global_step, error)
         else:
+            # A daemon, so that a training that is stopped does not wait for it.
+            self.upload = threading.Thread(target=self._push, args=(place, state.global_step), daemon=True)
             self.upload.start()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -217,6 +215,7 @@ class PushSaves(TrainerCallback):
             self.upload.join()
 
     def _push(self, place: Path, step: int) -> None:
+        ask_again()
         try:
             name = _tried(lambda: self.api.create_repo(self.repository, private=self.private, exist_ok=True)).repo_id
             if self.revision is not None:

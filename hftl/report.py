@@ -112,7 +112,11 @@ def answers_of(run: Run) -> Answers:
 
 
 def ensure_answers(run: Run, splits: Splits | None) -> None:
-    """Make predictions.csv where it is missing and the data are at hand, and what they were."""
+    """Make predictions.csv where it is missing and the data are at hand.
+
+    Raises:
+        UsageError: they are not what they were, or the file cannot be written.
+    """
     path = run.folder / PREDICTIONS
     if path.is_file() or splits is None:
         return
@@ -121,7 +125,9 @@ def ensure_answers(run: Run, splits: Splits | None) -> None:
     split = scored_split(run)
     folder.say(f"{path.name} is missing: {len(splits.scored):,} rows are predicted")
     labels = np.asarray(splits.scored["label"][:])
-    write_answers(path, run.label_names, splits, split, run.logits(splits.scored), labels)
+    logits = run.logits(splits.scored)
+    with folder.explained_disk_errors(run.folder):
+        write_answers(path, run.label_names, splits, split, logits, labels)
 
 
 def read_splits(run: Run) -> Splits | None:
@@ -162,7 +168,12 @@ class KnownRows:
 def found_in_data(run: Run) -> dict[str, Any]:
     """What the run kept of its data, see `Splits.found`; older ones have nothing."""
     path = run.folder / LOGS / FOUND_IN_DATA
-    return folder.read_json(path) if path.is_file() else {"rows": {}}
+    if not path.is_file():
+        return {"rows": {}}
+    try:
+        return folder.read_json(path)
+    except ValueError as error:
+        raise UsageError(f"{str(path)!r} is damaged ({error}). Remove it: `hftl report` does without.") from error
 
 
 def _training_curves(path: Path) -> dict[str, Any]:
@@ -204,9 +215,10 @@ def _log_entries(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             entry = json.loads(line)
-        except ValueError:  # cut by a crash
+            key = entry["stage"], entry["step"], "eval_loss" in entry
+        except (ValueError, KeyError, TypeError):  # cut by a crash, or of another program
             continue
-        kept.setdefault((entry["stage"], entry["step"], "eval_loss" in entry), entry)  # the same, bit for bit
+        kept.setdefault(key, entry)  # the same, bit for bit
     return list(kept.values())
 
 
@@ -236,27 +248,21 @@ def _classes(scores: Mapping[str, float], answers: Answers, names: Sequence[str]
 
 def _confusion(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
     """Every pair of classes where they are few, else the most frequent confusions."""
-    from sklearn.metrics import confusion_matrix
-
-    counts = confusion_matrix(answers.labels, answers.predictions, labels=range(len(names)))
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    wrong = counts * (1 - np.eye(len(names), dtype=int))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:_LINES]
-    pairs = [divmod(int(number), len(names)) for number in order]
+    there = np.maximum(np.bincount(answers.labels, minlength=len(names)), 1)
+    if len(names) <= _MOST_CLASSES:
+        counts = np.zeros((len(names), len(names)), dtype=int)
+        np.add.at(counts, (answers.labels, answers.predictions), 1)
+        return {"table": True, "names": names, "counts": counts.tolist(), "shares": (counts / there[:, None]).tolist()}
+    # A table of all pairs of thousands of classes would not fit: those that occur are counted.
+    pairs, times = np.unique(
+        np.stack([answers.labels, answers.predictions], axis=1)[~answers.correct], axis=0, return_counts=True
+    )
+    order = np.argsort(-times, kind="stable")[:_LINES]
     return {
-        "table": len(names) <= _MOST_CLASSES,
-        "names": names,
-        "counts": counts.tolist(),
-        "shares": shares.tolist(),
+        "table": False,
         "pairs": [
-            {
-                "label": names[row],
-                "other": names[column],
-                "count": int(wrong[row, column]),
-                "share": shares[row, column],
-            }
-            for row, column in pairs
-            if wrong[row, column]
+            {"label": names[row], "other": names[column], "count": count, "share": count / int(there[row])}
+            for (row, column), count in zip(pairs[order].tolist(), times[order].tolist(), strict=True)
         ],
     }
 
@@ -285,9 +291,10 @@ def _ranking_curves(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
     """ROC and precision-recall curves: of the second of two classes, else of each against the rest."""
     from sklearn import metrics
 
-    numbers = [1] if len(names) == 2 else list(range(len(names)))
-    occurring = [number for number in numbers if 0 < (answers.labels == number).sum() < len(answers.labels)]
-    frequent = np.argsort(-np.bincount(answers.labels, minlength=len(names)), kind="stable")[:_MOST_CLASSES]
+    counts = np.bincount(answers.labels, minlength=len(names))
+    numbers = [1] if len(names) == 2 else range(len(names))
+    occurring = [number for number in numbers if 0 < counts[number] < len(answers.labels)]
+    frequent = np.argsort(-counts, kind="stable")[:_MOST_CLASSES]
     there = [number for number in occurring if number in frequent]
     if not there:
         return {}

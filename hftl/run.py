@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 import shlex
 from collections import Counter
 from collections.abc import Iterator
@@ -388,7 +389,7 @@ def load_run(
     Raises:
         UsageError: the folder holds no finished run, or one of a newer hftl.
     """
-    path = Path(folder)
+    path = Path(os.path.expanduser(folder))
     for name in (METRICS, RECIPE, "config.json"):
         if not (path / name).is_file():
             state = f"has no {name}" if path.is_dir() else "does not exist"
@@ -409,7 +410,10 @@ def load_run(
     if trust_remote_code:
         say(f"--trust_remote_code: Python code in {str(path)!r} may run on this machine")
     task = task_class(arguments)
-    config = read_json(path / "config.json")
+    try:
+        config = read_json(path / "config.json")
+    except ValueError as error:
+        raise UsageError(f"The run in {str(path)!r} is damaged: its config.json is no JSON ({error}).") from error
     names = config.get("label_names") or [
         name for _, name in sorted(config["id2label"].items(), key=lambda item: int(item[0]))
     ]

@@ -121,6 +121,8 @@ def test_a_shell_completes_commands_flags_and_values(tmp_path: Path) -> None:
         "ask hftl train text-classification --sampler b",
         "ask hftl push runs/pets --pr",
         "ask hftl predict runs/pets pictures --out",
+        "ask hftl rank --task image-classification --models",
+        "ask hftl tune text-classification --tri",
     ]
     done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
@@ -131,8 +133,22 @@ def test_a_shell_completes_commands_flags_and_values(tmp_path: Path) -> None:
         "balanced",
         "--private",
         "--output",
+        "--models",
+        "--trials",
     ]
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["tune", "lr-find", "check-labels"])
+@pytest.mark.parametrize("task", [[], ["text-classification"]])
+def test_a_command_has_help_of_its_own(command: str, task: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli._run([command, *task, "--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert len(shown) < 2_000
+    assert {"tune": "--trials", "lr-find": "--steps", "check-labels": "--output"}[command] in shown
+    assert "hftl train TASK --help" in shown
 
 
 def test_other_shells_complete_too() -> None:

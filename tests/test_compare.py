@@ -55,9 +55,9 @@ def test_scores_intervals_and_who_wins() -> None:
     assert (again.won, again.lost, again.probability) == (0, 0, 1.0)
 
 
-def test_settings_that_look_alike_are_shown_whole() -> None:
+def test_settings_that_look_alike_are_shown_from_where_they_differ() -> None:
     recipes = [{"model_name_or_path": f"/runs/{name}/checkpoint-100", "seed": 1, "output_dir": name} for name in "ab"]
-    assert different_settings(recipes) == {"model_name_or_path": ["/runs/a/checkpoint-100", "/runs/b/checkpoint-100"]}
+    assert different_settings(recipes) == {"model_name_or_path": ["a/checkpoint-100", "b/checkpoint-100"]}
     assert different_settings([{"seed": 1}, {"seed": 1, "lora_r": 8}]) == {"lora_r": ["", "8"]}
 
 

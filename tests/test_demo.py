@@ -20,6 +20,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = small_data.write_both(tmp_path_factory.mktemp("demo"))
     tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
     tiny_models.write_tiny_cnn(folder / "convnet")
+    (folder / "broken.png").write_bytes(b"no picture")
     for task, flags in (
         ("text", ["--dataset=texts", "--model=bert", "--max_steps=2"]),
         ("image", ["--dataset=images", "--model=convnet", "--method=frozen"]),
@@ -52,6 +53,11 @@ def test_a_page_to_try_a_run(place: Path, task: str) -> None:
             if task == "text":
                 page.get_by_label("Text", exact=True).fill(HOSTILE)
             else:
+                page.set_input_files("input[type=file]", place / "broken.png")
+                page.get_by_role("button", name="Submit").click()
+                page.get_by_text("broken.png").first.wait_for(timeout=60_000)
+                assert str(place) not in page.inner_text("body")
+                page.goto(address)
                 page.set_input_files("input[type=file]", place / "images" / "test" / "red" / "0.png")
                 page.wait_for_selector("img")
             page.get_by_role("button", name="Submit").click()

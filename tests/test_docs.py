@@ -75,8 +75,8 @@ def check_flags(arguments_class: Any, flags: list[str]) -> None:
 
 def check_recipe(path: Path, flags: list[str]) -> None:
     assert path.is_file(), path
-    text = path.read_text(encoding="utf-8")
-    ordinary = hftl.ImageArguments if "ImageArguments" in text else hftl.TextArguments
+    named = re.search(r"hftl\.(\w+Arguments), argv", path.read_text(encoding="utf-8"))
+    ordinary = getattr(hftl, named[1]) if named else None
     check_flags(getattr(load_file(path, "Recipe"), "Arguments", ordinary), flags)
 
 

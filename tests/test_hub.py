@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import hub_server
 import pytest
@@ -19,8 +20,10 @@ from huggingface_hub import ModelCard, constants
 
 import hftl
 from hftl import card, cli, push
+from hftl import hub as hub_client
 from hftl.card import EVALUATIONS, forbids_changes
 from hftl.errors import UsageError
+from hftl.push import PushSaves
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN, GIVEN_TOKEN = "hf_PlantedInTheEnvironment", "hf_PlantedOnTheCommandLine"
@@ -54,9 +57,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = small_data.write_both(tmp_path_factory.mktemp("hub"))
     tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
     tiny_models.write_tiny_cnn(folder / "convnet")
+    small_data.write_pairs(folder / "both", {"train": 8, "val": 3, "test": 3})
     text = ["text-classification", "--dataset=texts", "--model=bert", "--max_steps=2"]
     runs = {
         "image": ["image-classification", "--dataset=images", "--model=convnet", "--method=frozen"],
+        "fused": [
+            "image-text-classification",
+            "--dataset=both",
+            "--model=convnet",
+            "--text_model=bert",
+            "--max_steps=2",
+        ],
         "text": [*text, "--method=full"],
         "adapter": [*text, "--method=lora"],
         "elsewhere": [*text[:1], f"--dataset={folder / 'texts'}", f"--model={folder / 'bert'}", "--max_steps=1"],
@@ -127,8 +138,9 @@ def test_an_adapter_comes_back_by_the_lines_of_its_card(place: Path, hub: hub_se
     assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= set(hub.commits[0])
     done = process(place, hub.url, "-c", _SAME_ADAPTER)
     assert done.stdout == "equal\n", done.stderr
-    hftl.load_run(place / "image").push("tester/image")
-    for name in ("adapter", "image"):
+    for name in ("image", "fused"):
+        hftl.load_run(place / name).push(f"tester/{name}")
+    for name in ("adapter", "image", "fused"):
         page = hub.files[f"tester/{name}"]["README.md"].decode()
         assert f'"tester/{name}"' in page
         card = ModelCard(page)
@@ -274,12 +286,40 @@ def test_a_licence_that_forbids_it(place: Path, hub: hub_server.Hub) -> None:
         ("non-commercial", True, "does not allow commercial use"),
         ("mistral-ai-research-license", True, "does not allow commercial use"),
         ("llama3", True, "has terms of its own"),
+        ("apache-2.0, mit", True, "is that of the base model, apache-2.0, mit."),
         (None, True, "is not known here"),
     ],
 )
 def test_what_a_licence_means_is_said(licence: str | None, shared: bool, said: str) -> None:
     assert forbids_changes(licence) != shared
     assert said in card._of_licence(licence)
+
+
+def test_a_licence_may_be_several_or_have_a_name() -> None:
+    assert card.licence_of({"license": ["apache-2.0", "mit"]}) == "apache-2.0, mit"
+    assert card.licence_of({"license": "other", "license_name": "mine"}) == "mine"
+    assert card.licence_of({"license": "other"}) == "other"
+    assert card.licence_of({"license": False}) is None  # `license: no` of YAML
+
+
+def test_a_checkpoint_that_cannot_be_copied_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = hftl.parse(hftl.TextArguments, ["--model=m", "--dataset=d", "--hub_model_id=me/seen"])
+    saves = PushSaves(arguments)
+    place, state = SimpleNamespace(output_dir=str(tmp_path / "gone")), SimpleNamespace(global_step=7)
+    saves.on_save(place, state, None)
+    saves.on_train_end(place, state, None)
+    assert "the checkpoint of step 7 was not pushed" in capsys.readouterr().out
+
+
+def test_a_hub_that_did_not_answer_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(hub_client, "_wanted_offline", None)
+    hub_client.check_hub.cache_clear()
+    hub_client.check_hub()
+    assert constants.HF_HUB_OFFLINE
+    hub_client.ask_again()
+    assert not constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.slow

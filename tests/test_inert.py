@@ -8,7 +8,7 @@ import re
 import markdown
 import pytest
 
-from hftl.inert import as_cell, from_cell, in_markdown, on_one_line, visible
+from hftl.inert import as_cell, from_cell, in_markdown, on_one_line, visible, without_home
 
 
 @pytest.mark.parametrize(
@@ -25,12 +25,20 @@ from hftl.inert import as_cell, from_cell, in_markdown, on_one_line, visible
         ("-inf", "-inf"),
         ("'quoted'", "'quoted'"),
         ("a=b", "a=b"),
+        ("\n=1+1", "'\n=1+1"),
+        ("\uff1d1+1", "'\uff1d1+1"),
         ("", ""),
     ],
 )
 def test_a_spreadsheet_finds_no_formula_and_the_text_comes_back(text: str, cell: str) -> None:
     assert as_cell(text) == cell
     assert from_cell(cell) == text
+
+
+def test_the_home_folder_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/janedoe")
+    text = "no such file: '/home/janedoe/data', /home/janedoe2, /srv/home/janedoe/x, /home/janedoe"
+    assert without_home(text) == "no such file: '~/data', /home/janedoe2, /srv/home/janedoe/x, ~"
 
 
 def test_a_cell_holds_nothing_that_a_terminal_obeys() -> None:

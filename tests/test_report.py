@@ -20,6 +20,7 @@ import torch
 from browser import chromium
 from forked import run_command
 from PIL import Image
+from sklearn.metrics import confusion_matrix
 from transformers import AutoModelForSequenceClassification
 
 import hftl
@@ -244,12 +245,19 @@ def test_it_can_be_made_anew(place: Path, image_run: Path) -> None:
     ("name", "change", "said"),
     [
         ("predictions.csv", lambda text: text.replace("probability_red", "probability_pink"), "not of this run"),
-        ("predictions.csv", lambda text: text.replace(",red,", ",pink,", 1), "is damaged: KeyError"),
+        (
+            "predictions.csv",
+            lambda text: text.replace(",red,", ",pink,", 1),
+            "line 12 names another class",
+        ),
         ("predictions.csv", lambda text: text[: text.rindex(",") - 12], "is damaged"),
-        ("predictions.csv", lambda text: re.sub(r"0\.\d+$", "nan", text.rstrip()), "a probability is no number"),
+        ("predictions.csv", lambda text: re.sub(r"0\.\d+$", "nan", text.rstrip()), "probabilities do not sum to 1"),
         ("predictions.csv", lambda text: text[: text.rindex("\n", 0, -1)], "it has 14 rows, and the run answered 15"),
         ("predictions.csv", lambda text: re.sub(r"(?m)^(.*\n)(.*)$\Z", r"\1\1", text.rstrip()), "a row comes twice"),
         ("predictions.csv", lambda text: text.rstrip()[:-4], "probabilities do not sum to 1"),
+        ("predictions.csv", lambda text: text[:200], "is damaged (line"),
+        ("config.json", lambda text: "{{", "its config.json is no JSON"),
+        ("logs/data.json", lambda text: text[:9], "data.json' is damaged"),
         ("metrics.json", lambda text: "{}", "its metrics.json has no 'train'"),
         ("metrics.json", lambda text: text[:-9], "its metrics.json is no JSON"),
         ("metrics.json", lambda text: re.sub('"hftl": "[^"]*"', '"hftl": "99.1.0"', text), "made by hftl 99.1.0"),
@@ -435,6 +443,35 @@ def test_what_a_suspicious_row_rather_is() -> None:
     )
     found, rather = likely_label_errors(probabilities, np.array([0, 0, 2, 1, 1]))
     assert (found.tolist(), rather.tolist()) == ([3], [2])
+
+
+def test_confusions_of_many_classes_are_those_that_occur() -> None:
+    random = np.random.default_rng(0)
+    labels, predictions = random.integers(0, 30, (2, 500))
+    names = [f"class {number}" for number in range(5_000)]  # a table of all pairs would take gigabytes
+    answers = Answers([], labels, predictions, np.zeros((500, 0)))
+    found = report._confusion(answers, names)
+    counts = confusion_matrix(labels, predictions)
+    assert not found["table"]
+    assert [pair["count"] for pair in found["pairs"]] == sorted(counts[~np.eye(30, dtype=bool)])[::-1][:20]
+    for pair in found["pairs"]:
+        row, column = (names.index(pair[name]) for name in ("label", "other"))
+        assert (pair["count"], pair["share"]) == (counts[row, column], counts[row, column] / counts[row].sum())
+    few = report._confusion(Answers([], labels % 5, predictions % 5, np.zeros((500, 0))), names[:5])
+    assert few["counts"] == confusion_matrix(labels % 5, predictions % 5).tolist()
+
+
+@pytest.mark.slow
+def test_what_is_derived_may_be_damaged(place: Path, image_run: Path) -> None:
+    copy = Path(shutil.copytree(image_run, place / "torn", dirs_exist_ok=True))
+    with (copy / "logs" / "log.jsonl").open("a") as log:
+        log.write('{"stage": "x"}\n{"stage"')
+    features = copy / "logs" / "features-test.npy"
+    features.write_bytes(b"\x93NUMPY\x01")
+    done = run_command(["report", "torn"], place)
+    assert done.returncode == 0, done.stderr
+    assert "is damaged" in done.stdout
+    assert "computed again" in done.stdout
 
 
 def test_what_was_done_twice_counts_once_in_the_curves(tmp_path: Path) -> None:
