@@ -44,7 +44,7 @@ def builtin_dataset(name: str) -> dict[str, datasets.Dataset]:
     if name not in BUILTIN_DATASETS:
         raise _unknown("data set", name, BUILTIN_DATASETS)
     with explained_cache(f"builtin:{name}"):
-        return BUILTIN_DATASETS[name]()
+        return dict(BUILTIN_DATASETS[name]())
 
 
 def builtin_model(name: str) -> Path:
@@ -142,6 +142,7 @@ def pitches() -> dict[str, datasets.Dataset]:
     return {"train": part(80), "validation": part(20), "test": part(20)}
 
 
+@functools.cache
 def captions() -> dict[str, datasets.Dataset]:
     """1,440 drawings of a figure with a sentence that names one: the same figure, or another.
 
@@ -176,7 +177,7 @@ def captions() -> dict[str, datasets.Dataset]:
         ImageDraw.Draw(image).polygon([tuple(point) for point in points.tolist()], fill=tuple(front.tolist()))
         noisy = np.asarray(image) + random.normal(0, 12, (96, 96, 1))
         buffer = io.BytesIO()
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, format="PNG")
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, format="PNG", compress_level=1)
         return buffer.getvalue()
 
     def part(count: int) -> datasets.Dataset:

@@ -115,7 +115,7 @@ def test_shown_command_works(words: list[str], tmp_path: Path, monkeypatch: pyte
         (name,) = set(re.findall(r"hftl\.(\w+Arguments)", text))
         hftl.parse(getattr(hftl, name), flags)
         return
-    small = small_flags("image" if "ImageArguments" in text else "", "auto" if "auto" in flags else "")
+    small = small_flags("image" if re.search("Image(Text)?Arguments", text) else "", "auto" if "auto" in flags else "")
     small += ["--pair_steps=2"] if path.stem == "text_few_shot" else []
     small = [flag for flag in small if "--shots" not in flags or "max_train_samples" not in flag]
     if {"--head", "--feature_layers"} & set(flags):  # which is fitted
