@@ -383,7 +383,12 @@ def _unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"no built-in {kind} {name!r}.{did_you_mean(name, known)} There are: {', '.join(known)}")
 
 
-BUILTIN_DATASETS = {"digits": digits, "movie-snippets": movie_snippets, "captions": captions, "pitches": pitches}
+BUILTIN_DATASETS: dict[str, Callable[[], dict[str, datasets.Dataset]]] = {
+    "digits": digits,
+    "movie-snippets": movie_snippets,
+    "captions": captions,
+    "pitches": pitches,
+}
 BUILTIN_MODELS: dict[str, Callable[[], Path]] = {
     "efficientnet_lite0": functools.partial(efficientnet_lite, 0),
     "efficientnet_lite1": functools.partial(efficientnet_lite, 1),

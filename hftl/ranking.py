@@ -82,7 +82,7 @@ class Pooled:
 
 def rank(
     task_name: str, models: Sequence[str], tokens: Sequence[str], by: str = "logme"
-) -> tuple[list[Candidate], int, str]:
+) -> tuple[list[Candidate], int]:
     """Rank models for a data set.
 
     Args:
@@ -92,7 +92,7 @@ def rank(
         by: one of `MEASURES`.
 
     Returns:
-        The models, the best first; the rows that they were scored on; the name of the data set.
+        The models, the best first, and the rows that they were scored on.
 
     Raises:
         UsageError: the data or a model cannot be used, or by LEEP or NCE where a model has no trained head.
@@ -118,12 +118,13 @@ def rank(
         raise UsageError(f"--by {by}: {without[0]} has no trained head of its own. Use another measure, such as logme.")
     candidates.sort(key=lambda entry: -getattr(entry, by))
     ranked = [dataclasses.replace(entry, rank=number) for number, entry in enumerate(candidates, start=1)]
-    return ranked, len(splits.train), str(settings[0].dataset_name)
+    return ranked, len(splits.train)
 
 
 def _model_tokens(task_name: str, name: str) -> list[str]:
     """`MODEL@SIDE` as flags."""
-    sized = re.fullmatch(r"(.+)@(\d+)", name) if task_name == "image-classification" else None
+    has_size = hasattr(find_task(task_name).arguments_class, "image_size")
+    sized = re.fullmatch(r"(.+)@(\d+)", name) if has_size else None
     return [f"--model={sized[1]}", f"--image_size={sized[2]}"] if sized else [f"--model={name}"]
 
 
@@ -262,7 +263,7 @@ def csv_of(candidates: Sequence[Candidate]) -> str:
     return as_csv([list(_COLUMNS), *(dataclasses.astuple(entry) for entry in candidates)])
 
 
-def recommendation(candidates: Sequence[Candidate], rows: int, by: str, task_name: str, dataset: str) -> str:
+def recommendation(candidates: Sequence[Candidate], rows: int, by: str, task_name: str, tokens: Sequence[str]) -> str:
     """Which model to take, why, and the faster ones that are as good as far as the rows can tell."""
     best = candidates[0]
     error = math.sqrt(best.probe * (1 - best.probe) / rows)
@@ -284,14 +285,14 @@ def recommendation(candidates: Sequence[Candidate], rows: int, by: str, task_nam
     if by != "probe" and max(entry.probe for entry in candidates) > best.probe + error:
         top = max(candidates, key=lambda entry: entry.probe)
         lines.append(f"but: the probe prefers {top.model} ({top.probe:.4f}): try both")
-    flags = " ".join(map(shlex.quote, [*_model_tokens(task_name, best.model), f"--dataset={dataset}"]))
+    flags = shlex.join([*_model_tokens(task_name, best.model), *tokens])
     lines.append(f"next: hftl train {task_name} {flags}, or hftl advise with the same")
     return "\n".join(lines)
 
 
 def main(task_name: str, models: Sequence[str], tokens: Sequence[str], by: str, output: str | None) -> None:
     """`hftl rank`: the table, the recommendation, and the file that was asked for."""
-    candidates, rows, dataset = rank(task_name, models, tokens, by)
-    say(f"\n{table(candidates)}\n\n{recommendation(candidates, rows, by, task_name, dataset)}")
+    candidates, rows = rank(task_name, models, tokens, by)
+    say(f"\n{table(candidates)}\n\n{recommendation(candidates, rows, by, task_name, tokens)}")
     if output is not None:
         folder.write_text(Path(output), csv_of(candidates))

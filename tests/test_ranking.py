@@ -73,7 +73,7 @@ def test_a_table_from_train_alone(
 def test_scores_are_those_of_the_models_own_outputs(images: Path) -> None:
     """LEEP from the probabilities that plain transformers gives, LogME from what enters its output layer."""
     tokens = [f"--dataset={images / 'data'}", "--feature_cache_dtype=float32"]
-    (found,), rows, _ = ranking.rank("image-classification", [str(images / "resnet")], tokens)
+    (found,), rows = ranking.rank("image-classification", [str(images / "resnet")], tokens)
     assert rows == 36
     model = AutoModelForImageClassification.from_pretrained(images / "resnet").eval()
     task = ImageClassification(
