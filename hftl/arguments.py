@@ -437,6 +437,12 @@ class ImageTextArguments(ImageArguments, TextArguments):
     text_model: str | None = _argument(
         None, "The text backbone, as --model names the image backbone; none where --model is a run of this task."
     )
+    number_columns: list[str] | None = _argument(
+        None, "Columns of numbers that the model reads too, standardised; an empty cell is missing."
+    )
+    category_columns: list[str] | None = _argument(
+        None, "Columns of categories that the model reads too; one that training has not seen is missing."
+    )
     modality_dropout: float = _argument(
         0.1, "Part of the training rows that lose their image, and as many their text, so that either is enough."
     )

@@ -58,6 +58,7 @@ LABEL_COLUMNS = [
 PathType = TypeVar("PathType", str, Path)
 Result = TypeVar("Result")
 
+_IN_TABLES = ("text", "text_pair", "numbers", "categories")  # inputs that are no files
 FULL_DECODE_LIMIT = 5000  # above so many files reading all of them whole takes minutes: headers only
 _AT_ONCE = 256  # files that are in memory, where a data set holds them
 _PIECE = 16  # of them for a thread: to hand over one alone takes longer than to hash it
@@ -121,9 +122,9 @@ class Splits:
     def contents(self, part: datasets.Dataset) -> list[str]:
         """What stands for the input of each row: its texts, or of a file its size, beginning and end."""
         names = [name for name in part.column_names if name not in ("id", "label")]
-        texts = [part[name][:] for name in names if name in ("text", "text_pair")]
+        texts = [part[name][:] for name in names if name in _IN_TABLES]
         written = [repr(row) for row in zip(*texts, strict=True)] if texts else [""] * len(part)
-        files = [name for name in names if name not in ("text", "text_pair")]
+        files = [name for name in names if name not in _IN_TABLES]
         if not files:
             return written
         keys = _in_threads(_undated_key, column_of(part, files[0]))
@@ -133,7 +134,7 @@ class Splits:
         """A name for rows, else for what is trained and validated on: ids, labels, texts; not the content of images."""
         digest = hashlib.blake2b(digest_size=8)
         for part in parts or (self.train, self.validation):
-            names = [name for name in ("id", "label", "text", "text_pair") if name in part.column_names]
+            names = [name for name in ("id", "label", *_IN_TABLES) if name in part.column_names]
             for rows in part.select_columns(names).iter(10_000):
                 digest.update(repr(rows).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
@@ -184,6 +185,7 @@ def load_splits(arguments: Any, modality: Modality) -> Splits:
     label_names = declared or _label_map(row_labels["train"], rows["train"])
     labels = {role: _encode(row_labels[role], label_names, part) for role, part in rows.items()}
     parts = {role: _canonical(part, columns, labels[role], modality) for role, part in rows.items()}
+    parts = {role: _with_others(part, rows[role], arguments, strict=True) for role, part in parts.items()}
     _require_two_classes(labels["train"], label_names, rows["train"].origin)
 
     if not modality.is_text:
@@ -224,7 +226,7 @@ def load_labelled(
     columns, _ = _resolve_columns(rows, _like_training(rows, given, known), modality)
     _require_same_pair(rows, columns, known)
     labels = _encode(_row_labels(rows, columns["label"]), list(label_names), rows)
-    part = _canonical(rows, columns, labels, modality)
+    part = _with_others(_canonical(rows, columns, labels, modality), rows, arguments, strict=True)
     part = _limited(part, _option(arguments, "max_eval_samples"), _option(arguments, "seed", 42))
     if not modality.is_text:
         part = _check_files({name: part}, modality, bool(_option(arguments, "skip_bad_files", False)), [])[name]
@@ -237,11 +239,13 @@ def load_inputs(
     given: Mapping[str, str | None],
     known: Mapping[str, str | None],
     follow_links: bool = False,
+    others: Any = None,
 ) -> datasets.Dataset:
     """What to predict on, without labels: files (one, or a folder), texts (one a line or one a file), or a table.
 
     The columns of a table are `given` by role, else those `known` from training where it has them, else guessed.
-    Links in a folder may lead out of it where `follow_links`.
+    Links in a folder may lead out of it where `follow_links`. `others` are arguments with `number_columns` and
+    `category_columns`, which need not be there.
     """
     place = Path(os.path.expanduser(path))
     if not os.path.exists(place):
@@ -250,7 +254,7 @@ def load_inputs(
         rows = _read_table(place)
         columns, _ = _resolve_columns(rows, _like_training(rows, given, known), modality, labelled=False)
         _require_same_pair(rows, columns, known)
-        return _canonical(rows, columns, None, modality)
+        return _with_others(_canonical(rows, columns, None, modality), rows, others, strict=False)
     if place.is_dir():
         return datasets.Dataset.from_list(list(iter_folder(place, modality, follow_links)))
     if not modality.is_text:
@@ -740,9 +744,10 @@ def _resolve_columns(
     if twice:
         raise UsageError(f"the column {twice[0]!r} is named twice: {', '.join(f'--{role}_column' for role in columns)}")
     given = set(columns)
+    others = [*_option(arguments, "number_columns", []), *_option(arguments, "category_columns", [])]
 
     def free() -> list[str]:
-        return [name for name in names if name not in columns.values()]
+        return [name for name in names if name not in columns.values() and name not in others]
 
     if labelled and "label" not in columns and (name := _guess(LABEL_COLUMNS, free())):
         columns["label"] = name
@@ -986,6 +991,47 @@ def _canonical(rows: _Rows, columns: dict[str, str], labels: np.ndarray | None, 
     if labels is not None:
         features["label"], data["label"] = datasets.Value("int64"), labels.tolist()
     return datasets.Dataset.from_dict(data, features=datasets.Features(features))
+
+
+def _with_others(part: datasets.Dataset, rows: _Rows, arguments: Any, strict: bool) -> datasets.Dataset:
+    """`numbers` and `categories` of a row beside its other inputs, each a list in the order that was asked for.
+
+    Raises:
+        UsageError: a column is not there, where `strict`, or a number is none.
+    """
+    names = _column_names(rows.data)
+    for kind, read in (("number", as_number), ("category", as_category)):
+        wanted = _option(arguments, f"{kind}_columns", [])
+        values = []
+        for name in wanted:
+            if name not in names and strict:
+                near = did_you_mean(name, names)
+                raise UsageError(f"--{kind}_columns {name!r}: {rows.origin} has no such column.{near} {_listed(names)}")
+            cells = rows.data[name][:] if name in names else [None] * len(part)
+            try:
+                values.append([read(cell) for cell in cells])
+            except ValueError as error:
+                raise UsageError(f"{rows.origin}: the column {name!r} holds {error}, which is no number") from error
+        if wanted:
+            column = [list(row) for row in zip(*values, strict=True)]
+            part = part.add_column({"number": "numbers", "category": "categories"}[kind], column)
+    return part
+
+
+def as_number(cell: Any) -> float:
+    """A number, NaN where there is none; ValueError with what is there instead."""
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
+        return float("nan")
+    try:
+        return float(cell)
+    except (TypeError, ValueError) as error:
+        raise ValueError(repr(cell)) from error
+
+
+def as_category(cell: Any) -> str:
+    """Its name; empty where there is none."""
+    missing = cell is None or (isinstance(cell, float) and np.isnan(cell))
+    return "" if missing else str(cell).strip()
 
 
 def _holds_paths(rows: _Rows, column: str) -> bool:

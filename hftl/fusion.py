@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -13,6 +16,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from hftl.errors import UsageError
 from hftl.joined import mean_of_positions
 
+#: values of a category that are told apart, the most frequent
+_MOST_VALUES = 100
+
 
 class FusionConfig(PreTrainedConfig):
     """Settings of a `FusionModel`.
@@ -20,7 +26,8 @@ class FusionConfig(PreTrainedConfig):
     Attributes:
         image: the configuration of the image backbone, as a dictionary.
         text: that of the text backbone.
-        feature_sizes: features that the image backbone gives, and the text backbone.
+        feature_sizes: features that the image backbone gives, the text backbone, and the table where there is one.
+        table: what is read of other columns, see `hftl.fusion.Table`; None where nothing is.
         fusion_width: features that each is projected to.
         fusion_dropout: part of the joined features that are left out in training.
         modality_dropout: part of the training rows that lose their image, and as many their text, where they have both:
@@ -31,9 +38,66 @@ class FusionConfig(PreTrainedConfig):
     image: Mapping[str, Any] | None = None
     text: Mapping[str, Any] | None = None
     feature_sizes: tuple[int, ...] = ()
+    table: Mapping[str, Any] | None = None
     fusion_width: int = 256
     fusion_dropout: float = 0.1
     modality_dropout: float = 0.1
+
+
+class Table:
+    """Numbers and categories of a row as one vector, by what training had of them.
+
+    Numbers are standardised, and a missing one is the mean, with a 1 beside it that says so; a category is one 1 among
+    those that training had, and none where it had not.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        """`settings` as `learn` gives them: `numbers` with mean and deviation, `categories` with their values."""
+        self.numbers, self.categories = settings["numbers"], settings["categories"]
+        self.places = [{value: place for place, value in enumerate(entry["values"])} for entry in self.categories]
+
+    @staticmethod
+    def learn(
+        names: Mapping[str, list[str]], numbers: Sequence[Sequence[float]], categories: Sequence[Sequence[str]]
+    ) -> dict[str, Any]:
+        """The settings, from the rows of the training split.
+
+        Args:
+            names: of the columns, `numbers` and `categories`.
+            numbers: one list a row.
+            categories: one list a row.
+        """
+        columns = np.array(numbers, dtype=float).reshape(-1, len(names["numbers"])).T
+        learned = []
+        for name, column in zip(names["numbers"], columns, strict=True):
+            known = column[np.isfinite(column)]
+            mean, deviation = (float(known.mean()), float(known.std())) if len(known) else (0.0, 1.0)
+            learned.append({"name": name, "mean": mean, "deviation": deviation or 1.0})
+        values = []
+        for place, name in enumerate(names["categories"]):
+            counts = Counter(row[place] for row in categories if row[place])
+            values.append({"name": name, "values": sorted(value for value, _ in counts.most_common(_MOST_VALUES))})
+        return {"numbers": learned, "categories": values}
+
+    @property
+    def width(self) -> int:
+        """Features of a row."""
+        return 2 * len(self.numbers) + sum(len(entry["values"]) for entry in self.categories)
+
+    def vector(self, numbers: Sequence[float], categories: Sequence[str]) -> list[float]:
+        """Features of a row; NaN where nothing of it is known."""
+        vector: list[float] = []
+        known = False
+        for entry, value in zip(self.numbers, numbers, strict=True):
+            there = math.isfinite(value)
+            known |= there
+            vector += [(value - entry["mean"]) / entry["deviation"] if there else 0.0, 0.0 if there else 1.0]
+        for places, category in zip(self.places, categories, strict=True):
+            part = [0.0] * len(places)
+            if category in places:
+                part[places[category]], known = 1.0, True
+            vector += part
+        return vector if known else [math.nan] * len(vector)
 
 
 class FusionHead(nn.Module):
@@ -102,7 +166,13 @@ class FusionModel(PreTrainedModel):
 
     @classmethod
     def join(
-        cls, image: PreTrainedModel, text: PreTrainedModel, label_names: list[str], side: int, **settings: Any
+        cls,
+        image: PreTrainedModel,
+        text: PreTrainedModel,
+        label_names: list[str],
+        side: int,
+        table: dict[str, Any] | None = None,
+        **settings: Any,
     ) -> FusionModel:
         """A model of two pretrained classifiers without their heads, and a fresh head for the labels.
 
@@ -111,6 +181,7 @@ class FusionModel(PreTrainedModel):
             text: of `AutoModelForSequenceClassification`.
             label_names: name of each class id.
             side: of a square picture that the image backbone takes, in pixels.
+            table: what is read of other columns, see `Table`.
             settings: as the attributes of `FusionConfig`.
 
         Raises:
@@ -124,7 +195,8 @@ class FusionModel(PreTrainedModel):
         config = FusionConfig(
             image=image.config.to_dict(),
             text=text.config.to_dict(),
-            feature_sizes=(pictures.shape[-1], tokens.shape[-1]),
+            feature_sizes=(pictures.shape[-1], tokens.shape[-1], *([Table(table).width] if table else [])),
+            table=table,
             id2label=labels,
             label2id={name: number for number, name in labels.items()},
             problem_type="single_label_classification",
@@ -145,6 +217,7 @@ class FusionModel(PreTrainedModel):
         attention_mask: torch.Tensor,
         image_present: torch.Tensor | None = None,
         text_present: torch.Tensor | None = None,
+        table: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         **tokens: torch.Tensor,
     ) -> SequenceClassifierOutput:
@@ -156,6 +229,7 @@ class FusionModel(PreTrainedModel):
             attention_mask: 1 for tokens, 0 for padding.
             image_present: whether a row has an image, shape (rows,); all have one without it.
             text_present: the same of texts.
+            table: numbers and categories as `Table.vector` makes them, shape (rows, width), NaN where all are missing.
             labels: class ids, shape (rows,), for the loss.
         """
         image = _pooled(self.image(pixel_values=pixel_values))
@@ -163,7 +237,13 @@ class FusionModel(PreTrainedModel):
         text = mean_of_positions(states, attention_mask)
         everywhere = torch.ones(len(image), dtype=torch.bool, device=image.device)
         there = [everywhere if flag is None else flag for flag in (image_present, text_present)]
-        logits = self.fusion_head(torch.cat([image, text.to(image), torch.stack(there, dim=1).to(image)], dim=1))
+        parts = [image, text.to(image)]
+        if self.config.table is not None:
+            size = (len(image), self.config.feature_sizes[-1])
+            table = image.new_full(size, torch.nan) if table is None else table.to(image)
+            there.append(~table.isnan().any(dim=1))
+            parts.append(table.nan_to_num())
+        logits = self.fusion_head(torch.cat([*parts, torch.stack(there, dim=1).to(image)], dim=1))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 

@@ -17,7 +17,8 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 import hftl
 from hftl import backbones, cli
 from hftl.builtin import captions
-from hftl.fusion import FusionModel
+from hftl.errors import UsageError
+from hftl.fusion import FusionModel, Table
 
 QUICK = ["--report_to=none", "--dataloader_num_workers=0", "--per_device_train_batch_size=8", "--num_train_epochs=1"]
 
@@ -220,3 +221,70 @@ def test_neither_picture_nor_sentence_of_the_builtin_tells_the_class() -> None:
         assert all(
             (one == other) == bool(label) for one, other, label in zip(figures, named, part["label"][:], strict=True)
         )
+
+
+@pytest.fixture(scope="module")
+def priced(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, hftl.Run]:
+    """Tables in which a number and a category tell the class, and a run on them."""
+    folder = tmp_path_factory.mktemp("priced")
+    for split in ("train", "val", "test"):
+        rows = list(csv.DictReader((place / "tables" / f"{split}.csv").open(encoding="utf-8", newline="")))
+        names = sorted({row["label"] for row in rows})
+        lines = [
+            [
+                str(place / "tables" / row["photo"]) if row["photo"] else "",
+                f"{number}",
+                "" if number % 7 == 0 else 100 * names.index(row["label"]) + number % 10,
+                "" if number % 4 == 0 else f"shop {row['label']}",
+                row["label"],
+            ]
+            for number, row in enumerate(rows)
+        ]
+        write_table(folder / f"{split}.csv", lines, ("photo", "caption", "price", "shop", "label"))
+    words = [f"--model={place / 'cnn'}", f"--text_model={place / 'bert'}", f"--dataset={folder}", "--method=frozen"]
+    words += [*QUICK, "--num_train_epochs=20", "--number_columns", "price", "--category_columns", "shop"]
+    cli._run(["train", "image-text-classification", *words, f"--output_dir={folder / 'run'}"])
+    return folder, hftl.load_run(folder / "run")
+
+
+def test_numbers_and_categories_are_read_too(priced: tuple[Path, hftl.Run]) -> None:
+    folder, run = priced
+    assert run.metrics["test"]["accuracy"] > 0.9
+    number, category = run.model.config.table["numbers"][0], run.model.config.table["categories"][0]
+    rows = list(csv.DictReader((folder / "train.csv").open(encoding="utf-8", newline="")))
+    prices = [float(row["price"]) for row in rows if row["price"]]
+    assert number["mean"] == pytest.approx(sum(prices) / len(prices))
+    assert category["values"] == ["shop blue", "shop green", "shop red"]
+    scores = run.evaluate(str(folder), "test")
+    assert scores["accuracy"] == pytest.approx(run.metrics["test"]["accuracy"])
+    told = run.predict(
+        [{"text": "3", "price": 203, "shop": "shop red"}, {"text": "3", "price": 3, "shop": "shop blue"}, {"text": "3"}]
+    )
+    assert [answer.label for answer in told[:2]] == ["red", "blue"]
+    assert told[2].probability < told[0].probability
+    assert +run.missing == {"image": 3, "other columns": 1}
+    with pytest.raises(UsageError, match="'much', which is no number"):
+        run.predict({"text": "3", "price": "much"})
+    assert "price: " in (run.folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_table_is_a_vector() -> None:
+    names = {"numbers": ["a", "b"], "categories": ["c"]}
+    nan = float("nan")
+    settings = Table.learn(names, [[1.0, nan], [3.0, nan]], [["x"], [""]])
+    table = Table(json.loads(json.dumps(settings)))
+    assert table.width == 5
+    assert table.vector([3.0, nan], ["x"]) == [1.0, 0.0, 0.0, 1.0, 1.0]
+    assert table.vector([nan, 7.0], ["new"]) == [0.0, 1.0, 7.0, 0.0, 0.0]
+    assert all(value != value for value in table.vector([nan, nan], [""]))
+
+
+def test_columns_that_hold_no_numbers(place: Path, priced: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"--model={place / 'cnn'}", f"--text_model={place / 'bert'}", f"--dataset={priced[0]}", "--output_dir=x"]
+    error = refused(["train", "image-text-classification", *words, "--number_columns", "shop"], capsys)
+    assert "the column 'shop' holds 'shop blue', which is no number" in error
+    error = refused(["train", "image-text-classification", *words, "--category_columns", "shops"], capsys)
+    assert "has no such column. Did you mean 'shop'?" in error
+    words[0] = f"--model={priced[1].folder}"
+    error = refused(["train", "image-text-classification", words[0], *words[2:]], capsys)
+    assert "--number_columns: --model reads price" in error

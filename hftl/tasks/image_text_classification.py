@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from hftl import backbones, data, merging, pretrained
 from hftl.arguments import ImageTextArguments, has_checkpoint, stage_arguments
 from hftl.data import Splits
 from hftl.errors import UsageError
-from hftl.fusion import FusionConfig, FusionModel
+from hftl.folder import read_json
+from hftl.fusion import FusionConfig, FusionModel, Table
 from hftl.modality import IMAGE_TEXT, is_missing
 from hftl.tasks.classification import ClassificationTask, Shown
 from hftl.tasks.image_classification import ImageClassification
@@ -29,7 +31,7 @@ from huggingface_hub import snapshot_download
 folder = snapshot_download({title})
 print(hftl.load_run(folder).predict({example}))"""
 _PRESENCE = ("image_present", "text_present")
-_NOT_TOKENS = {"pixel_values", *_PRESENCE}
+_NOT_TOKENS = {"pixel_values", "table", *_PRESENCE}
 #: flags of images or texts that are not for both, and why
 _REFUSED = {
     "text_pair_column": "it reads one text a row",
@@ -60,6 +62,8 @@ class ImageTextClassification(ClassificationTask):
         for name, reason in _REFUSED.items():
             if getattr(arguments, name) != type(arguments).__dataclass_fields__[name].default:
                 raise UsageError(f"--{name} is not for {self.name}: {reason}. Leave it out.")
+        #: what is read of other columns, see `Table`; None where nothing is
+        self.table: dict[str, Any] | None = None
         self.image = ImageClassification(arguments)
         # The mean of the tokens is taken: what a classifier has behind them would be lost.
         changes = {"model_name_or_path": arguments.text_model, "model_revision": "main", "pooling": "architecture"}
@@ -73,6 +77,7 @@ class ImageTextClassification(ClassificationTask):
             source = pretrained.find_model(arguments.model_name_or_path)
             model = pretrained.load_model(FusionModel, source, self.label_names, arguments)
             self.load_processor(source)
+            self._check_table()
             return model
         if arguments.text_model is None:
             raise UsageError(
@@ -82,11 +87,44 @@ class ImageTextClassification(ClassificationTask):
         image, text = self.image.load_model(splits), self.text.load_model(splits)
         side = self.image.plain_transform(_NO_PICTURE).shape[-1]
         arguments = self.arguments
+        self.table = self._learned_table(splits)
         settings = {name: getattr(arguments, name) for name in ("modality_dropout", "fusion_dropout")}
         for name, value in settings.items():
             if not 0 <= value < (0.5 if name == "modality_dropout" else 1):
                 raise UsageError(f"--{name} {value:g} is a part of the rows or features: 0 to 0.5, 0.1 say.")
-        return FusionModel.join(image, text, self.label_names, side, **settings)
+        return FusionModel.join(image, text, self.label_names, side, self.table, **settings)
+
+    def _learned_table(self, splits: Splits) -> dict[str, Any] | None:
+        names = {"numbers": self.arguments.number_columns or [], "categories": self.arguments.category_columns or []}
+        if not any(names.values()):
+            return None
+        return Table.learn(names, *(list(data.column_of(splits.train, kind)) for kind in names))
+
+    def _check_table(self) -> None:
+        """A run that is gone on with reads the columns that it read.
+
+        Raises:
+            UsageError: others were named.
+        """
+        for kind, names in (
+            ("numbers", self.arguments.number_columns),
+            ("categories", self.arguments.category_columns),
+        ):
+            known = [entry["name"] for entry in (self.table or {}).get(kind, [])]
+            flag = {"numbers": "number_columns", "categories": "category_columns"}[kind]
+            if known != (names or []):
+                raise UsageError(f"--{flag}: --model reads {', '.join(known) or 'none'}: name the same.")
+
+    def _others(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        """Numbers and categories of an input by the names of their columns, None where they are missing."""
+        if self.table is None:
+            return {}
+        try:
+            numbers = [data.as_number(value.get(entry["name"])) for entry in self.table["numbers"]]
+        except ValueError as error:
+            raise UsageError(f"An input holds {error}, which is no number.") from error
+        categories = [data.as_category(value.get(entry["name"])) for entry in self.table["categories"]]
+        return {"numbers": numbers, "categories": categories}
 
     def _is_joined(self) -> bool:
         """Whether `--model` is a model of this task already."""
@@ -106,6 +144,7 @@ class ImageTextClassification(ClassificationTask):
             from huggingface_hub import snapshot_download
 
             source = snapshot_download(str(source), revision=self.arguments.model_revision)
+        self.table = read_json(Path(source, "config.json")).get("table")
         self.image.load_processor(Path(source, "image"))
         self.text.load_processor(Path(source, "text"))
 
@@ -123,7 +162,7 @@ class ImageTextClassification(ClassificationTask):
         if any(pictures):  # what is not there cannot be kept for later epochs
             task = ImageClassification(stage_arguments(self.arguments, image_cache="off"))
             task.processor = self.image.processor
-        return ImageTextDataset(task.dataset(rows, training), self._texts(rows, training))
+        return ImageTextDataset(task.dataset(rows, training), self._texts(rows, training), self.table)
 
     def _texts(self, rows: Any, training: bool) -> Any:
         self.text.says_cut = self.says_cut
@@ -135,14 +174,14 @@ class ImageTextClassification(ClassificationTask):
     def views(self, rows: Any, count: int, training: Any) -> list[Any]:
         """As for images."""
         texts = self._texts(rows, training=False)
-        return [ImageTextDataset(view, texts) for view in self.image.views(rows, count, None)]
+        return [ImageTextDataset(view, texts, self.table) for view in self.image.views(rows, count, None)]
 
     def test_views(self, inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """As for images."""
         return self.image.test_views(inputs)
 
     def preprocessing(self) -> Any:
-        """As for images; the tokens are part of a row's key."""
+        """As for images; the tokens and the table are part of a row's key."""
         return self.image.preprocessing()
 
     def inputs_in_words(self, splits: Splits, rows: Any) -> tuple[str, str]:
@@ -164,11 +203,24 @@ class ImageTextClassification(ClassificationTask):
             batch = self.collate([self.dataset([row], training=False)[0]])
             inputs = backbones.inputs_of(batch, model.device)
             pictures = _Beside(model, {name: value for name, value in inputs.items() if name != "pixel_values"})
-            texts = _Beside(model, {name: inputs[name] for name in ("pixel_values", *_PRESENCE)})
+            texts = _Beside(model, {name: inputs[name] for name in inputs if name in _NOT_TOKENS})
         return Shown(
             [] if is_missing(row.get("image")) else self.image.shown(row, pictures, label).pictures,
-            self.text.shown({"text": row["text"]}, texts, label).texts if row.get("text") else [],
+            [
+                *(self.text.shown({"text": row["text"]}, texts, label).texts if row.get("text") else []),
+                *self._cells(row),
+            ],
         )
+
+    def _cells(self, row: Mapping[str, Any]) -> list[list[tuple[str, float]]]:
+        """Numbers and categories of a row, as a person reads them."""
+        table = self.table or {"numbers": [], "categories": []}
+        cells = [
+            f"{entry['name']}: {value:g}" if isinstance(value, float) else f"{entry['name']}: {value}"
+            for kind in ("numbers", "categories")
+            for entry, value in zip(table[kind], row.get(kind) or [], strict=False)
+        ]
+        return [[(", ".join(cells), 0.0)]] if cells else []
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """`pixel_values`, `input_ids`, `attention_mask`, …, and what is there: `image_present`, `text_present`."""
@@ -177,21 +229,27 @@ class ImageTextClassification(ClassificationTask):
         labels = {"labels": batch.pop("labels")} if "labels" in batch else {}
         if "pixel_values" in examples[0]:  # kept features stand for them else
             batch = {**self.image.collate([{"pixel_values": row["pixel_values"]} for row in examples]), **batch}
+        if "table" in examples[0]:
+            batch["table"] = torch.stack([example["table"] for example in examples])
         for name in _PRESENCE:
             batch[name] = torch.tensor([example[name] for example in examples])
         return batch | labels
 
     def read_inputs(self, inputs: Any, columns: Mapping[str, str] | None = None) -> Any:
-        """A table or folder, or one or a list of `{"image": …, "text": …}`, either of which may be missing."""
+        """A table or folder, or one or a list of `{"image": …, "text": …}`, either of which may be missing.
+
+        Numbers and categories stand beside them by the names of their columns.
+        """
         if isinstance(inputs, str | Path):
             known = {"image": self.arguments.image_column, "text": self.arguments.text_column}
-            return data.load_inputs(str(inputs), self.modality, columns or {}, known, self.arguments.follow_links)
+            links = self.arguments.follow_links
+            return data.load_inputs(str(inputs), self.modality, columns or {}, known, links, self.arguments)
         values = [inputs] if isinstance(inputs, Mapping) else list(inputs)
         for value in values:
             if not isinstance(value, Mapping) or not {"image", "text"} & value.keys():
                 raise UsageError("The model reads images with texts: give {'image': …, 'text': …}, or one of them.")
         return [
-            {"id": str(number), "image": value.get("image", ""), "text": value.get("text") or ""}
+            {"id": str(number), "image": value.get("image", ""), "text": value.get("text") or "", **self._others(value)}
             for number, value in enumerate(values)
         ]
 
@@ -220,12 +278,20 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         missing: rows without an image and without a text, by their names.
     """
 
-    def __init__(self, pictures: Any, texts: TextDataset) -> None:
-        """Both of the same rows."""
+    def __init__(self, pictures: Any, texts: TextDataset, table: Mapping[str, Any] | None = None) -> None:
+        """Both of the same rows, and what is read of their other columns."""
         self.pictures, self.texts, self.cut = pictures, texts, texts.cut
         self.has_image = [not is_missing(value) for value in data.column_of(self.rows, "image")]
         self.has_text = [bool((text or "").strip()) for text in data.column_of(self.rows, "text")]
+        self.table: torch.Tensor | None = None
+        if table is not None:
+            blank = {"numbers": [math.nan] * len(table["numbers"]), "categories": [""] * len(table["categories"])}
+            cells = [[value or none for value in data.column_of(self.rows, name)] for name, none in blank.items()]
+            vector = Table(table).vector
+            self.table = torch.tensor([vector(*row) for row in zip(*cells, strict=True)])
         self.missing = Counter(image=self.has_image.count(False), text=self.has_text.count(False))
+        if self.table is not None:
+            self.missing["other columns"] = int(self.table.isnan().any(dim=1).sum())
 
     def set_epoch(self, epoch: int) -> None:
         """Choose what is random in the next pass."""
@@ -254,12 +320,15 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
     def key(self, index: int, full: bool = False) -> int:
         """64 bits for the content of a row."""
         image = self.pictures.key(index, full) if self.has_image[index] else 0
-        both = f"{image} {self.texts.key(index)} {self.has_text[index]}"
+        cells = "" if self.table is None else self.table[index].tolist()
+        both = f"{image} {self.texts.key(index)} {self.has_text[index]} {cells}"
         return int.from_bytes(hashlib.blake2b(both.encode(), digest_size=8).digest(), "little")
 
     def without_files(self, index: int) -> dict[str, Any]:
         """A row but its picture, which need not be read."""
-        return {**self.texts[index], "image_present": self.has_image[index], "text_present": self.has_text[index]}
+        table = {} if self.table is None else {"table": self.table[index]}
+        there = {"image_present": self.has_image[index], "text_present": self.has_text[index]}
+        return {**self.texts[index], **there, **table}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`pixel_values`, tokens, what is there, and `labels` where the row has one.
