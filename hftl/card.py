@@ -90,7 +90,7 @@ def write_card(
 ) -> None:
     """Write README.md with the metadata that the Hub reads. No local path gets into it."""
     split = "test" if "test" in metrics else "validation"
-    bases = [str(name) for name in (arguments.model_name_or_path, getattr(arguments, "text_model", None)) if name]
+    bases = _bases(arguments)
     base = " and ".join(_place_on_hub(name) or public_name(name) for name in bases)
     dataset = public_name(arguments.dataset_name)
     method = public_name(arguments.method)
@@ -105,7 +105,7 @@ def write_card(
         )
         for kind, name, key in (("accuracy", "Accuracy", "accuracy"), ("f1", "Macro F1", "f1_macro"))
     ]  # fmt: skip
-    origin = _common(list(map(base_card, bases)))
+    origin = base_cards(arguments)
     header = ModelCardData(
         pipeline_tag=task.name if plain_library else None,
         library_name="transformers" if plain_library else "hftl",
@@ -199,9 +199,27 @@ def base_card(name: str) -> dict[str, Any]:
     return {}
 
 
+def _bases(arguments: TransferArguments) -> list[str]:
+    """The names of the pretrained models."""
+    return [str(name) for name in (arguments.model_name_or_path, getattr(arguments, "text_model", None)) if name]
+
+
+def base_cards(arguments: TransferArguments) -> dict[str, Any]:
+    """The metadata of the base models' cards, as far as it holds for what is made of all of them."""
+    return _common([base_card(name) for name in _bases(arguments)])
+
+
 def _common(cards: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the cards of all base models say alike."""
-    return {name: value for name, value in cards[0].items() if all(card.get(name) == value for card in cards)}
+    """What the cards of all base models say alike, and the licence of one that forbids something."""
+    alike = {name: value for name, value in cards[0].items() if all(card.get(name) == value for card in cards)}
+    strictest = max(cards, key=_strictness)
+    licence = {name: value for name, value in strictest.items() if name.startswith("license")}
+    return alike | (licence if _strictness(strictest) else {})
+
+
+def _strictness(card: Mapping[str, Any]) -> int:
+    licence = licence_of(card)
+    return 2 * forbids_changes(licence) + _is_for_private_use(_words_of(licence))
 
 
 def licence_of(card: Mapping[str, Any]) -> str | None:
@@ -305,7 +323,7 @@ def _places(arguments: TransferArguments) -> str:
 def _adapter(target: Path, base: str) -> str:
     """What lies in the adapter's folder, where there is one."""
     path = target / ADAPTER / "adapter_config.json"
-    if not path.is_file():
+    if not path.is_file() or " and " in base:  # of two backbones joined, which lie nowhere without it
         return ""
     config = read_json(path)
     sizes = ", ".join(f"{name} {config[key]}" for name, key in _ADAPTER_SIZES.items() if config.get(key))

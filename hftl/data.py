@@ -223,7 +223,7 @@ def load_labelled(
     name = _find_split(split, source, "--split") if split else _default_split(source)
     rows = source.splits[name]()
     given = {role: _option(arguments, f"{role}_column") for role in ("label", *input_roles(modality))}
-    columns, _ = _resolve_columns(rows, _like_training(rows, given, known), modality)
+    columns, _ = _resolve_columns(rows, _like_training(rows, given, known, arguments), modality, known=True)
     _require_same_pair(rows, columns, known)
     labels = _encode(_row_labels(rows, columns["label"]), list(label_names), rows)
     part = _with_others(_canonical(rows, columns, labels, modality), rows, arguments, strict=True)
@@ -252,7 +252,8 @@ def load_inputs(
         raise _not_there(str(path))
     if place.suffix.lower() in TABLE_SUFFIXES and place.is_file():
         rows = _read_table(place)
-        columns, _ = _resolve_columns(rows, _like_training(rows, given, known), modality, labelled=False)
+        asked = _like_training(rows, given, known, others)
+        columns, _ = _resolve_columns(rows, asked, modality, labelled=False, known=True)
         _require_same_pair(rows, columns, known)
         return _with_others(_canonical(rows, columns, None, modality), rows, others, strict=False)
     if place.is_dir():
@@ -303,12 +304,15 @@ def _below(start: str, path: str) -> str:
     return path[len(start) :].lstrip(os.sep).replace(os.sep, "/")
 
 
-def _like_training(rows: _Rows, given: Mapping[str, str | None], known: Mapping[str, str | None]) -> dict[str, str]:
+def _like_training(
+    rows: _Rows, given: Mapping[str, str | None], known: Mapping[str, str | None], others: Any
+) -> dict[str, Any]:
     """Options for `_resolve_columns`: the given columns, else those of the training data that this table has too."""
     names = _column_names(rows.data)
     chosen = {role: name for role, name in known.items() if name in names}
     chosen |= {role: name for role, name in given.items() if name}
-    return {f"{role}_column": str(name) for role, name in chosen.items()}
+    read_too = {name: _option(others, name, []) for name in ("number_columns", "category_columns")}
+    return {**{f"{role}_column": str(name) for role, name in chosen.items()}, **read_too}
 
 
 def _require_same_pair(rows: _Rows, columns: dict[str, str], known: Mapping[str, str | None]) -> None:
@@ -730,9 +734,9 @@ def _feature(rows: _Rows, column: str) -> Any:
 
 
 def _resolve_columns(
-    rows: _Rows, arguments: Any, modality: Modality, labelled: bool = True
+    rows: _Rows, arguments: Any, modality: Modality, labelled: bool = True, known: bool = False
 ) -> tuple[dict[str, str], list[str]]:
-    """From roles to columns, and which of them were guessed."""
+    """From roles to columns, and which of them were guessed; where training has said how they are called, fewer are."""
     names = _column_names(rows.data)
     wanted = [*input_roles(modality), "label"] if labelled else input_roles(modality)
     columns = {role: name for role in wanted if (name := _option(arguments, f"{role}_column"))}
@@ -760,7 +764,7 @@ def _resolve_columns(
     ):
         columns[modality.name] = name
     if modality.has_texts:
-        _add_text(rows, columns, free(), modality)
+        _add_text(rows, columns, free(), modality, known)
     if labelled and "label" not in columns and len(names) == 2 and len(free()) == 1:
         columns["label"] = free()[0]
     needed = [role for role in wanted if role != "text_pair"]
@@ -796,13 +800,14 @@ def _guess_texts(columns: dict[str, str], names: list[str], other_one: bool) -> 
     return {"text": name} if name else {}
 
 
-def _add_text(rows: _Rows, columns: dict[str, str], names: list[str], modality: Modality) -> None:
-    """The column of the texts beside the files, by its name or as the only one left.
+def _add_text(rows: _Rows, columns: dict[str, str], names: list[str], modality: Modality, known: bool) -> None:
+    """The column of the texts beside the files, by its name, or in training as the only one left.
 
     Raises:
         UsageError: the two are named the wrong way round.
     """
-    if "text" not in columns and (name := _guess(TEXT.columns, names) or (names[0] if len(names) == 1 else None)):
+    alone = names[0] if len(names) == 1 and not known else None
+    if "text" not in columns and (name := _guess(TEXT.columns, names) or alone):
         columns["text"] = name
     file, text = (columns.get(role) for role in (modality.name, "text"))
     if file and text and not _holds(rows, file, modality) and _holds(rows, text, modality):
@@ -1097,12 +1102,14 @@ def column_of(rows: Any, column: str) -> Iterator[Any]:
 
     It is read a few hundred rows at a time: a part of them may hold the bytes of files.
     """
-    for start in range(0, len(rows), _AT_ONCE):
-        piece = rows[start : start + _AT_ONCE]
-        if isinstance(piece, dict):
-            yield from piece.get(column) or repeat("", len(next(iter(piece.values()))))
-        else:
-            yield from (row.get(column, "") for row in piece)
+    if not isinstance(rows, datasets.Dataset):
+        yield from (row.get(column, "") for row in rows)
+    elif column not in rows.column_names:
+        yield from repeat("", len(rows))
+    else:
+        part = rows.select_columns([column])
+        for start in range(0, len(part), _AT_ONCE):
+            yield from part[start : start + _AT_ONCE][column]
 
 
 def _in_threads(function: Callable[[Any], Result], values: Iterable[Any]) -> list[Result]:

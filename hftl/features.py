@@ -798,5 +798,8 @@ def _probes(task: Any, dataset: Any, device: torch.device) -> tuple[Batch, Batch
     short, long = probes
     if "input_ids" in short and short["input_ids"].shape == (2, long["input_ids"].shape[1]):
         ids = short["input_ids"].shape
-        short = {name: value[:, : ids[1] // 2] if value.shape == ids else value for name, value in short.items()}
+        short = {
+            name: value[:, : ids[1] // 2] if value.shape == ids and not value.is_floating_point() else value
+            for name, value in short.items()
+        }
     return short, long

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -67,7 +67,7 @@ class Table:
             numbers: one list a row.
             categories: one list a row.
         """
-        columns = np.array(numbers, dtype=float).reshape(-1, len(names["numbers"])).T
+        columns: Any = np.array(numbers, dtype=float).T if names["numbers"] else []
         learned = []
         for name, column in zip(names["numbers"], columns, strict=True):
             known = column[np.isfinite(column)]
@@ -118,6 +118,10 @@ class FusionHead(nn.Module):
         self.hidden = nn.Linear(len(sizes) * width, width)
         self.dropout = nn.Dropout(config.fusion_dropout)
         self.output = nn.Linear(width, config.num_labels)
+
+    def reset_parameters(self) -> None:
+        """Nothing is known of what is missing."""
+        nn.init.zeros_(self.missing)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Logits of shape (rows, classes).
@@ -170,7 +174,7 @@ class FusionModel(PreTrainedModel):
         image: PreTrainedModel,
         text: PreTrainedModel,
         label_names: list[str],
-        side: int,
+        pixels: torch.Tensor,
         table: dict[str, Any] | None = None,
         **settings: Any,
     ) -> FusionModel:
@@ -180,7 +184,7 @@ class FusionModel(PreTrainedModel):
             image: of `AutoModelForImageClassification`.
             text: of `AutoModelForSequenceClassification`.
             label_names: name of each class id.
-            side: of a square picture that the image backbone takes, in pixels.
+            pixels: a picture as the image backbone takes it, shape (1, 3, height, width).
             table: what is read of other columns, see `Table`.
             settings: as the attributes of `FusionConfig`.
 
@@ -190,8 +194,9 @@ class FusionModel(PreTrainedModel):
         labels = dict(enumerate(label_names))
         bodies = [_body_of(image), _body_of(text)]
         with torch.no_grad():
-            pictures = _pooled(bodies[0].eval()(pixel_values=torch.zeros(1, 3, side, side)))
-            tokens = bodies[1].eval()(input_ids=torch.ones(1, 4, dtype=torch.long)).last_hidden_state
+            pictures = _tried(bodies[0], lambda body: _pooled(body(pixel_values=pixels)))
+            ids = torch.ones(1, 4, dtype=torch.long)
+            tokens = _tried(bodies[1], lambda body: body(input_ids=ids).last_hidden_state)
         config = FusionConfig(
             image=image.config.to_dict(),
             text=text.config.to_dict(),
@@ -246,6 +251,21 @@ class FusionModel(PreTrainedModel):
         logits = self.fusion_head(torch.cat([*parts, torch.stack(there, dim=1).to(image)], dim=1))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def _tried(body: Any, call: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+    """What a backbone gives.
+
+    Raises:
+        UsageError: it wants other inputs (T5's decoder, say).
+    """
+    try:
+        return call(body.eval())
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{type(body).__name__} cannot be a part of an image-text model: it does not run on an image or a text by "
+            "itself. Choose another model."
+        ) from error
 
 
 def _as_config(settings: Any) -> Any:

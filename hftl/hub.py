@@ -53,7 +53,8 @@ def check_name(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
+        shown = "hf_…" if repository.startswith("hf_") else repository  # a token, perhaps, in the wrong place
         raise UsageError(
-            f"Pushing to {repository!r}: that is no name of a repository. It is NAME or USER/NAME, of letters, digits, "
+            f"Pushing to {shown!r}: that is no name of a repository. It is NAME or USER/NAME, of letters, digits, "
             "'-', '_' and '.', with no '-' or '.' at its beginning or end, and 96 long at most."
         ) from error

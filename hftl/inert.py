@@ -27,7 +27,7 @@ def visible(text: str) -> str:
 def without_home(text: str) -> str:
     """The text with `~` for the home folder, whose name is that of the person."""
     home = os.path.expanduser("~").rstrip("/")
-    return re.sub(rf"(?<![\w./~-]){re.escape(home)}(?![\w.-])", "~", text) if len(home) > 1 else text
+    return re.sub(rf"(?<![\w.~-]){re.escape(home)}(?![\w.-])", "~", text) if len(home) > 1 else text
 
 
 def as_cell(text: str) -> str:

@@ -17,13 +17,15 @@ import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
 from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError  # the HTTP library differs between releases
 from huggingface_hub.utils import filter_repo_objects, parse_ratelimit_headers
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
 from hftl.arguments import TransferArguments, read_yaml
-from hftl.card import EVALUATIONS, base_card, forbids_changes, licence_of
+from hftl.card import EVALUATIONS, base_cards, forbids_changes, licence_of
 from hftl.errors import UsageError
-from hftl.folder import CHECKPOINTS, LOGS, PREDICTIONS, RECIPE, is_main_process, repository_of, say
+from hftl.folder import CHECKPOINTS, LOGS, PREDICTIONS, RECIPE, is_main_process, read_json, repository_of, say
 from hftl.hub import ask_again, check_name
+from hftl.merging import BASE
 from hftl.pretrained import EVERYWHERE, public_name, public_value
 from hftl.report import REPORT, render_report
 
@@ -95,19 +97,20 @@ def push(
             it is.
     """
     check_name(repository)
+    files = _files(run.folder)
+    _check_whole(run.folder, files)
     _check_licence(_card_of(run.folder), repository)
     ask_again()
     api = HfApi(token=token)
     operations: list[CommitOperationAdd | CommitOperationDelete]
-    operations = [CommitOperationAdd(path, run.folder / path) for path in _files(run.folder) if path not in _CHANGED]
+    operations = [CommitOperationAdd(path, run.folder / path) for path in files if path not in _CHANGED]
     operations.append(CommitOperationAdd(RECIPE, _shared_recipe(run.folder)))
     if (run.folder / PREDICTIONS).is_file():  # which the page is made of
         operations.append(CommitOperationAdd(REPORT, render_report(run, None, shared=True).encode()))
     try:
         address = _tried(lambda: api.create_repo(repository, private=private, exist_ok=True))
         name = address.repo_id
-        if (run.folder / "README.md").is_file():
-            operations.append(CommitOperationAdd("README.md", _shared_card(run.folder, name)))
+        operations.append(CommitOperationAdd("README.md", _shared_card(run.folder, name)))
         if revision is not None:
             _tried(lambda: api.create_branch(name, branch=revision, exist_ok=True))
         there = _tried(lambda: api.list_repo_files(name, revision=revision))
@@ -138,7 +141,26 @@ def check_base(arguments: TransferArguments) -> None:
     """
     repository = repository_of(arguments)
     check_name(repository)
-    _check_licence(base_card(str(arguments.model_name_or_path)), repository)
+    _check_licence(base_cards(arguments), repository)
+
+
+def _check_whole(folder: Path, files: list[str]) -> None:
+    """Refuse a run of which something is missing or damaged.
+
+    Raises:
+        UsageError: with the file.
+    """
+    if not any(Path(path).parent.name in ("", BASE) and path.endswith(".safetensors") for path in files):
+        raise UsageError(f"The run in {str(folder)!r} is damaged: there are no weights in it.")
+    for path in files:
+        try:
+            if path.endswith(".safetensors"):
+                with safe_open(folder / path, "pt"):
+                    pass
+            elif path.endswith("config.json") and not isinstance(read_json(folder / path), dict):
+                raise ValueError("it holds other things")
+        except (SafetensorError, ValueError) as error:
+            raise UsageError(f"The run in {str(folder)!r} is damaged, its {path} cannot be read: {error}") from error
 
 
 def _check_licence(card: dict[str, Any], repository: str) -> None:
@@ -150,12 +172,19 @@ def _check_licence(card: dict[str, Any], repository: str) -> None:
 
 
 def _card_of(folder: Path) -> dict[str, Any]:
-    """The metadata of a run's card; empty where there is no card."""
+    """The metadata of a run's card, in which its licence and its sources stand."""
     path = folder / "README.md"
     try:
-        return ModelCard.load(path).data.to_dict() if path.is_file() else {}
-    except (ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"{str(path)!r} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        text = path.read_text(encoding="utf-8")
+        if not text.startswith("---\n"):
+            raise ValueError("it has no metadata")
+        return ModelCard(text).data.to_dict()
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"The card of the run in {str(folder)!r}, README.md, is missing or damaged ({reason}): without it nobody "
+            "knows what the licence allows."
+        ) from error
 
 
 def _shared_card(folder: Path, name: str) -> bytes:

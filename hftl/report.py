@@ -120,6 +120,8 @@ def ensure_answers(run: Run, splits: Splits | None) -> None:
     path = run.folder / PREDICTIONS
     if path.is_file() or splits is None:
         return
+    if path.exists():
+        raise UsageError(f"{str(path)!r} is no file. Remove it, and `hftl report` makes it anew.")
     if not KnownRows(run, splits).places:
         raise UsageError(f"{str(run.folder)!r} has no {path.name}, and its data are not those that it was scored on.")
     split = scored_split(run)
@@ -171,9 +173,12 @@ def found_in_data(run: Run) -> dict[str, Any]:
     if not path.is_file():
         return {"rows": {}}
     try:
-        return folder.read_json(path)
+        found = folder.read_json(path)
+        if not isinstance(found, dict) or not isinstance(found.get("rows"), dict):
+            raise ValueError("it names no rows")
     except ValueError as error:
         raise UsageError(f"{str(path)!r} is damaged ({error}). Remove it: `hftl report` does without.") from error
+    return found
 
 
 def _training_curves(path: Path) -> dict[str, Any]:
@@ -212,7 +217,7 @@ def _training_curves(path: Path) -> dict[str, Any]:
 def _log_entries(path: Path) -> list[dict[str, Any]]:
     """The lines of a training log; what was done again after an interruption counts once."""
     kept: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             entry = json.loads(line)
             key = entry["stage"], entry["step"], "eval_loss" in entry

@@ -178,7 +178,6 @@ class Run:
         """Numbers of the rows that could be read, in order, and their logits."""
         dataset: Any = self.task.dataset(rows, training=False)
         self.cut += getattr(dataset, "cut", 0)
-        self.missing += getattr(dataset, "missing", Counter())
         kept: list[int] = []
         logits = [np.zeros((0, len(self.label_names)), np.float32)]
         for group, inputs in self.prepared(dataset, rows, batch_size, skip_bad_files):
@@ -187,6 +186,8 @@ class Run:
                 self._correct(answers, inputs)
             logits.append(answers.numpy())
             kept += group
+        if hasattr(dataset, "missing"):
+            self.missing += dataset.missing(kept)
         order = np.argsort(kept, kind="stable")
         return [kept[index] for index in order], np.concatenate(logits)[order]
 
@@ -405,22 +406,35 @@ def load_run(
     trainers = {item.name for item in dataclasses.fields(TrainingArguments)} - kept | {"precision"}
     own = {item.name for item in dataclasses.fields(task_class.arguments_class)} - trainers - _NOT_FROM_A_RUN
     tokens = [token for key, value in recipe.items() if key in own for token in argument_tokens(key, value)]
-    arguments = parse(task_class.arguments_class, [*tokens, f"--output_dir={path}"])
+    try:
+        arguments = parse(task_class.arguments_class, [*tokens, f"--output_dir={path}"])
+    except UsageError as error:
+        raise UsageError(f"The run in {str(path)!r} is damaged, its {RECIPE} cannot be used: {error}") from error
     arguments.trust_remote_code = trust_remote_code
     if trust_remote_code:
         say(f"--trust_remote_code: Python code in {str(path)!r} may run on this machine")
     task = task_class(arguments)
+    task.label_names = _label_names(path)
     try:
-        config = read_json(path / "config.json")
+        task.load_processor(path)
+    except (AttributeError, *LOAD_ERRORS) as error:  # its files hold other things than they should
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"The run in {str(path)!r} is damaged, its processor cannot be loaded: {reason}") from error
+    return Run(path, task)
+
+
+def _label_names(folder: Path) -> list[str]:
+    """The names of the classes of a run, by class id."""
+    try:
+        config = read_json(folder / "config.json")
+        labels = config.get("label_names") or [
+            name for _, name in sorted(config["id2label"].items(), key=lambda item: int(item[0]))
+        ]
     except ValueError as error:
-        raise UsageError(f"The run in {str(path)!r} is damaged: its config.json is no JSON ({error}).") from error
-    names = config.get("label_names") or [
-        name for _, name in sorted(config["id2label"].items(), key=lambda item: int(item[0]))
-    ]
-    task.label_names = [str(name) for name in names]
-    run = Run(path, task)
-    task.load_processor(path)
-    return run
+        raise UsageError(f"The run in {str(folder)!r} is damaged: its config.json is no JSON ({error}).") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UsageError(f"The run in {str(folder)!r} is damaged: its config.json names no classes.") from error
+    return [str(name) for name in labels]
 
 
 def _read_metrics(folder: Path) -> dict[str, Any]:

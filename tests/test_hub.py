@@ -174,6 +174,35 @@ def test_a_name_that_no_repository_has(name: str, place: Path, hub: hub_server.H
             push.check_base(arguments)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.safetensors", None, "there are no weights in it"),
+        ("model.safetensors", 1_000, "its model.safetensors cannot be read"),
+        ("adapter/adapter_model.safetensors", 1_000, "its adapter/adapter_model.safetensors cannot be read"),
+        ("adapter/adapter_config.json", 9, "its adapter/adapter_config.json cannot be read"),
+        ("README.md", None, "README.md, is missing or damaged"),
+        ("README.md", b"# hello", "README.md, is missing or damaged"),
+    ],
+)
+def test_a_damaged_run_is_not_pushed(
+    name: str, content: int | bytes | None, said: str, place: Path, hub: hub_server.Hub
+) -> None:
+    path = place / "adapter" / name
+    whole = path.read_bytes()
+    run = hftl.load_run(place / "adapter")
+    try:
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(whole[:content] if isinstance(content, int) else content)
+        with pytest.raises(UsageError, match=re.escape(said)):
+            run.push("tester/damaged")
+    finally:
+        path.write_bytes(whole)
+    assert not hub.requests
+
+
 @pytest.mark.slow
 def test_the_pushed_report_shows_no_row(place: Path, hub: hub_server.Hub) -> None:
     hftl.load_run(place / "text").push("tester/text")
@@ -293,6 +322,13 @@ def test_a_licence_that_forbids_it(place: Path, hub: hub_server.Hub) -> None:
 def test_what_a_licence_means_is_said(licence: str | None, shared: bool, said: str) -> None:
     assert forbids_changes(licence) != shared
     assert said in card._of_licence(licence)
+
+
+def test_of_two_licences_the_stricter_holds() -> None:
+    free, bound = {"license": "apache-2.0", "language": "en"}, {"license": "cc-by-nc-nd-4.0", "language": "en"}
+    assert card._common([free, bound]) == {"license": "cc-by-nc-nd-4.0", "language": "en"}
+    assert card._common([bound, {}]) == {"license": "cc-by-nc-nd-4.0"}
+    assert card._common([free, {"license": "mit"}]) == {}
 
 
 def test_a_licence_may_be_several_or_have_a_name() -> None:

@@ -189,6 +189,14 @@ def test_a_model_without_its_other_half_is_refused(
     assert "--model has a text backbone already" in error
     error = refused([*words, f"--model={place / 'bert'}", f"--text_model={place / 'bert'}"], capsys)
     assert "AutoModelForImageClassification does not take it" in error
+    error = refused([*words, f"--model={place / 'cnn'}", "--text_model=nosuch/dir/x"], capsys)
+    assert "--text_model 'nosuch/dir/x': there is no such folder" in error
+    error = refused([*words, f"--model={place / 'cnn'}", f"--text_model={place / 'bert'}", "--keep_head"], capsys)
+    assert "no head in common" in error
+    error = refused([*words, f"--model={run.folder}", "--image_size=64"], capsys)
+    assert "which has its own" in error
+    error = refused([*words, f"--model={place / 'cnn'}", "--text_model=x", "--modality_dropout=0.5"], capsys)
+    assert "between 0 and 0.3" in error
 
 
 def test_a_run_is_a_start_for_another(place: Path, run: hftl.Run, tmp_path: Path) -> None:
@@ -277,6 +285,49 @@ def test_a_table_is_a_vector() -> None:
     assert table.vector([3.0, nan], ["x"]) == [1.0, 0.0, 0.0, 1.0, 1.0]
     assert table.vector([nan, 7.0], ["new"]) == [0.0, 1.0, 7.0, 0.0, 0.0]
     assert all(value != value for value in table.vector([nan, nan], [""]))
+
+
+def test_a_column_that_is_missing_is_not_another(priced: Any, run: hftl.Run, tmp_path: Path) -> None:
+    """The only column left is taken for the text in training, where nothing else is known."""
+    picture = str(next((priced[0] / "..").resolve().rglob("red/*.png"), "")) or "x.png"
+    table = write_table(tmp_path / "labelled.csv", [[picture, "red"]], ("photo", "label"))
+    (row,) = run.task.read_inputs(table)
+    assert (row["image"], row.get("text", "")) == (picture, "")
+    table = write_table(tmp_path / "priced.csv", [[picture, "7"]], ("photo", "price"))
+    (row,) = priced[1].task.read_inputs(table)
+    assert row.get("text", "") == ""
+    assert row["numbers"] == [7.0]
+
+
+def test_either_kind_of_other_columns_is_enough() -> None:
+    one = Table.learn({"numbers": [], "categories": ["c"]}, [""] * 2, [["x"], ["y"]])
+    assert Table(one).vector([], ["y"]) == [0.0, 1.0]
+    other = Table.learn({"numbers": ["a"], "categories": []}, [[1.0], [3.0]], [""] * 2)
+    assert Table(other).vector([3.0], []) == [1.0, 0.0]
+
+
+def test_what_is_left_out_is_not_counted(run: hftl.Run, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "new.csv", [["", ""], ["", "cat"]], ("photo", "caption"))
+    assert len(run.predict(table, skip_bad_files=True)) == 1
+    assert +run.missing == {"image": 1}
+
+
+@pytest.mark.parametrize("wrong", [3, {"text": 5}, {"sound": "x"}, [{"image": float("nan"), "text": None}]])
+def test_inputs_that_are_none(run: hftl.Run, wrong: Any) -> None:
+    with pytest.raises(UsageError):
+        run.predict(wrong)
+
+
+def test_advice_for_rows_without_a_picture(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = list(csv.reader((place / "tables" / "train.csv").open(encoding="utf-8", newline="")))[1:]
+    lines = [
+        ["" if number == 0 else str(place / "tables" / row[0]) if row[0] else "", *row[1:]]
+        for number, row in enumerate(rows)
+    ]
+    table = write_table(tmp_path / "first.csv", lines)
+    words = [f"--model={place / 'cnn'}", f"--text_model={place / 'bert'}", f"--dataset={table}"]
+    cli._run(["advise", "image-text-classification", *words])
+    assert "hftl train image-text-classification" in capsys.readouterr().out
 
 
 def test_columns_that_hold_no_numbers(place: Path, priced: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,8 +37,10 @@ def test_a_spreadsheet_finds_no_formula_and_the_text_comes_back(text: str, cell:
 
 def test_the_home_folder_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/janedoe")
-    text = "no such file: '/home/janedoe/data', /home/janedoe2, /srv/home/janedoe/x, /home/janedoe"
-    assert without_home(text) == "no such file: '~/data', /home/janedoe2, /srv/home/janedoe/x, ~"
+    text = (
+        "no such file: '/home/janedoe/data', /home/janedoe2, /srv/home/janedoe/x, /home/janedoe, file:///home/janedoe/m"
+    )
+    assert without_home(text) == "no such file: '~/data', /home/janedoe2, /srv/home/janedoe/x, ~, file://~/m"
 
 
 def test_a_cell_holds_nothing_that_a_terminal_obeys() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,8 @@ _REFUSED = {
     "mixup": "pictures would be mixed, and their texts not",
     "cutmix": "pictures would be mixed, and their texts not",
 }
+#: parts that are left out in training, and the most of each
+_OF_THE_HEAD = {"modality_dropout": 0.3, "fusion_dropout": 0.9}
 #: what stands for a picture that is missing, which the head does not look at: it has the shape of the others
 _NO_PICTURE = Image.new("RGB", (256, 256), (128, 128, 128))
 
@@ -79,20 +84,37 @@ class ImageTextClassification(ClassificationTask):
             self.load_processor(source)
             self._check_table()
             return model
-        if arguments.text_model is None:
+        self.image.label_names = self.text.label_names = self.label_names
+        image = self.image.load_model(splits)
+        with _as_text_model():
+            text = self.text.load_model(splits)
+        self.table = self._learned_table(splits)
+        pixels = self.image.plain_transform(_NO_PICTURE)[None]
+        settings = {name: getattr(arguments, name) for name in _OF_THE_HEAD}
+        return FusionModel.join(image, text, self.label_names, pixels, self.table, **settings)
+
+    def load_splits(self) -> Splits:
+        """As every task; what is wrong with the two models is said before any data is read."""
+        arguments = self.arguments
+        for name, most in _OF_THE_HEAD.items():
+            value: float = getattr(arguments, name)
+            if not 0 <= value <= most:
+                raise UsageError(f"--{name} {value:g} is a part: it must lie between 0 and {most:g}.")
+        pretrained.check_model_name(arguments.model_name_or_path)
+        if self._is_joined():
+            for name in (*_OF_THE_HEAD, "image_size", "max_length"):
+                if name in arguments.given:
+                    raise UsageError(f"--{name}: --model is an image-text model, which has its own. Leave it out.")
+        elif arguments.text_model is None:
             raise UsageError(
                 "--text_model is missing: --model names the image backbone, and --text_model the text backbone."
             )
-        self.image.label_names = self.text.label_names = self.label_names
-        image, text = self.image.load_model(splits), self.text.load_model(splits)
-        side = self.image.plain_transform(_NO_PICTURE).shape[-1]
-        arguments = self.arguments
-        self.table = self._learned_table(splits)
-        settings = {name: getattr(arguments, name) for name in ("modality_dropout", "fusion_dropout")}
-        for name, value in settings.items():
-            if not 0 <= value < (0.5 if name == "modality_dropout" else 1):
-                raise UsageError(f"--{name} {value:g} is a part of the rows or features: 0 to 0.5, 0.1 say.")
-        return FusionModel.join(image, text, self.label_names, side, self.table, **settings)
+        else:
+            if arguments.keep_head:
+                raise UsageError("--keep_head: two backbones have no head in common yet. Leave it out.")
+            with _as_text_model():
+                pretrained.check_model_name(arguments.text_model)
+        return super().load_splits()
 
     def _learned_table(self, splits: Splits) -> dict[str, Any] | None:
         names = {"numbers": self.arguments.number_columns or [], "categories": self.arguments.category_columns or []}
@@ -173,8 +195,7 @@ class ImageTextClassification(ClassificationTask):
 
     def views(self, rows: Any, count: int, training: Any) -> list[Any]:
         """As for images."""
-        texts = self._texts(rows, training=False)
-        return [ImageTextDataset(view, texts, self.table) for view in self.image.views(rows, count, None)]
+        return [ImageTextDataset(view, training.texts, self.table) for view in self.image.views(rows, count, None)]
 
     def test_views(self, inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """As for images."""
@@ -187,7 +208,7 @@ class ImageTextClassification(ClassificationTask):
     def inputs_in_words(self, splits: Splits, rows: Any) -> tuple[str, str]:
         """Of the images and the texts."""
         (pictures, one), (texts, other) = (
-            self.image.inputs_in_words(splits, rows.pictures),
+            self.image.inputs_in_words(splits, rows),
             self.text.inputs_in_words(splits, rows.texts),
         )
         return f"{pictures}; {texts}", one or other
@@ -244,14 +265,32 @@ class ImageTextClassification(ClassificationTask):
             known = {"image": self.arguments.image_column, "text": self.arguments.text_column}
             links = self.arguments.follow_links
             return data.load_inputs(str(inputs), self.modality, columns or {}, known, links, self.arguments)
-        values = [inputs] if isinstance(inputs, Mapping) else list(inputs)
-        for value in values:
+        rows = []
+        for number, value in enumerate(inputs if isinstance(inputs, list | tuple) else [inputs]):
             if not isinstance(value, Mapping) or not {"image", "text"} & value.keys():
                 raise UsageError("The model reads images with texts: give {'image': …, 'text': …}, or one of them.")
-        return [
-            {"id": str(number), "image": value.get("image", ""), "text": value.get("text") or "", **self._others(value)}
-            for number, value in enumerate(values)
-        ]
+            image, text = (value.get(name) for name in ("image", "text"))
+            image, text = (
+                "" if part is None or (isinstance(part, float) and math.isnan(part)) else part for part in (image, text)
+            )
+            if not isinstance(text, str):
+                raise UsageError(f"The text of input {number} is none: {text!r}.")
+            rows.append({"id": str(number), "image": image, "text": text, **self._others(value)})
+        return rows
+
+
+def _is_nothing(value: Any) -> bool:
+    """None, or what pandas has for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+@contextlib.contextmanager
+def _as_text_model() -> Iterator[None]:
+    """Errors about `--model` are about `--text_model`."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(re.sub(r"--model\b", "--text_model", str(error))) from error
 
 
 class _Beside:
@@ -275,7 +314,6 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         pictures: the images.
         texts: the texts.
         cut: texts that were longer than the model reads.
-        missing: rows without an image and without a text, by their names.
     """
 
     def __init__(self, pictures: Any, texts: TextDataset, table: Mapping[str, Any] | None = None) -> None:
@@ -289,9 +327,6 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             cells = [[value or none for value in data.column_of(self.rows, name)] for name, none in blank.items()]
             vector = Table(table).vector
             self.table = torch.tensor([vector(*row) for row in zip(*cells, strict=True)])
-        self.missing = Counter(image=self.has_image.count(False), text=self.has_text.count(False))
-        if self.table is not None:
-            self.missing["other columns"] = int(self.table.isnan().any(dim=1).sum())
 
     def set_epoch(self, epoch: int) -> None:
         """Choose what is random in the next pass."""
@@ -324,6 +359,12 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         both = f"{image} {self.texts.key(index)} {self.has_text[index]} {cells}"
         return int.from_bytes(hashlib.blake2b(both.encode(), digest_size=8).digest(), "little")
 
+    def missing(self, rows: Sequence[int]) -> Counter[str]:
+        """How many of some rows have no image, no text, and nothing in the other columns."""
+        has_table = [True] * len(self) if self.table is None else (~self.table.isnan().any(dim=1)).tolist()
+        there = {"image": self.has_image, "text": self.has_text, "other columns": has_table}
+        return Counter({what: sum(not has[row] for row in rows) for what, has in there.items()})
+
     def without_files(self, index: int) -> dict[str, Any]:
         """A row but its picture, which need not be read."""
         table = {} if self.table is None else {"table": self.table[index]}
@@ -338,9 +379,10 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         """
         if not (self.has_image[index] or self.has_text[index]):
             raise UsageError(f"row {self.rows[index]['id']} has neither an image nor a text")
-        picture = self.pictures[index] if self.has_image[index] else self._no_picture()
+        picture = self.pictures[index] if self.has_image[index] else self._no_picture
         return {**picture, **self.without_files(index)}
 
+    @functools.cached_property
     def _no_picture(self) -> dict[str, Any]:
         with torch.random.fork_rng(devices=[]):
             return {"pixel_values": self.pictures.transform(_NO_PICTURE)}
