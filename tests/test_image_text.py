@@ -205,6 +205,10 @@ def test_a_run_is_a_start_for_another(place: Path, run: hftl.Run, tmp_path: Path
     before, after = (load_file(folder / "model.safetensors") for folder in (run.folder, tmp_path / "next"))
     assert all(torch.equal(value, after[name]) for name, value in before.items() if "fusion_head" not in name)
     assert any(not torch.equal(value, after[name]) for name, value in before.items())
+    recipe = str(tmp_path / "next" / "recipe.yaml")
+    cli._run(["train", "--config", recipe, f"--output_dir={tmp_path / 'again'}"])
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(value, again[name]) for name, value in after.items())
 
 
 def test_report_and_card_tell_of_both(run: hftl.Run) -> None:

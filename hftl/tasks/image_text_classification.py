@@ -65,7 +65,7 @@ class ImageTextClassification(ClassificationTask):
         """As every task; the two parts are prepared by the tasks of one modality."""
         super().__init__(arguments)
         for name, reason in _REFUSED.items():
-            if getattr(arguments, name) != type(arguments).__dataclass_fields__[name].default:
+            if self._is_set(name):
                 raise UsageError(f"--{name} is not for {self.name}: {reason}. Leave it out.")
         #: what is read of other columns, see `Table`; None where nothing is
         self.table: dict[str, Any] | None = None
@@ -74,6 +74,10 @@ class ImageTextClassification(ClassificationTask):
         changes = {"model_name_or_path": arguments.text_model, "model_revision": "main", "pooling": "architecture"}
         text: Any = stage_arguments(arguments, **changes)
         self.text = TextClassification(text)
+
+    def _is_set(self, name: str) -> bool:
+        """Whether an argument differs from its default: a recipe gives all of them."""
+        return getattr(self.arguments, name) != type(self.arguments).__dataclass_fields__[name].default
 
     def load_model(self, splits: Splits) -> PreTrainedModel:
         """Two backbones and a fresh head, or a model of an earlier run with one."""
@@ -103,7 +107,7 @@ class ImageTextClassification(ClassificationTask):
         pretrained.check_model_name(arguments.model_name_or_path)
         if self._is_joined():
             for name in (*_OF_THE_HEAD, "image_size", "max_length"):
-                if name in arguments.given:
+                if self._is_set(name):
                     raise UsageError(f"--{name}: --model is an image-text model, which has its own. Leave it out.")
         elif arguments.text_model is None:
             raise UsageError(
