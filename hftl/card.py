@@ -65,6 +65,12 @@ Precision, recall and F1 are those on {split}.
 
 #: scores as the Hub reads them
 EVALUATIONS = ".eval_results/hftl.yaml"
+#: settings that name what a run was made from, the flags that say it, and where the card does
+SOURCES = {
+    "model_name_or_path": ("--model", "base_model"),
+    "text_model": ("--text_model", "base_model"),
+    "dataset_name": ("--dataset", "datasets"),
+}
 #: of an adapter's configuration
 _ADAPTER_SIZES = {"rank": "r", "alpha": "lora_alpha"}
 _PROBE = """
@@ -146,7 +152,8 @@ def write_card(
         training=_training(metrics["train"]),
         probe=_probe(arguments) if f"ordinary_head_{split}" in metrics else "",
         usage=unmerged if (target / BASE).is_dir() else task.usage(title),
-        places=_places(arguments), adapter=_adapter(target, base),
+        places=_places(arguments), 
+        adapter=_adapter(target, base) if len(bases) == 1 else "",  # two that are joined lie nowhere without it
     )  # fmt: skip
     if forbids_changes(licence_of(origin)) or _is_for_private_use(_words_of(licence_of(origin))):
         say(f"licence: {_of_licence(licence_of(origin))}")
@@ -308,11 +315,7 @@ def _probe(arguments: TransferArguments) -> str:
 
 def _places(arguments: TransferArguments) -> str:
     """Flags for what a recipe cannot name elsewhere: model and data that came from this machine."""
-    named = {
-        "--model": arguments.model_name_or_path,
-        "--text_model": getattr(arguments, "text_model", None),
-        "--dataset": arguments.dataset_name,
-    }
+    named = {flag: getattr(arguments, key, None) for key, (flag, _) in SOURCES.items()}
     return "".join(
         f" {flag} PLACE"
         for flag, name in named.items()
@@ -323,7 +326,7 @@ def _places(arguments: TransferArguments) -> str:
 def _adapter(target: Path, base: str) -> str:
     """What lies in the adapter's folder, where there is one."""
     path = target / ADAPTER / "adapter_config.json"
-    if not path.is_file() or " and " in base:  # of two backbones joined, which lie nowhere without it
+    if not path.is_file():
         return ""
     config = read_json(path)
     sizes = ", ".join(f"{name} {config[key]}" for name, key in _ADAPTER_SIZES.items() if config.get(key))

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
 from hftl.arguments import TransferArguments, read_yaml
-from hftl.card import EVALUATIONS, base_cards, forbids_changes, licence_of
+from hftl.card import EVALUATIONS, SOURCES, base_cards, forbids_changes, licence_of
 from hftl.errors import UsageError
 from hftl.folder import CHECKPOINTS, LOGS, PREDICTIONS, RECIPE, is_main_process, read_json, repository_of, say
 from hftl.hub import ask_again, check_name
@@ -57,12 +57,6 @@ _ADVICE = {
     412: "something else is changing the repository: try again in a while",
     429: "it has had too many requests: try again in a while",
     507: "it has no room for the files",
-}
-#: settings that name what a run was made from, the flags that say it, and where the card does
-_SOURCES = {
-    "model_name_or_path": ("--model", "base_model"),
-    "text_model": ("--text_model", "base_model"),
-    "dataset_name": ("--dataset", "datasets"),
 }
 #: where the model of a checkpoint stands while the training goes on
 _IN_PROGRESS = "in-progress"
@@ -198,13 +192,16 @@ def _shared_recipe(folder: Path) -> bytes:
     """The recipe without the folders of this machine: model and data that came from one are left to who repeats it."""
     recipe = read_yaml(folder / RECIPE)
     card = _card_of(folder)
-    # What came from the Hub is in the card.
-    own = [key for key in _SOURCES if not str(recipe.get(key)).startswith(EVERYWHERE)]
-    local = [key for key in own if key in recipe and _SOURCES[key][1] not in card]
+    own = [key for key in SOURCES if recipe.get(key) and not str(recipe[key]).startswith(EVERYWHERE)]
+    local = [key for key in own if recipe[key] not in _listed(card.get(SOURCES[key][1]))]  # the Hub's are in the card
     settings = {key: public_value(value) for key, value in recipe.items() if key not in local}
     said = ", which is another one elsewhere\n"
-    notes = [f"# {_SOURCES[key][0]} was {public_name(recipe[key])!r}{said}" for key in local]
+    notes = [f"# {SOURCES[key][0]} was {public_name(recipe[key])!r}{said}" for key in local]
     return ("".join(notes) + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)).encode()
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 class PushSaves(TrainerCallback):

@@ -174,6 +174,15 @@ def test_a_name_that_no_repository_has(name: str, place: Path, hub: hub_server.H
             push.check_base(arguments)
 
 
+def test_one_of_two_models_may_be_of_this_machine(tmp_path: Path) -> None:
+    recipe = {"model_name_or_path": "acme/base", "text_model": "/srv/mine", "dataset_name": "builtin:captions"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "README.md").write_text("---\nbase_model: acme/base\n---\n")
+    shared = push._shared_recipe(tmp_path).decode()
+    assert yaml.safe_load(shared) == {"model_name_or_path": "acme/base", "dataset_name": "builtin:captions"}
+    assert "# --text_model was 'mine'" in shared
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

@@ -184,8 +184,8 @@ class ImageTextClassification(ClassificationTask):
 
     def dataset(self, rows: Any, training: bool) -> Dataset[dict[str, Any]]:
         """Images decoded when they are asked for, texts tokenised at once."""
-        task, pictures = self.image, list(map(is_missing, data.column_of(rows, "image")))
-        if any(pictures):  # what is not there cannot be kept for later epochs
+        task = self.image
+        if any(map(is_missing, data.column_of(rows, "image"))):  # what is not there cannot be kept for later epochs
             task = ImageClassification(stage_arguments(self.arguments, image_cache="off"))
             task.processor = self.image.processor
         return ImageTextDataset(task.dataset(rows, training), self._texts(rows, training), self.table)
@@ -274,9 +274,7 @@ class ImageTextClassification(ClassificationTask):
             if not isinstance(value, Mapping) or not {"image", "text"} & value.keys():
                 raise UsageError("The model reads images with texts: give {'image': …, 'text': …}, or one of them.")
             image, text = (value.get(name) for name in ("image", "text"))
-            image, text = (
-                "" if part is None or (isinstance(part, float) and math.isnan(part)) else part for part in (image, text)
-            )
+            image, text = ("" if _is_nothing(part) else part for part in (image, text))
             if not isinstance(text, str):
                 raise UsageError(f"The text of input {number} is none: {text!r}.")
             rows.append({"id": str(number), "image": image, "text": text, **self._others(value)})
