@@ -6,16 +6,18 @@ import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hftl import folder
-from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.inert import as_cell, from_cell, visible
 from hftl.metrics import softmax
+
+if TYPE_CHECKING:
+    from hftl.data import Splits
 
 
 @dataclass

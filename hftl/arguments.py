@@ -15,19 +15,18 @@ import re
 import string
 import sys
 import textwrap
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
-import yaml
 from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from hftl.errors import UsageError, did_you_mean
 from hftl.inert import visible
+from hftl.yaml_files import read_yaml
 
 #: schedules beside Trainer's, see `hftl.optim`
 OWN_SCHEDULES = ("slanted_triangular", "one_cycle")
@@ -652,40 +651,6 @@ def find_config(name: str) -> Path:
     if answer.strip().lower() not in ("y", "yes"):
         raise UsageError(f"--config {name!r}: not used.")
     return path
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise UsageError(f"Configuration file {str(path)!r} does not exist.") from None
-    except RecursionError:
-        raise UsageError(f"Configuration file {str(path)!r} is nested too deeply to be settings.") from None
-    except (yaml.YAMLError, ValueError, OSError) as error:  # ValueError: another encoding, or 2020-13-45
-        raise UsageError(f"Configuration file {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"Configuration file {str(path)!r} must hold `name: value` lines.")
-    return content
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML takes `1e-5` for a string, and the last of two equal keys; here it is a number, and they are an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """A mapping whose keys are all different."""
-        other = next((key for key, _ in node.value if not isinstance(key, yaml.ScalarNode)), None)
-        if other is not None:
-            raise yaml.constructor.ConstructorError(None, None, "a key must be a name", other.start_mark)
-        twice = [name for name, count in Counter(key.value for key, _ in node.value).items() if count > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands there twice")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
 
 
 def _list_fields(arguments_class: type) -> set[str]:

@@ -25,7 +25,7 @@ from torch import nn
 
 from hftl import compute, folder
 from hftl.answers import read_answers
-from hftl.arguments import TransferArguments, read_yaml, seconds_of, set_precision, stage_arguments
+from hftl.arguments import TransferArguments, seconds_of, set_precision, stage_arguments
 from hftl.averaging import INGREDIENTS
 from hftl.callbacks import TimeLimit
 from hftl.data import Splits
@@ -38,6 +38,7 @@ from hftl.methods import Plan, build_plan
 from hftl.tables import aligned, as_csv
 from hftl.tasks.classification import ClassificationTask
 from hftl.training import train_plan
+from hftl.yaml_files import read_yaml
 
 #: the table of what was tried, in the run folder, and the folder of the trial that trains
 TABLE, TRIALS = "trials.csv", "trials"

@@ -19,11 +19,11 @@ from hftl.arguments import TransferArguments
 from hftl.builtin import BUILTIN_ON_HUB
 from hftl.data import Splits
 from hftl.folder import read_json, repository_of, say, write_text
-from hftl.inert import in_markdown
+from hftl.inert import EVERYWHERE, in_markdown, public_name
 from hftl.joined import as_flags, wished
 from hftl.merging import ADAPTER, BASE
 from hftl.metrics import share_interval
-from hftl.pretrained import EVERYWHERE, find_model, public_name
+from hftl.pretrained import find_model
 from hftl.tasks.classification import ClassificationTask, class_counts
 
 _TEXT = """# {title}

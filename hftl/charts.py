@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,8 +41,8 @@ class Line:
     """
 
     name: str
-    xs: Sequence[float]
-    ys: Sequence[float]
+    xs: Sequence[float] | npt.NDArray[np.float64]
+    ys: Sequence[float] | npt.NDArray[np.float64]
     colour: int = 1
     dashed: bool = False
     marked: bool = False
@@ -68,19 +69,19 @@ def line_chart(
     left, right = x_range or _range([line.xs for line in lines])
     bottom, top = y_range or _range([line.ys for line in lines])
 
-    def x(value: float) -> float:
-        return round(_LEFT + (value - left) / (right - left) * (_WIDTH - _LEFT - _RIGHT), 1)
+    def x(value: Any) -> Any:
+        return _LEFT + (value - left) / (right - left) * (_WIDTH - _LEFT - _RIGHT)
 
-    def y(value: float) -> float:
-        return round(_HEIGHT - _BOTTOM - (value - bottom) / (top - bottom) * (_HEIGHT - _TOP - _BOTTOM), 1)
+    def y(value: Any) -> Any:
+        return _HEIGHT - _BOTTOM - (value - bottom) / (top - bottom) * (_HEIGHT - _TOP - _BOTTOM)
 
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(description)}">']
     for tick in _ticks(bottom, top):
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick)}" y2="{y(tick)}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y(tick) + 4}" text-anchor="end">{tick:.4g}</text>')
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
     for tick in _ticks(left, right):
         parts.append(
-            f'<text class="tick" x="{x(tick)}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{tick:.6g}</text>'
+            f'<text class="tick" x="{x(tick):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{tick:.6g}</text>'
         )
     middle_x, middle_y = (_LEFT + _WIDTH - _RIGHT) / 2, (_TOP + _HEIGHT - _BOTTOM) / 2
     parts.append(f'<text class="axis" x="{middle_x}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
@@ -89,11 +90,8 @@ def line_chart(
         f"{escape(y_label)}</text>"
     )
     for line in lines:
-        points = [
-            (x(min(max(px, left), right)), y(min(max(py, bottom), top)))
-            for px, py in zip(line.xs, line.ys, strict=True)
-        ]
-        points = [points[index] for index in _along(np.array(points))]
+        drawn = x(np.clip(line.xs, left, right)), y(np.clip(line.ys, bottom, top))
+        points = _along(np.stack(drawn, axis=1)).round(1).tolist()
         path = " ".join(f"{px},{py}" for px, py in points)
         parts.append(_stroke(line, path))
         if line.marked or len(points) == 1:
@@ -153,15 +151,15 @@ def _legend(samples: Sequence[tuple[str, str]]) -> str:
     return f'<ul class="legend">{entries}</ul>'
 
 
-def _along(points: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """Numbers of at most `_MOST_POINTS` points, as far from each other along the line: no steep part is left out."""
+def _along(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """At most `_MOST_POINTS` of the points, as far from each other along the line: no steep part is left out."""
     if len(points) <= _MOST_POINTS:
-        return np.arange(len(points))
+        return points
     lengths = np.concatenate([[0.0], np.hypot(*np.diff(points, axis=0).T).cumsum()])
-    return np.unique(np.searchsorted(lengths, np.linspace(0, lengths[-1], _MOST_POINTS)))
+    return points[np.unique(np.searchsorted(lengths, np.linspace(0, lengths[-1], _MOST_POINTS)))]
 
 
-def _range(series: Sequence[Sequence[float]]) -> tuple[float, float]:
+def _range(series: Sequence[Sequence[float] | npt.NDArray[np.float64]]) -> tuple[float, float]:
     """From the least to the largest value, never empty."""
     values = [value for values in series for value in values]
     low, high = min(values), max(values)

@@ -200,7 +200,8 @@ def _train(argv: list[str]) -> None:
 
 def _task_of_config(argv: list[str]) -> str:
     """The task that a configuration file names."""
-    from hftl.arguments import find_config, read_yaml
+    from hftl.arguments import find_config
+    from hftl.yaml_files import read_yaml
 
     path = next((token.partition("=")[2] for token in argv if token.startswith("--config=")), None)
     if "--config" in argv[:-1]:
@@ -363,9 +364,9 @@ def _check_labels(argv: list[str]) -> None:
     options, rest = parser.parse_known_args(argv[1:])
     _check_output(options.output)
     with quick_imports():
-        from hftl import label_errors
+        from hftl import check_labels
 
-    label_errors.main(task, rest, options.output)
+    check_labels.main(task, rest, options.output)
 
 
 def _lr_find(argv: list[str]) -> None:
@@ -423,14 +424,21 @@ def _report(argv: list[str]) -> None:
     parser.add_argument("run", help="folder of a finished run")
     _add_trust(parser)
     options = parser.parse_args(argv)
-    with quick_imports():
-        from hftl.report import ensure_answers, read_splits, write_report
-        from hftl.run import load_run
+    from hftl.examples import read_examples
+    from hftl.finished import find_run
+    from hftl.folder import PREDICTIONS
+    from hftl.report import write_report
 
-    run = load_run(options.run, trust_remote_code=options.trust_remote_code)
-    splits = read_splits(run)
-    ensure_answers(run, splits)
-    print(without_home(f"written to {write_report(run, splits)}"))
+    run = find_run(options.run)
+    examples = read_examples(run) if (run.folder / PREDICTIONS).is_file() else None
+    if examples is None:
+        with quick_imports():
+            from hftl.known_rows import look, read_splits
+            from hftl.run import load_run
+
+        loaded = load_run(options.run, trust_remote_code=options.trust_remote_code)
+        examples = look(loaded, read_splits(loaded))
+    print(without_home(f"written to {write_report(run, examples)}"))
 
 
 def _compare(argv: list[str]) -> None:
@@ -553,7 +561,7 @@ def _cached(entry: Path) -> str:
     """What is kept in a folder of the cache: last use, model and place."""
     import datetime
 
-    from hftl.arguments import read_yaml
+    from hftl.yaml_files import read_yaml
 
     path = entry / "settings.json"
     if entry.name == "images":

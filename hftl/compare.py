@@ -9,20 +9,22 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hftl import folder, pages
 from hftl.answers import Answers
-from hftl.arguments import read_yaml
 from hftl.errors import UsageError
-from hftl.folder import RECIPE, say
-from hftl.report import KnownRows, answers_of, found_in_data, read_splits, scored_split
-from hftl.run import Run, load_run
+from hftl.examples import Shown
+from hftl.finished import Finished, find_run
+from hftl.folder import say
+from hftl.launch import quick_imports
 from hftl.tables import aligned
-from hftl.tasks.classification import Shown
+
+if TYPE_CHECKING:
+    from hftl.known_rows import KnownRows
 
 #: draws of the test rows for an interval; with more, its ends move by less than a tenth of its width
 _DRAWS = 1_000
@@ -67,12 +69,12 @@ def main(paths: Sequence[str], output: str | None, trust_remote_code: bool = Fal
     """
     if len(paths) < 2:
         raise UsageError("hftl compare takes two runs or more.")
-    runs = [load_run(path, trust_remote_code=trust_remote_code) for path in paths]
+    runs = [find_run(path) for path in paths]
     names = _names(paths)
-    known = functools.cache(lambda number: KnownRows(runs[number], read_splits(runs[number])))
+    known = functools.cache(lambda number: _known_rows(paths[number], trust_remote_code))
     rows, answers = shared_answers(runs, names, known)
-    splits = list(dict.fromkeys(map(scored_split, runs)))
-    settings = different_settings([read_yaml(run.folder / RECIPE) for run in runs])
+    splits = list(dict.fromkeys(run.scored_split for run in runs))
+    settings = different_settings([run.recipe for run in runs])
     shown = None if output is None else known(0).shown
     compared = compare(answers, names, runs[0].label_names, rows, shown)
     say(_as_text(compared, settings, len(rows), splits))
@@ -83,8 +85,18 @@ def main(paths: Sequence[str], output: str | None, trust_remote_code: bool = Fal
         say(f"\nwritten to {output}")
 
 
+def _known_rows(path: str, trust_remote_code: bool) -> KnownRows:
+    """The rows of a run in its data."""
+    with quick_imports():  # only where the rows must be seen
+        from hftl.known_rows import KnownRows, read_splits
+        from hftl.run import load_run
+
+    run = load_run(path, trust_remote_code=trust_remote_code)
+    return KnownRows(run, read_splits(run))
+
+
 def shared_answers(
-    runs: Sequence[Run], names: Sequence[str], known_rows: Callable[[int], KnownRows]
+    runs: Sequence[Finished], names: Sequence[str], known_rows: Callable[[int], KnownRows]
 ) -> tuple[list[str], list[Answers]]:
     """Ids of the test rows that all runs have, and the answers of each run to those.
 
@@ -103,7 +115,7 @@ def shared_answers(
                 f"{name} has other classes than {names[0]} ({', '.join(run.label_names[:5])}; {', '.join(first[:5])}): "
                 "such runs cannot be compared."
             )
-    every = [answers_of(run) for run in runs]
+    every = [run.answers for run in runs]
     known_by = _known_by(runs, every, names, known_rows)
     counts = [len(answers.ids) for answers in every]
     common = set(known_by[0]).intersection(*known_by[1:])
@@ -125,7 +137,7 @@ def shared_answers(
 
 
 def _known_by(
-    runs: Sequence[Run], every: Sequence[Answers], names: Sequence[str], known_rows: Callable[[int], KnownRows]
+    runs: Sequence[Finished], every: Sequence[Answers], names: Sequence[str], known_rows: Callable[[int], KnownRows]
 ) -> list[list[str]]:
     """By what the rows of each run are told: their ids where the data are the same, else the content too.
 
@@ -133,7 +145,7 @@ def _known_by(
         UsageError: rows of other data have numbers alone, and the data of a run are not at hand.
     """
     ids = [answers.ids for answers in every]
-    digests = {found_in_data(run).get("scored") for run in runs}
+    digests = {run.found_in_data.get("scored") for run in runs}
     if len(digests) == 1 and None not in digests:
         return ids
     numbered = all(_NUMBERED.fullmatch(row) for rows in ids for row in rows)

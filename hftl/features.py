@@ -34,11 +34,11 @@ from hftl.builtin import cache_folder
 from hftl.cut import Batch, Cut, NoCut, explained_probe
 from hftl.errors import UsageError
 from hftl.folder import folder_bytes, say
+from hftl.inert import public_name
 from hftl.joined import Joined, as_flags, find_joined, mean_of_positions, wished
 from hftl.losses import LOSSES, CrossEntropyLoss, LogitAdjustedLoss
 from hftl.methods import Plan, Stage
 from hftl.methods.plan import prepare_modules
-from hftl.pretrained import public_name
 from hftl.probes import BESIDE, LinearHead, Probe, check_every_class, fit_linear_head, fit_probe, linear_probe
 from hftl.shards import DTYPES, NotKept, Shards
 

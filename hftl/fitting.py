@@ -19,10 +19,11 @@ from hftl.compute import wait_for_all
 from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.folder import FOUND_IN_DATA, LOGS, METRICS, PREDICTIONS, say
+from hftl.known_rows import look, read_splits
 from hftl.lr_find import FEWEST, draw, report, sweep
 from hftl.methods import Plan, build_plan
 from hftl.repeats import repeat
-from hftl.report import read_splits, write_report
+from hftl.report import write_report
 from hftl.run import Run, load_run
 from hftl.tasks import find_task
 from hftl.tasks.classification import ClassificationTask
@@ -77,7 +78,8 @@ def conclude(run: Run, splits: Splits, arguments: TransferArguments) -> None:
         return
     say(run.summary())
     # Another seed may have drawn other rows.
-    say(f"report:     {write_report(run, read_splits(run) if arguments.repeats > 1 else splits)}")
+    examples = look(run, read_splits(run) if arguments.repeats > 1 else splits)
+    say(f"report:     {write_report(run, examples)}")
     if arguments.push_to_hub:
         where = {"private": arguments.hub_private_repo, "revision": arguments.hub_revision}
         say(f"pushed to:  {run.push(folder.repository_of(arguments), token=arguments.hub_token, **where)}")

@@ -14,13 +14,16 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from hftl.arguments import TransferArguments, read_yaml, to_recipe
 from hftl.errors import DiskError, UsageError
 from hftl.inert import visible, without_home
+from hftl.yaml_files import read_yaml
+
+if TYPE_CHECKING:
+    from hftl.arguments import TransferArguments
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.json"
@@ -160,6 +163,8 @@ def _check_same_settings(path: Path, arguments: TransferArguments) -> None:
 
 def resume_settings(arguments: TransferArguments) -> dict[str, Any]:
     """What must be the same when a run goes on: the recipe as asked for, and the processes that share out the rows."""
+    from hftl.arguments import to_recipe  # who only reads runs does without transformers
+
     wish = {"learning_rate": "auto"} if arguments.finds_learning_rate else {}
     return {**to_recipe(arguments), **wish, "processes": arguments.world_size}
 

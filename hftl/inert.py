@@ -1,10 +1,11 @@
-"""Names and texts from data, made harmless where they are shown: in a terminal, a spreadsheet, a Markdown page."""
+"""Names and texts from data, made harmless where they are shown: in a terminal, a spreadsheet, a page, shared files."""
 
 from __future__ import annotations
 
 import html
 import os
 import re
+from typing import Any
 
 #: what a terminal obeys instead of showing it, and what turns the order of the letters around it (Unicode TR 36, 3.1)
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -17,6 +18,8 @@ _ADDRESS = re.compile(r"/(?=/)|@|www(?=\.)", re.IGNORECASE)
 #: the quotes that `as_cell` puts there
 _FORMULA = re.compile("'*[=+\\-@\t\n\uff1d\uff0b\uff0d\uff20]")
 _NUMBER = re.compile(r"[+-]?(\d[\d_,.]*|inf|nan)(e[+-]?\d+)?$", re.IGNORECASE)
+#: beginnings of names that mean the same on every machine
+EVERYWHERE = ("builtin:", "torchvision:", "keras:", "random:")
 
 
 def visible(text: str) -> str:
@@ -28,6 +31,23 @@ def without_home(text: str) -> str:
     """The text with `~` for the home folder, whose name is that of the person."""
     home = os.path.expanduser("~").rstrip("/")
     return re.sub(rf"(?<![\w.~-]){re.escape(home)}(?![\w.-])", "~", text) if len(home) > 1 else text
+
+
+def public_name(name: str | None) -> str:
+    """A name of a model or data set without the folders of this machine."""
+    text = str(name)
+    where, colon, function = text.rpartition(":")
+    if colon and where.endswith(".py"):
+        return f"{os.path.basename(where)}:{function}"
+    path = os.path.expanduser(text)
+    return os.path.basename(os.path.abspath(path)) if os.path.isabs(path) or os.path.exists(path) else text
+
+
+def public_value(value: Any) -> Any:
+    """A setting, or a list of them, as `public_name`; what is no text stays."""
+    if isinstance(value, list):
+        return [public_value(entry) for entry in value]
+    return public_name(value) if isinstance(value, str) else value
 
 
 def as_cell(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -83,6 +84,43 @@ def classification_metrics(
     for name, values in (("precision", precision), ("recall", recall), ("f1", f1)):
         scores.update({f"{name}/{label}": float(value) for label, value in zip(label_names, values, strict=True)})
     return scores
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How the score of a class tells its rows from others, where one takes all rows with at least some score.
+
+    Attributes:
+        false: part of the other rows that are taken, from none to all, as that score falls.
+        true: part of its own rows that are taken: the recall.
+        precision: of the taken rows, how many are its own; one less, since of none it is no number.
+        roc_auc: area under `true` over `false`.
+        average_precision: mean of `precision` by the rise of `true`.
+    """
+
+    false: npt.NDArray[np.float64]
+    true: npt.NDArray[np.float64]
+    precision: npt.NDArray[np.float64]
+    roc_auc: float
+    average_precision: float
+
+
+def ranking(own: npt.NDArray[np.bool_], scores: npt.NDArray[Any]) -> Ranking:
+    """The curves of one class, and the areas under them: as scikit-learn has them, whose import takes a second.
+
+    Args:
+        own: whether a row is of the class, shape (rows,); some are and some are not.
+        scores: of the class, shape (rows,).
+    """
+    order = np.argsort(-scores, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)  # equal scores are taken together
+    hits = np.cumsum(own[order])[ends]
+    taken = ends + 1
+    true = np.append(0, hits) / hits[-1]
+    false = np.append(0, taken - hits) / (taken[-1] - hits[-1])
+    precision = hits / taken
+    area = float((np.diff(false) * (true[1:] + true[:-1]) / 2).sum())
+    return Ranking(false, true, precision, area, float((np.diff(true) * precision).sum()))
 
 
 def _roc_auc(labels: npt.NDArray[Any], probabilities: npt.NDArray[Any]) -> float:

@@ -10,8 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from hftl import __version__
-from hftl.inert import visible
-from hftl.pretrained import public_name
+from hftl.inert import public_name, visible
 
 #: letters of a name in a table or a legend; the whole of it shows when it is pointed at
 _LONGEST_NAME = 40

@@ -138,27 +138,6 @@ def weight_options(arguments: TransferArguments) -> dict[str, Any]:
     return {"use_safetensors": not arguments.allow_pickle or None, "weights_only": True}
 
 
-def public_name(name: str | None) -> str:
-    """A name of a model or data set without the folders of this machine."""
-    text = str(name)
-    where, colon, function = text.rpartition(":")
-    if colon and where.endswith(".py"):
-        return f"{os.path.basename(where)}:{function}"
-    path = os.path.expanduser(text)
-    return os.path.basename(os.path.abspath(path)) if os.path.isabs(path) or os.path.exists(path) else text
-
-
-#: beginnings of names that mean the same on every machine
-EVERYWHERE = ("builtin:", "torchvision:", "keras:", "random:")
-
-
-def public_value(value: Any) -> Any:
-    """A setting, or a list of them, as `public_name`; what is no text stays."""
-    if isinstance(value, list):
-        return [public_value(entry) for entry in value]
-    return public_name(value) if isinstance(value, str) else value
-
-
 def load_model(
     auto_class: Any, source: str, label_names: Sequence[str], arguments: TransferArguments
 ) -> PreTrainedModel:

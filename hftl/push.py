@@ -20,14 +20,15 @@ from huggingface_hub.utils import filter_repo_objects, parse_ratelimit_headers
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
-from hftl.arguments import TransferArguments, read_yaml
+from hftl.arguments import TransferArguments
 from hftl.card import EVALUATIONS, SOURCES, base_cards, forbids_changes, licence_of
 from hftl.errors import UsageError
 from hftl.folder import CHECKPOINTS, LOGS, PREDICTIONS, RECIPE, is_main_process, read_json, repository_of, say
 from hftl.hub import ask_again, check_name
+from hftl.inert import EVERYWHERE, public_name, public_value
 from hftl.merging import BASE
-from hftl.pretrained import EVERYWHERE, public_name, public_value
 from hftl.report import REPORT, render_report
+from hftl.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from hftl.run import Run

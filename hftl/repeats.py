@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from hftl import folder
-from hftl.arguments import TransferArguments, read_yaml, stage_arguments
+from hftl.arguments import TransferArguments, stage_arguments
 from hftl.compute import wait_for_all
 from hftl.data import Splits
 from hftl.errors import UsageError
@@ -23,6 +23,7 @@ from hftl.folder import CHECKPOINTS, LOGS, METRICS, PREDICTIONS, RECIPE, read_js
 from hftl.methods import Plan, build_plan
 from hftl.tasks.classification import ClassificationTask
 from hftl.training import check_plan, train_plan
+from hftl.yaml_files import read_yaml
 
 REPEATS = "repeats"
 #: what stays of each repeat; the weights of the best are in the run folder

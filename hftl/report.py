@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from hftl import charts, data, folder, merging, pages
-from hftl.answers import Answers, read_answers, write_answers
-from hftl.arguments import read_yaml, stage_arguments
+from hftl import charts, folder, pages
+from hftl.answers import Answers
 from hftl.charts import Line
-from hftl.cut import NoCut
-from hftl.data import Splits
-from hftl.errors import UsageError
-from hftl.feature_map import draw_rows, feature_map, features_of
-from hftl.folder import FOUND_IN_DATA, LOGS, PREDICTIONS, RECIPE
-from hftl.inert import visible
-from hftl.label_errors import likely_label_errors
-from hftl.metrics import share_interval
-from hftl.tasks.classification import Shown
-
-if TYPE_CHECKING:
-    from hftl.run import Run
+from hftl.examples import EXPLAINED, Examples, Places, Shown, surest_mistakes, surest_of_classes, suspicious
+from hftl.finished import Finished
+from hftl.folder import LOGS
+from hftl.metrics import ranking, share_interval
 
 REPORT = "report.html"
-#: examples in the gallery …
-_EXAMPLES = 12
-#: … and how many of them with what the answer rests on, which takes some passes of the model for each
-_EXPLAINED = 6
-#: right answers, of as many classes
-_RIGHT = 3
 #: more classes than this make no readable table of all pairs: the most frequent confusions are listed
 _MOST_CLASSES = 20
 #: lines of other lists
@@ -43,142 +29,55 @@ _MOST_CURVES = charts.COLOURS
 _BINS = 10
 
 
-def write_report(run: Run, splits: Splits | None) -> Path:
+def write_report(run: Finished, examples: Examples | None) -> Path:
     """Write report.html into the run folder; see `render_report`."""
     path = run.folder / REPORT
-    page = render_report(run, splits)
+    page = render_report(run, examples)
     with folder.explained_disk_errors(run.folder):
         folder.write_text(path, page)
     return path
 
 
-def render_report(run: Run, splits: Splits | None, shared: bool = False) -> str:
+def render_report(run: Finished, examples: Examples | None, shared: bool = False) -> str:
     """The page.
 
     Args:
         run: a finished run.
-        splits: its data, for the examples; None leaves them out.
+        examples: what single rows hold, of its answers; None leaves it out.
         shared: leave out everything that is about single rows of the data, their names too.
 
     Raises:
         UsageError: the run has no predictions.
     """
-    answers = answers_of(run)
-    split = scored_split(run)
-    names = run.label_names
-    recipe = pages.settings(read_yaml(run.folder / RECIPE))
-    known = KnownRows(run, splits)
+    answers, names, split = run.answers, run.label_names, run.scored_split
+    train = {"versions": {}, "hardware": "", **run.metrics["train"]}  # older runs have none
+    mistakes, right = surest_mistakes(answers), surest_of_classes(answers)
     return pages.render(
         "report",
         title=run.folder.resolve().name,
-        task=run.task.name,
+        task=run.task_name,
         split=split,
         rows=len(answers.ids),
-        at_hand=bool(known.places),
+        at_hand=examples is not None,
         scores=run.metrics[split],
         interval=share_interval(int(answers.correct.sum()), len(answers.ids)),
         metrics=run.metrics,
-        training={"versions": {}, "hardware": "", **run.metrics["train"]},  # older runs have none
-        blocks=_blocks(run.metrics["train"]["stages"]),
+        training=train,
+        blocks=_blocks(train["stages"]),
         curves=_training_curves(run.folder / LOGS / "log.jsonl"),
-        data=found_in_data(run),
+        data=run.found_in_data,
         shared=shared,
         classes=_classes(run.metrics[split], answers, names),
         confusion=_confusion(answers, names),
         reliability=_reliability(answers),
         ranking=_ranking_curves(answers, names),
-        map=_map(answers, known),
-        mistakes=[] if shared else _examples(answers, known, _surest_mistakes(answers)),
-        right=[] if shared else _examples(answers, known, _surest_of_classes(answers)),
-        explained=_EXPLAINED,
-        label_errors={} if shared else _label_errors(answers, known),
-        settings=recipe,
+        map=_map(answers, names, examples.map) if examples and examples.map else {},
+        mistakes=[] if shared else _examples(run, answers, mistakes, examples.mistakes if examples else None),
+        right=[] if shared else _examples(run, answers, right, examples.right if examples else None),
+        explained=EXPLAINED,
+        label_errors={} if shared else _label_errors(answers, names, examples.label_errors if examples else None),
+        settings=pages.settings(run.recipe),
     )
-
-
-def scored_split(run: Run) -> str:
-    """The split whose rows are in predictions.csv."""
-    return "test" if "test" in run.metrics else "validation"
-
-
-def answers_of(run: Run) -> Answers:
-    """What the run says of every row of that split.
-
-    Raises:
-        UsageError: as `read_answers`.
-    """
-    counts = found_in_data(run)["rows"].get(scored_split(run))
-    return read_answers(run.folder / PREDICTIONS, run.label_names, sum(counts.values()) if counts else None)
-
-
-def ensure_answers(run: Run, splits: Splits | None) -> None:
-    """Make predictions.csv where it is missing and the data are at hand.
-
-    Raises:
-        UsageError: they are not what they were, or the file cannot be written.
-    """
-    path = run.folder / PREDICTIONS
-    if path.is_file() or splits is None:
-        return
-    if path.exists():
-        raise UsageError(f"{str(path)!r} is no file. Remove it, and `hftl report` makes it anew.")
-    if not KnownRows(run, splits).places:
-        raise UsageError(f"{str(run.folder)!r} has no {path.name}, and its data are not those that it was scored on.")
-    split = scored_split(run)
-    folder.say(f"{path.name} is missing: {len(splits.scored):,} rows are predicted")
-    labels = np.asarray(splits.scored["label"][:])
-    logits = run.logits(splits.scored)
-    with folder.explained_disk_errors(run.folder):
-        write_answers(path, run.label_names, splits, split, logits, labels)
-
-
-def read_splits(run: Run) -> Splits | None:
-    """The data of a finished run, read again; None where that cannot be done, which is said."""
-    arguments = run.task.arguments
-    if "repeats" in run.metrics:
-        arguments = stage_arguments(arguments, seed=run.metrics["repeats"]["best_seed"])
-    try:
-        return data.load_splits(arguments, run.task.modality)
-    except UsageError as error:
-        folder.say(f"no examples are shown, since the data cannot be read: {error}")
-        return None
-
-
-class KnownRows:
-    """The rows of predictions.csv in the data.
-
-    Attributes:
-        run: the finished run.
-        splits: its data; None where they are not at hand, or not what they were.
-        places: numbers in the split that was scored, by id as `visible` gives it; empty without the data.
-    """
-
-    def __init__(self, run: Run, splits: Splits | None) -> None:
-        """Compare the data with those that the run was scored on."""
-        same = splits is not None and found_in_data(run).get("scored") == splits.scored_digest
-        self.run, self.splits = run, splits if same else None
-        ids = [] if self.splits is None else self.splits.scored["id"][:]
-        self.places = {visible(row): place for place, row in enumerate(ids)}
-
-    def shown(self, row: str, *explained: Any) -> Shown:
-        """A row as a person sees it, `explained` as for the task's own; nothing where it is not known."""
-        if self.splits is None or row not in self.places:
-            return Shown()
-        return self.run.task.shown(self.splits.scored[self.places[row]], *explained)
-
-
-def found_in_data(run: Run) -> dict[str, Any]:
-    """What the run kept of its data, see `Splits.found`; older ones have nothing."""
-    path = run.folder / LOGS / FOUND_IN_DATA
-    if not path.is_file():
-        return {"rows": {}}
-    try:
-        found = folder.read_json(path)
-        if not isinstance(found, dict) or not isinstance(found.get("rows"), dict):
-            raise ValueError("it names no rows")
-    except ValueError as error:
-        raise UsageError(f"{str(path)!r} is damaged ({error}). Remove it: `hftl report` does without.") from error
-    return found
 
 
 def _training_curves(path: Path) -> dict[str, Any]:
@@ -294,8 +193,6 @@ def _reliability(answers: Answers) -> dict[str, Any]:
 
 def _ranking_curves(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
     """ROC and precision-recall curves: of the second of two classes, else of each against the rest."""
-    from sklearn import metrics
-
     counts = np.bincount(answers.labels, minlength=len(names))
     numbers = [1] if len(names) == 2 else range(len(names))
     occurring = [number for number in numbers if 0 < counts[number] < len(answers.labels)]
@@ -305,14 +202,11 @@ def _ranking_curves(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
         return {}
     roc, precision, table = [], [], []
     for colour, number in enumerate(there, start=1):
-        truth, values = answers.labels == number, answers.probabilities[:, number]
-        areas = metrics.roc_auc_score(truth, values), metrics.average_precision_score(truth, values)
-        table.append({"name": names[number], "roc_auc": areas[0], "average_precision": areas[1]})
+        found = ranking(answers.labels == number, answers.probabilities[:, number])
+        table.append({"name": names[number], "roc_auc": found.roc_auc, "average_precision": found.average_precision})
         if colour <= _MOST_CURVES:
-            false, true, _ = metrics.roc_curve(truth, values)
-            roc.append(Line(names[number], false, true, colour))
-            exact, hit, _ = metrics.precision_recall_curve(truth, values, drop_intermediate=True)
-            precision.append(Line(names[number], hit[::-1], exact[::-1], colour))
+            roc.append(Line(names[number], found.false, found.true, colour))
+            precision.append(Line(names[number], found.true[1:], found.precision, colour))
     chance = Line("", (0, 1), (0, 1), 0, dashed=True)
     about = "the table below has the areas under them"
     axes: list[tuple[float, float]] = [(0, 1), (0, 1)]
@@ -327,67 +221,42 @@ def _ranking_curves(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _surest_mistakes(answers: Answers) -> list[int]:
-    """Rows of the wrong answers of which the model is surest."""
-    return answers.surest(np.flatnonzero(~answers.correct))[:_EXAMPLES].tolist()
-
-
-def _surest_of_classes(answers: Answers) -> list[int]:
-    """Of the classes with most right answers the row of which the model is surest."""
-    order = answers.surest(np.flatnonzero(answers.correct))
-    _, first, counts = np.unique(answers.labels[order], return_index=True, return_counts=True)
-    return order[first[np.argsort(-counts, kind="stable")]][:_RIGHT].tolist()
-
-
-def _examples(answers: Answers, known: KnownRows, order: list[int]) -> list[dict[str, Any]]:
-    """Rows with what the model saw, and what its answers to the first of them rest on."""
-    run = known.run
-    model = run.model if known.places and order and run.is_explainable else None
+def _examples(run: Finished, answers: Answers, order: list[int], shown: list[Shown] | None) -> list[dict[str, Any]]:
+    """Rows with what the model saw."""
     return [
         {
             "id": pages.row_name(answers.ids[row]),
             "label": run.label_names[answers.labels[row]],
             "prediction": run.label_names[answers.predictions[row]],
             "probability": float(answers.probabilities[row].max()),
-            "shown": known.shown(
-                answers.ids[row], model if place < _EXPLAINED else None, int(answers.predictions[row])
-            ),
+            "shown": seen,
         }
-        for place, row in enumerate(order)
+        for row, seen in zip(order, shown or [Shown()] * len(order), strict=True)
     ]
 
 
-def _map(answers: Answers, known: KnownRows) -> dict[str, Any]:
-    """Where the features put some of the rows; nothing where the data are not there, or few bits are for inference."""
-    run, places = known.run, known.places
-    if known.splits is None or len(places) < 2 or merging.is_quantised(run.model):
-        return {}
-    there = np.array([number for number, row in enumerate(answers.ids) if row in places])
-    chosen = there[draw_rows(len(there))]
-    labels = answers.labels[chosen]
-    try:
-        features = features_of(run, known.splits, np.array([places[answers.ids[number]] for number in chosen]))
-    except NoCut:  # the head reads more than one vector a row
-        return {}
-    found = feature_map(features, labels)
-    about = f"Rows by the two directions of most variance; {found.pure:.0%} have one of their own class as the nearest"
-    chart = charts.map_chart(found.points, labels, ~answers.correct[chosen], run.label_names, about)
-    return {"rows": len(chosen), "explained": found.explained, "pure": found.pure, "chart": chart}
+def _map(answers: Answers, names: Sequence[str], places: Places) -> dict[str, Any]:
+    """Where the features put some of the rows."""
+    chosen = np.array(places.numbers)
+    about = f"Rows by the two directions of most variance; {places.pure:.0%} have one of their own class as the nearest"
+    chart = charts.map_chart(np.array(places.points), answers.labels[chosen], ~answers.correct[chosen], names, about)
+    return {"rows": len(chosen), "explained": places.explained, "pure": places.pure, "chart": chart}
 
 
-def _label_errors(answers: Answers, known: KnownRows) -> dict[str, Any]:
+def _label_errors(answers: Answers, names: Sequence[str], shown: list[Shown] | None) -> dict[str, Any]:
     """Rows of the split whose label is likely wrong, the first of them with what they hold."""
-    names = known.run.label_names
-    found, rather = likely_label_errors(answers.probabilities, answers.labels)
+    found, rather, _ = suspicious(answers)
     lines = [
         {
-            "shown": known.shown(answers.ids[row]) if number < _EXAMPLES else Shown(),
+            "shown": seen or Shown(),
             "id": pages.row_name(answers.ids[row]),
             "label": names[answers.labels[row]],
             "rather": names[other],
             "own": float(answers.probabilities[row, answers.labels[row]]),
             "other": float(answers.probabilities[row, other]),
         }
-        for number, (row, other) in enumerate(zip(found[:_LINES].tolist(), rather.tolist(), strict=False))
+        for (row, other), seen in itertools.zip_longest(
+            zip(found[:_LINES].tolist(), rather[:_LINES].tolist(), strict=True), shown or []
+        )
     ]
     return {"count": len(found), "lines": lines}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import os
 import shlex
 from collections import Counter
 from collections.abc import Iterator
@@ -15,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from packaging.version import Version
 from transformers import PreTrainedModel, TrainingArguments
 
-from hftl import __version__, backbones, batches, compute, data, merging
-from hftl.arguments import argument_tokens, parse, read_yaml, stage_arguments
+from hftl import backbones, batches, compute, data, merging
+from hftl.arguments import argument_tokens, parse, stage_arguments
 from hftl.errors import UsageError, did_you_mean
-from hftl.folder import METRICS, RECIPE, REPLACED, read_json, say
+from hftl.finished import Finished, find_run
+from hftl.folder import METRICS, RECIPE, say
 from hftl.joined import as_flags, wished
 from hftl.metrics import softmax
 from hftl.pretrained import LOAD_ERRORS
@@ -56,12 +55,13 @@ class Prediction:
     probabilities: dict[str, float]
 
 
-class Run:
+class Run(Finished):
     """A finished training: its folder, and what can be done with it."""
 
     def __init__(self, folder: Path, task: ClassificationTask, model: PreTrainedModel | None = None) -> None:
         """Keep the folder and the task; the model is loaded when it is needed."""
-        self.folder, self.task = folder, task
+        super().__init__(folder, task.name, task.label_names)
+        self.task = task
         self._model = model
         self._folded: Any = None
         #: the furthest that half precision moved a logit in the first batch
@@ -74,11 +74,6 @@ class Run:
     def __repr__(self) -> str:
         """Folder, task and method."""
         return f"Run({str(self.folder)!r}, task={self.task.name!r}, method={self.task.arguments.method!r})"
-
-    @functools.cached_property
-    def metrics(self) -> dict[str, Any]:
-        """The content of metrics.json."""
-        return _read_metrics(self.folder)
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
@@ -100,11 +95,6 @@ class Run:
             raise UsageError(
                 f"The run in {str(self.folder)!r} is damaged, its model cannot be loaded: {reason}"
             ) from error
-
-    @property
-    def label_names(self) -> list[str]:
-        """Names of the classes by class id."""
-        return self.task.label_names
 
     @property
     def is_explainable(self) -> bool:
@@ -390,16 +380,9 @@ def load_run(
     Raises:
         UsageError: the folder holds no finished run, or one of a newer hftl.
     """
-    path = Path(os.path.expanduser(folder))
-    for name in (METRICS, RECIPE, "config.json"):
-        if not (path / name).is_file():
-            state = f"has no {name}" if path.is_dir() else "does not exist"
-            if (path / REPLACED).is_dir():
-                state += f"; the run that was to be replaced lies in its folder {REPLACED}"
-            raise UsageError(f"{str(path)!r} is no finished run: the folder {state}.")
-    _check_version(path)
-    recipe = read_yaml(path / RECIPE)
-    task_class = task_class or find_task(str(recipe.get("task")))
+    found = find_run(folder)
+    path, recipe = found.folder, found.recipe
+    task_class = task_class or find_task(found.task_name)
     # How it was trained does not matter here, and may not be possible here (fp16, FSDP): only hftl's own settings do.
     # But the loss that is told, and the name of the model on the Hub.
     kept = {"seed", "label_smoothing_factor", "hub_model_id"}
@@ -414,44 +397,10 @@ def load_run(
     if trust_remote_code:
         say(f"--trust_remote_code: Python code in {str(path)!r} may run on this machine")
     task = task_class(arguments)
-    task.label_names = _label_names(path)
+    task.label_names = found.label_names
     try:
         task.load_processor(path)
     except (AttributeError, *LOAD_ERRORS) as error:  # its files hold other things than they should
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"The run in {str(path)!r} is damaged, its processor cannot be loaded: {reason}") from error
     return Run(path, task)
-
-
-def _label_names(folder: Path) -> list[str]:
-    """The names of the classes of a run, by class id."""
-    try:
-        config = read_json(folder / "config.json")
-        labels = config.get("label_names") or [
-            name for _, name in sorted(config["id2label"].items(), key=lambda item: int(item[0]))
-        ]
-    except ValueError as error:
-        raise UsageError(f"The run in {str(folder)!r} is damaged: its config.json is no JSON ({error}).") from error
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UsageError(f"The run in {str(folder)!r} is damaged: its config.json names no classes.") from error
-    return [str(name) for name in labels]
-
-
-def _read_metrics(folder: Path) -> dict[str, Any]:
-    try:
-        metrics = read_json(folder / METRICS)
-    except ValueError as error:
-        raise UsageError(f"The run in {str(folder)!r} is damaged: its {METRICS} is no JSON ({error}).") from error
-    missing = [name for name in ("train", "validation") if not isinstance(metrics, dict) or name not in metrics]
-    if missing:
-        raise UsageError(f"The run in {str(folder)!r} is damaged: its {METRICS} has no {missing[0]!r}.")
-    return metrics
-
-
-def _check_version(folder: Path) -> None:
-    """Refuse a run of a newer hftl, whose files may mean something else."""
-    made = str(_read_metrics(folder)["train"].get("versions", {}).get("hftl", __version__))
-    if Version(made).release[:2] > Version(__version__).release[:2]:
-        raise UsageError(
-            f"{str(folder)!r} was made by hftl {made}, and this is {__version__}: pip install --upgrade hftl."
-        )

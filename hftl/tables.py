@@ -10,11 +10,13 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-
-import datasets
+from typing import TYPE_CHECKING
 
 from hftl.errors import UsageError
 from hftl.inert import as_cell, on_one_line
+
+if TYPE_CHECKING:
+    import datasets
 
 TABLE_SUFFIXES = {".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet"}
 
@@ -143,6 +145,8 @@ def _has_half_character(value: object) -> bool:
 
 
 def _read_parquet(path: Path) -> datasets.Dataset:
+    import datasets  # half a second, for this kind of table alone
+
     bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

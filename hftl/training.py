@@ -46,6 +46,7 @@ from hftl.probes.beside import Probe, load_probe
 from hftl.saving import write_run
 from hftl.tasks.classification import ClassificationTask
 from hftl.trainer import TransferTrainer, diverged
+from hftl.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from torch import nn
@@ -142,7 +143,7 @@ def prepare(
 
 def _found_rate(path: Path) -> float | None:
     """What `--learning_rate auto` found before an interruption; None if that came before."""
-    return folder.read_yaml(path / CHECKPOINTS / RECIPE).get(folder.FOUND_RATE)
+    return read_yaml(path / CHECKPOINTS / RECIPE).get(folder.FOUND_RATE)
 
 
 def searched_stage(plan: Plan, arguments: TransferArguments) -> int:
@@ -227,7 +228,7 @@ def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, 
     if arguments.precision != "auto" or arguments.mixed_precision != "no":  # fp8, which the launcher asks for
         return
     if arguments.resume:
-        precision = folder.read_yaml(path / CHECKPOINTS / RECIPE)[folder.CHOSEN_PRECISION]
+        precision = read_yaml(path / CHECKPOINTS / RECIPE)[folder.CHOSEN_PRECISION]
     else:
         prepare_modules(model, stage)
         batch = compute.typical_batch(rows, task.collate)

@@ -20,10 +20,10 @@ from tiny_models import write_timm_folder, write_tiny_text_model
 import hftl
 from hftl import cli, lr_find, training
 from hftl.arguments import parse
-from hftl.folder import read_yaml
 from hftl.methods import build_plan
 from hftl.tasks import find_task
 from hftl.trainer import TransferTrainer
+from hftl.yaml_files import read_yaml
 
 
 @pytest.fixture(scope="module")

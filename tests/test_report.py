@@ -9,6 +9,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,24 @@ import torch
 from browser import chromium
 from forked import run_command
 from PIL import Image
-from sklearn.metrics import confusion_matrix
+from sklearn.metrics import (
+    average_precision_score,
+    confusion_matrix,
+    precision_recall_curve,
+    roc_auc_score,
+    roc_curve,
+)
 from transformers import AutoModelForSequenceClassification
 
 import hftl
-from hftl import charts, data, explain, feature_map, images, report
+from hftl import charts, data, examples, explain, feature_map, images, report
 from hftl.answers import Answers, read_answers
 from hftl.callbacks import LogFile
 from hftl.charts import Line
 from hftl.data import _without_folders
+from hftl.folder import RECIPE
 from hftl.label_errors import likely_label_errors
+from hftl.metrics import ranking
 from hftl.report import _training_curves
 from hftl.tables import aligned, as_csv
 from hftl.tasks.text_classification import TextClassification, _pieces
@@ -60,7 +70,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def image_run(place: Path) -> Path:
     flags = ["--dataset=images", "--model=convnet", "--method=lp_ft", "--output_dir=image", "--logging_steps=1"]
-    flags += ["--head_solver=sgd", "--learning_rate=1e-5"]  # it shall be wrong now and then
+    flags += ["--head_solver=sgd", "--learning_rate=1e-5", "--precision=fp32"]  # it shall be wrong now and then
     return trained(place, "image-classification", *flags)
 
 
@@ -205,8 +215,13 @@ def test_it_can_be_made_anew(place: Path, image_run: Path) -> None:
     assert again.text.replace("copy", "image") == before.text
     assert again.count("img") == before.count("img")
 
-    recipe = copy / "recipe.yaml"
+    # What single rows hold was kept; without it the data are read again.
+    recipe, kept = copy / "recipe.yaml", copy / "logs" / "examples.json"
     recipe.write_text(recipe.read_text().replace("dataset_name: images", "dataset_name: gone"))
+    done = run_command(["report", "copy"], place)
+    assert done.returncode == 0, done.stderr
+    assert Page(copy / "report.html").count("img") == before.count("img")
+    kept.unlink()
     done = run_command(["report", "copy"], place)
     assert done.returncode == 0, done.stderr
     assert "no examples are shown, since the data cannot be read" in done.stdout
@@ -220,6 +235,7 @@ def test_it_can_be_made_anew(place: Path, image_run: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "or have changed since" in Page(copy / "report.html").text
     assert Page(copy / "report.html").count("img") == 0
+    assert not kept.exists()
 
     table = copy / "predictions.csv"
     whole = table.read_text()
@@ -230,6 +246,7 @@ def test_it_can_be_made_anew(place: Path, image_run: Path) -> None:
     assert [line.split(",")[:3] for line in table.read_text().splitlines()] == [
         line.split(",")[:3] for line in whole.splitlines()
     ]
+    assert Page(copy / "report.html").count("img") == before.count("img")
 
     table.unlink()
     more = place / "images" / "test" / "red" / "more.png"
@@ -237,7 +254,7 @@ def test_it_can_be_made_anew(place: Path, image_run: Path) -> None:
     done = run_command(["report", "copy"], place)
     more.unlink()
     assert done.returncode == 2
-    assert "has no predictions.csv, and its data are not those that it was scored on" in done.stderr
+    assert "has no predictions.csv, and the data that it was scored on are not at hand" in done.stderr
 
 
 @pytest.mark.slow
@@ -260,7 +277,7 @@ def test_it_can_be_made_anew(place: Path, image_run: Path) -> None:
         ("config.json", lambda text: "[1]", "its config.json names no classes"),
         ("logs/data.json", lambda text: text[:9], "data.json' is damaged"),
         ("logs/data.json", lambda text: "{}", "data.json' is damaged (it names no rows)"),
-        ("recipe.yaml", lambda text: re.sub(r"(?m)^seed: .*$", "seed: much", text), "its recipe.yaml cannot be used"),
+        (RECIPE, lambda text: re.sub(r"(?m)^seed: .*$", "seed: much", text), "its recipe.yaml cannot be used"),
         ("metrics.json", lambda text: "{}", "its metrics.json has no 'train'"),
         ("metrics.json", lambda text: text[:-9], "its metrics.json is no JSON"),
         ("metrics.json", lambda text: re.sub('"hftl": "[^"]*"', '"hftl": "99.1.0"', text), "made by hftl 99.1.0"),
@@ -269,6 +286,8 @@ def test_it_can_be_made_anew(place: Path, image_run: Path) -> None:
 def test_a_damaged_run_is_told(place: Path, image_run: Path, name: str, change: Any, said: str) -> None:
     copy = Path(shutil.copytree(image_run, place / "damaged", dirs_exist_ok=True))
     (copy / name).write_text(change((copy / name).read_text()))
+    if name == RECIPE:  # whose settings matter to whoever loads the model
+        (copy / "logs" / "examples.json").unlink()
     done = run_command(["report", "damaged"], place)
     assert done.returncode == 2
     assert said in done.stderr
@@ -411,8 +430,8 @@ def test_grad_cam_finds_the_place() -> None:
 def test_right_answers_of_several_classes_are_shown() -> None:
     probabilities = np.array([[0.9, 0.1, 0], [0.8, 0.2, 0], [0.1, 0.6, 0.3], [0.4, 0.3, 0.3], [0.2, 0.1, 0.7]])
     answers = Answers(list("abcde"), np.array([0, 0, 1, 2, 0]), probabilities.argmax(axis=1), probabilities)
-    assert report._surest_of_classes(answers) == [0, 2]  # the third class has none
-    assert report._surest_mistakes(answers) == [4, 3]
+    assert examples.surest_of_classes(answers) == [0, 2]  # the third class has none
+    assert examples.surest_mistakes(answers) == [4, 3]
 
 
 def test_rounding_of_many_classes_is_no_damage(tmp_path: Path) -> None:
@@ -471,10 +490,52 @@ def test_what_is_derived_may_be_damaged(place: Path, image_run: Path) -> None:
         log.write('{"stage": "x"}\n{"stage"')
     features = copy / "logs" / "features-test.npy"
     features.write_bytes(b"\x93NUMPY\x01")
-    done = run_command(["report", "torn"], place)
-    assert done.returncode == 0, done.stderr
-    assert "is damaged" in done.stdout
+    kept = copy / "logs" / "examples.json"
+    whole = kept.read_text()
+    content = json.loads(whole)
+    address, _ = content["mistakes"][0]["pictures"][0]
+    for hostile in (
+        whole[:-9],
+        whole.replace(address, "http://example.com/x.png"),
+        whole.replace(address, "data:text/html;base64,PHNjcmlwdD4="),
+        json.dumps({**content, "mistakes": content["mistakes"][1:]}),
+        json.dumps({**content, "map": {**content["map"], "numbers": [99] * len(content["map"]["numbers"])}}),
+        json.dumps({**content, "map": {**content["map"], "pure": float("nan")}}),
+        "[]",
+    ):
+        kept.write_text(hostile)
+        done = run_command(["report", "torn"], place)
+        assert done.returncode == 0, done.stderr
+        assert "examples.json is damaged" in done.stdout
+        assert kept.read_text() == whole
+    assert "features-test.npy is damaged" in done.stdout
     assert "computed again" in done.stdout
+
+
+@pytest.mark.slow
+def test_what_is_kept_needs_no_model(place: Path, image_run: Path) -> None:
+    """Reports and comparisons are made in a moment, since neither torch nor transformers is imported."""
+    loaded = "sorted({'torch', 'transformers', 'sklearn', 'datasets'} & {*sys.modules})"
+    code = f"import sys; from hftl.cli import main; main(); print({loaded})"
+    for command in (["report", "image"], ["compare", "image", "image"]):
+        done = subprocess.run([sys.executable, "-c", code, *command], cwd=place, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("\n[]\n"), done.stdout
+
+
+def test_curves_of_a_class_are_those_of_scikit_learn() -> None:
+    random = np.random.default_rng(0)
+    for rows, digits in ((7, 1), (500, 2), (500, 9)):
+        own = random.random(rows) < 0.3
+        own[:2] = True, False
+        scores = np.round(random.random(rows) + 0.3 * own, digits)
+        found = ranking(own, scores)
+        assert found.roc_auc == pytest.approx(roc_auc_score(own, scores))
+        assert found.average_precision == pytest.approx(average_precision_score(own, scores))
+        false, true, _ = roc_curve(own, scores, drop_intermediate=False)
+        assert np.allclose([found.false, found.true], [false, true])
+        precision, recall, _ = precision_recall_curve(own, scores)
+        assert np.allclose([[*found.precision[::-1], 1.0], found.true[::-1]], [precision, recall])
 
 
 def test_what_was_done_twice_counts_once_in_the_curves(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ from transformers import AutoModelForSequenceClassification, pipeline
 import hftl
 from hftl import cli
 from hftl.folder import check_output_folder, check_space, default_output_dir, promote, resume_settings
-from hftl.pretrained import public_name, save_model
+from hftl.inert import public_name
+from hftl.pretrained import save_model
 from hftl.tasks.text_classification import TextClassification
 
 

@@ -19,11 +19,11 @@ from transformers import AutoModelForSequenceClassification
 import hftl
 from hftl import cli
 from hftl.arguments import TextArguments, flag_names
-from hftl.folder import read_yaml
 from hftl.run import Run
 from hftl.tasks.text_classification import TextClassification
 from hftl.trainer import TransferTrainer
 from hftl.tuning import Dimension, read_space
+from hftl.yaml_files import read_yaml
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from hftl import backbones
 from hftl.arguments import TransferArguments
 from hftl.errors import UsageError, did_you_mean
+from hftl.inert import public_name
 from hftl.methods.plan import Plan, make_stage, resolved_rates
-from hftl.pretrained import public_name
 
 
 class AdapterType(NamedTuple):

@@ -38,11 +38,12 @@ from hftl.arguments import AudioArguments, has_checkpoint
 from hftl.audio import Waveform
 from hftl.data import Splits
 from hftl.errors import UsageError
+from hftl.examples import Shown
 from hftl.explain import grad_cam
 from hftl.folder import say
 from hftl.mixing import MixedImages
 from hftl.modality import AUDIO
-from hftl.tasks.classification import ClassificationTask, Mixing, Shown
+from hftl.tasks.classification import ClassificationTask, Mixing
 from hftl.tasks.files import FileDataset
 from hftl.tasks.image_classification import stack_pixels
 

@@ -6,7 +6,6 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +18,7 @@ from hftl import data, folder, methods, pretrained, weights
 from hftl.arguments import TransferArguments
 from hftl.data import Splits
 from hftl.errors import UsageError, did_you_mean
+from hftl.examples import Shown
 from hftl.losses import Loss, make_loss
 from hftl.metrics import LOWER_IS_BETTER, METRIC_NAMES, ExtraMetrics, classification_metrics
 from hftl.modality import Modality
@@ -28,26 +28,6 @@ classify = pipeline("{task}", {title})
 print(classify({example}))"""
 #: a training batch, mixed: `(batch) -> batch`, with `labels` of shape (rows, classes)
 Mixing = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-
-
-@dataclass
-class Shown:
-    """A row as a person sees it.
-
-    Attributes:
-        pictures: data address and description of each.
-        texts: each in pieces, with what the piece adds to the class, from -1 to 1; 0 where that is not known.
-        sounds: data address of each.
-    """
-
-    pictures: list[tuple[str, str]] = field(default_factory=list)
-    texts: list[list[tuple[str, float]]] = field(default_factory=list)
-    sounds: list[str] = field(default_factory=list)
-
-    @property
-    def is_explained(self) -> bool:
-        """Whether it is said what the answer rests on."""
-        return len(self.pictures) > 1 or any(weight for pieces in self.texts for _, weight in pieces)
 
 
 class ClassificationTask:

@@ -20,11 +20,12 @@ from hftl import images, pretrained
 from hftl.arguments import ImageArguments, has_checkpoint
 from hftl.data import Splits
 from hftl.errors import UsageError
+from hftl.examples import Shown
 from hftl.explain import grad_cam
 from hftl.image_cache import ImageCache, plan_cache
 from hftl.mixing import MixedImages
 from hftl.modality import IMAGE
-from hftl.tasks.classification import ClassificationTask, Mixing, Shown
+from hftl.tasks.classification import ClassificationTask, Mixing
 from hftl.tasks.files import FileDataset
 
 #: pictures whose headers are read to see how large they are

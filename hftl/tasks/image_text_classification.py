@@ -22,10 +22,11 @@ from hftl import backbones, data, merging, pretrained
 from hftl.arguments import ImageTextArguments, has_checkpoint, stage_arguments
 from hftl.data import Splits
 from hftl.errors import UsageError
+from hftl.examples import Shown
 from hftl.folder import read_json
 from hftl.fusion import FusionConfig, FusionModel, Table
 from hftl.modality import IMAGE_TEXT, is_missing
-from hftl.tasks.classification import ClassificationTask, Shown
+from hftl.tasks.classification import ClassificationTask
 from hftl.tasks.image_classification import ImageClassification
 from hftl.tasks.text_classification import TextClassification, TextDataset
 

@@ -25,10 +25,11 @@ from hftl import data, pooling, pretrained
 from hftl.arguments import TextArguments, has_checkpoint
 from hftl.data import Splits
 from hftl.errors import UsageError
+from hftl.examples import Shown
 from hftl.explain import token_attributions
 from hftl.folder import say
 from hftl.modality import TEXT
-from hftl.tasks.classification import ClassificationTask, Shown
+from hftl.tasks.classification import ClassificationTask
 
 #: texts tokenised in one call; the tokenizers library works on them in parallel
 _CHUNK = 1_000

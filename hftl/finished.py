@@ -1,0 +1,124 @@
+"""What lies in the folder of a finished run, without its model."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+from hftl import __version__
+from hftl.answers import Answers, read_answers
+from hftl.errors import UsageError
+from hftl.folder import FOUND_IN_DATA, LOGS, METRICS, PREDICTIONS, RECIPE, REPLACED, read_json
+from hftl.yaml_files import read_yaml
+
+
+class Finished:
+    """The files of a finished run: what a report or a comparison needs, in a moment and without torch.
+
+    Attributes:
+        folder: of the run.
+        task_name: of what it was trained for.
+        label_names: of the classes, by class id.
+    """
+
+    def __init__(self, folder: Path, task_name: str, label_names: list[str]) -> None:
+        """Keep what is known; the files are read when they are needed."""
+        self.folder, self.task_name, self.label_names = folder, task_name, label_names
+
+    @functools.cached_property
+    def metrics(self) -> dict[str, Any]:
+        """The content of metrics.json."""
+        return _read_metrics(self.folder)
+
+    @functools.cached_property
+    def recipe(self) -> dict[str, Any]:
+        """The content of recipe.yaml."""
+        return read_yaml(self.folder / RECIPE)
+
+    @property
+    def scored_split(self) -> str:
+        """The split whose rows are in predictions.csv."""
+        return "test" if "test" in self.metrics else "validation"
+
+    @functools.cached_property
+    def found_in_data(self) -> dict[str, Any]:
+        """What the run kept of its data, see `Splits.found`; older ones have nothing.
+
+        Raises:
+            UsageError: it is damaged.
+        """
+        path = self.folder / LOGS / FOUND_IN_DATA
+        if not path.is_file():
+            return {"rows": {}}
+        try:
+            found = read_json(path)
+            if not isinstance(found, dict) or not isinstance(found.get("rows"), dict):
+                raise ValueError("it names no rows")
+        except ValueError as error:
+            raise UsageError(f"{str(path)!r} is damaged ({error}). Remove it: `hftl report` does without.") from error
+        return found
+
+    @functools.cached_property
+    def answers(self) -> Answers:
+        """What the run says of every row of `scored_split`.
+
+        Raises:
+            UsageError: as `read_answers`.
+        """
+        counts = self.found_in_data["rows"].get(self.scored_split)
+        return read_answers(self.folder / PREDICTIONS, self.label_names, sum(counts.values()) if counts else None)
+
+
+def find_run(folder: str | Path) -> Finished:
+    """A finished run by its folder.
+
+    Raises:
+        UsageError: the folder holds no finished run, or one of a newer hftl.
+    """
+    path = Path(os.path.expanduser(folder))
+    for name in (METRICS, RECIPE, "config.json"):
+        if not (path / name).is_file():
+            state = f"has no {name}" if path.is_dir() else "does not exist"
+            if (path / REPLACED).is_dir():
+                state += f"; the run that was to be replaced lies in its folder {REPLACED}"
+            raise UsageError(f"{str(path)!r} is no finished run: the folder {state}.")
+    _check_version(path)
+    return Finished(path, str(read_yaml(path / RECIPE).get("task")), _label_names(path))
+
+
+def _label_names(folder: Path) -> list[str]:
+    """The names of the classes of a run, by class id."""
+    try:
+        config = read_json(folder / "config.json")
+        labels = config.get("label_names") or [
+            name for _, name in sorted(config["id2label"].items(), key=lambda item: int(item[0]))
+        ]
+    except ValueError as error:
+        raise UsageError(f"The run in {str(folder)!r} is damaged: its config.json is no JSON ({error}).") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UsageError(f"The run in {str(folder)!r} is damaged: its config.json names no classes.") from error
+    return [str(name) for name in labels]
+
+
+def _read_metrics(folder: Path) -> dict[str, Any]:
+    try:
+        metrics = read_json(folder / METRICS)
+    except ValueError as error:
+        raise UsageError(f"The run in {str(folder)!r} is damaged: its {METRICS} is no JSON ({error}).") from error
+    missing = [name for name in ("train", "validation") if not isinstance(metrics, dict) or name not in metrics]
+    if missing:
+        raise UsageError(f"The run in {str(folder)!r} is damaged: its {METRICS} has no {missing[0]!r}.")
+    return metrics
+
+
+def _check_version(folder: Path) -> None:
+    """Refuse a run of a newer hftl, whose files may mean something else."""
+    made = str(_read_metrics(folder)["train"].get("versions", {}).get("hftl", __version__))
+    if Version(made).release[:2] > Version(__version__).release[:2]:
+        raise UsageError(
+            f"{str(folder)!r} was made by hftl {made}, and this is {__version__}: pip install --upgrade hftl."
+        )
