@@ -22,7 +22,7 @@ from sklearn.metrics import silhouette_score
 
 from hftl import backbones, compute, transferability
 from hftl.arguments import parse, stage_arguments
-from hftl.data import Splits
+from hftl.data import Splits, is_uneven
 from hftl.errors import UsageError
 from hftl.folder import say
 from hftl.methods import build_plan
@@ -217,7 +217,8 @@ def advise(task_name: str, tokens: Sequence[str]) -> str:
 
 def _imbalance(figures: Figures) -> tuple[str, ...]:
     ratio = max(figures.counts) / figures.smallest
-    return (f"classes are {ratio:.0f} to 1: macro F1 chooses the checkpoint, look at it too",) if ratio > 3 else ()
+    uneven = is_uneven(figures.counts)
+    return (f"classes are {ratio:.0f} to 1: macro F1 chooses the checkpoint, look at it too",) if uneven else ()
 
 
 def _training(found: Pooled, figures: Figures, choice: Choice) -> tuple[list[str], tuple[str, ...]]:

@@ -17,8 +17,8 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
 from hftl.arguments import TransferArguments
 from hftl.builtin import BUILTIN_ON_HUB
-from hftl.data import Splits
-from hftl.folder import read_json, repository_of, say, write_text
+from hftl.data import Splits, is_uneven
+from hftl.folder import read_json, repository_of, say, scored_split, write_text
 from hftl.inert import EVERYWHERE, in_markdown, public_name
 from hftl.joined import as_flags, wished
 from hftl.merging import ADAPTER, BASE
@@ -95,7 +95,7 @@ def write_card(
     target: Path, task: ClassificationTask, arguments: TransferArguments, splits: Splits, metrics: dict[str, Any]
 ) -> None:
     """Write README.md with the metadata that the Hub reads. No local path gets into it."""
-    split = "test" if "test" in metrics else "validation"
+    split = scored_split(metrics)
     bases = _bases(arguments)
     base = " and ".join(_place_on_hub(name) or public_name(name) for name in bases)
     dataset = public_name(arguments.dataset_name)
@@ -276,7 +276,7 @@ def _limits(splits: Splits, scores: dict[str, float], split: str, dataset: str, 
     if few:
         more = f" and {len(few) - _NAMED} more" if len(few) > _NAMED else ""
         lines.append(f"Fewer than {_FEW} training rows: {', '.join(few[:_NAMED])}{more}.")
-    if max(counts) > 3 * min(counts):
+    if is_uneven(counts):
         lines.append("The classes are unevenly frequent in training: look at each, not at the accuracy alone.")
     error = scores.get("expected_calibration_error", 0.0)
     if error > _UNCALIBRATED:

@@ -1286,12 +1286,20 @@ def _class_table(counts: dict[str, np.ndarray[Any, Any]], label_names: list[str]
     return lines
 
 
+def is_uneven(counts: Sequence[int] | np.ndarray[Any, Any]) -> bool:
+    """Whether, of classes with rows, the largest has over three times as many as the smallest.
+
+    Accuracy hardly sees that one.
+    """
+    return bool(max(counts) > 3 * min(count for count in counts if count))
+
+
 def _class_notes(train: np.ndarray[Any, Any], label_names: list[str]) -> list[str]:
     """Imbalance, names that are nearly one, and classes with a single row."""
     lines = []
     present = train[train > 0]
     ratio = present.max() / present.min()
-    if ratio > 3:
+    if is_uneven(present):
         most, least = (
             label_names[int(train.argmax())],
             label_names[int(np.where(train > 0, train, train.max()).argmin())],

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from hftl import backbones
 from hftl.data import Splits
 from hftl.features import KeptDataset, PooledFeatures, head_source
-from hftl.folder import LOGS, replacing, say
+from hftl.folder import LOGS, replacing, say, scored_split
 
 if TYPE_CHECKING:
     from hftl.run import Run
@@ -46,7 +46,7 @@ def draw_rows(count: int) -> npt.NDArray[np.int64]:
 
 def keep_features_of(data: Mapping[str, KeptDataset], logs: Path) -> None:
     """Keep the features of the rows on the map beside the log, of a run whose head was fitted to features."""
-    split = "test" if "test" in data else "validation"
+    split = scored_split(data)
     rows = draw_rows(len(data[split]))
     with replacing(logs / _FILE.format(split)) as beside, beside.open("wb") as file:
         np.save(file, np.stack([data[split][row]["kept"].float().numpy() for row in rows.tolist()]))
@@ -84,7 +84,7 @@ def features_of(run: Run, splits: Splits, numbers: npt.NDArray[np.int64]) -> npt
     Raises:
         NoCut: what enters the head is not one vector a row.
     """
-    path = run.folder / LOGS / _FILE.format("validation" if splits.test is None else "test")
+    path = run.folder / LOGS / _FILE.format(run.scored_split)
     if path.is_file() and np.array_equal(numbers, draw_rows(len(splits.scored))):
         try:
             return np.load(path, allow_pickle=False).astype(np.float64)

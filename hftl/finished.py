@@ -12,7 +12,7 @@ from packaging.version import Version
 from hftl import __version__
 from hftl.answers import Answers, read_answers
 from hftl.errors import UsageError
-from hftl.folder import FOUND_IN_DATA, LOGS, METRICS, PREDICTIONS, RECIPE, REPLACED, read_json
+from hftl.folder import FOUND_IN_DATA, LOGS, METRICS, PREDICTIONS, RECIPE, REPLACED, read_json, scored_split
 from hftl.yaml_files import read_yaml
 
 
@@ -42,7 +42,7 @@ class Finished:
     @property
     def scored_split(self) -> str:
         """The split whose rows are in predictions.csv."""
-        return "test" if "test" in self.metrics else "validation"
+        return scored_split(self.metrics)
 
     @functools.cached_property
     def found_in_data(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,11 @@ DATA = "data"
 def is_main_process() -> bool:
     """Whether this process is the one that writes and talks."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def scored_split(splits: Container[str]) -> str:
+    """The split that the final scores are of: test, where there is one."""
+    return "test" if "test" in splits else "validation"
 
 
 def say(message: str = "") -> None:

@@ -20,7 +20,7 @@ from hftl import backbones, batches, compute, data, merging
 from hftl.arguments import argument_tokens, parse, stage_arguments
 from hftl.errors import UsageError, did_you_mean
 from hftl.finished import Finished, find_run
-from hftl.folder import METRICS, RECIPE, say
+from hftl.folder import METRICS, RECIPE, say, scored_split
 from hftl.joined import as_flags, wished
 from hftl.metrics import softmax
 from hftl.pretrained import LOAD_ERRORS
@@ -123,7 +123,7 @@ class Run(Finished):
                 )
                 lines.append(f"{split + ':':<12}{text}")
         if self.probe is not None:
-            split = "test" if "test" in self.metrics else "validation"
+            split = self.scored_split
             flags = as_flags(wished(self.task.arguments))
             kind = (self.task.arguments.head or "logistic") + (f" ({flags})" if flags else "")
             scores = self.metrics[f"ordinary_head_{split}"]
@@ -148,7 +148,7 @@ class Run(Finished):
     def _repeats_line(self) -> str:
         """Mean and interval over the seeds, and whose model this is."""
         repeats = self.metrics["repeats"]
-        split = "test" if "test" in repeats else "validation"
+        split = scored_split(repeats)
         scores = [
             f"{text} {repeats[split][name]['mean']:.4f} ± {repeats[split][name]['half_width_95']:.4f}"
             for name, text in (("accuracy", "accuracy"), ("f1_macro", "macro F1"))

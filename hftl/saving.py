@@ -51,7 +51,7 @@ def write_run(
     if probe.is_dir():
         shutil.copytree(probe, partial / PROBE)
     folder.write_text(partial / RECIPE, yaml.safe_dump(to_recipe(arguments), sort_keys=False, allow_unicode=True))
-    split = "test" if "test" in results else "validation"
+    split = folder.scored_split(results)
     write_answers(partial / PREDICTIONS, task.label_names, splits, split, *results[split][:2])
     metrics = {
         "train": {

@@ -102,7 +102,7 @@ class ClassificationTask:
     def best_metric(self, splits: Splits) -> tuple[str, bool]:
         """The score that chooses the best checkpoint, and whether more of it is better.
 
-        Accuracy, and macro F1 when the largest class is over three times the smallest: accuracy would hardly see it.
+        Accuracy, and macro F1 where the classes are uneven: accuracy would hardly see it.
 
         Raises:
             UsageError: `--metric_for_best_model` is no score of this task.
@@ -110,7 +110,7 @@ class ClassificationTask:
         wanted = self.arguments.metric_for_best_model
         if wanted is None:
             counts = class_counts(splits)
-            wanted = "f1_macro" if max(counts) > 3 * min(counts) else "accuracy"
+            wanted = "f1_macro" if data.is_uneven(counts) else "accuracy"
         wanted = wanted.removeprefix("eval_")
         known = (*METRIC_NAMES, "loss", *self._extra_metrics.names)
         if wanted not in known:
