@@ -110,8 +110,10 @@ def _read_lines(lines: Iterable[list[str]], label_names: Sequence[str]) -> Answe
     labels, predictions = np.array(classes).T
     answers = Answers(ids, labels, predictions, np.stack(probabilities))
     rounding = 1e-3 + 5e-7 * len(label_names)  # of thousands of classes most are written as nothing
-    if not np.allclose(answers.probabilities.sum(axis=1), 1, rtol=0, atol=rounding) or len(set(ids)) < len(ids):
-        raise ValueError("probabilities do not sum to 1, or a row comes twice")
+    if not np.allclose(answers.probabilities.sum(axis=1), 1, rtol=0, atol=rounding):
+        raise ValueError("probabilities do not sum to 1")
+    if answers.probabilities.min() < 0 or len(set(ids)) < len(ids):
+        raise ValueError("a probability is below 0, or a row comes twice")
     return answers
 
 

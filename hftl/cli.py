@@ -224,7 +224,7 @@ _IS_PATH = re.compile(r"(~|\.{0,2})/\S*$|\S+/$")
 def _predict(argv: list[str]) -> None:
     parser = _Parser(prog="hftl predict", description="Labels and probabilities of new inputs.")
     parser.add_argument("run", help="folder of a finished run")
-    parser.add_argument("input", help="image, recording, folder, table or text file; or a text")
+    parser.add_argument("input", help="image, recording, video, folder, table or text file; or a text")
     parser.add_argument("--output", help="CSV file to write (default: print)")
     parser.add_argument("--batch_size", type=_positive, help="rows through the model at once (default: what is fast)")
     parser.add_argument("--skip_bad_files", action="store_true", help="leave out files that cannot be read")
@@ -235,7 +235,7 @@ def _predict(argv: list[str]) -> None:
         default="auto",
         help="auto: that of the training where this machine is made for it, with the labels of fp32",
     )
-    _add_columns(parser, "text", "text_pair", "image", "audio")
+    _add_columns(parser, "text", "text_pair", "image", "audio", "video")
     _add_trust(parser)
     options = parser.parse_args(argv)
     _check_output(options.output, options.input)
@@ -291,7 +291,7 @@ def _evaluate(argv: list[str]) -> None:
     parser.add_argument("--skip_bad_files", action="store_true", help="as for hftl train")
     parser.add_argument("--follow_links", action="store_true", help="as for hftl train")
     parser.add_argument("--batch_size", type=_positive, help="rows through the model at once (default: what is fast)")
-    _add_columns(parser, "label", "text", "text_pair", "image", "audio")
+    _add_columns(parser, "label", "text", "text_pair", "image", "audio", "video")
     _add_trust(parser)
     options = parser.parse_args(argv)
     with quick_imports():
@@ -324,7 +324,7 @@ def _add_columns(parser: argparse.ArgumentParser, *roles: str) -> None:
 
 def _columns(options: argparse.Namespace, run: Run) -> dict[str, str]:
     """The columns that were named, by role."""
-    named = {role: getattr(options, role, None) for role in ("label", "text", "text_pair", "image", "audio")}
+    named = {role: getattr(options, role, None) for role in ("label", "text", "text_pair", "image", "audio", "video")}
     for role, name in named.items():
         if name is not None and not hasattr(run.task.arguments, f"{role}_column"):
             raise UsageError(f"--{role}_column does not belong to the task {run.task.name} of this run.")
@@ -425,20 +425,24 @@ def _report(argv: list[str]) -> None:
     _add_trust(parser)
     options = parser.parse_args(argv)
     from hftl.examples import read_examples
-    from hftl.finished import find_run
+    from hftl.finished import explained_damage, find_run
     from hftl.folder import PREDICTIONS
     from hftl.report import write_report
 
-    run = find_run(options.run)
-    examples = read_examples(run) if (run.folder / PREDICTIONS).is_file() else None
-    if examples is None:
-        with quick_imports():
-            from hftl.known_rows import look, read_splits
-            from hftl.run import load_run
+    with explained_damage(options.run):
+        run = find_run(options.run)
+        there = (run.folder / PREDICTIONS).is_file()
+        examples = read_examples(run) if there else None
+        if examples is None and there and run.task_name not in TASKS:
+            print(f"no examples are shown: the task {run.task_name} is of a recipe of its own, which makes the report")
+        elif examples is None:
+            with quick_imports():
+                from hftl.known_rows import look, read_splits
+                from hftl.run import load_run
 
-        loaded = load_run(options.run, trust_remote_code=options.trust_remote_code)
-        examples = look(loaded, read_splits(loaded))
-    print(without_home(f"written to {write_report(run, examples)}"))
+            loaded = load_run(options.run, trust_remote_code=options.trust_remote_code)
+            examples = look(loaded, read_splits(loaded))
+        print(without_home(f"written to {write_report(run, examples)}"))
 
 
 def _compare(argv: list[str]) -> None:
@@ -450,8 +454,7 @@ def _compare(argv: list[str]) -> None:
     _add_trust(parser)
     options = parser.parse_args(argv)
     _check_output(options.output)
-    with quick_imports():
-        from hftl import compare
+    from hftl import compare
 
     compare.main(options.runs, options.output, options.trust_remote_code)
 
@@ -478,12 +481,18 @@ def _push(argv: list[str]) -> None:
     _add_trust(parser)
     options = parser.parse_args(argv)
     check_name(options.repository)
-    with quick_imports():
-        from hftl.run import load_run
+    from hftl.finished import explained_damage, find_run
 
-    how = {"private": options.private, "revision": options.revision, "create_pr": options.create_pr}
-    run = load_run(options.run, trust_remote_code=options.trust_remote_code)
-    print(run.push(options.repository, **how))
+    with explained_damage(options.run):
+        run = find_run(options.run)
+        with quick_imports():
+            from hftl.push import push
+            from hftl.run import load_run
+
+        if run.task_name in TASKS:  # a recipe of one's own knows what else belongs to it
+            run = load_run(options.run, trust_remote_code=options.trust_remote_code)
+        how = {"private": options.private, "revision": options.revision, "create_pr": options.create_pr}
+        print(push(run, options.repository, **how))
 
 
 def _completion(argv: list[str]) -> None:

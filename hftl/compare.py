@@ -18,10 +18,11 @@ from hftl import folder, pages
 from hftl.answers import Answers
 from hftl.errors import UsageError
 from hftl.examples import Shown
-from hftl.finished import Finished, find_run
+from hftl.finished import Finished, explained_damage, find_run
 from hftl.folder import say
 from hftl.launch import quick_imports
 from hftl.tables import aligned
+from hftl.tasks import TASKS
 
 if TYPE_CHECKING:
     from hftl.known_rows import KnownRows
@@ -69,13 +70,19 @@ def main(paths: Sequence[str], output: str | None, trust_remote_code: bool = Fal
     """
     if len(paths) < 2:
         raise UsageError("hftl compare takes two runs or more.")
-    runs = [find_run(path) for path in paths]
+    runs = []
+    for path in paths:
+        with explained_damage(path):
+            runs.append(find_run(path))
     names = _names(paths)
-    known = functools.cache(lambda number: _known_rows(paths[number], trust_remote_code))
+    known = functools.cache(lambda number: _known_rows(runs[number], trust_remote_code))
     rows, answers = shared_answers(runs, names, known)
     splits = list(dict.fromkeys(run.scored_split for run in runs))
     settings = different_settings([run.recipe for run in runs])
-    shown = None if output is None else known(0).shown
+    first = None if output is None else known(0)
+    if output is not None and first is None:
+        say(f"no examples are shown: the task {runs[0].task_name} is of a recipe of its own")
+    shown = None if first is None else first.shown
     compared = compare(answers, names, runs[0].label_names, rows, shown)
     say(_as_text(compared, settings, len(rows), splits))
     if output is not None:
@@ -85,18 +92,20 @@ def main(paths: Sequence[str], output: str | None, trust_remote_code: bool = Fal
         say(f"\nwritten to {output}")
 
 
-def _known_rows(path: str, trust_remote_code: bool) -> KnownRows:
-    """The rows of a run in its data."""
+def _known_rows(found: Finished, trust_remote_code: bool) -> KnownRows | None:
+    """The rows of a run in its data; None where only a recipe of its own could read these."""
+    if found.task_name not in TASKS:
+        return None
     with quick_imports():  # only where the rows must be seen
         from hftl.known_rows import KnownRows, read_splits
         from hftl.run import load_run
 
-    run = load_run(path, trust_remote_code=trust_remote_code)
+    run = load_run(found.folder, trust_remote_code=trust_remote_code)
     return KnownRows(run, read_splits(run))
 
 
 def shared_answers(
-    runs: Sequence[Finished], names: Sequence[str], known_rows: Callable[[int], KnownRows]
+    runs: Sequence[Finished], names: Sequence[str], known_rows: Callable[[int], KnownRows | None]
 ) -> tuple[list[str], list[Answers]]:
     """Ids of the test rows that all runs have, and the answers of each run to those.
 
@@ -115,7 +124,10 @@ def shared_answers(
                 f"{name} has other classes than {names[0]} ({', '.join(run.label_names[:5])}; {', '.join(first[:5])}): "
                 "such runs cannot be compared."
             )
-    every = [run.answers for run in runs]
+    every = []
+    for run in runs:
+        with explained_damage(run.folder):
+            every.append(run.answers)
     known_by = _known_by(runs, every, names, known_rows)
     counts = [len(answers.ids) for answers in every]
     common = set(known_by[0]).intersection(*known_by[1:])
@@ -137,7 +149,10 @@ def shared_answers(
 
 
 def _known_by(
-    runs: Sequence[Finished], every: Sequence[Answers], names: Sequence[str], known_rows: Callable[[int], KnownRows]
+    runs: Sequence[Finished],
+    every: Sequence[Answers],
+    names: Sequence[str],
+    known_rows: Callable[[int], KnownRows | None],
 ) -> list[list[str]]:
     """By what the rows of each run are told: their ids where the data are the same, else the content too.
 
@@ -150,9 +165,10 @@ def _known_by(
         return ids
     numbered = all(_NUMBERED.fullmatch(row) for rows in ids for row in rows)
     known = [known_rows(number) for number in range(len(runs))]
-    unknown = [name for name, rows in zip(names, known, strict=True) if rows.splits is None]
-    if not unknown:
-        return [_contents(rows, answers, numbered) for rows, answers in zip(known, every, strict=True)]
+    there = [rows for rows in known if rows is not None and rows.splits is not None]
+    if len(there) == len(known):
+        return [_contents(rows, answers, numbered) for rows, answers in zip(there, every, strict=True)]
+    unknown = [name for name, rows in zip(names, known, strict=True) if rows not in there]
     problem = f"the runs were not scored on the same data, and those of {', '.join(unknown)} are gone or have changed"
     if numbered:
         raise UsageError(

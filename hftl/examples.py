@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +25,10 @@ _EXAMPLES = 12
 EXPLAINED = 6
 #: right answers, of as many classes
 _RIGHT = 3
+#: bytes of the file: a report has under 3 MB
+_LARGEST = 2_500_000
+#: that a feature can be
+_FARTHEST = 1e100
 #: an address that holds what it is of, and leads nowhere
 _PICTURE, _SOUND = (re.compile(rf"data:{kind}/[\w.+-]+;base64,[A-Za-z0-9+/=]*") for kind in ("image", "audio"))
 
@@ -117,13 +120,16 @@ def digest_of_answers(run: Finished) -> str:
 def read_examples(run: Finished) -> Examples | None:
     """What was kept when the answers were given; None where there is nothing, or not of these answers."""
     path = run.folder / LOGS / _FILE
-    if not path.is_file():
+    if not path.exists():
         return None
+    answers = run.answers
     try:
+        if path.stat().st_size > _LARGEST:
+            raise ValueError("it is larger than a report may be")
         content = read_json(path)
+        json.dumps(content, ensure_ascii=False).encode()  # half a character cannot be written
         if content["answers"] != digest_of_answers(run):
             return None
-        answers = run.answers
         return Examples(
             content["answers"],
             _read_rows(content["mistakes"], len(surest_mistakes(answers))),
@@ -131,7 +137,7 @@ def read_examples(run: Finished) -> Examples | None:
             _read_rows(content["label_errors"], len(suspicious(answers)[2])),
             content["map"] and _read_map(content["map"], len(answers.ids)),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, OSError) as error:
         say(f"{path} is damaged ({error!r}), and made anew")
         return None
 
@@ -160,8 +166,9 @@ def _read_map(content: dict[str, Any], rows: int) -> Places:
     numbers = [int(number) for number in content["numbers"]]
     points = [(float(x), float(y)) for x, y in content["points"]]
     found = Places(numbers, points, float(content["explained"]), float(content["pure"]))
-    values = [found.explained, found.pure, *(value for point in points for value in point)]
-    if len(points) != len(numbers) or not set(numbers) <= set(range(rows)) or not all(map(math.isfinite, values)):
+    known = set(numbers) <= set(range(rows)) and len(set(numbers)) == len(numbers) == len(points) > 0
+    shares = all(0 <= share <= 1 + 1e-9 for share in (found.explained, found.pure))
+    if not (known and shares and all(abs(value) < _FARTHEST for point in points for value in point)):
         raise ValueError("the points of the map are not those of its rows")
     return found
 

@@ -73,6 +73,13 @@ def feature_map(features: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]
     return FeatureMap(points, float(variance[:2].sum() / max(variance.sum(), 1e-12)), float(pure.mean()))
 
 
+def _checked(features: npt.NDArray[np.float64], rows: int) -> npt.NDArray[np.float64]:
+    """The features, where they are some: finite, shape (rows, features)."""
+    if features.ndim != 2 or len(features) != rows or not np.isfinite(features).all():
+        raise ValueError(f"it holds no features of {rows} rows")
+    return features
+
+
 def features_of(run: Run, splits: Splits, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """What enters the head, shape (rows, features): kept by the training, else computed now.
 
@@ -87,7 +94,7 @@ def features_of(run: Run, splits: Splits, numbers: npt.NDArray[np.int64]) -> npt
     path = run.folder / LOGS / _FILE.format(run.scored_split)
     if path.is_file() and np.array_equal(numbers, draw_rows(len(splits.scored))):
         try:
-            return np.load(path, allow_pickle=False).astype(np.float64)
+            return _checked(np.load(path, allow_pickle=False).astype(np.float64), len(numbers))
         except (ValueError, EOFError) as error:
             say(f"features of the map: {path} is damaged ({error}), and they are computed again")
     rows = splits.scored.select(numbers)

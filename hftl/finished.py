@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from packaging.version import Version
 
 from hftl import __version__
@@ -14,6 +17,9 @@ from hftl.answers import Answers, read_answers
 from hftl.errors import UsageError
 from hftl.folder import FOUND_IN_DATA, LOGS, METRICS, PREDICTIONS, RECIPE, REPLACED, read_json, scored_split
 from hftl.yaml_files import read_yaml
+
+#: of an accuracy that is computed anew in another precision, or on another machine
+_SAME = 0.01
 
 
 class Finished:
@@ -62,15 +68,49 @@ class Finished:
             raise UsageError(f"{str(path)!r} is damaged ({error}). Remove it: `hftl report` does without.") from error
         return found
 
+    @property
+    def scores(self) -> dict[str, float]:
+        """Those of `scored_split`."""
+        return self.metrics[self.scored_split]
+
     @functools.cached_property
     def answers(self) -> Answers:
         """What the run says of every row of `scored_split`.
 
         Raises:
-            UsageError: as `read_answers`.
+            UsageError: as `read_answers`, or they are not what metrics.json has the scores of.
         """
         counts = self.found_in_data["rows"].get(self.scored_split)
-        return read_answers(self.folder / PREDICTIONS, self.label_names, sum(counts.values()) if counts else None)
+        path = self.folder / PREDICTIONS
+        answers = read_answers(path, self.label_names, sum(counts.values()) if counts else None)
+        found, scored = float(answers.correct.mean()), self.scores["accuracy"]
+        if abs(found - scored) > max(_SAME, 2 / len(answers.ids)):
+            raise UsageError(
+                f"{str(path)!r} does not fit {METRICS}: it has an accuracy of {found:.4f}, and the run {scored:.4f}. "
+                "Remove it, and `hftl report` makes it anew, where the run's data are at hand."
+            )
+        return answers
+
+    @property
+    def deviation(self) -> float:
+        """By how much the accuracy of predictions.csv differs from that of the scores: it may have been made anew."""
+        return round(float(self.answers.correct.mean()) - self.scores["accuracy"], 6)
+
+
+@contextlib.contextmanager
+def explained_damage(folder: str | Path) -> Iterator[None]:
+    """Say of a run whose files hold other things than they should that it is damaged.
+
+    Raises:
+        UsageError: as said.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, TemplateError) as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UsageError(
+            f"The run in {str(folder)!r} is damaged: its files hold other things than a run's ({what})."
+        ) from error
 
 
 def find_run(folder: str | Path) -> Finished:

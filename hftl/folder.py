@@ -321,8 +321,15 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def publish(folder: Path) -> None:
@@ -425,8 +432,16 @@ _DISK_ERRORS = {
     errno.EFBIG: "a file may not grow so large",
     errno.EROFS: "the disk is read-only",
     errno.EACCES: "writing there is not allowed",
+    errno.EISDIR: "there is a folder in the place of a file",
+    errno.ENOTDIR: "there is a file in the place of a folder",
+    errno.EEXIST: "something of that name is there",
 }
 
+
+_OTHERWISE = {
+    (errno.EROFS, errno.EACCES): "Allow it, or name another folder",
+    (errno.EISDIR, errno.ENOTDIR, errno.EEXIST): "Move it away",
+}
 
 #: torch's zip writer only says that it wrote less than it wanted, or stands elsewhere
 _TORCH_ERRORS = ("PytorchStreamWriter failed writing", "unexpected pos")
@@ -447,8 +462,11 @@ def explained_disk_errors(folder: Path) -> Iterator[None]:
         if reason is None:
             raise
         resume = " with --resume added" if (folder / CHECKPOINTS / RECIPE).is_file() else ""
+        advice = next(
+            (advice for kinds, advice in _OTHERWISE.items() if reason in map(_DISK_ERRORS.get, kinds)), "Make room"
+        )
         raise DiskError(
-            f"Cannot write to {str(folder)!r}: {reason}. Make room, then repeat the command{resume}."
+            f"Cannot write to {str(folder)!r}: {reason}. {advice}, then repeat the command{resume}."
         ) from error
     finally:
         threading.excepthook = hook

@@ -40,8 +40,7 @@ class KnownRows:
 
     def __init__(self, run: Run, splits: Splits | None) -> None:
         """Compare the data with those that the run was scored on."""
-        same = splits is not None and run.found_in_data.get("scored") == splits.scored_digest
-        self.run, self.splits = run, splits if same else None
+        self.run, self.splits = run, splits if splits is not None and _are_of(run, splits) else None
         ids = [] if self.splits is None else self.splits.scored["id"][:]
         self.places = {visible(row): place for place, row in enumerate(ids)}
 
@@ -50,6 +49,18 @@ class KnownRows:
         if self.splits is None or row not in self.places:
             return Shown()
         return self.run.task.shown(self.splits.scored[self.places[row]], *explained)
+
+
+def _are_of(run: Run, splits: Splits) -> bool:
+    """Whether the data are those that a run was scored on: by their content, or where it has not kept that, by rows."""
+    digest = run.found_in_data.get("scored")
+    if digest is not None:
+        return digest == splits.scored_digest
+    if not (run.folder / PREDICTIONS).is_file():
+        return True  # the answers to be made have to fit the scores
+    labels = dict(zip(map(visible, splits.scored["id"][:]), splits.scored["label"][:], strict=True))
+    answers = run.answers
+    return dict(zip(answers.ids, answers.labels.tolist(), strict=True)) == labels
 
 
 def read_splits(run: Run) -> Splits | None:

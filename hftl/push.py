@@ -31,7 +31,7 @@ from hftl.report import REPORT, render_report
 from hftl.yaml_files import read_yaml
 
 if TYPE_CHECKING:
-    from hftl.run import Run
+    from hftl.finished import Finished
 
 #: what of a run folder goes to the Hub
 _PUSHED = (
@@ -65,7 +65,7 @@ _Answer = TypeVar("_Answer")
 
 
 def push(
-    run: Run,
+    run: Finished,
     repository: str,
     private: bool | None = None,
     token: str | None = None,

@@ -27,6 +27,8 @@ _LINES = 20
 #: curves of single classes
 _MOST_CURVES = charts.COLOURS
 _BINS = 10
+#: of the evaluations, beside the loss of training
+_CURVES = ("eval_loss", "eval_accuracy", "eval_f1_macro")
 
 
 def write_report(run: Finished, examples: Examples | None) -> Path:
@@ -59,7 +61,8 @@ def render_report(run: Finished, examples: Examples | None, shared: bool = False
         split=split,
         rows=len(answers.ids),
         at_hand=examples is not None,
-        scores=run.metrics[split],
+        scores=run.scores,
+        deviation=run.deviation,
         interval=share_interval(int(answers.correct.sum()), len(answers.ids)),
         metrics=run.metrics,
         training=train,
@@ -67,7 +70,7 @@ def render_report(run: Finished, examples: Examples | None, shared: bool = False
         curves=_training_curves(run.folder / LOGS / "log.jsonl"),
         data=run.found_in_data,
         shared=shared,
-        classes=_classes(run.metrics[split], answers, names),
+        classes=_classes(run.scores, answers, names),
         confusion=_confusion(answers, names),
         reliability=_reliability(answers),
         ranking=_ranking_curves(answers, names),
@@ -89,7 +92,7 @@ def _training_curves(path: Path) -> dict[str, Any]:
         if entry["stage"] != stage:
             offset, stage = offset + last, entry["stage"]
         last = entry["step"]
-        for name in ("loss", "eval_loss", "eval_accuracy", "eval_f1_macro"):
+        for name in ("loss", *_CURVES):
             if name in entry and math.isfinite(entry[name]):
                 xs, ys = points.setdefault(name, ([], []))
                 xs.append(offset + last)
@@ -120,7 +123,16 @@ def _log_entries(path: Path) -> list[dict[str, Any]]:
         try:
             entry = json.loads(line)
             key = entry["stage"], entry["step"], "eval_loss" in entry
-        except (ValueError, KeyError, TypeError):  # cut by a crash, or of another program
+            numbers = [entry.get(name, 0) for name in ("step", "loss", *_CURVES)]
+            if not isinstance(entry["stage"], str) or not all(isinstance(value, int | float) for value in numbers):
+                continue
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ):  # cut by a crash, or of another program
             continue
         kept.setdefault(key, entry)  # the same, bit for bit
     return list(kept.values())

@@ -278,6 +278,12 @@ def test_it_can_be_made_anew(place: Path, image_run: Path) -> None:
         ("logs/data.json", lambda text: text[:9], "data.json' is damaged"),
         ("logs/data.json", lambda text: "{}", "data.json' is damaged (it names no rows)"),
         (RECIPE, lambda text: re.sub(r"(?m)^seed: .*$", "seed: much", text), "its recipe.yaml cannot be used"),
+        ("logs/data.json", lambda text: '{"rows": {"test": [1]}}', "its files hold other things than a run's"),
+        ("logs/data.json", lambda text: "[" * 100_000, "data.json' is damaged (it is nested too deeply)"),
+        ("predictions.csv", lambda text: re.sub(r"0\.\d+,0\.\d+,", "-0.5,1.5,", text, count=1), "probabilit"),
+        ("predictions.csv", lambda text: re.sub(r"(?m),(\w+),\w+,0", r",\1,\1,0", text), "does not fit metrics.json"),
+        ("metrics.json", lambda text: re.sub('"stages"', '"stagse"', text), "hold other things than a run's (KeyError"),
+        ("metrics.json", lambda text: re.sub('"hftl": "[^"]*"', '"hftl": "new"', text), "(InvalidVersion"),
         ("metrics.json", lambda text: "{}", "its metrics.json has no 'train'"),
         ("metrics.json", lambda text: text[:-9], "its metrics.json is no JSON"),
         ("metrics.json", lambda text: re.sub('"hftl": "[^"]*"', '"hftl": "99.1.0"', text), "made by hftl 99.1.0"),
@@ -501,6 +507,12 @@ def test_what_is_derived_may_be_damaged(place: Path, image_run: Path) -> None:
         json.dumps({**content, "mistakes": content["mistakes"][1:]}),
         json.dumps({**content, "map": {**content["map"], "numbers": [99] * len(content["map"]["numbers"])}}),
         json.dumps({**content, "map": {**content["map"], "pure": float("nan")}}),
+        json.dumps({**content, "map": {**content["map"], "pure": 10**400}}),
+        json.dumps({**content, "map": {**content["map"], "points": [[1e308, 0.0]] * 15}}),
+        json.dumps({**content, "map": {**content["map"], "numbers": [], "points": []}}),
+        whole.replace('"the picture"', '"\\ud800"'),
+        whole + " " * 3_000_000,
+        "[" * 100_000,
         "[]",
     ):
         kept.write_text(hostile)
@@ -510,6 +522,40 @@ def test_what_is_derived_may_be_damaged(place: Path, image_run: Path) -> None:
         assert kept.read_text() == whole
     assert "features-test.npy is damaged" in done.stdout
     assert "computed again" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_run_that_has_not_kept_what_it_found(place: Path, image_run: Path) -> None:
+    """As one of the Hub: its data are told by their rows, and without answers by the scores of new ones."""
+    copy = Path(shutil.copytree(image_run, place / "bare", ignore=shutil.ignore_patterns("logs")))
+    for missing in ((), ("predictions.csv",)):
+        for name in missing:
+            (copy / name).unlink()
+        done = run_command(["report", "bare"], place)
+        assert done.returncode == 0, done.stderr
+        page = Page(copy / "report.html")
+        assert page.count("img") > 6
+        assert "What was found in the data is not known" in page.text
+        shutil.rmtree(copy / "logs")
+    labels = (copy / "predictions.csv").read_text()
+    (copy / "predictions.csv").write_text(re.sub(r"(?m)^test/red/0\.png", "test/red/00.png", labels))
+    done = run_command(["report", "bare"], place)
+    assert "or have changed since" in Page(copy / "report.html").text
+    (copy / "recipe.yaml").write_text((copy / "recipe.yaml").read_text().replace("image-cl", "my-cl"))
+    done = run_command(["report", "bare"], place)
+    assert (done.returncode, "no examples are shown: the task my-classification" in done.stdout) == (0, True)
+    done = run_command(["compare", "image", "bare", "--output", "both.html"], place)
+    assert "right where image is wrong" in done.stdout, done.stderr
+
+
+def test_answers_made_anew_may_differ_a_little(place: Path, image_run: Path) -> None:
+    """Which the page says; more than that is no answer of this run."""
+    copy = Path(shutil.copytree(image_run, place / "near", dirs_exist_ok=True))
+    metrics = json.loads((copy / "metrics.json").read_text())
+    metrics["test"]["accuracy"] += 1 / 15
+    (copy / "metrics.json").write_text(json.dumps(metrics))
+    assert run_command(["report", "near"], place).returncode == 0
+    assert "predicted anew, with -6.7 points of accuracy" in Page(copy / "report.html").text
 
 
 @pytest.mark.slow

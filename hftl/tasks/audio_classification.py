@@ -81,7 +81,7 @@ bands = extractor(wave, sampling_rate=rate, max_length={samples}, return_tensors
 pixels = interpolate(bands[:, None], size=({height}, {width}), mode="bilinear", antialias=True).expand(-1, 3, -1, -1)
 print(model(pixel_values=pixels).logits.softmax(-1), model.config.id2label)"""
 #: seconds of a sound in a report
-_HEARD = 3.0
+_HEARD = 2.0
 
 
 class AudioClassification(ClassificationTask):
