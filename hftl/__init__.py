@@ -37,6 +37,8 @@ _PUBLIC = {
     "TransferArguments": "hftl.arguments",
     "TransferTrainer": "hftl.trainer",
     "UsageError": "hftl.errors",
+    "VideoArguments": "hftl.arguments",
+    "VideoClassification": "hftl.tasks.video_classification",
     "build_plan": "hftl.methods",
     "finetune": "hftl.cli",
     "fit": "hftl.fitting",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
         ImageTextArguments,
         TextArguments,
         TransferArguments,
+        VideoArguments,
         parse,
     )
     from hftl.cli import finetune
@@ -66,6 +69,7 @@ if TYPE_CHECKING:
     from hftl.tasks.image_classification import ImageClassification
     from hftl.tasks.image_text_classification import ImageTextClassification
     from hftl.tasks.text_classification import TextClassification
+    from hftl.tasks.video_classification import VideoClassification
     from hftl.trainer import TransferTrainer
 
 __all__ = ["__version__", "launch", *_PUBLIC]

@@ -405,6 +405,25 @@ class AudioArguments(TransferArguments):
 
 
 @dataclass
+class VideoArguments(TransferArguments):
+    """Arguments of video tasks."""
+
+    task: str = _argument("video-classification", "Name of the task.")
+    video_column: str | None = _argument(None, "Column of the videos (guessed when not given).")
+    frames: int | None = _argument(
+        None, "Frames that the model reads of a video, over all of it (default: the model's own)."
+    )
+    image_size: int | None = _argument(None, "Side of the square frames in pixels (default: the model's own).")
+    augmentation: str = _argument(
+        "light",
+        "light: frames at random places of their parts, and one random crop of all; strong: RandAugment too.",
+        choices=("none", "light", "strong"),
+    )
+    # Where something moves to is often what is asked.
+    horizontal_flip: bool = _argument(False, "Mirror training videos at random; not where directions matter.")
+
+
+@dataclass
 class TextArguments(TransferArguments):
     """Arguments of text tasks."""
 

@@ -210,10 +210,11 @@ def pooling_layer(model: nn.Module) -> tuple[str, ...]:
 
 
 def is_convolutional(model: nn.Module) -> bool:
-    """Whether most blocks after the first hold a 2-d convolution: ResNet, EfficientNet and ConvNeXt yes, ViT no.
+    """Whether most blocks after the first hold a 2-d or 3-d convolution: ResNet, R3D and ConvNeXt yes, ViT no.
 
     Blocks are counted and not layers or weights: by those a ConvNeXt, whose pointwise convolutions are linear layers,
-    would be none. The stem does not count, since a ViT's patch embedding is a convolution.
+    would be none. The stem does not count, since a ViT's patch embedding is a convolution; nor do 3-d convolutions of
+    single channels, by which MViT pools its tokens.
 
     Raises:
         UsageError: as `structure`.
@@ -223,14 +224,14 @@ def is_convolutional(model: nn.Module) -> bool:
     convolutions = {
         path
         for name, module in without_adapters(model).named_modules()
-        if isinstance(module, nn.Conv2d)
+        if isinstance(module, nn.Conv2d) or (isinstance(module, nn.Conv3d) and module.groups == 1)
         for path in _paths(_strip(name))
     }
     return sum(any(prefix in convolutions for prefix in block) for block in counted) > len(counted) / 2
 
 
 def to_channels_last(model: nn.Module) -> nn.Module:
-    """Lay a convolutional model's weights out in channels_last, which is faster; another model stays as it is.
+    """Lay a convolutional model's weights out with the channels last, which is faster; another model stays as it is.
 
     Layers with an adapter keep the ordinary layout: several types (DoRA, BOFT, HRA) take views of a kernel as a matrix.
     The convolution's output is in channels_last all the same, since its input is.
@@ -242,7 +243,10 @@ def to_channels_last(model: nn.Module) -> nn.Module:
         UsageError: as `structure`.
     """
     if is_convolutional(model):
-        model.to(memory_format=torch.channels_last)
+        for weights in (*model.parameters(), *model.buffers()):
+            layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weights.ndim)
+            if layout is not None:
+                weights.data = weights.data.to(memory_format=layout)
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
                 module.to(memory_format=torch.contiguous_format)
@@ -606,9 +610,9 @@ def _is_normalisation(module: nn.Module) -> bool:
 
 
 def _can_be_adapted(model: nn.Module, name: str, module: nn.Module) -> bool:
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, (nn.Conv2d, nn.Conv3d)):
         # Subclasses that pad or standardise their weights in forward are not what LoRA's pair of convolutions mimics.
-        return type(module).forward is nn.Conv2d.forward
+        return type(module).forward in (nn.Conv2d.forward, nn.Conv3d.forward)
     if isinstance(module, Conv1D):
         return True
     if not isinstance(module, nn.Linear):

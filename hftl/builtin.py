@@ -193,6 +193,41 @@ def captions() -> dict[str, datasets.Dataset]:
     return {"train": part(240), "validation": part(60), "test": part(60)}
 
 
+@functools.cache
+def moving_digits() -> dict[str, datasets.Dataset]:
+    """720 made videos of 16 frames, 40 pixels: scikit-learn's digits that move down, left, right or up.
+
+    They come in again where they go out, and begin anywhere, so that a single frame says nothing.
+    """
+    import datasets
+    import numpy as np
+    from sklearn.datasets import load_digits
+
+    from hftl.video import as_video
+
+    side, frames = 40, 16
+    names = {"down": (1, 0), "left": (0, -1), "right": (0, 1), "up": (-1, 0)}
+    features = datasets.Features({"video": datasets.Video(decode=False), "label": datasets.ClassLabel(names=[*names])})
+    digits = np.kron(load_digits().images * 255 / 16, np.ones((2, 2)))
+    random = np.random.default_rng(0)
+
+    def video(name: str) -> bytes:
+        canvas = np.zeros((side, side))
+        canvas[:16, :16] = digits[random.integers(len(digits))]
+        begin, speed = random.integers(0, side, 2), random.uniform(0.8, 2.0)
+        moments = [begin + np.rint(speed * frame * np.array(names[name])).astype(int) for frame in range(frames)]
+        moved = np.stack([np.roll(canvas, tuple(moment), (0, 1)) for moment in moments])
+        noisy = (moved + random.normal(0, 12, moved.shape)).clip(0, 255).astype(np.uint8)
+        return as_video(np.repeat(noisy[..., None], 3, axis=-1))
+
+    def part(count: int) -> datasets.Dataset:
+        rows = [(name, number) for number in range(count) for name in names]
+        videos = [{"bytes": video(name), "path": f"{name}-{number}.mkv"} for name, number in rows]
+        return datasets.Dataset.from_dict({"video": videos, "label": [name for name, _ in rows]}, features=features)
+
+    return {"train": part(120), "validation": part(30), "test": part(30)}
+
+
 def movie_snippets() -> dict[str, datasets.Dataset]:
     """Sentences of movie reviews, positive or negative: 10,070 rows, split 80/10/10 by a hash of the text."""
     import datasets
@@ -388,6 +423,7 @@ BUILTIN_DATASETS: dict[str, Callable[[], dict[str, datasets.Dataset]]] = {
     "movie-snippets": movie_snippets,
     "captions": captions,
     "pitches": pitches,
+    "moving-digits": moving_digits,
 }
 BUILTIN_MODELS: dict[str, Callable[[], Path]] = {
     "efficientnet_lite0": functools.partial(efficientnet_lite, 0),

@@ -8,7 +8,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from hftl.arguments import AudioArguments, ImageTextArguments, flag_names
+from hftl.arguments import AudioArguments, ImageTextArguments, VideoArguments, flag_names
 from hftl.methods import METHODS
 from hftl.methods.adapters import SHORT_NAMES
 from hftl.tasks import TASKS
@@ -81,7 +81,7 @@ def _flags_of(command: Callable[[list[str]], object]) -> list[str]:
 
 def _flags() -> tuple[list[str], Mapping[str, Sequence[str]]]:
     """The flags of all tasks, and the values of those that have a few."""
-    classes = (AudioArguments, ImageTextArguments)  # which has those of images and texts
+    classes = (AudioArguments, VideoArguments, ImageTextArguments)  # which has those of images and texts
     names = sorted({name for one in classes for name in flag_names(one)} | {"config"})
     values: dict[str, Sequence[str]] = {"method": [*METHODS, *SHORT_NAMES]}
     for item in (item for one in classes for item in dataclasses.fields(one)):

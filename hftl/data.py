@@ -450,11 +450,17 @@ def _no_tables(folder: Path, modality: Modality) -> UsageError:
             f"{folder} holds no table: {modality.plural} with texts stand in one, such as train.csv with the columns "
             f"{modality.name}, text and label"
         )
+    otherwise = f"{folder} holds no table: a text task reads {_suffixes(TABLE_SUFFIXES)}, such as train.csv"
+    return _of_another_task(folder, modality) or UsageError(otherwise)
+
+
+def _of_another_task(folder: Path, modality: Modality) -> UsageError | None:
+    """What to use for a folder whose files are of another kind; None where they are not."""
     for path in folder.rglob("*"):
         for task, kind in FILES.items():
-            if kind.names_file(path):
-                return UsageError(f"{folder} holds {kind.plural}, not texts: use {_with_recipe(task)}")
-    return UsageError(f"{folder} holds no table: a text task reads {_suffixes(TABLE_SUFFIXES)}, such as train.csv")
+            if kind is not modality and kind.names_file(path):
+                return UsageError(f"{folder} holds {kind.plural}, not {modality.plural}: use {_with_recipe(task)}")
+    return None
 
 
 def _with_recipe(task: str) -> str:
@@ -651,7 +657,8 @@ def _read_class_folders(folder: Path, whole: Path, modality: Modality, root: str
     if not columns[name]:
         direct = any(modality.names_file(file) for file in files)
         there = f"{plural} but no class folders" if direct else f"no {plural} in class folders"
-        raise UsageError(f"{folder} holds {there}: put the {plural} of each class into a folder named after it")
+        otherwise = f"{folder} holds {there}: put the {plural} of each class into a folder named after it"
+        raise (None if direct else _of_another_task(folder, modality)) or UsageError(otherwise)
     start = os.path.abspath(whole)
     ids = [Path(os.path.relpath(file, start)).as_posix() for file in columns[name]]
     return _Rows(str(folder), columns, ids, folder=folder, class_folders=True, skipped=skipped)

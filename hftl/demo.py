@@ -10,7 +10,7 @@ from hftl import pages
 from hftl.errors import UsageError
 from hftl.folder import say
 from hftl.inert import in_markdown, visible
-from hftl.modality import AUDIO, IMAGE, IMAGE_TEXT, TEXT
+from hftl.modality import AUDIO, IMAGE, IMAGE_TEXT, TEXT, VIDEO
 from hftl.run import Run, load_run
 
 #: classes whose probabilities are shown
@@ -74,6 +74,8 @@ def build(run: Run) -> Any:
         inputs = [_picture(), gradio.Textbox(lines=4, label="Text")]
     elif run.task.modality is AUDIO:
         inputs = [gradio.Audio(type="numpy", label="Recording")]
+    elif run.task.modality is VIDEO:
+        inputs = [gradio.Video(label="Video")]
     elif run.task.modality is TEXT:
         inputs = [gradio.Textbox(lines=4, label="Text")]
         if getattr(run.task.arguments, "text_pair_column", None):

@@ -12,6 +12,7 @@ import datasets
 
 from hftl.audio import audio_problem
 from hftl.images import image_problem
+from hftl.video import video_problem
 
 
 def is_missing(value: Any) -> bool:
@@ -75,6 +76,14 @@ AUDIO = Modality(
     ("audio", "sound", "speech", "recording", *_PATHS, "audio_path", "audio_file", "clip", "wav"),
     audio_problem, datasets.Audio, '"recording.wav"',
 )
+VIDEO = Modality(
+    "video", "videos",
+    frozenset({
+        ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv", ".ts", ".mts",
+    }),
+    ("video", "clip", "movie", *_PATHS, "video_path", "video_file"),
+    video_problem, datasets.Video, '"video.mp4"',
+)
 TEXT = Modality(
     "text", "texts",
     columns=(
@@ -93,4 +102,4 @@ IMAGE_TEXT = dataclasses.replace(
 )
 
 #: the kinds that files are recognised by, whatever the task, with the task that reads them
-FILES = {"image-classification": IMAGE, "audio-classification": AUDIO}
+FILES = {"image-classification": IMAGE, "audio-classification": AUDIO, "video-classification": VIDEO}

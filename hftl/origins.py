@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -59,7 +60,7 @@ _HALF = (0.5, 0.5, 0.5)
 
 
 def torchvision_model(name: str) -> str:
-    """A folder with torchvision's own weights in timm's architecture, of which the answers are the same.
+    """A folder with torchvision's own weights: of pictures in timm's architecture, which gives the same answers.
 
     Args:
         name: `resnet50`, or with one of its sets of weights `resnet50:IMAGENET1K_V1`; by default torchvision's own
@@ -70,13 +71,15 @@ def torchvision_model(name: str) -> str:
     """
     from torchvision import models
 
+    from hftl import video_models
+
     architecture, _, tag = name.partition(":")
-    if architecture not in TORCHVISION:
+    if architecture not in {**TORCHVISION, **video_models.TORCHVISION}:
         there = architecture in models.list_models()
         why = "timm does not have its layers, which hftl saves models in." if there else "there is no such model."
         raise UsageError(
             f"--model torchvision:{architecture}: {why}{did_you_mean(architecture, TORCHVISION)} There are: "
-            f"{', '.join(TORCHVISION)}."
+            f"{', '.join(TORCHVISION)}; of videos {', '.join(video_models.TORCHVISION)}."
         )
     sets: Any = models.get_model_weights(architecture)
     if tag and tag not in sets.__members__:
@@ -85,7 +88,8 @@ def torchvision_model(name: str) -> str:
             f"{', '.join(sets.__members__)}."
         )
     weights = sets[tag] if tag else sets.DEFAULT
-    write: Callable[[Path], None] = functools.partial(_write_torchvision, architecture, weights)
+    kind = _write_video if architecture in video_models.TORCHVISION else _write_torchvision
+    write: Callable[[Path], None] = functools.partial(kind, architecture, weights)
     with explained_cache(f"torchvision:{name}"):
         return str(made_once(f"torchvision-{architecture}-{weights.name}", write))
 
@@ -93,15 +97,9 @@ def torchvision_model(name: str) -> str:
 def _write_torchvision(architecture: str, weights: Any, folder: Path) -> None:
     from torchvision import models
 
-    say(f"model: {weights.url} is fetched, {weights.meta['_file_size']:,.0f} MB")
-    try:
+    with _explained_fetch(f"torchvision:{architecture}", weights.url):
         weights.get_state_dict(check_hash=True, weights_only=True)  # else torchvision would read any pickle
         theirs = models.get_model(architecture, weights=weights).eval()
-    # No connection; no room; a file that is not what it was.
-    except (URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UsageError(
-            f"--model torchvision:{architecture}: {weights.url} cannot be fetched: {load_reason(error)}"
-        ) from error
     preset = weights.transforms()
     mean, std = preset.mean, preset.std
     ours = TORCHVISION[architecture]
@@ -127,6 +125,50 @@ def _write_torchvision(architecture: str, weights: Any, folder: Path) -> None:
         interpolation=preset.interpolation.value,
         tag=weights.name.lower(),
     )
+
+
+def _write_video(architecture: str, weights: Any, folder: Path) -> None:
+    from hftl import video_models
+
+    with _explained_fetch(f"torchvision:{architecture}", weights.url):
+        state = weights.get_state_dict(check_hash=True, weights_only=True)
+    preset = weights.transforms()
+    video_models.write_checkpoint(architecture, state, folder, int(preset.resize_size[0]))
+
+
+def pytorchvideo_model(name: str) -> str:
+    """A folder with PyTorchVideo's own weights of a network.
+
+    Raises:
+        UsageError: there is no such network, the package is not installed, or they cannot be downloaded.
+    """
+    from hftl import video_models
+
+    known = video_models.PYTORCHVIDEO
+    if name not in known:
+        raise UsageError(
+            f"--model pytorchvideo:{name}: there is no such model.{did_you_mean(name, known)} There are: "
+            f"{', '.join(known)}."
+        )
+    address = video_models.pytorchvideo_address(name)
+
+    def write(folder: Path) -> None:
+        with _explained_fetch(f"pytorchvideo:{name}", address):
+            state = torch.hub.load_state_dict_from_url(address, map_location="cpu", weights_only=True)["model_state"]
+        video_models.write_checkpoint(name, state, folder)
+
+    with explained_cache(f"pytorchvideo:{name}"):
+        return str(made_once(f"pytorchvideo-{name}", write))
+
+
+@contextlib.contextmanager
+def _explained_fetch(name: str, address: str) -> Iterator[None]:
+    """Say what is fetched, and why it could not be: no connection; no room; a file that is not what it was."""
+    say(f"model: {address} is fetched")
+    try:
+        yield
+    except (URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UsageError(f"--model {name}: {address} cannot be fetched: {load_reason(error)}") from error
 
 
 def _differs(architecture: str, how: str) -> UsageError:

@@ -51,18 +51,18 @@ def find_model(name: str | None) -> str:
     """
     if not name:
         raise UsageError(
-            "--model is missing: name a Hub id, a local folder, builtin:NAME, torchvision:NAME, keras:NAME or "
-            "random:ARCH."
+            "--model is missing: name a Hub id, a local folder, builtin:NAME, torchvision:NAME, pytorchvideo:NAME, "
+            "keras:NAME or random:ARCH."
         )
     if name.startswith("builtin:"):
         from hftl.builtin import builtin_model
 
         return str(builtin_model(name.partition(":")[2]))
-    if name.startswith(("torchvision:", "keras:")):
+    if name.startswith(("torchvision:", "pytorchvideo:", "keras:")):
         from hftl import origins
 
         library, _, model = name.partition(":")
-        return origins.torchvision_model(model) if library == "torchvision" else origins.keras_model(model)
+        return getattr(origins, f"{library}_model")(model)
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path):
         if (path / "adapter_config.json").is_file():
@@ -123,7 +123,7 @@ def explained_load(name: str, auto_class: type) -> Iterator[None]:
 
 def _kind(auto_class: Any) -> tuple[str, str]:
     """What the models of an Auto class are for, and an architecture among them."""
-    kinds = {"Image": ("images", "vit"), "Audio": ("recordings", "wav2vec2")}
+    kinds = {"Image": ("images", "vit"), "Audio": ("recordings", "wav2vec2"), "Video": ("videos", "videomae")}
     return next((kinds[word] for word in kinds if word in auto_class.__name__), ("texts", "bert"))
 
 

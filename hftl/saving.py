@@ -104,7 +104,7 @@ def save_checked(task: ClassificationTask, model: Any, batch: dict[str, torch.Te
         kind = "saving"
     loaded = load_saved(task.auto_class, target, task.arguments.trust_remote_code)
     task.save_processor(target)
-    difference = _difference(loaded.to(device).eval(), batch, expected)
+    difference = _difference(backbones.to_channels_last(loaded.to(device).eval()), batch, expected)
     if not difference <= _TOLERANCE[kind]:
         raise RuntimeError(
             f"The saved model gives other logits than the trained one (difference {difference:.3g} of the largest, "

@@ -25,6 +25,7 @@ _CLASSES = {
     "TransferArguments": "All tasks",
     "ImageArguments": "Image tasks",
     "AudioArguments": "Audio tasks",
+    "VideoArguments": "Video tasks",
     "TextArguments": "Text tasks",
     "ImageTextArguments": "Image-text tasks, beside those of image and text tasks",
 }

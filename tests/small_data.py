@@ -77,3 +77,20 @@ def write_sounds(folder: Path, splits: dict[str, int], rate: int = 8_000) -> Pat
                 wave = 0.3 * np.sin(2 * np.pi * pitch * random.uniform(0.9, 1.1) * moments)
                 soundfile.write(place / f"{index}.wav", wave + random.normal(0, 0.02, len(wave)), rate)
     return folder
+
+
+def write_videos(folder: Path, splits: dict[str, int], side: int = 24, frames: int = 6) -> Path:
+    """Class folders of a square that moves to the left or to the right: `splits` gives videos a class."""
+    from hftl.video import as_video
+
+    random = np.random.default_rng(0)
+    for split, count in splits.items():
+        for name, way in {"left": -3, "right": 3}.items():
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for index in range(count):
+                picture = random.normal(40, 10, (side, side, 3))
+                picture[8:16, 8:16] = random.uniform(120, 220, 3)
+                moved = [np.roll(picture, (int(random.integers(3)), way * frame), (0, 1)) for frame in range(frames)]
+                (place / f"{index}.mkv").write_bytes(as_video(np.stack(moved).clip(0, 255).astype(np.uint8)))
+    return folder

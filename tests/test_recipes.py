@@ -34,7 +34,8 @@ def _short_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def small_flags(task: str, method: str) -> list[str]:
-    flags = [*SMALL, "--image_size=64"] if task.startswith("image") else SMALL
+    sizes = {"image": ["--image_size=64"], "video": ["--image_size=32", "--frames=4"]}
+    flags = [*SMALL, *sizes.get(task.partition("-")[0], [])]
     return [flag for flag in flags if method != "auto" or "num_train_epochs" not in flag]
 
 

@@ -127,6 +127,18 @@ _AUDIO_SETTINGS: dict[str, dict[str, Any]] = {
     "AST": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
     | {"max_length": 32, "num_mel_bins": 32},
 }
+_VIDEO: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "patch_size": 8,
+}
+_VIDEO_SETTINGS: dict[str, dict[str, Any]] = {
+    "VideoMAE": _VIDEO,
+    "Timesformer": _VIDEO,
+    "Vivit": {**_VIDEO, "tubelet_size": [2, 8, 8]},
+}
 _TEXT_SETTINGS: dict[str, dict[str, Any]] = {
     "Bert": _TEXT,
     "Roberta": _TEXT | {"pad_token_id": 1, "max_position_embeddings": 66},
@@ -154,7 +166,7 @@ def transformers_model(kind: str) -> PreTrainedModel:
 
 
 def _config(kind: str, **settings: Any) -> transformers.PreTrainedConfig:
-    own = (_IMAGE_SETTINGS | _AUDIO_SETTINGS | _TEXT_SETTINGS)[kind]
+    own = (_IMAGE_SETTINGS | _AUDIO_SETTINGS | _VIDEO_SETTINGS | _TEXT_SETTINGS)[kind]
     return getattr(transformers, f"{kind}Config")(**own, **settings)
 
 
@@ -314,4 +326,15 @@ def write_tiny_image_model(folder: str | Path, kind: str = "vit") -> Path:
     else:
         processor = transformers.ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.875)
     processor.save_pretrained(folder)
+    return Path(folder)
+
+
+def write_tiny_video_model(folder: str | Path, kind: str = "VideoMAE", frames: int = 4, side: int = 32) -> Path:
+    """A checkpoint of a transformer for videos, with its image processor."""
+    labels = {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
+    config = _config(kind, image_size=side, num_frames=frames, **labels)
+    transformers.set_seed(0)
+    transformers.AutoModelForVideoClassification.from_config(config).save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    transformers.VideoMAEImageProcessor(**sizes).save_pretrained(folder)
     return Path(folder)

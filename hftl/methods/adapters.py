@@ -61,7 +61,7 @@ TYPES = {
     "LN_TUNING": AdapterType(frozenset({"normalisation"})),
     "LOHA": AdapterType(_LINEAR | _CONVOLUTIONS | {"grouped convolution"}),
     "LOKR": AdapterType(_LINEAR | _CONVOLUTIONS | {"grouped convolution"}),
-    "LORA": AdapterType(_LINEAR_OR_CONV1D | _CONVOLUTIONS),
+    "LORA": AdapterType(_LINEAR_OR_CONV1D | _CONVOLUTIONS | {"3-d convolution"}),
     "MISS": AdapterType(_LINEAR),
     # Of other convolutions it forgets the padding.
     "OFT": AdapterType(_LINEAR | {"pointwise convolution"}),
@@ -251,6 +251,10 @@ def _kind(module: nn.Module) -> str | None:
         if module.groups > 1:
             return "grouped convolution"
         return "pointwise convolution" if module.kernel_size == (1, 1) else "convolution"
+    if isinstance(module, nn.Conv3d):
+        # PEFT merges no kernel of 1 x 1 x 1: it takes it for one of two dimensions.
+        kind = "pointwise 3-d convolution" if module.kernel_size[:2] == (1, 1) else "3-d convolution"
+        return f"grouped {kind}" if module.groups > 1 else kind
     if isinstance(module, Conv1D):
         return "Conv1D"
     return "linear" if isinstance(module, nn.Linear) else None

@@ -18,6 +18,7 @@ TASKS = {
         "ImageTextClassification",
         "image_text_classification",
     ),
+    "video-classification": ("hftl.tasks.video_classification", "VideoClassification", "video_classification"),
     "text-classification": ("hftl.tasks.text_classification", "TextClassification", "text_classification"),
 }
 
