@@ -57,8 +57,8 @@ class TransferArguments(TrainingArguments):
     # Model
     model_name_or_path: str | None = _argument(
         None,
-        "Hub id, local folder, builtin:NAME, torchvision:NAME, keras:NAME, or random:ARCH for a model that is not "
-        "pretrained.",
+        "Hub id, local folder, builtin:NAME, torchvision:NAME, pytorchvideo:NAME, keras:NAME, or random:ARCH for a "
+        "model that is not pretrained.",
         "--model",
     )
     model_revision: str = _argument("main", "Branch, tag or commit of the model on the Hub.")
@@ -819,7 +819,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
             "per_device_eval_batch_size", "gradient_accumulation_steps", "eval_accumulation_steps",
             "max_train_samples", "max_eval_samples", "shots", "repeats", "soup_runs", "learning_rate",
             "head_learning_rate", "lora_r", "lora_alpha", "lora_blocks", "lora_plus_ratio", "reinit_blocks", "mixup",
-            "cutmix", "feature_views", "feature_layers", "feature_cache_gb", "image_size", "image_cache_gb",
+            "cutmix", "feature_views", "feature_layers", "feature_cache_gb", "frames", "image_size", "image_cache_gb",
             "max_length", "clip_seconds", "early_stopping_patience",
         ),
         lambda value: value > 0,

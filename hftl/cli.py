@@ -338,7 +338,9 @@ def _rank(argv: list[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--task", required=True, choices=tuple(TASKS))
-    parser.add_argument("--models", required=True, nargs="+", metavar="MODEL", help="as --model; for images MODEL@SIDE")
+    parser.add_argument(
+        "--models", required=True, nargs="+", metavar="MODEL", help="as --model; for images and videos MODEL@SIDE"
+    )
     parser.add_argument("--by", default="logme", choices=("logme", "probe", "h_score", "transrate", "leep", "nce"))
     parser.add_argument("--output", help="CSV file to write, beside the table that is printed")
     options, rest = parser.parse_known_args(argv)
@@ -429,20 +431,24 @@ def _report(argv: list[str]) -> None:
     from hftl.folder import PREDICTIONS
     from hftl.report import write_report
 
-    with explained_damage(options.run):
-        run = find_run(options.run)
-        there = (run.folder / PREDICTIONS).is_file()
+    run = find_run(options.run)
+    there = (run.folder / PREDICTIONS).is_file()
+    with explained_damage(run.folder):
         examples = read_examples(run) if there else None
-        if examples is None and there and run.task_name not in TASKS:
-            print(f"no examples are shown: the task {run.task_name} is of a recipe of its own, which makes the report")
-        elif examples is None:
-            with quick_imports():
-                from hftl.known_rows import look, read_splits
-                from hftl.run import load_run
+    if examples is None and there and run.task_name not in TASKS:
+        print(f"no examples are shown: the task {run.task_name} is of a recipe of its own, which makes the report")
+    elif examples is None:
+        with quick_imports():
+            from hftl.known_rows import look, read_splits
+            from hftl.run import load_run
 
-            loaded = load_run(options.run, trust_remote_code=options.trust_remote_code)
-            examples = look(loaded, read_splits(loaded))
-        print(without_home(f"written to {write_report(run, examples)}"))
+        loaded = load_run(options.run, trust_remote_code=options.trust_remote_code)
+        with explained_damage(run.folder):
+            loaded.metrics, loaded.found_in_data  # noqa: B018 - what is damaged is told before work begins
+        examples = look(loaded, read_splits(loaded))
+    with explained_damage(run.folder):
+        path = write_report(run, examples)
+    print(without_home(f"written to {path}"))
 
 
 def _compare(argv: list[str]) -> None:
@@ -481,18 +487,17 @@ def _push(argv: list[str]) -> None:
     _add_trust(parser)
     options = parser.parse_args(argv)
     check_name(options.repository)
-    from hftl.finished import explained_damage, find_run
+    from hftl.finished import find_run
 
-    with explained_damage(options.run):
-        run = find_run(options.run)
-        with quick_imports():
-            from hftl.push import push
-            from hftl.run import load_run
+    run = find_run(options.run)
+    with quick_imports():
+        from hftl.push import push
+        from hftl.run import load_run
 
-        if run.task_name in TASKS:  # a recipe of one's own knows what else belongs to it
-            run = load_run(options.run, trust_remote_code=options.trust_remote_code)
-        how = {"private": options.private, "revision": options.revision, "create_pr": options.create_pr}
-        print(push(run, options.repository, **how))
+    if run.task_name in TASKS:  # what is damaged is not pushed; of other tasks only their recipe can tell
+        run = load_run(options.run, trust_remote_code=options.trust_remote_code)
+    how = {"private": options.private, "revision": options.revision, "create_pr": options.create_pr}
+    print(push(run, options.repository, **how))
 
 
 def _completion(argv: list[str]) -> None:

@@ -177,4 +177,8 @@ def write_examples(run: Finished, examples: Examples) -> None:
     """Keep them for `read_examples`."""
     path = run.folder / LOGS / _FILE
     path.parent.mkdir(exist_ok=True)  # a run from the Hub has no logs
-    write_text(path, json.dumps(dataclasses.asdict(examples), ensure_ascii=False))
+    text = json.dumps(dataclasses.asdict(examples), ensure_ascii=False)
+    if len(text) > _LARGEST:
+        say(f"examples: {len(text) / 1e6:.1f} MB are too much to be kept, and are made anew with each report")
+    else:
+        write_text(path, text)

@@ -64,6 +64,8 @@ class Finished:
             found = read_json(path)
             if not isinstance(found, dict) or not isinstance(found.get("rows"), dict):
                 raise ValueError("it names no rows")
+            if not isinstance(found.get("scored"), str | None):
+                raise ValueError("it does not say which rows were scored")
         except ValueError as error:
             raise UsageError(f"{str(path)!r} is damaged ({error}). Remove it: `hftl report` does without.") from error
         return found
@@ -84,7 +86,7 @@ class Finished:
         path = self.folder / PREDICTIONS
         answers = read_answers(path, self.label_names, sum(counts.values()) if counts else None)
         found, scored = float(answers.correct.mean()), self.scores["accuracy"]
-        if abs(found - scored) > max(_SAME, 2 / len(answers.ids)):
+        if not is_near(found, scored, len(answers.ids)):
             raise UsageError(
                 f"{str(path)!r} does not fit {METRICS}: it has an accuracy of {found:.4f}, and the run {scored:.4f}. "
                 "Remove it, and `hftl report` makes it anew, where the run's data are at hand."
@@ -95,6 +97,11 @@ class Finished:
     def deviation(self) -> float:
         """By how much the accuracy of predictions.csv differs from that of the scores: it may have been made anew."""
         return round(float(self.answers.correct.mean()) - self.scores["accuracy"], 6)
+
+
+def is_near(accuracy: float, before: float, rows: int) -> bool:
+    """Whether an accuracy may be the same, computed anew in another precision or on another machine."""
+    return abs(accuracy - before) <= max(_SAME, 2 / rows)
 
 
 @contextlib.contextmanager
@@ -120,6 +127,11 @@ def find_run(folder: str | Path) -> Finished:
         UsageError: the folder holds no finished run, or one of a newer hftl.
     """
     path = Path(os.path.expanduser(folder))
+    with explained_damage(path):
+        return _find_run(path)
+
+
+def _find_run(path: Path) -> Finished:
     for name in (METRICS, RECIPE, "config.json"):
         if not (path / name).is_file():
             state = f"has no {name}" if path.is_dir() else "does not exist"

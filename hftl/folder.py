@@ -439,8 +439,8 @@ _DISK_ERRORS = {
 
 
 _OTHERWISE = {
-    (errno.EROFS, errno.EACCES): "Allow it, or name another folder",
-    (errno.EISDIR, errno.ENOTDIR, errno.EEXIST): "Move it away",
+    **{_DISK_ERRORS[number]: "Allow it, or name another folder" for number in (errno.EROFS, errno.EACCES)},
+    **{_DISK_ERRORS[number]: "Move it away" for number in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)},
 }
 
 #: torch's zip writer only says that it wrote less than it wanted, or stands elsewhere
@@ -462,9 +462,7 @@ def explained_disk_errors(folder: Path) -> Iterator[None]:
         if reason is None:
             raise
         resume = " with --resume added" if (folder / CHECKPOINTS / RECIPE).is_file() else ""
-        advice = next(
-            (advice for kinds, advice in _OTHERWISE.items() if reason in map(_DISK_ERRORS.get, kinds)), "Make room"
-        )
+        advice = _OTHERWISE.get(reason, "Make room")
         raise DiskError(
             f"Cannot write to {str(folder)!r}: {reason}. {advice}, then repeat the command{resume}."
         ) from error

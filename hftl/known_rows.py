@@ -24,6 +24,7 @@ from hftl.examples import (
     write_examples,
 )
 from hftl.feature_map import draw_rows, feature_map, features_of
+from hftl.finished import is_near
 from hftl.folder import PREDICTIONS
 from hftl.inert import visible
 from hftl.run import Run
@@ -118,6 +119,12 @@ def _ensure_answers(known: KnownRows) -> None:
     folder.say(f"{path.name} is missing: {len(splits.scored):,} rows are predicted")
     labels = np.asarray(splits.scored["label"][:])
     logits = run.logits(splits.scored)
+    found, scored = float((logits.argmax(axis=1) == labels).mean()), run.scores["accuracy"]
+    if not is_near(found, scored, len(labels)):
+        raise UsageError(
+            f"{str(run.folder)!r} has no {path.name}, and the data that are there are not those that it was scored on: "
+            f"its accuracy on them is {found:.4f}, and was {scored:.4f}."
+        )
     with folder.explained_disk_errors(run.folder):
         write_answers(path, run.label_names, splits, run.scored_split, logits, labels)
 

@@ -79,7 +79,7 @@ AUDIO = Modality(
 VIDEO = Modality(
     "video", "videos",
     frozenset({
-        ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv", ".ts", ".mts",
+        ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv", ".m2ts",
     }),
     ("video", "clip", "movie", *_PATHS, "video_path", "video_file"),
     video_problem, datasets.Video, '"video.mp4"',

@@ -1,4 +1,4 @@
-"""Pretrained models by the names that other libraries have for them: `torchvision:resnet50`, `keras:EfficientNetB0`."""
+"""Pretrained models by the names of other libraries: `torchvision:resnet50`, `keras:EfficientNetB0`, …"""
 
 from __future__ import annotations
 
@@ -74,11 +74,12 @@ def torchvision_model(name: str) -> str:
     from hftl import video_models
 
     architecture, _, tag = name.partition(":")
-    if architecture not in {**TORCHVISION, **video_models.TORCHVISION}:
+    known = {**TORCHVISION, **video_models.TORCHVISION}
+    if architecture not in known:
         there = architecture in models.list_models()
         why = "timm does not have its layers, which hftl saves models in." if there else "there is no such model."
         raise UsageError(
-            f"--model torchvision:{architecture}: {why}{did_you_mean(architecture, TORCHVISION)} There are: "
+            f"--model torchvision:{architecture}: {why}{did_you_mean(architecture, known)} There are: "
             f"{', '.join(TORCHVISION)}; of videos {', '.join(video_models.TORCHVISION)}."
         )
     sets: Any = models.get_model_weights(architecture)

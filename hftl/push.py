@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
@@ -23,15 +23,13 @@ from transformers import TrainerCallback
 from hftl.arguments import TransferArguments
 from hftl.card import EVALUATIONS, SOURCES, base_cards, forbids_changes, licence_of
 from hftl.errors import UsageError
+from hftl.finished import Finished, explained_damage
 from hftl.folder import CHECKPOINTS, LOGS, PREDICTIONS, RECIPE, is_main_process, read_json, repository_of, say
 from hftl.hub import ask_again, check_name
 from hftl.inert import EVERYWHERE, public_name, public_value
 from hftl.merging import BASE
 from hftl.report import REPORT, render_report
 from hftl.yaml_files import read_yaml
-
-if TYPE_CHECKING:
-    from hftl.finished import Finished
 
 #: what of a run folder goes to the Hub
 _PUSHED = (
@@ -101,7 +99,8 @@ def push(
     operations = [CommitOperationAdd(path, run.folder / path) for path in files if path not in _CHANGED]
     operations.append(CommitOperationAdd(RECIPE, _shared_recipe(run.folder)))
     if (run.folder / PREDICTIONS).is_file():  # which the page is made of
-        operations.append(CommitOperationAdd(REPORT, render_report(run, None, shared=True).encode()))
+        with explained_damage(run.folder):
+            operations.append(CommitOperationAdd(REPORT, render_report(run, None, shared=True).encode()))
     try:
         address = _tried(lambda: api.create_repo(repository, private=private, exist_ok=True))
         name = address.repo_id

@@ -87,7 +87,7 @@ def rank(
 
     Args:
         task_name: of a built-in task.
-        models: as `--model`; for images also `MODEL@SIDE`, at another image size.
+        models: as `--model`; for images and videos also `MODEL@SIDE`, at another image size.
         tokens: flags as for `hftl train`, `--dataset` among them.
         by: one of `MEASURES`.
 

@@ -27,16 +27,28 @@ _LONGEST = 3600.0
 #: frames between two that are wanted, from which on it is faster to look for the second than to decode those between
 _FAR = 100
 #: frames that are looked at to see whether a file can be read
-_LOOKED_AT = 8
+_LOOKED_AT = 3
+#: of a frame: 8K has fewer
+_MOST_PIXELS = 36_000_000
+#: part of a video that may be missing at its end, as writers of streams leave it
+_MISSING = 0.05
+_CUT_OFF = "cut off, since it holds less than its head says"
+#: a video from elsewhere may be a list of addresses: what FFmpeg opens is this file, and nothing that it names
+_OPENS = {"protocol_whitelist": "file,crypto,data"}
 
 
-def open_video(value: Any, wanted: int, shares: npt.NDArray[np.float64] | float = 0.5) -> Frames:
+def open_video(
+    value: Any, wanted: int, shares: npt.NDArray[np.float64] | float = 0.5, least_side: int | None = None
+) -> Frames:
     """Some frames of a video, one from each of as many equal parts of it (Wang et al. 2016), uint8 (frames, h, w, 3).
+
+    The parts have as many frames each; in a long video, where what lies between is not decoded, they are as long.
 
     Args:
         value: a path, bytes, `{"bytes", "path"}`, or frames as an array of shape (frames, height, width[, 3]).
         wanted: how many; of a shorter video some come more than once.
         shares: where in its part each lies, from 0 to 1: the middle by default.
+        least_side: larger frames are made smaller, to this many pixels of their shorter side. None: they stay.
 
     Raises:
         UsageError: there is no such file, or it is no video that can be read.
@@ -51,7 +63,8 @@ def open_video(value: Any, wanted: int, shares: npt.NDArray[np.float64] | float 
         count = _count(container, stream)
         if not count:
             raise UsageError(f"{name} cannot be read as a video: it has no frames")
-        return np.stack(list(_frames_at(container, stream, _places(count, wanted, shares))))
+        pixels = [_pixels(frame, least_side) for frame in _frames_at(container, stream, count, wanted, shares)]
+    return np.stack(pixels)
 
 
 def video_problem(value: Any, full: bool) -> str | None:
@@ -62,9 +75,11 @@ def video_problem(value: Any, full: bool) -> str | None:
         return problem
     try:
         with _explained(name), _container(source) as (container, stream):
-            seconds = _seconds(container, stream)
+            seconds, size = _seconds(container, stream), (stream.width, stream.height)
         if seconds > _LONGEST:
             return f"{seconds / 3600:.1f} hours long; the limit is one hour: cut it into pieces"
+        if size[0] * size[1] > _MOST_PIXELS:
+            return f"frames of {size[0]} x {size[1]}; the limit is {_MOST_PIXELS:,} pixels"
         if full:
             open_video(value, _LOOKED_AT)
     except UsageError as error:
@@ -87,7 +102,8 @@ def as_video(frames: Frames) -> bytes:
     """A Matroska file that holds exactly these frames, shape (frames, height, width, 3)."""
     av = _av()
     file = io.BytesIO()
-    with av.open(file, "w", format="matroska") as container:
+    # Else Matroska writes random numbers, and the same frames would be another content each time.
+    with av.open(file, "w", format="matroska", options={"fflags": "bitexact"}) as container:
         stream = container.add_stream("ffv1", rate=10)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "bgr0"
         stream.codec_context.thread_count = 1
@@ -141,7 +157,7 @@ def _container(source: str | bytes) -> Iterator[tuple[Any, Any]]:
     """The open file and its video stream."""
     if not (len(source) if isinstance(source, bytes) else os.path.getsize(source)):
         raise ValueError("it is empty")
-    with _av().open(opened(source)) as container:
+    with _av().open(opened(source), options=_OPENS) as container:
         if not container.streams.video:
             raise ValueError("it holds no video")
         stream = container.streams.video[0]
@@ -157,12 +173,17 @@ def _seconds(container: Any, stream: Any) -> float:
 
 
 def _count(container: Any, stream: Any) -> int:
-    """Frames of a video: by its head, else by the packets that it comes in."""
-    if stream.frames:
+    """Frames of a video: by its head where that fits its length, else by the packets that it comes in."""
+    seconds = _seconds(container, stream)
+    expected = seconds * float(stream.average_rate or 0)
+    if stream.frames and abs(stream.frames - expected) <= _MISSING * expected + 1:
         return int(stream.frames)
-    count = sum(packet.size > 0 for packet in container.demux(stream))
+    moments = [packet.pts or 0 for packet in container.demux(stream) if packet.size]
     container.seek(0)
-    return count
+    there = (max(moments, default=0) - (stream.start_time or 0)) * float(stream.time_base)
+    if there < (1 - _MISSING) * seconds - 1:  # the last frame may be seen for a while
+        raise ValueError(_CUT_OFF)
+    return len(moments)
 
 
 def _places(count: int, wanted: int, shares: npt.NDArray[np.float64] | float) -> npt.NDArray[np.int64]:
@@ -170,49 +191,61 @@ def _places(count: int, wanted: int, shares: npt.NDArray[np.float64] | float) ->
     return np.minimum((np.arange(wanted) + shares) * count / wanted, count - 1).astype(int)
 
 
-def _frames_at(container: Any, stream: Any, places: npt.NDArray[np.int64]) -> Iterator[Frames]:
-    """The frames at some places, in order; the last one that there is for what lies behind the end."""
-    far = stream.average_rate and np.diff(places, prepend=0).max() > _FAR
-    found = _looked_for(container, stream, places) if far else _decoded(container, stream, places)
-    last = None
-    for frame in found:
-        shown = np.rot90(frame.to_ndarray(format="rgb24"), (getattr(frame, "rotation", 0) or 0) // 90)
-        if last is not None and shown.shape != last.shape:
-            raise ValueError("its frames change size")
-        last = shown
-        yield shown
-    if last is None:
-        raise ValueError("it has no frames")
+def _frames_at(
+    container: Any, stream: Any, count: int, wanted: int, shares: npt.NDArray[np.float64] | float
+) -> Iterator[Any]:
+    """The frames that are wanted, as FFmpeg has them."""
+    places = _places(count, wanted, shares)
+    seconds = _seconds(container, stream)
+    if seconds and count > _FAR * wanted:
+        start = stream.start_time or 0
+        yield from _looked_for(container, stream, start + (places + 0.5) / count * seconds / float(stream.time_base))
+    else:
+        yield from _decoded(container.decode(stream), places, count)
 
 
-def _decoded(container: Any, stream: Any, places: npt.NDArray[np.int64]) -> Iterator[Any]:
+def _decoded(frames: Iterator[Any], places: npt.NDArray[np.int64], count: int) -> Iterator[Any]:
     """All up to the last place is decoded."""
-    frames = container.decode(stream)
     number, frame = -1, None
     for place in places.tolist():
-        while number < place:
-            following = next(frames, None)
-            if following is None:
-                break
-            if frame is not None and (following.width, following.height) != (frame.width, frame.height):
-                raise ValueError("its frames change size")
+        while number < place and (following := next(frames, None)) is not None:
+            _check_size(following, frame)
             number, frame = number + 1, following
-        if frame is not None:
-            yield frame
+        if frame is None or number < place - _MISSING * count - 1:
+            raise ValueError(_CUT_OFF)
+        yield frame
 
 
-def _looked_for(container: Any, stream: Any, places: npt.NDArray[np.int64]) -> Iterator[Any]:
-    """From the key frame before each place on, by time."""
-    start, frame = stream.start_time or 0, None
-    for place in places.tolist():
-        moment = start + int(place / stream.average_rate / stream.time_base)
-        container.seek(moment, stream=stream)
+def _looked_for(container: Any, stream: Any, moments: npt.NDArray[np.float64]) -> Iterator[Any]:
+    """The frame that is seen at each moment, in units of the stream's time, from the key frame before it on."""
+    before = None
+    for moment in moments.tolist():
+        container.seek(int(moment), stream=stream)
+        frame = None
         for following in container.decode(stream):
-            frame = following
-            if following.pts is not None and following.pts >= moment:
+            if frame is not None and following.pts is not None and following.pts > moment:
                 break
-        if frame is not None:
-            yield frame
+            frame = following
+        if frame is None:
+            raise ValueError(_CUT_OFF)
+        _check_size(frame, before)
+        before = frame
+        yield frame
+
+
+def _check_size(frame: Any, before: Any) -> None:
+    if before is not None and (frame.width, frame.height) != (before.width, before.height):
+        raise ValueError("its frames change size")
+
+
+def _pixels(frame: Any, least_side: int | None) -> Frames:
+    """A frame as it is to be seen: cameras turn their pictures by a note in the file."""
+    side = min(frame.width, frame.height)
+    size = {}
+    if least_side is not None and side > least_side:
+        size = {"width": frame.width * least_side // side, "height": frame.height * least_side // side}
+        size["interpolation"] = "AREA"
+    return np.rot90(frame.to_ndarray(format="rgb24", **size), frame.rotation // 90)
 
 
 def _from_array(values: npt.NDArray[Any]) -> Frames:
@@ -221,8 +254,10 @@ def _from_array(values: npt.NDArray[Any]) -> Frames:
     Raises:
         UsageError: the array is none of frames.
     """
-    frames = np.repeat(values[..., None], 3, axis=-1) if values.ndim == 3 else values
-    if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size or frames.min() < 0 or frames.max() > 255:
+    is_grey = values.ndim == 3 and values.shape[-1] != 3  # else it is one picture
+    frames = np.repeat(values[..., None], 3, axis=-1) if is_grey else values
+    known = frames.ndim == 4 and frames.shape[-1] == 3 and frames.size > 0
+    if not (known and frames.min() >= 0 and frames.max() <= 255):  # which NaN is not
         raise UsageError(
             f"a video cannot be made from an array of shape {values.shape} and type {values.dtype}: give frames x "
             "height x width, or frames x height x width x 3, with values 0 to 255"

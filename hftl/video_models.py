@@ -147,8 +147,10 @@ def headless(architecture: str) -> tuple[nn.Module, int]:
     """A network whose answer is its features, with random weights, and how many these are.
 
     Raises:
-        UsageError: its library is not installed.
+        UsageError: there is no such architecture, or its library is not installed.
     """
+    if architecture not in {**TORCHVISION, **PYTORCHVIDEO}:  # the configuration may come from elsewhere
+        raise UsageError(f"hftl has no architecture of videos {architecture!r}.")
     network, features = (_torchvision if architecture in TORCHVISION else _pytorchvideo)(architecture)
     for module in network.modules():
         # torchvision's own classes of convolutions only choose sizes when they are built; adapters know torch's class.
@@ -238,7 +240,7 @@ def _pytorchvideo(architecture: str) -> tuple[nn.Module, int]:
     network = pytorchvideo_network(architecture)
     head = network.blocks[-1]
     features = head.proj.in_features
-    head.proj, head.activation = nn.Identity(), None
+    head.proj, head.activation, head.dropout = nn.Identity(), None, None
     # The means are over windows as large as the maps that the published sizes give: over all of a map it is the same
     # there, and works at other sizes too.
     for block in network.blocks[-2:]:

@@ -23,6 +23,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small_data.write_sounds(folder / "sounds", {"train": 14, "val": 3, "test": 3})
     dropouts = ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout")
     tiny_models.write_tiny_waveform_model(folder / "wav2vec2", **dict.fromkeys(dropouts, 0.0))
+    small_data.write_videos(folder / "videos", {"train": 14, "val": 3, "test": 3})
+    tiny_models.write_tiny_video_model(folder / "videomae")
     small_data.write_pairs(folder / "both", {"train": 9, "val": 3, "test": 3})
     config = json.loads((folder / "bert" / "config.json").read_text())
     config.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -124,6 +126,7 @@ TRAININGS = {
     "texts": "text_classification.py --dataset=texts --model=bert",
     "texts with adapters": "text_classification.py --dataset=texts --model=bert --method=lora --lora_dropout=0",
     "sounds": "audio_classification.py --dataset=sounds --model=wav2vec2 --augmentation=none",
+    "videos": "video_classification.py --dataset=videos --model=videomae --augmentation=none",
     "images with texts": (
         "image_text_classification.py --dataset=both --model=convnet --text_model=bert --augmentation=none "
         "--modality_dropout=0 --fusion_dropout=0 --learning_rate=1e-4"

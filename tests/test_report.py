@@ -279,6 +279,7 @@ def test_it_can_be_made_anew(place: Path, image_run: Path) -> None:
         ("logs/data.json", lambda text: "{}", "data.json' is damaged (it names no rows)"),
         (RECIPE, lambda text: re.sub(r"(?m)^seed: .*$", "seed: much", text), "its recipe.yaml cannot be used"),
         ("logs/data.json", lambda text: '{"rows": {"test": [1]}}', "its files hold other things than a run's"),
+        ("logs/data.json", lambda text: '{"rows": {}, "scored": []}', "it does not say which rows were scored"),
         ("logs/data.json", lambda text: "[" * 100_000, "data.json' is damaged (it is nested too deeply)"),
         ("predictions.csv", lambda text: re.sub(r"0\.\d+,0\.\d+,", "-0.5,1.5,", text, count=1), "probabilit"),
         ("predictions.csv", lambda text: re.sub(r"(?m),(\w+),\w+,0", r",\1,\1,0", text), "does not fit metrics.json"),
@@ -538,6 +539,16 @@ def test_a_run_that_has_not_kept_what_it_found(place: Path, image_run: Path) -> 
         assert "What was found in the data is not known" in page.text
         shutil.rmtree(copy / "logs")
     labels = (copy / "predictions.csv").read_text()
+    recipe = (copy / "recipe.yaml").read_text()
+    shutil.copytree(place / "images", place / "swapped")
+    for old, new in (("red", "x"), ("green", "red"), ("blue", "green"), ("x", "blue")):
+        (place / "swapped" / "test" / old).rename(place / "swapped" / "test" / new)
+    (copy / "recipe.yaml").write_text(recipe.replace("dataset_name: images", "dataset_name: swapped"))
+    (copy / "predictions.csv").unlink()
+    done = run_command(["report", "bare"], place)
+    assert "the data that are there are not those that it was scored on" in done.stderr
+    assert not (copy / "predictions.csv").exists()
+    (copy / "recipe.yaml").write_text(recipe)
     (copy / "predictions.csv").write_text(re.sub(r"(?m)^test/red/0\.png", "test/red/00.png", labels))
     done = run_command(["report", "bare"], place)
     assert "or have changed since" in Page(copy / "report.html").text

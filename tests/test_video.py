@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import re
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -34,9 +36,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny_models.write_tiny_video_model(folder / kind, kind)
     tiny_models.write_tiny_text_model(folder / "bert")
     torch.manual_seed(0)
-    (folder / "x3d").mkdir()
-    state = video_models.pytorchvideo_network("x3d_xs").state_dict()
-    video_models.write_checkpoint("x3d_xs", state, folder / "x3d")
+    networks = {"x3d_xs": video_models.pytorchvideo_network("x3d_xs"), "mc3_18": torchvision.models.get_model("mc3_18")}
+    for name, network in networks.items():
+        (folder / name).mkdir()
+        video_models.write_checkpoint(name, network.state_dict(), folder / name)
     return folder
 
 
@@ -85,13 +88,17 @@ def of_sizes(*sizes: int) -> bytes:
 def test_frames_come_back_as_they_were() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (7, 20, 30, 3), dtype=np.uint8)
     assert np.array_equal(video.open_video(video.as_video(frames), 7), frames)
+    assert video.as_video(frames) == video.as_video(frames)  # by which caches and comparisons know a video
     assert np.array_equal(video.open_video(frames, 7), frames)
     assert np.array_equal(video.open_video(frames / 255, 7), frames)
     assert np.array_equal(video.open_video(frames[..., 0], 7), np.repeat(frames[..., :1], 3, axis=-1))
     # One from the middle of each of as many parts; of fewer frames some come twice.
     assert np.array_equal(video.open_video(video.as_video(frames), 3), frames[[1, 3, 5]])
     assert np.array_equal(video.open_video(video.as_video(frames), 14), frames[np.arange(14) // 2])
-    for wrong in (np.zeros((2, 2)), np.zeros((0, 4, 4, 3)), frames.astype(int) - 300, 3):
+    small = video.open_video(np.zeros((3, 60, 40, 3), np.uint8), 3, least_side=20)
+    assert video.open_video(video.as_video(small), 3, least_side=20).shape == (3, 30, 20, 3)
+    nothing = np.full((2, 4, 4, 3), np.nan)
+    for wrong in (np.zeros((2, 2)), np.zeros((0, 4, 4, 3)), frames.astype(int) - 300, frames[0], nothing, 3):
         with pytest.raises(UsageError, match="a video cannot be made"):
             video.open_video(wrong, 4)
 
@@ -120,6 +127,12 @@ def test_the_frames_of_a_file_are_those_at_their_places(kind: str, codec: str, c
         (b"no video here", "not a video"),
         (numbered(20, "mp4", "mpeg4")[:400], "not a video"),
         (of_sizes(16, 16, 32, 32), "its frames change size"),
+        (numbered(60)[: len(numbered(60)) // 3], "cut off"),
+        (
+            b"v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=x\r\nc=IN IP4 127.0.0.1\r\nt=0 0\r\nm=video 5004 RTP/AVP 96\r\n"
+            b"a=rtpmap:96 H264/90000\r\n",
+            "not a video",
+        ),
     ],
 )
 def test_why_a_video_cannot_be_used(content: bytes, problem: str, tmp_path: Path) -> None:
@@ -129,6 +142,37 @@ def test_why_a_video_cannot_be_used(content: bytes, problem: str, tmp_path: Path
         with pytest.raises(UsageError, match=f"cannot be read as a video: {problem}" if value else "no video is named"):
             video.open_video(value, 4)
     assert video.video_problem(str(tmp_path / "gone.mp4"), full=False) == f"no such file: {tmp_path / 'gone.mp4'}"
+
+
+def uneven(kind: str, options: dict[str, str]) -> bytes:
+    """600 frames in 20 s, then as many in 200: their brightness says when they are."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=kind, options=options) as container:
+        stream = container.add_stream("mpeg4", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        stream.codec_context.time_base = stream.time_base = Fraction(1, 30)
+        for number in range(1_200):
+            moment = number if number < 600 else 600 + (number - 600) * 10
+            frame = av.VideoFrame.from_ndarray(np.full((16, 32, 3), 20 + moment // 33, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = moment, Fraction(1, 30)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "options"), [("matroska", {}), ("mp4", {}), ("mp4", {"movflags": "frag_keyframe"})])
+def test_parts_of_a_long_video_are_as_long(kind: str, options: dict[str, str]) -> None:
+    """Also where frames come at uneven times, or the head does not say how many there are."""
+    found = video.open_video(uneven(kind, options), 5).mean(axis=(1, 2, 3))
+    moments = (np.arange(5) + 0.5) / 5 * 6_600
+    assert np.abs(found - (20 + moments // 33)).max() < 6
+
+
+def test_pictures_of_a_camera_that_was_turned() -> None:
+    turned = SimpleNamespace(
+        width=4, height=2, rotation=90, to_ndarray=lambda **_: np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    )
+    assert video._pixels(turned, None).shape == (4, 2, 3)
 
 
 def test_sounds_are_no_videos(tmp_path: Path) -> None:
@@ -155,6 +199,8 @@ def test_a_bad_video_ends_the_command_or_is_left_out(
     [
         ("bert", [], "(bert) is not a model for videos"),
         ("VideoMAE", ["--frames=8"], "was trained for 4, to which its positions belong"),
+        ("VideoMAE", ["--frames=0"], "--frames must be"),
+        ("mc3_18", ["--load_in_8bit", "--method=lora"], "is not quantised"),
         ("VideoMAE", ["--image_size=48"], "was trained for 32, to which its positions belong"),
         ("random:mvit_v1_b", SMALL, "does not work for 4 frames of 32 x 32 pixels"),
         ("VideoMAE", ["--feature_views=2", "--augmentation=none", "--method=frozen"], "--feature_views needs an aug"),
@@ -188,11 +234,11 @@ def test_one_line_for_what_does_not_fit(
 # ---- what the model takes --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["VideoMAE", "x3d"])
+@pytest.mark.parametrize("model", ["VideoMAE", "x3d_xs"])
 def test_the_lines_of_the_card_say_what_hftl_says(
     place: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = SMALL[1:] if model == "x3d" else []
+    flags = SMALL[1:] if model == "x3d_xs" else []
     run = trained(place, model, tmp_path / "run", "--method=frozen", *flags)
     (code,) = re.findall(r"```python\n(.*?)```", (run.folder / "README.md").read_text(), re.DOTALL)
     code = code.replace(f'"{run.folder.name}"', repr(str(run.folder))).strip()
@@ -240,6 +286,24 @@ def test_augmentation_is_a_function_of_seed_epoch_and_row(place: Path) -> None:
         assert not torch.equal(one, other)
 
 
+def test_the_size_that_a_model_has_changes_nothing(place: Path) -> None:
+    """Another one keeps what is cut off in the same proportion."""
+    sizes = {}
+    for flags in ((), ("--image_size=112",), ("--image_size=56",)):
+        words = [f"--model={place / 'mc3_18'}", f"--dataset={place / 'videos'}", f"--output_dir={place / 'no'}", *flags]
+        task = hftl.VideoClassification(hftl.parse(hftl.VideoArguments, [*words, *QUICK]))
+        task.build_model(task.load_splits())
+        sizes[flags] = (task.processor.size["shortest_edge"], task.processor.crop_size["height"])
+    assert list(sizes.values()) == [(128, 112), (128, 112), (64, 56)]
+
+
+def test_models_are_ranked(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = [str(place / "VideoMAE"), f"{place / 'mc3_18'}@32"]
+    data_flags = [f"--dataset={place / 'videos'}", *QUICK[1:2]]
+    cli._run(["rank", "--task=video-classification", "--models", *models, *data_flags])
+    assert "mc3_18@32" in capsys.readouterr().out
+
+
 def test_no_single_frame_of_the_moving_digits_says_where_they_go() -> None:
     """A linear layer on a frame finds nothing; on the difference of two, which direction it is."""
     from sklearn.linear_model import LogisticRegression
@@ -278,16 +342,16 @@ def test_every_network_is_known_by_its_parts(architecture: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["VideoMAE", "Timesformer", "Vivit", "x3d", "random:mc3_18", "random:slowfast_r50"])
+@pytest.mark.parametrize("model", ["VideoMAE", "Timesformer", "Vivit", "x3d_xs", "mc3_18", "random:slowfast_r50"])
 @pytest.mark.parametrize("method", ["full", "partial", "lora", "lp_ft", "frozen"])
 def test_methods_train_what_they_say(place: Path, tmp_path: Path, model: str, method: str) -> None:
     flags = ["--unfreeze_blocks=1"] if method == "partial" else []
     flags += [] if method == "frozen" else ["--num_train_epochs=1"]
     own = not model[0].isupper()
-    flags += ["--frames=8", "--image_size=32"] if own and model != "x3d" else SMALL[1:] if own else []
+    flags += ["--frames=8", "--image_size=32"] if own else []
     name = f"--model={model}" if ":" in model else f"--model={place / model}"
     words = [name, f"--dataset={place / 'videos'}", f"--output_dir={tmp_path / 'run'}", *QUICK, f"--method={method}"]
-    if (model, method) == ("x3d", "lora"):
+    if (model, method) == ("x3d_xs", "lora"):
         with pytest.raises(UsageError, match="VideoModel has to offer: grouped 3-d convolution, "):
             cli._run(["train", "video-classification", *words, *flags])
         return

@@ -89,6 +89,7 @@ class AudioClassification(ClassificationTask):
 
     name = "audio-classification"
     modality = AUDIO
+    explains = True
     auto_class = AutoModelForImageClassification
     #: height and width of the log-mel pictures that an image model gets; None for a model of waveforms
     side: tuple[int, int] | None = None

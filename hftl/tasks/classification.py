@@ -43,6 +43,8 @@ class ClassificationTask:
     arguments_class: ClassVar[type[TransferArguments]]
     #: what a recipe did to the model before its method, for the card: "after …"
     preparation: str = ""
+    #: whether `shown` says what an answer rests on
+    explains: ClassVar[bool] = False
     #: rows a step and device when nothing is said
     batch_size: ClassVar[int]
 

@@ -39,6 +39,7 @@ class ImageClassification(ClassificationTask):
 
     name = "image-classification"
     modality = IMAGE
+    explains = True
     auto_class = AutoModelForImageClassification
     # 32 rows: enough for a quiet gradient, and 224-pixel activations of common backbones fit 8 GB.
     batch_size = 32
@@ -88,7 +89,7 @@ class ImageClassification(ClassificationTask):
         size = self.arguments.image_size
         if size is None:
             return
-        self.processor = _resized_processor(model, self.processor, size)
+        self.processor = resized_processor(model, self.processor, size)
         try:
             with torch.no_grad():
                 model.eval()(torch.zeros(1, 3, size, size))
@@ -383,7 +384,7 @@ def _resample_positions(key: str, value: torch.Tensor, length: int) -> torch.Ten
     return resample_abs_pos_embed(value, new_size=[side, side], num_prefix_tokens=prefix)
 
 
-def _resized_processor(model: PreTrainedModel, processor: Any, image_size: int) -> Any:
+def resized_processor(model: PreTrainedModel, processor: Any, image_size: int) -> Any:
     """A processor for another image size, in the terms in which this one gives its own."""
     if hasattr(processor, "data_config"):
         model.config.pretrained_cfg["input_size"] = [3, image_size, image_size]

@@ -57,6 +57,7 @@ class ImageTextClassification(ClassificationTask):
 
     name = "image-text-classification"
     modality = IMAGE_TEXT
+    explains = True
     auto_class = FusionModel
     batch_size = 32
     arguments_class = ImageTextArguments

@@ -44,6 +44,7 @@ class TextClassification(ClassificationTask):
 
     name = "text-classification"
     modality = TEXT
+    explains = True
     auto_class = AutoModelForSequenceClassification
     batch_size = 16  # the BERT paper's 16 to 32; the smaller one gives a small data set more steps
     arguments_class = TextArguments

@@ -34,7 +34,7 @@ from hftl.folder import say
 from hftl.modality import VIDEO
 from hftl.tasks.classification import ClassificationTask
 from hftl.tasks.files import FileDataset
-from hftl.tasks.image_classification import crop_settings
+from hftl.tasks.image_classification import crop_settings, decoded_side, resized_processor
 from hftl.video import Frames
 from hftl.video_models import VideoConfig, VideoModel
 
@@ -42,8 +42,9 @@ from hftl.video_models import VideoConfig, VideoModel
 _SAMPLE = 200
 #: least part of the area that a training crop takes, as for images
 _LEAST_CROP = 0.5
-#: frames that a report shows of a video, a square of so many a side
+#: frames that a report shows of a video, a square of so many a side, and pixels of one
 _SHOWN = 2
+_THUMBNAIL = 160
 _USAGE = """import numpy as np
 from transformers import AutoImageProcessor
 from {module} import {model}
@@ -74,6 +75,8 @@ class VideoClassification(ClassificationTask):
         if has_checkpoint(arguments):
             source = pretrained.find_model(name)
             self.load_processor(source)
+            if self.auto_class is VideoModel and (arguments.load_in_8bit or arguments.load_in_4bit):
+                raise UsageError(f"--load_in_8bit, --load_in_4bit: {name} is not quantised. Leave it out.")
             model = pretrained.load_model(self.auto_class, source, self.label_names, arguments)
             self._resize(model)
         else:
@@ -122,9 +125,8 @@ class VideoClassification(ClassificationTask):
                         "which its positions belong. Leave it out."
                     )
                 setattr(config, own, wanted)
-        if arguments.image_size is not None:
-            mean_and_deviation = {name: getattr(self.processor, name) for name in ("image_mean", "image_std")}
-            self.processor = video_models.processor(arguments.image_size, mean_and_deviation)
+                if flag == "image_size":
+                    self.processor = resized_processor(model, self.processor, wanted)
 
     def _try(self, model: PreTrainedModel) -> None:
         """Run the model once: some architectures fail for few frames or pixels.
@@ -135,7 +137,7 @@ class VideoClassification(ClassificationTask):
         height, width = crop_settings(self.processor)[0]
         try:
             with torch.no_grad():
-                model.eval()(torch.zeros(1, self.frames, 3, height, width))
+                model.eval()(torch.zeros(1, self.frames, 3, height, width, device=model.device))
         except (RuntimeError, ValueError, AssertionError, IndexError) as error:
             raise UsageError(
                 f"--model {str(self.arguments.model_name_or_path)!r} does not work for {self.frames} frames of "
@@ -197,7 +199,7 @@ class VideoClassification(ClassificationTask):
 
     def open_video(self, value: Any, shares: Any = 0.5) -> Frames:
         """The frames of a row, shape (frames, height, width, 3); a task of one's own may prepare them further."""
-        return video.open_video(value, self.frames, shares)
+        return video.open_video(value, self.frames, shares, decoded_side(self.processor))
 
     def _inputs(self, value: Any, augmentation: Any = None) -> torch.Tensor:
         """What the model takes of one video, shape (frames, 3, height, width)."""
@@ -213,7 +215,7 @@ class VideoClassification(ClassificationTask):
 
     def shown(self, row: Mapping[str, Any], model: Any = None, label: int = 0) -> Shown:
         """Some frames, row by row."""
-        frames = video.open_video(row[self.modality.name], _SHOWN**2)
+        frames = video.open_video(row[self.modality.name], _SHOWN**2, least_side=_THUMBNAIL)
         lines = frames.reshape(_SHOWN, _SHOWN, *frames.shape[1:]).swapaxes(1, 2)
         square = lines.reshape(_SHOWN * frames.shape[1], _SHOWN * frames.shape[2], 3)
         return Shown([(images.data_address(Image.fromarray(square)), f"{_SHOWN**2} frames, row by row")])
