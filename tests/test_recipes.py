@@ -88,8 +88,15 @@ def with_builtins(page: Path) -> str:
     return "\n".join(shlex.join(line) for line in words if "FOLDER" not in line and not line[2].startswith("--"))
 
 
-SHOWN = {
-    " ".join(words): words
+def what_it_does(words: list[str]) -> tuple[str, ...]:
+    """The recipe and the flags of a command, wherever it writes: several pages show the same."""
+    path, flags = recipe_and_flags(words)
+    places = [number for number, flag in enumerate(flags) if flag == "--output_dir"]
+    return (path.stem, *(flag for number, flag in enumerate(flags) if not {number, number - 1} & set(places)))
+
+
+_EVERY = [
+    words
     for text in [
         *(ast.get_docstring(ast.parse(path.read_text())) or "" for path in RECIPES),
         (ROOT / "README.md").read_text(),
@@ -97,7 +104,8 @@ SHOWN = {
     ]
     for words in commands(text)
     if not {"…", "NEW", "TASK", "my_recipe.py"} & set(words) and "hf://" not in " ".join(words)
-}
+]
+SHOWN = {" ".join(words): words for words in {what_it_does(words): words for words in _EVERY}.values()}
 
 
 def test_commands_are_found() -> None:
@@ -111,6 +119,9 @@ def test_shown_command_works(words: list[str], tmp_path: Path, monkeypatch: pyte
     path, flags = recipe_and_flags(words)
     assert path.is_file()
     text = path.read_text()
+    if flags[:1] == ["--config"]:
+        assert ROOT / flags[1] in CONFIGS  # each of which `test_configuration_runs` runs
+        return
     if "builtin:" not in " ".join(flags) and "--config" not in flags:
         # A model of the Hub, or data of the reader's: what can be checked here is that the flags are right.
         (name,) = set(re.findall(r"hftl\.(\w+Arguments)", text))
