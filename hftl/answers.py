@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,13 +58,13 @@ def write_answers(path: Path, label_names: Sequence[str], splits: Splits, split:
             writer.writerow([as_cell(row_id), names[label], names[int(row.argmax())], *numbers])
 
 
-def read_answers(path: Path, label_names: Sequence[str], rows: int | None = None) -> Answers:
+def read_answers(path: Path, label_names: Sequence[str], rows: Mapping[str, int] | None = None) -> Answers:
     """The content of a run's predictions.csv.
 
     Args:
         path: the file.
         label_names: of the run.
-        rows: how many it must have; None where that is not known.
+        rows: how many of each class it must have; None where that is not known.
 
     Raises:
         UsageError: there is none, it is not of these classes, or it is damaged.
@@ -84,10 +84,11 @@ def read_answers(path: Path, label_names: Sequence[str], rows: int | None = None
             raise UsageError(
                 f"{str(path)!r} is damaged ({error}). Remove it, and `hftl report` makes it anew."
             ) from error
-    if rows is not None and len(answers.ids) != rows:
+    counts = np.bincount(answers.labels, minlength=len(label_names)).tolist()
+    if rows and counts != [rows.get(name) for name in label_names]:
         raise UsageError(
-            f"{str(path)!r} is damaged: it has {len(answers.ids):,} rows, and the run answered {rows:,}. Remove it, "
-            "and `hftl report` makes it anew."
+            f"{str(path)!r} is damaged: it has {len(answers.ids):,} rows, and the run answered {sum(rows.values()):,}, "
+            "or they are of other classes. Remove it, and `hftl report` makes it anew."
         )
     return answers
 
@@ -112,6 +113,9 @@ def _read_lines(lines: Iterable[list[str]], label_names: Sequence[str]) -> Answe
     rounding = 1e-3 + 5e-7 * len(label_names)  # of thousands of classes most are written as nothing
     if not np.allclose(answers.probabilities.sum(axis=1), 1, rtol=0, atol=rounding):
         raise ValueError("probabilities do not sum to 1")
+    predicted = answers.probabilities[np.arange(len(ids)), predictions]
+    if (predicted < answers.probabilities.max(axis=1) - 1e-6).any():  # equal to six digits they may be
+        raise ValueError("a prediction is not the most probable class")
     if answers.probabilities.min() < 0 or len(set(ids)) < len(ids):
         raise ValueError("a probability is below 0, or a row comes twice")
     return answers

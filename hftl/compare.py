@@ -165,7 +165,11 @@ def _known_by(
         return ids
     numbered = all(_NUMBERED.fullmatch(row) for rows in ids for row in rows)
     known = [known_rows(number) for number in range(len(runs))]
-    there = [rows for rows in known if rows is not None and rows.splits is not None]
+    there = [
+        rows
+        for rows, answers in zip(known, every, strict=True)
+        if rows is not None and rows.splits is not None and rows.places.keys() >= set(answers.ids)
+    ]
     if len(there) == len(known):
         return [_contents(rows, answers, numbered) for rows, answers in zip(there, every, strict=True)]
     unknown = [name for name, rows in zip(names, known, strict=True) if rows not in there]

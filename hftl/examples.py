@@ -138,7 +138,7 @@ def read_examples(run: Finished) -> Examples | None:
             content["map"] and _read_map(content["map"], len(answers.ids)),
         )
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, OSError) as error:
-        say(f"{path} is damaged ({error!r}), and made anew")
+        say(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}), and made anew")
         return None
 
 
@@ -159,6 +159,8 @@ def _read_rows(rows: list[dict[str, Any]], count: int) -> list[Shown]:
             raise ValueError("a picture is none")
         if not all(_SOUND.fullmatch(address) for address in row.sounds):
             raise ValueError("a sound is none")
+        if not all(abs(weight) <= 1 + 1e-9 for text in row.texts for _, weight in text):
+            raise ValueError("a weight is none")
     return shown
 
 
@@ -178,7 +180,7 @@ def write_examples(run: Finished, examples: Examples) -> None:
     path = run.folder / LOGS / _FILE
     path.parent.mkdir(exist_ok=True)  # a run from the Hub has no logs
     text = json.dumps(dataclasses.asdict(examples), ensure_ascii=False)
-    if len(text) > _LARGEST:
+    if len(text.encode()) > _LARGEST:
         say(f"examples: {len(text) / 1e6:.1f} MB are too much to be kept, and are made anew with each report")
     else:
         write_text(path, text)

@@ -62,10 +62,7 @@ class Finished:
             return {"rows": {}}
         try:
             found = read_json(path)
-            if not isinstance(found, dict) or not isinstance(found.get("rows"), dict):
-                raise ValueError("it names no rows")
-            if not isinstance(found.get("scored"), str | None):
-                raise ValueError("it does not say which rows were scored")
+            _check_found(found)
         except ValueError as error:
             raise UsageError(f"{str(path)!r} is damaged ({error}). Remove it: `hftl report` does without.") from error
         return found
@@ -84,19 +81,40 @@ class Finished:
         """
         counts = self.found_in_data["rows"].get(self.scored_split)
         path = self.folder / PREDICTIONS
-        answers = read_answers(path, self.label_names, sum(counts.values()) if counts else None)
-        found, scored = float(answers.correct.mean()), self.scores["accuracy"]
-        if not is_near(found, scored, len(answers.ids)):
-            raise UsageError(
-                f"{str(path)!r} does not fit {METRICS}: it has an accuracy of {found:.4f}, and the run {scored:.4f}. "
-                "Remove it, and `hftl report` makes it anew, where the run's data are at hand."
-            )
+        answers = read_answers(path, self.label_names, counts)
+        scored = {"accuracy": (answers.correct, self.scores["accuracy"])}
+        for number, name in enumerate(self.label_names):
+            if (own := answers.labels == number).any() and f"recall/{name}" in self.scores:
+                scored[f"recall of {name!r}"] = (answers.correct[own], self.scores[f"recall/{name}"])
+        for what, (right, before) in scored.items():
+            if not is_near(float(right.mean()), before, len(right)):
+                raise UsageError(
+                    f"{str(path)!r} does not fit {METRICS}: its {what} is {float(right.mean()):.4f}, and the run had "
+                    f"{before:.4f}. Remove it, and `hftl report` makes it anew, where the run's data are at hand."
+                )
         return answers
 
     @property
     def deviation(self) -> float:
         """By how much the accuracy of predictions.csv differs from that of the scores: it may have been made anew."""
         return round(float(self.answers.correct.mean()) - self.scores["accuracy"], 6)
+
+
+def _check_found(found: Any) -> None:
+    """Refuse what is no content of data.json.
+
+    Raises:
+        ValueError: as said.
+    """
+    rows = found.get("rows") if isinstance(found, dict) else None
+    if not isinstance(rows, dict) or not all(isinstance(counts, dict) for counts in rows.values()):
+        raise ValueError("it names no rows")
+    if not all(type(count) is int and count >= 0 for counts in rows.values() for count in counts.values()):
+        raise ValueError("a number of rows is none")
+    if not isinstance(found.get("scored"), str | None):
+        raise ValueError("it does not say which rows were scored")
+    if not isinstance(found.get("notes"), list):
+        raise ValueError("it has no notes")
 
 
 def is_near(accuracy: float, before: float, rows: int) -> bool:
@@ -113,7 +131,15 @@ def explained_damage(folder: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, TemplateError) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        TemplateError,
+    ) as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UsageError(
             f"The run in {str(folder)!r} is damaged: its files hold other things than a run's ({what})."
@@ -127,8 +153,11 @@ def find_run(folder: str | Path) -> Finished:
         UsageError: the folder holds no finished run, or one of a newer hftl.
     """
     path = Path(os.path.expanduser(folder))
-    with explained_damage(path):
-        return _find_run(path)
+    try:
+        with explained_damage(path):
+            return _find_run(path)
+    except OSError as error:
+        raise UsageError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
 
 
 def _find_run(path: Path) -> Finished:
@@ -146,12 +175,13 @@ def _label_names(folder: Path) -> list[str]:
     """The names of the classes of a run, by class id."""
     try:
         config = read_json(folder / "config.json")
+    except ValueError as error:
+        raise UsageError(f"The run in {str(folder)!r} is damaged: its config.json is no JSON ({error}).") from error
+    try:
         labels = config.get("label_names") or [
             name for _, name in sorted(config["id2label"].items(), key=lambda item: int(item[0]))
         ]
-    except ValueError as error:
-        raise UsageError(f"The run in {str(folder)!r} is damaged: its config.json is no JSON ({error}).") from error
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"The run in {str(folder)!r} is damaged: its config.json names no classes.") from error
     return [str(name) for name in labels]
 
@@ -164,6 +194,8 @@ def _read_metrics(folder: Path) -> dict[str, Any]:
     missing = [name for name in ("train", "validation") if not isinstance(metrics, dict) or name not in metrics]
     if missing:
         raise UsageError(f"The run in {str(folder)!r} is damaged: its {METRICS} has no {missing[0]!r}.")
+    if "repeats" in metrics and type(metrics["repeats"]["best_seed"]) is not int:
+        raise UsageError(f"The run in {str(folder)!r} is damaged: in its {METRICS} the best seed is no number.")
     return metrics
 
 

@@ -90,17 +90,17 @@ def push(
             it is.
     """
     check_name(repository)
-    files = _files(run.folder)
-    _check_whole(run.folder, files)
-    _check_licence(_card_of(run.folder), repository)
+    with explained_damage(run.folder):
+        files = _files(run.folder)
+        _check_whole(run.folder, files)
+        _check_licence(_card_of(run.folder), repository)
+        operations: list[CommitOperationAdd | CommitOperationDelete]
+        operations = [CommitOperationAdd(path, run.folder / path) for path in files if path not in _CHANGED]
+        operations.append(CommitOperationAdd(RECIPE, _shared_recipe(run.folder)))
+        if (run.folder / PREDICTIONS).is_file():  # which the page is made of
+            operations.append(CommitOperationAdd(REPORT, render_report(run, None, shared=True).encode()))
     ask_again()
     api = HfApi(token=token)
-    operations: list[CommitOperationAdd | CommitOperationDelete]
-    operations = [CommitOperationAdd(path, run.folder / path) for path in files if path not in _CHANGED]
-    operations.append(CommitOperationAdd(RECIPE, _shared_recipe(run.folder)))
-    if (run.folder / PREDICTIONS).is_file():  # which the page is made of
-        with explained_damage(run.folder):
-            operations.append(CommitOperationAdd(REPORT, render_report(run, None, shared=True).encode()))
     try:
         address = _tried(lambda: api.create_repo(repository, private=private, exist_ok=True))
         name = address.repo_id

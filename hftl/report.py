@@ -27,6 +27,8 @@ _LINES = 20
 #: curves of single classes
 _MOST_CURVES = charts.COLOURS
 _BINS = 10
+#: that a number of the log can be
+_LARGEST = 1e100
 #: of the evaluations, beside the loss of training
 _CURVES = ("eval_loss", "eval_accuracy", "eval_f1_macro")
 
@@ -124,7 +126,7 @@ def _log_entries(path: Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
             key = entry["stage"], entry["step"], "eval_loss" in entry
             numbers = [entry.get(name, 0) for name in ("step", "loss", *_CURVES)]
-            if not isinstance(entry["stage"], str) or not all(isinstance(value, int | float) for value in numbers):
+            if not isinstance(entry["stage"], str) or not all(abs(value) < _LARGEST for value in numbers):
                 continue
         except (
             ValueError,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        json.dumps(content, ensure_ascii=False, default=str).encode()  # half a character could be written nowhere
     except FileNotFoundError:
         raise UsageError(f"Configuration file {str(path)!r} does not exist.") from None
     except RecursionError:
@@ -28,7 +30,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML takes `1e-5` for a string, and the last of two equal keys; here it is a number, and they are an error."""
+    """PyYAML takes `1e-5` for a string, and the last of two equal keys; here it is a number, and they are an error.
+
+    So are aliases, of which a few lines can stand for more than any memory holds.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """A part of the file, written out where it stands."""
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, f"the alias *{event.anchor} is no setting", event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """A mapping whose keys are all different."""
@@ -38,7 +50,11 @@ class _Loader(yaml.SafeLoader):
         twice = [name for name, count in Counter(key.value for key, _ in node.value).items() if count > 1]
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands there twice")
-        return super().construct_mapping(node, deep)
+        mapping = super().construct_mapping(node, deep)
+        unnamed = [key for key in mapping if not isinstance(key, str)]
+        if unnamed:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {unnamed[0]!r} is no name", node.start_mark)
+        return mapping
 
 
 _Loader.add_implicit_resolver(

@@ -278,11 +278,16 @@ def test_it_can_be_made_anew(place: Path, image_run: Path) -> None:
         ("logs/data.json", lambda text: text[:9], "data.json' is damaged"),
         ("logs/data.json", lambda text: "{}", "data.json' is damaged (it names no rows)"),
         (RECIPE, lambda text: re.sub(r"(?m)^seed: .*$", "seed: much", text), "its recipe.yaml cannot be used"),
-        ("logs/data.json", lambda text: '{"rows": {"test": [1]}}', "its files hold other things than a run's"),
+        ("logs/data.json", lambda text: '{"rows": {"test": [1]}}', "it names no rows"),
         ("logs/data.json", lambda text: '{"rows": {}, "scored": []}', "it does not say which rows were scored"),
         ("logs/data.json", lambda text: "[" * 100_000, "data.json' is damaged (it is nested too deeply)"),
         ("predictions.csv", lambda text: re.sub(r"0\.\d+,0\.\d+,", "-0.5,1.5,", text, count=1), "probabilit"),
-        ("predictions.csv", lambda text: re.sub(r"(?m),(\w+),\w+,0", r",\1,\1,0", text), "does not fit metrics.json"),
+        ("predictions.csv", lambda text: re.sub(r"(?m),(\w+),\w+,0", r",\1,\1,0", text), "not the most probable class"),
+        (
+            "metrics.json",
+            lambda text: re.sub(r'"recall/red": [\d.]+', '"recall/red": 5.0', text),
+            "does not fit metrics.json",
+        ),
         ("metrics.json", lambda text: re.sub('"stages"', '"stagse"', text), "hold other things than a run's (KeyError"),
         ("metrics.json", lambda text: re.sub('"hftl": "[^"]*"', '"hftl": "new"', text), "(InvalidVersion"),
         ("metrics.json", lambda text: "{}", "its metrics.json has no 'train'"),
@@ -566,7 +571,7 @@ def test_answers_made_anew_may_differ_a_little(place: Path, image_run: Path) -> 
     metrics["test"]["accuracy"] += 1 / 15
     (copy / "metrics.json").write_text(json.dumps(metrics))
     assert run_command(["report", "near"], place).returncode == 0
-    assert "predicted anew, with -6.7 points of accuracy" in Page(copy / "report.html").text
+    assert "whose accuracy is -6.7 points from this score" in Page(copy / "report.html").text
 
 
 @pytest.mark.slow
