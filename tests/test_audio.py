@@ -22,7 +22,13 @@ from hftl import audio, cli, pages
 from hftl.errors import UsageError
 from hftl.tasks.audio_classification import filled_bands, new_extractor
 
-QUICK = ["--report_to=none", "--dataloader_num_workers=0", "--per_device_train_batch_size=4", "--clip_seconds=0.5"]
+QUICK = [
+    "--report_to=none",
+    "--precision=fp32",
+    "--dataloader_num_workers=0",
+    "--per_device_train_batch_size=4",
+    "--clip_seconds=0.5",
+]
 
 
 @pytest.fixture(scope="module")
