@@ -433,8 +433,7 @@ def _report(argv: list[str]) -> None:
 
     run = find_run(options.run)
     there = (run.folder / PREDICTIONS).is_file()
-    with explained_damage(run.folder):
-        examples = read_examples(run) if there else None
+    examples = read_examples(run) if there else None
     if examples is None and there and run.task_name not in TASKS:
         print(f"no examples are shown: the task {run.task_name} is of a recipe of its own, which makes the report")
     elif examples is None:
@@ -443,8 +442,6 @@ def _report(argv: list[str]) -> None:
             from hftl.run import load_run
 
         loaded = load_run(options.run, trust_remote_code=options.trust_remote_code)
-        with explained_damage(run.folder):
-            loaded.metrics, loaded.found_in_data  # noqa: B018 - what is damaged is told before work begins
         examples = look(loaded, read_splits(loaded))
     with explained_damage(run.folder):
         path = write_report(run, examples)

@@ -18,7 +18,7 @@ from hftl import folder, pages
 from hftl.answers import Answers
 from hftl.errors import UsageError
 from hftl.examples import Shown
-from hftl.finished import Finished, explained_damage, find_run
+from hftl.finished import Finished, find_run
 from hftl.folder import say
 from hftl.launch import quick_imports
 from hftl.tables import aligned
@@ -70,10 +70,7 @@ def main(paths: Sequence[str], output: str | None, trust_remote_code: bool = Fal
     """
     if len(paths) < 2:
         raise UsageError("hftl compare takes two runs or more.")
-    runs = []
-    for path in paths:
-        with explained_damage(path):
-            runs.append(find_run(path))
+    runs = [find_run(path) for path in paths]
     names = _names(paths)
     known = functools.cache(lambda number: _known_rows(runs[number], trust_remote_code))
     rows, answers = shared_answers(runs, names, known)
@@ -124,10 +121,7 @@ def shared_answers(
                 f"{name} has other classes than {names[0]} ({', '.join(run.label_names[:5])}; {', '.join(first[:5])}): "
                 "such runs cannot be compared."
             )
-    every = []
-    for run in runs:
-        with explained_damage(run.folder):
-            every.append(run.answers)
+    every = [run.answers for run in runs]
     known_by = _known_by(runs, every, names, known_rows)
     counts = [len(answers.ids) for answers in every]
     common = set(known_by[0]).intersection(*known_by[1:])

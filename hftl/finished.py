@@ -79,6 +79,10 @@ class Finished:
         Raises:
             UsageError: as `read_answers`, or they are not what metrics.json has the scores of.
         """
+        with explained_damage(self.folder):
+            return self._read_answers()
+
+    def _read_answers(self) -> Answers:
         counts = self.found_in_data["rows"].get(self.scored_split)
         path = self.folder / PREDICTIONS
         answers = read_answers(path, self.label_names, counts)
@@ -194,6 +198,9 @@ def _read_metrics(folder: Path) -> dict[str, Any]:
     missing = [name for name in ("train", "validation") if not isinstance(metrics, dict) or name not in metrics]
     if missing:
         raise UsageError(f"The run in {str(folder)!r} is damaged: its {METRICS} has no {missing[0]!r}.")
+    scores = metrics[scored_split(metrics)]
+    if not isinstance(scores, dict) or not isinstance(scores.get("accuracy"), int | float):
+        raise UsageError(f"The run in {str(folder)!r} is damaged: its {METRICS} has no accuracy.")
     if "repeats" in metrics and type(metrics["repeats"]["best_seed"]) is not int:
         raise UsageError(f"The run in {str(folder)!r} is damaged: in its {METRICS} the best seed is no number.")
     return metrics

@@ -271,7 +271,7 @@ def test_it_can_be_made_anew(place: Path, image_run: Path) -> None:
         ("predictions.csv", lambda text: re.sub(r"0\.\d+$", "nan", text.rstrip()), "probabilities do not sum to 1"),
         ("predictions.csv", lambda text: text[: text.rindex("\n", 0, -1)], "it has 14 rows, and the run answered 15"),
         ("predictions.csv", lambda text: re.sub(r"(?m)^(.*\n)(.*)$\Z", r"\1\1", text.rstrip()), "a row comes twice"),
-        ("predictions.csv", lambda text: text.rstrip()[:-4], "probabilities do not sum to 1"),
+        ("predictions.csv", lambda text: text.rstrip()[:-6], "probabilities do not sum to 1"),
         ("predictions.csv", lambda text: text[:200], "is damaged (line"),
         ("config.json", lambda text: "{{", "its config.json is no JSON"),
         ("config.json", lambda text: "[1]", "its config.json names no classes"),

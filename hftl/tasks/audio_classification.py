@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from hftl.folder import say
 from hftl.mixing import MixedImages
 from hftl.modality import AUDIO
 from hftl.tasks.classification import ClassificationTask, Mixing
-from hftl.tasks.files import FileDataset
+from hftl.tasks.files import PreparedDataset
 from hftl.tasks.image_classification import stack_pixels
 
 #: of the training recordings that decide how much of one the model takes
@@ -296,27 +296,11 @@ class AudioClassification(ClassificationTask):
         )  # fmt: skip
 
 
-class AudioDataset(FileDataset):
+class AudioDataset(PreparedDataset):
     """Rows with a recording and perhaps a label."""
 
     column = AUDIO.name
     content_key = staticmethod(audio.content_key)
-
-    def __init__(
-        self,
-        rows: Any,
-        inputs: Callable[[Any, str], dict[str, Any]],
-        augmentation: str = "none",
-        seed: int | None = None,
-        view: int | None = None,
-    ) -> None:
-        """`inputs` gives what the model takes of a recording, augmented."""
-        super().__init__(rows, seed, view)
-        self.inputs, self.augmentation = inputs, augmentation
-
-    def example(self, value: Any) -> dict[str, Any]:
-        """What the model takes of one recording."""
-        return self.inputs(value, self.augmentation)
 
 
 def new_extractor(seconds: float, rates: np.ndarray[Any, Any]) -> WhisperFeatureExtractor:

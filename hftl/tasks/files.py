@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -71,3 +72,23 @@ class FileDataset(Dataset[dict[str, Any]]):
         if "label" in row:
             example["labels"] = row["label"]
         return example
+
+
+class PreparedDataset(FileDataset):
+    """Rows whose file a function of the task prepares, augmented where that is wanted."""
+
+    def __init__(
+        self,
+        rows: Any,
+        inputs: Callable[..., dict[str, Any]],
+        *augmentation: Any,
+        seed: int | None = None,
+        view: int | None = None,
+    ) -> None:
+        """`inputs` gives what the model takes of a file: `(value, *augmentation) → inputs`."""
+        super().__init__(rows, seed, view)
+        self.inputs, self.augmentation = inputs, augmentation
+
+    def example(self, value: Any) -> dict[str, Any]:
+        """What the model takes of one file."""
+        return self.inputs(value, *self.augmentation)

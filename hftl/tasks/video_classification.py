@@ -8,7 +8,7 @@ VideoMAE, or the model's own.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from hftl.examples import Shown
 from hftl.folder import say
 from hftl.modality import VIDEO
 from hftl.tasks.classification import ClassificationTask
-from hftl.tasks.files import FileDataset
+from hftl.tasks.files import PreparedDataset
 from hftl.tasks.image_classification import crop_settings, decoded_side, resized_processor
 from hftl.video import Frames
 from hftl.video_models import VideoConfig, VideoModel
@@ -201,17 +201,18 @@ class VideoClassification(ClassificationTask):
         """The frames of a row, shape (frames, height, width, 3); a task of one's own may prepare them further."""
         return video.open_video(value, self.frames, shares, decoded_side(self.processor))
 
-    def _inputs(self, value: Any, augmentation: Any = None) -> torch.Tensor:
-        """What the model takes of one video, shape (frames, 3, height, width)."""
+    def _inputs(self, value: Any, augmentation: Any = None) -> dict[str, torch.Tensor]:
+        """What the model takes of one video: `pixel_values` of shape (frames, 3, height, width)."""
         if augmentation is None:
             return self._pixels(self.open_video(value))
         frames = self.open_video(value, torch.rand(self.frames).double().numpy())
         cropped = augmentation(torch.from_numpy(frames).permute(0, 3, 1, 2))
         return self._pixels(cropped, do_resize=False, do_center_crop=False)
 
-    def _pixels(self, frames: Any, **settings: bool) -> torch.Tensor:
+    def _pixels(self, frames: Any, **settings: bool) -> dict[str, torch.Tensor]:
         """Frames as the processor makes them."""
-        return self.processor(list(frames), return_tensors="pt", **settings)["pixel_values"][0].float()
+        pixels = self.processor(list(frames), return_tensors="pt", **settings)["pixel_values"]
+        return {"pixel_values": pixels[0].float()}
 
     def shown(self, row: Mapping[str, Any], model: Any = None, label: int = 0) -> Shown:
         """Some frames, row by row."""
@@ -249,24 +250,8 @@ class VideoClassification(ClassificationTask):
         return _USAGE.format(title=json.dumps(title), count=self.frames, module=module, model=kind.__name__)
 
 
-class VideoDataset(FileDataset):
+class VideoDataset(PreparedDataset):
     """Rows with a video and perhaps a label."""
 
     column = VIDEO.name
     content_key = staticmethod(video.content_key)
-
-    def __init__(
-        self,
-        rows: Any,
-        inputs: Callable[[Any, Any], torch.Tensor],
-        augmentation: Any = None,
-        seed: int | None = None,
-        view: int | None = None,
-    ) -> None:
-        """`inputs` gives what the model takes of a video, augmented."""
-        super().__init__(rows, seed, view)
-        self.inputs, self.augmentation = inputs, augmentation
-
-    def example(self, value: Any) -> dict[str, Any]:
-        """`pixel_values` of shape (frames, 3, height, width)."""
-        return {"pixel_values": self.inputs(value, self.augmentation)}
