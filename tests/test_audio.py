@@ -153,7 +153,7 @@ def test_one_line_for_what_does_not_fit(
 
 
 def test_pictures_are_those_of_plain_transformers(place: Path, tmp_path: Path) -> None:
-    run = trained(place, "cnn", tmp_path / "run", "--method=frozen")
+    run = trained(place, "cnn", tmp_path / "run", "--method=full", "--max_steps=2")
     files = sorted((place / "sounds" / "test").rglob("*.wav"))
     check_card(run, files)
     row = {"audio": str(files[0]), "id": "a", "label": 0}
