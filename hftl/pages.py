@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,12 @@ _UNSHOWN = {"output_dir", "task", "hub_model_id"}
 
 def render(template: str, **values: Any) -> str:
     """The page of a template in hftl/templates."""
+    return _environment().get_template(f"{template}.html.jinja").render(**values, hftl_version=__version__)
+
+
+@functools.cache
+def _environment() -> Environment:
+    """One for all pages: to compile the templates takes a fifth of a second."""
     environment = Environment(
         loader=PackageLoader("hftl"),
         autoescape=True,
@@ -31,7 +38,7 @@ def render(template: str, **values: Any) -> str:
     )
     environment.filters["short"] = short_name
     environment.filters["percent"] = lambda value: "–" if value is None else f"{100 * value:.1f} %"
-    return environment.get_template(f"{template}.html.jinja").render(**values, hftl_version=__version__)
+    return environment
 
 
 def settings(recipe: Mapping[str, Any]) -> dict[str, str]:

@@ -9,10 +9,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import tiny_models
 import yaml
 
 import hftl
-from hftl import auto, cli, lr_find, training
+from hftl import auto, builtin, cli, lr_find, training
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
@@ -31,6 +32,11 @@ def _short_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "sweep", functools.partial(lr_find.sweep, steps=20))
     monkeypatch.setattr(auto, "_EPOCHS_FOR_TRIALS", 1e9)
     monkeypatch.setattr(auto, "_MOST_EPOCHS", 1.0)
+
+
+@pytest.fixture(scope="module")
+def tiny_minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.write_tiny_text_model(tmp_path_factory.mktemp("models") / "minilm")
 
 
 def small_flags(task: str, method: str) -> list[str]:
@@ -114,8 +120,12 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", SHOWN.values(), ids=SHOWN)
-def test_shown_command_works(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shown_command_works(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_minilm: Path
+) -> None:
+    """With little data and, in MiniLM's place, a small BERT: the configurations train the real one by every method."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(builtin.BUILTIN_MODELS, "minilm", lambda: tiny_minilm)
     path, flags = recipe_and_flags(words)
     assert path.is_file()
     text = path.read_text()
