@@ -29,7 +29,8 @@ _PUBLIC = {
     "ImageTextClassification": "hftl.tasks.image_text_classification",
     "Modality": "hftl.modality",
     "Plan": "hftl.methods",
-    "Prediction": "hftl.run",
+    "LabelsPrediction": "hftl.problems",
+    "Prediction": "hftl.problems",
     "Run": "hftl.run",
     "Stage": "hftl.methods",
     "TextArguments": "hftl.arguments",
@@ -37,6 +38,7 @@ _PUBLIC = {
     "TransferArguments": "hftl.arguments",
     "TransferTrainer": "hftl.trainer",
     "UsageError": "hftl.errors",
+    "ValuePrediction": "hftl.problems",
     "VideoArguments": "hftl.arguments",
     "VideoClassification": "hftl.tasks.video_classification",
     "build_plan": "hftl.methods",
@@ -62,7 +64,8 @@ if TYPE_CHECKING:
     from hftl.losses import CrossEntropyLoss
     from hftl.methods import Plan, Stage, build_plan
     from hftl.modality import Modality
-    from hftl.run import Prediction, Run, load_run
+    from hftl.problems import LabelsPrediction, Prediction, ValuePrediction
+    from hftl.run import Run, load_run
     from hftl.tasks.audio_classification import AudioClassification
     from hftl.tasks.classification import ClassificationTask
     from hftl.tasks.files import FileDataset

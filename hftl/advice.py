@@ -22,14 +22,15 @@ from sklearn.metrics import silhouette_score
 
 from hftl import backbones, compute, transferability
 from hftl.arguments import parse, stage_arguments
-from hftl.data import Splits, is_uneven
+from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.folder import say
+from hftl.losses import CrossEntropyLoss
 from hftl.methods import build_plan
 from hftl.methods.plan import LEAST_STEPS, Plan, prepare_modules, with_least_steps
+from hftl.problems import is_uneven
 from hftl.ranking import Pooled, features_of, load_rows
 from hftl.tasks import find_task
-from hftl.tasks.classification import class_counts
 
 #: the part of the error of guessing that the probe must take away. It is 0.98 on cats and dogs with EfficientNet-Lite0,
 #: where training everything is no better than the head alone (0.979 to 0.989 and 0.989), and 0.57 on movie reviews with
@@ -151,7 +152,7 @@ def look(found: Pooled, splits: Splits) -> Figures:
     groups = len(np.unique(found.labels[random]))
     can_tell = 1 < groups < len(random)  # every class one row, say: then there is no silhouette
     return Figures(
-        counts=tuple(class_counts(splits)),
+        counts=tuple(splits.counts),
         inputs=inputs,
         hint=hint,
         hardware=_hardware(found.task.arguments.device),
@@ -254,7 +255,7 @@ def _seconds_a_row(found: Pooled, plan: Plan) -> float:
     plan.model.to(arguments.device)
     batch = compute.typical_batch(found.rows, found.task.collate)
     batch = {name: value.to(arguments.device) for name, value in batch.items()}
-    return compute.seconds_a_row(plan.model, batch, True, arguments.precision)
+    return compute.seconds_a_row(plan.model, batch, CrossEntropyLoss(), True, arguments.precision)
 
 
 def _time(seconds: float) -> str:

@@ -14,10 +14,14 @@ import numpy.typing as npt
 from hftl import folder
 from hftl.errors import UsageError
 from hftl.inert import as_cell, from_cell, visible
-from hftl.metrics import softmax
 
 if TYPE_CHECKING:
     from hftl.data import Splits
+    from hftl.problems import Problem
+
+
+#: rows whose answers are held at once: with thousands of classes those of all take gigabytes
+_AT_ONCE = 256
 
 
 @dataclass
@@ -46,16 +50,18 @@ class Answers:
         return rows[np.argsort(-self.probabilities[rows].max(axis=1), kind="stable")]
 
 
-def write_answers(path: Path, label_names: Sequence[str], splits: Splits, split: str, logits: Any, labels: Any) -> None:
+def write_answers(path: Path, problem: Problem, splits: Splits, split: str, logits: Any, labels: Any) -> None:
     """A line for each row of a split: its id, what it is, what the model says, and the probability of every class."""
     rows: Any = splits.test if split == "test" else splits.validation
-    names = [as_cell(name) for name in label_names]
+    names, ids, logits = splits.label_names, rows["id"][:], np.asarray(logits)
     with folder.replacing(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")  # line by line: thousands of classes take gigabytes at once
-        writer.writerow(map(as_cell, _head(label_names)))
-        for row_id, label, row in zip(rows["id"][:], labels, softmax(np.asarray(logits)), strict=True):
-            numbers = [f"{probability:.6f}" for probability in row.tolist()]
-            writer.writerow([as_cell(row_id), names[label], names[int(row.argmax())], *numbers])
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(map(as_cell, ["id", "label", *problem.answer_columns(names)]))
+        for start in range(0, len(ids), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            for answer, label in zip(problem.answers(ids[part], logits[part], names), labels[part], strict=True):
+                said, *numbers = answer.cells()
+                writer.writerow([*map(as_cell, (answer.id, problem.label_cell(label, names), said)), *numbers])
 
 
 def read_answers(path: Path, label_names: Sequence[str], rows: Mapping[str, int] | None = None) -> Answers:

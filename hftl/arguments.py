@@ -82,6 +82,18 @@ class TransferArguments(TrainingArguments):
     # A tenth: enough to compare checkpoints on a few hundred rows, and nine tenths are left to learn from.
     validation_fraction: float = _argument(0.1, "Part of train used for validation when there is no such split.")
     label_column: str | None = _argument(None, "Column of the labels (guessed when not given).")
+    problem_type: str = _argument(
+        "single_label_classification",
+        "What a label is: one class of several; of multi_label_classification a list of them, or none; of regression a "
+        "number. The names are transformers' own.",
+        choices=("single_label_classification", "multi_label_classification", "regression"),
+    )
+    label_separator: str | None = _argument(
+        None, "multi_label_classification: what stands between the labels of a cell (default: | or ; or , if found)."
+    )
+    label_columns: list[str] | None = _argument(
+        None, "multi_label_classification: columns of 0 and 1, one a label, instead of one column of lists."
+    )
     max_train_samples: int | None = _argument(None, "Train on a seeded, stratified part of this many rows.")
     max_eval_samples: int | None = _argument(None, "Evaluate on a seeded, stratified part of this many rows.")
     shots: int | None = _argument(
@@ -240,9 +252,9 @@ class TransferArguments(TrainingArguments):
     # Training: fields of our own
     class_weights: str = _argument("none", "Weigh the loss by class frequency.", choices=("none", "balanced"))
     loss: str = _argument(
-        "cross_entropy",
-        "cross_entropy; focal: sure rows count less; logit_adjusted: as if all classes were alike frequent; or "
-        "module:function.",
+        "",
+        "cross_entropy (default); focal: sure rows count less; logit_adjusted: as if all classes were alike frequent; "
+        "of regression mse (default) or mae; or module:function.",
     )
     sampler: str = _argument(
         "random",
@@ -285,6 +297,7 @@ class TransferArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Choose the device before TrainingArguments asks for it, and check what Trainer would only trip over."""
+        self.loss = self.loss or ("mse" if self.problem_type == "regression" else "cross_entropy")
         _match_precision(self)
         _check_device(self)
         metric: str | None = self.metric_for_best_model  # type: ignore[has-type]  # a field of TrainingArguments

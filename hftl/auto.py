@@ -288,11 +288,12 @@ class Ladder:
         batch = compute.typical_batch(self.task.dataset(self.splits.train, training=True), self.task.collate)
         batch = {name: value.to(self.arguments.device) for name, value in batch.items()}
         rows = _MOST_RUNS * _MOST_EPOCHS * len(self.splits.train)
-        precision = compute.choose_precision(model, batch, training=True, rows=rows, arguments=self.arguments)
+        loss = self.task.loss(self.splits)
+        precision = compute.choose_precision(model, batch, loss, training=True, rows=rows, arguments=self.arguments)
         if precision != self.arguments.precision:
             set_precision(self.arguments, precision)
-        training = compute.seconds_a_row(model, batch, True, precision)
-        return training, compute.seconds_a_row(model.eval(), batch, False, precision)
+        training = compute.seconds_a_row(model, batch, loss, True, precision)
+        return training, compute.seconds_a_row(model.eval(), batch, loss, False, precision)
 
 
 def _shape(epochs: float) -> tuple[int, float]:

@@ -27,6 +27,7 @@ from hftl.compute import wait_for_all
 from hftl.errors import UsageError
 from hftl.folder import is_main_process, replacing, say
 from hftl.methods import Plan, Stage
+from hftl.metrics import written
 
 if TYPE_CHECKING:
     from hftl.trainer import TransferTrainer
@@ -330,7 +331,7 @@ def put(tensors: Tensors, values: Tensors) -> None:
 
 
 def _shown(trainer: TransferTrainer, score: float) -> str:
-    return f"validation {trainer.args.metric_for_best_model} {score:.4f}"
+    return f"validation {trainer.args.metric_for_best_model} {written(str(trainer.args.metric_for_best_model), score)}"
 
 
 # --- with the pretrained weights -------------------------------------------------------------------------------------

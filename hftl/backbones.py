@@ -79,6 +79,18 @@ def structure(model: nn.Module) -> Structure:
     return Structure(head, _shortest_prefixes(_group(plain, backbone, weights), outside), pooler)
 
 
+def output_layers(model: nn.Module, outputs: int) -> list[nn.Linear]:
+    """The linear layers of the head that give so many outputs: one, or those whose mean is the answer (DeiT's)."""
+    plain, head = without_adapters(model), structure(model).head
+    return [
+        module
+        for name, module in plain.named_modules()
+        # Beside a head that trains PEFT keeps the one that was there.
+        if isinstance(module, nn.Linear) and is_below_any(name, head) and "original_module" not in name.split(".")
+        if module.out_features == outputs
+    ]
+
+
 def head_input(model: nn.Module, name: str, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """What the output layer of that name reads, shape (rows, features)."""
     layer: Any = model.get_submodule(name)

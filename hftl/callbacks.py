@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 from hftl.compute import wait_for_all
 from hftl.folder import is_main_process, say
+from hftl.metrics import written
 
 #: a run in a file rather than a terminal gets a line of progress every so many seconds
 _SECONDS_BETWEEN_LINES = 30.0
@@ -130,10 +132,10 @@ class EveryFewEpochs(TrainerCallback):
 class ReadableProgress(ProgressCallback):
     """A bar with the time left in a terminal, a line now and then elsewhere, and a line for each evaluation."""
 
-    def __init__(self, stage: str) -> None:
-        """Name the stage that is shown."""
+    def __init__(self, stage: str, headline: Sequence[tuple[str, str]] = ()) -> None:
+        """Name the stage that is shown, and the scores of an evaluation with what they are called."""
         super().__init__()
-        self.stage = stage
+        self.stage, self.headline = stage, headline
         self.last_line = time.monotonic()
         self.started = self.last_line
         self.first_step = 0
@@ -173,8 +175,8 @@ class ReadableProgress(ProgressCallback):
         """Print an evaluation as a line; the losses between are in the log file."""
         if not state.is_world_process_zero or not logs or "eval_loss" not in logs:
             return
-        shown = {"accuracy": "accuracy", "f1_macro": "macro F1", "loss": "loss"}
-        parts = [f"{text} {logs[f'eval_{name}']:.4f}" for name, text in shown.items() if f"eval_{name}" in logs]
+        shown = [*self.headline, ("loss", "loss")]
+        parts = [f"{text} {written(name, logs[f'eval_{name}'])}" for name, text in shown if f"eval_{name}" in logs]
         when = f"epoch {logs.get('epoch', state.epoch or 0):.3g}"
         if "penalty" in logs:
             when = f"solved in {logs['seconds']:.1f} s with penalty {logs['penalty']:.2g}"

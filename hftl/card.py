@@ -10,21 +10,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
 from hftl.arguments import TransferArguments
 from hftl.builtin import BUILTIN_ON_HUB
-from hftl.data import Splits, is_uneven
+from hftl.data import Splits, labels_of
 from hftl.folder import read_json, repository_of, say, scored_split, write_text
 from hftl.inert import EVERYWHERE, in_markdown, public_name
 from hftl.joined import as_flags, wished
 from hftl.merging import ADAPTER, BASE
-from hftl.metrics import share_interval
+from hftl.metrics import written
 from hftl.pretrained import find_model
-from hftl.tasks.classification import ClassificationTask, class_counts
+from hftl.problems import Problem, Regression
+from hftl.tasks.classification import ClassificationTask
 
 _TEXT = """# {title}
 
@@ -32,18 +32,8 @@ The model {base} adapted to {task} on {dataset} with the method {method}{prepara
 
 ## Results
 
-| split | accuracy | macro F1 | loss |
-| --- | --- | --- | --- |
 {results}
-{repeats}
-## Classes
-
-| class | training rows | precision | recall | F1 |
-| --- | --- | --- | --- | --- |
-{classes}
-
-Precision, recall and F1 are those on {split}.
-
+{repeats}{classes}
 ## Limits
 
 {limits}
@@ -63,6 +53,14 @@ Precision, recall and F1 are those on {split}.
 `recipe.yaml` repeats the training: `hftl train {task} --config recipe.yaml{places}`.
 {adapter}"""
 
+_CLASSES = """
+## Classes
+
+{table}
+
+Precision, recall and F1 are those on {split}.
+"""
+
 #: scores as the Hub reads them
 EVALUATIONS = ".eval_results/hftl.yaml"
 #: settings that name what a run was made from, the flags that say it, and where the card does
@@ -78,12 +76,8 @@ This is the ordinary model with a logistic head, whose scores are those of `ordi
 those of the `{head}` head in `probe/`{joined}, which plain libraries do not know: `hftl predict`, `hftl evaluate` and
 `hftl.load_run(FOLDER).predict` answer by it.
 """
-#: training rows below which a class is named among the limits, and how many of those
-_FEW, _NAMED = 20, 10
 #: words in the names of licences that are known to most
 _USUAL = frozenset({"apache", "mit", "bsd", "cc", "cc0", "gpl", "lgpl", "agpl", "mpl", "isc", "unlicense", "openrail"})
-#: mean gap between confidence and accuracy that is worth a word
-_UNCALIBRATED = 0.05
 #: where the adapter is not merged
 _UNMERGED = """from peft import PeftModel
 from {module} import {auto_class}
@@ -107,9 +101,10 @@ def write_card(
     results = [
         EvalResult(
             task_type=task.name, dataset_type=dataset, dataset_name=dataset, dataset_split=split,
-            metric_type=kind, metric_name=name, metric_value=round(plain[key], 4),
+            metric_type=kind, metric_name=name, metric_value=float(written(key, plain[key])),
         )
-        for kind, name, key in (("accuracy", "Accuracy", "accuracy"), ("f1", "Macro F1", "f1_macro"))
+        for kind, name, key in task.problem.hub_metrics
+        if key in plain
     ]  # fmt: skip
     origin = base_cards(arguments)
     header = ModelCardData(
@@ -123,31 +118,21 @@ def write_card(
         base_model=on_hub[0] if len(on_hub) == 1 else on_hub or None,
         tags=["hftl", task.modality.name],
         base_model_relation=("adapter" if (target / BASE).is_dir() else "finetune") if on_hub else None,
-        metrics=["accuracy", "f1"],
+        metrics=list(dict.fromkeys(kind for kind, _, _ in task.problem.hub_metrics)),
         model_name=title,
         eval_results=results,
     )
-    rows = [
-        f"| {name} | {metrics[name]['accuracy']:.4f} | {metrics[name]['f1_macro']:.4f} | {metrics[name]['loss']:.4f} |"
-        for name in ("validation", "test", "ordinary_head_validation", "ordinary_head_test")
-        if name in metrics
-    ]
+    rows = _results(task.problem, metrics)
     if getattr(arguments, "test_time_flip", False):
         rows.append("\nOf each image and its mirror image (`--test_time_flip`); plain transformers takes it alone.")
-    scored = np.bincount(np.asarray(splits.scored["label"][:], dtype=int), minlength=len(splits.label_names))
-    classes = [
-        f"| {in_markdown(name)} | {count:,} | "
-        + " | ".join(f"{plain[f'{kind}/{name}']:.4f}" if there else "–" for kind in ("precision", "recall", "f1"))
-        + " |"
-        for name, count, there in zip(splits.label_names, class_counts(splits), scored, strict=True)
-    ]
     module = "transformers" if plain_library else task.auto_class.__module__
     unmerged = _UNMERGED.format(title=json.dumps(title), auto_class=task.auto_class.__name__, module=module)
     text = _TEXT.format(
         title=in_markdown(title), base=in_markdown(base), task=task.name, dataset=in_markdown(dataset),
         method=in_markdown(method), split=split,
         preparation=f" {task.preparation}" if task.preparation else "",
-        results="\n".join(rows), repeats=_repeats(metrics, split), classes="\n".join(classes),
+        results="\n".join(rows), repeats=_repeats(task.problem, metrics, split),
+        classes=_classes(splits, plain, split, metrics.get("thresholds")),
         limits=_limits(splits, plain, split, in_markdown(dataset), licence_of(origin)),
         training=_training(metrics["train"]),
         probe=_probe(arguments) if f"ordinary_head_{split}" in metrics else "",
@@ -158,18 +143,43 @@ def write_card(
     if forbids_changes(licence_of(origin)) or _is_for_private_use(_words_of(licence_of(origin))):
         say(f"licence: {_of_licence(licence_of(origin))}")
     ModelCard(f"---\n{header.to_yaml()}\n---\n\n{text}").save(target / "README.md")
-    if _is_on_hub(arguments.dataset_name):
-        _write_evaluation(target, arguments, plain, split)
+    if _is_on_hub(arguments.dataset_name) and task.problem.headline[0][0] in plain:
+        _write_evaluation(target, task, plain, split)
 
 
-def _write_evaluation(target: Path, arguments: TransferArguments, scores: dict[str, float], split: str) -> None:
-    """The scores in the form that the Hub reads beside the card; it knows data sets of its own only."""
+def _results(problem: Problem, metrics: dict[str, Any]) -> list[str]:
+    """The scores of each split as the lines of a table."""
+    there = ("validation", "test", "ordinary_head_validation", "ordinary_head_test")
+    shown = [*problem.headline, ("loss", "loss")]
+    lines = [["split", *(words for _, words in shown)], ["---"] * (1 + len(shown))]
+    for split in (name for name in there if name in metrics):
+        scores = metrics[split]
+        lines.append([split, *(written(key, scores[key]) if key in scores else "–" for key, _ in shown)])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _classes(splits: Splits, scores: dict[str, float], split: str, thresholds: dict[str, float] | None) -> str:
+    """The scores of each class or label, and where a label begins; nothing of a number."""
+    if isinstance(splits.problem, Regression):
+        return ""
+    scored = splits.problem.counts(labels_of(splits.scored), splits.label_names)
+    head = ["class", "training rows", *(["threshold"] if thresholds else []), "precision", "recall", "F1"]
+    lines = [head, ["---"] * len(head)]
+    for name, count, there in zip(splits.label_names, splits.counts, scored, strict=True):
+        own = [f"{scores[f'{kind}/{name}']:.4f}" if there else "–" for kind in ("precision", "recall", "f1")]
+        lines.append([in_markdown(name), f"{count:,}", *([f"{thresholds[name]:.3f}"] if thresholds else []), *own])
+    return _CLASSES.format(table="\n".join(f"| {' | '.join(line)} |" for line in lines), split=split)
+
+
+def _write_evaluation(target: Path, task: ClassificationTask, scores: dict[str, float], split: str) -> None:
+    """The first score in the form that the Hub reads beside the card; it knows data sets of its own only."""
+    arguments, (key, words) = task.arguments, task.problem.headline[0]
     entry = EvalResultEntry(
         dataset_id=str(arguments.dataset_name),
         task_id=arguments.dataset_config_name or "default",
-        value=round(scores["accuracy"], 4),
+        value=float(written(key, scores[key])),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        notes=f"accuracy on {split}, by hftl",
+        notes=f"{words} on {split}, by hftl",
     )
     (target / EVALUATIONS).parent.mkdir(exist_ok=True)
     write_text(target / EVALUATIONS, yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
@@ -265,27 +275,16 @@ def _of_licence(licence: str | None) -> str:
 
 def _limits(splits: Splits, scores: dict[str, float], split: str, dataset: str, licence: str | None) -> str:
     """What one should know before relying on the model, as a list."""
-    rows, counts = len(splits.scored), class_counts(splits)
-    low, high = share_interval(round(scores["accuracy"] * rows), rows)
-    lines = [f"Accuracy on {rows:,} rows of {split}: with 95 % confidence between {low:.3f} and {high:.3f}."]
+    names = list(map(in_markdown, splits.label_names))
+    lines = splits.problem.limits(scores, len(splits.scored), split, splits.train_labels, names)
     if split == "validation":
         lines.append(
             "There was no test split: the model was chosen by these scores, new data may well give lower ones."
         )
-    few = [in_markdown(name) for name, count in zip(splits.label_names, counts, strict=True) if count < _FEW]
-    if few:
-        more = f" and {len(few) - _NAMED} more" if len(few) > _NAMED else ""
-        lines.append(f"Fewer than {_FEW} training rows: {', '.join(few[:_NAMED])}{more}.")
-    if is_uneven(counts):
-        lines.append("The classes are unevenly frequent in training: look at each, not at the accuracy alone.")
-    error = scores.get("expected_calibration_error", 0.0)
-    if error > _UNCALIBRATED:
-        lines.append(f"Its probabilities are off by {error:.0%} on average: it is not as right as it is sure.")
     lines.append(
         f"It has learned from {len(splits.train):,} rows of {dataset}: on data of another origin the scores may be "
         "far lower."
     )
-    lines.append("Whatever it is given, it answers with one of its classes.")
     lines.append(_of_licence(licence))
     return "\n".join(f"- {line}" for line in lines)
 
@@ -340,14 +339,14 @@ def _adapter(target: Path, base: str) -> str:
     )
 
 
-def _repeats(metrics: dict[str, Any], split: str) -> str:
+def _repeats(problem: Problem, metrics: dict[str, Any], split: str) -> str:
     """What the other seeds gave, where there were any."""
-    if "repeats" not in metrics:
+    key, words = problem.headline[0]
+    if key not in metrics.get("repeats", {}).get(split, {}):
         return ""
     repeats = metrics["repeats"]
-    accuracy = repeats[split]["accuracy"]
+    mean, half_width = (written(key, repeats[split][key][name]) for name in ("mean", "half_width_95"))
     return (
-        f"\nOver {len(repeats['seeds'])} seeds the accuracy on {split} is {accuracy['mean']:.4f} ± "
-        f"{accuracy['half_width_95']:.4f} (mean and 95 % interval). This is the model of seed {repeats['best_seed']}, "
-        "chosen on validation.\n"
+        f"\nOver {len(repeats['seeds'])} seeds the {words} on {split} is {mean} ± {half_width} (mean and 95 % "
+        f"interval). This is the model of seed {repeats['best_seed']}, chosen on validation.\n"
     )

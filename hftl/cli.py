@@ -307,8 +307,10 @@ def _evaluate(argv: list[str]) -> None:
         options.skip_bad_files,
         **_columns(options, run),
     )
+    from hftl.metrics import written
+
     for name, value in scores.items():
-        print(f"{on_one_line(name):<27} {value:.4f}")
+        print(f"{on_one_line(name):<27} {written(name, value)}")
 
 
 def _add_trust(parser: argparse.ArgumentParser) -> None:
@@ -432,6 +434,7 @@ def _report(argv: list[str]) -> None:
     from hftl.report import write_report
 
     run = find_run(options.run)
+    run.require_one_of_several("hftl report")
     there = (run.folder / PREDICTIONS).is_file()
     examples = read_examples(run) if there else None
     if examples is None and there and run.task_name not in TASKS:

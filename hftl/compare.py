@@ -71,6 +71,8 @@ def main(paths: Sequence[str], output: str | None, trust_remote_code: bool = Fal
     if len(paths) < 2:
         raise UsageError("hftl compare takes two runs or more.")
     runs = [find_run(path) for path in paths]
+    for run in runs:
+        run.require_one_of_several("hftl compare")
     names = _names(paths)
     known = functools.cache(lambda number: _known_rows(runs[number], trust_remote_code))
     rows, answers = shared_answers(runs, names, known)

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
@@ -24,6 +23,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from hftl import backbones, builtin, merging
 from hftl.arguments import TransferArguments
 from hftl.folder import read_json, say, write_json
+from hftl.losses import Loss
 
 #: rows of a measured batch: the ratio of the precisions at 16 is that at 32, and it costs half
 _MEASURED_ROWS = 16
@@ -148,7 +148,13 @@ def typical_batch(dataset: Any, collate: Any) -> dict[str, torch.Tensor]:
 
 
 def choose_precision(
-    model: nn.Module, batch: dict[str, torch.Tensor], *, training: bool, rows: float, arguments: TransferArguments
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    loss: Loss,
+    *,
+    training: bool,
+    rows: float,
+    arguments: TransferArguments,
 ) -> str:
     """The precision of `--precision`; what `auto` is on a GPU the arguments know, and on a CPU it is measured.
 
@@ -162,8 +168,9 @@ def choose_precision(
 
     Args:
         model: a classification model whose modes (`training`) and `requires_grad` are those of the work to come.
-        batch: what `forward` takes, and `labels` of shape (rows,) where there are any, on the device of the model;
+        batch: what `forward` takes, and `labels` where there are any, on the device of the model;
             the first 16 rows are used.
+        loss: of outputs and labels.
         training: time forward and backward; else forward alone.
         rows: rows to come, each as often as it goes through the model.
         arguments: their `precision`.
@@ -175,18 +182,21 @@ def choose_precision(
         return arguments.precision
     answer = [""]
     if not _several_processes() or torch.distributed.get_rank() == 0:
-        answer = [_precision_of_cpu(model, batch, training, rows)]
+        answer = [_precision_of_cpu(model, batch, loss, training, rows)]
     if _several_processes():
         torch.distributed.broadcast_object_list(answer, src=0)
     return answer[0]
 
 
-def seconds_a_row(model: nn.Module, batch: dict[str, torch.Tensor], training: bool, precision: str) -> float:
+def seconds_a_row(
+    model: nn.Module, batch: dict[str, torch.Tensor], loss: Loss, training: bool, precision: str
+) -> float:
     """What a row takes forward, in training also backward; the second of two passes.
 
     Args:
         model: on the device of the batch, in the modes of the work to come.
         batch: what `forward` takes, and `labels`.
+        loss: of outputs and labels.
         training: whether gradients are computed.
         precision: of the computation.
     """
@@ -195,14 +205,14 @@ def seconds_a_row(model: nn.Module, batch: dict[str, torch.Tensor], training: bo
     on_gpu = batch["labels"].device.type != "cpu"
     for _ in range(2):
         started = time.perf_counter()
-        _pass(model, inputs, batch["labels"], precision, training)
+        _pass(model, inputs, batch["labels"], loss, precision, training)
         if on_gpu:
             torch.accelerator.synchronize()  # kernels run on after the call
         seconds = time.perf_counter() - started
     return seconds / len(batch["labels"])
 
 
-def _precision_of_cpu(model: nn.Module, batch: dict[str, torch.Tensor], training: bool, rows: float) -> str:
+def _precision_of_cpu(model: nn.Module, batch: dict[str, torch.Tensor], loss: Loss, training: bool, rows: float) -> str:
     """The remembered answer, or a measured one where measuring pays, else float32."""
     batch = {name: value[:_MEASURED_ROWS] for name, value in batch.items()}
     count = len(next(iter(batch.values())))
@@ -211,14 +221,14 @@ def _precision_of_cpu(model: nn.Module, batch: dict[str, torch.Tensor], training
     if key not in known:
         if rows < _WORTH * 2 * _PASSES * count:
             return "fp32"
-        known[key] = _measured(model, batch, training)
+        known[key] = _measured(model, batch, loss, training)
         _remember(known)
     entry = known[key]
     say(f"precision: {entry['precision']} ({entry['reason']})")
     return entry["precision"]
 
 
-def _measured(model: nn.Module, batch: dict[str, torch.Tensor], training: bool) -> dict[str, str]:
+def _measured(model: nn.Module, batch: dict[str, torch.Tensor], loss: Loss, training: bool) -> dict[str, str]:
     """What the two precisions do on one batch, in turns, with a copy of the model: the choice and its reason."""
     inputs = backbones.inputs_of(batch)
     with torch.random.fork_rng(devices=[]):
@@ -231,7 +241,7 @@ def _measured(model: nn.Module, batch: dict[str, torch.Tensor], training: bool) 
             return {"precision": "fp32", "reason": f"bf16 does not work with this model: {reason}"}
         # Where there are no labels, how sure float32 is of its own answers stands for the loss.
         labels = batch["labels"] if "labels" in batch else logits["fp32"].argmax(dim=-1)
-        losses = {name: float(functional.cross_entropy(values, labels)) for name, values in logits.items()}
+        losses = {name: float(loss({"logits": values}, labels)) for name, values in logits.items()}
         allowed = _LOSS_TOLERANCE * max(_LEAST_LOSS, losses["fp32"])
         if not abs(losses["bf16"] - losses["fp32"]) <= allowed:
             reason = f"bf16 moves the loss from {losses['fp32']:.4g} to {losses['bf16']:.4g}"
@@ -242,7 +252,7 @@ def _measured(model: nn.Module, batch: dict[str, torch.Tensor], training: bool) 
             for _ in range(_PASSES):
                 for precision, times in seconds.items():
                     started = time.perf_counter()
-                    _pass(copied, inputs, labels, precision, training)
+                    _pass(copied, inputs, labels, loss, precision, training)
                     times.append(time.perf_counter() - started)
         except RuntimeError as error:  # no gradient in bf16, or no memory for two models
             return {"precision": "fp32", "reason": f"the measurement failed: {' '.join(str(error).split())[:200]}"}
@@ -259,13 +269,18 @@ def _logits(model: nn.Module, inputs: dict[str, torch.Tensor], precision: str) -
 
 
 def _pass(
-    model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor, precision: str, training: bool
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    labels: torch.Tensor,
+    loss: Loss,
+    precision: str,
+    training: bool,
 ) -> None:
     """One step without the optimizer, or one prediction."""
     with torch.set_grad_enabled(training), autocast(precision, labels.device):
         logits = model(**inputs).logits
     if training:
-        functional.cross_entropy(logits.float(), labels).backward()
+        loss({"logits": logits.float()}, labels).backward()
         model.zero_grad()
 
 

@@ -2,7 +2,7 @@
 
 `load_splits` is for training, `load_labelled` for scoring a finished run, `load_inputs` for prediction. Every data set
 they return has the same columns: `id`, then that of its modality (`image`, or `text` and perhaps `text_pair`, …), then
-`label` (the class id).
+`label` (the class id, or what `labels_of` says).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,8 +27,9 @@ from hftl.builtin import builtin_dataset
 from hftl.errors import UsageError, did_you_mean
 from hftl.hub import check_hub
 from hftl.modality import FILES, TEXT, Modality, is_missing
+from hftl.problems import LabelCells, Problem, SingleLabel
 from hftl.sources import file_key, source_of
-from hftl.tables import TABLE_SUFFIXES, aligned, decoded, read_columns
+from hftl.tables import TABLE_SUFFIXES, decoded, read_columns
 
 SPLIT_ROLES = {
     "train": "train",
@@ -51,7 +52,7 @@ PAIR_COLUMNS = [
 ]
 LABEL_COLUMNS = [
     "label", "labels", "class", "category", "target", "sentiment", "intent", "emotion", "topic", "classes",
-    "categories", "y",
+    "categories", "y", "rating", "score",
 ]
 # fmt: on
 
@@ -72,7 +73,7 @@ class Splits:
     validation: datasets.Dataset
     test: datasets.Dataset | None
     label_names: list[str]
-    """The index is the class id."""
+    """Of the classes or labels; the index is the class id."""
     columns: dict[str, str]
     """From a role (that of the modality, text_pair, label) to the column that it was read from."""
     source: str = ""
@@ -81,13 +82,13 @@ class Splits:
     """What was found and checked."""
     validation_is_drawn: bool = False
     """Whether validation is a part of what was given to train on."""
+    problem: Problem = field(default_factory=SingleLabel)
+    """What the labels are."""
 
     @property
     def report(self) -> list[str]:
         """What a person sees of it, in at most about 20 lines."""
-        counts = self._counts()
-        notes = _class_notes(counts["train"], self.label_names)
-        return [f"data: {self.source}", *self.notes, *_class_table(counts, self.label_names), *notes]
+        return [f"data: {self.source}", *self.notes, *self.problem.table(self._labels(), self.label_names)]
 
     @property
     def scored(self) -> datasets.Dataset:
@@ -96,20 +97,26 @@ class Splits:
 
     def found(self) -> dict[str, Any]:
         """The notes, without the folders of this machine, and of each split the rows of every class by name."""
-        counts = self._counts()
-        rows = {role: dict(zip(self.label_names, part.tolist(), strict=True)) for role, part in counts.items()}
+        names, labels = self.label_names, self._labels()
+        rows = {role: dict(zip(names, self.problem.counts(part, names), strict=True)) for role, part in labels.items()}
         notes = [_without_folders(note, self.source) for note in self.notes]
-        notes += _class_notes(counts["train"], self.label_names)
+        notes += self.problem.notes(labels["train"], names)
         return {"notes": notes, "rows": rows, "scored": self.scored_digest}
 
-    def _counts(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Rows of each class in each split that is there."""
+    @functools.cached_property
+    def train_labels(self) -> np.ndarray[Any, Any]:
+        """As `labels_of`."""
+        return labels_of(self.train)
+
+    @property
+    def counts(self) -> list[int]:
+        """Training rows of each class or label."""
+        return self.problem.counts(self.train_labels, self.label_names)
+
+    def _labels(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The labels of each split that is there."""
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {
-            role: np.bincount(np.asarray(part["label"][:], dtype=int), minlength=len(self.label_names))
-            for role, part in parts.items()
-            if part is not None
-        }
+        return {role: labels_of(part) for role, part in parts.items() if part is not None}
 
     @functools.cached_property
     def scored_digest(self) -> str:
@@ -151,6 +158,8 @@ class _Rows:
     folder: Path | None = None
     """Where relative image paths start."""
     class_folders: bool = False
+    label_columns: list[str] | None = None
+    """Names of the labels, where columns of their own held them."""
     skipped: Counter[str] = field(default_factory=Counter)
 
 
@@ -167,67 +176,82 @@ class _Source:
 # ---- the three entrances -------------------------------------------------------------------------------------------
 
 
-def load_splits(arguments: Any, modality: Modality) -> Splits:
-    """Read, split, label and check the data set that `arguments` names."""
+def load_splits(arguments: Any, modality: Modality, problem: Problem | None = None) -> Splits:
+    """Read, split, label and check the data set that `arguments` names; `problem` says what its labels are."""
+    problem = problem or SingleLabel()
     seed = _option(arguments, "seed", 42)
     source = _open_source(arguments, modality)
     roles = _assign_roles(source, arguments)
     rows = {role: source.splits[name]() for role, name in roles.items()}
+    label_columns = _option(arguments, "label_columns")
+    untold = [name for name in label_columns or () if "test" in rows and name not in _column_names(rows["test"].data)]
+    if untold and not _option(arguments, "test_split"):
+        del rows["test"]
+    rows = {role: _with_joined_labels(part, label_columns) for role, part in rows.items()}
     columns, guessed = _resolve_columns(rows["train"], arguments, modality)
     notes = [*_columns_note(columns, guessed, rows["train"]), *_unused_note(source, roles), *_skipped_note(rows)]
+    notes += [f"test: it has no column {untold[0]!r} and is left out"] if untold else []
     _require_columns(rows, columns, arguments, notes)
 
-    row_labels = {role: _row_labels(part, columns["label"]) for role, part in rows.items()}
-    declared = _declared_labels(rows["train"], columns["label"])
+    cells = {role: _label_cells(part, columns["label"]) for role, part in rows.items()}
+    notes += problem.look_at(cells["train"])
+    row_labels = {role: problem.read(column) for role, column in cells.items()}
     if "test" in rows and not any(label is not None for label in row_labels["test"]):
         notes.append(f"test: {rows['test'].origin} has no labels and is left out")
         del rows["test"], row_labels["test"]
-    label_names = declared or _label_map(row_labels["train"], rows["train"])
-    labels = {role: _encode(row_labels[role], label_names, part) for role, part in rows.items()}
+    label_names = problem.names(row_labels["train"], cells["train"])
+    labels = {role: problem.encode(row_labels[role], label_names, cells[role]) for role in rows}
+    problem.require_enough(labels["train"], label_names, rows["train"].origin)
     parts = {role: _canonical(part, columns, labels[role], modality) for role, part in rows.items()}
     parts = {role: _with_others(part, rows[role], arguments, strict=True) for role, part in parts.items()}
-    _require_two_classes(labels["train"], label_names, rows["train"].origin)
 
     if not modality.is_text:
         # Before anything is drawn: the draw is then the same as if the bad files had not been there.
         parts = _check_files(parts, modality, bool(_option(arguments, "skip_bad_files", False)), notes)
-        _require_two_classes(np.asarray(parts["train"]["label"][:]), label_names, rows["train"].origin)
+        problem.require_enough(labels_of(parts["train"]), label_names, rows["train"].origin)
     shots = _option(arguments, "shots")
     if shots is not None:
         parts |= _take_shots(parts, shots, label_names, seed, notes)
     elif "validation" not in parts:
         fraction = _option(arguments, "validation_fraction", 0.1)
-        parts |= _take_validation(parts["train"], fraction, seed, notes, columns["label"])
+        parts |= _take_validation(parts["train"], problem, fraction, seed, notes, columns["label"])
     for role in parts:
         limit = _option(arguments, "max_train_samples" if role == "train" else "max_eval_samples")
-        parts[role] = _limited(parts[role], limit, seed)
-    if len(np.unique(parts["train"]["label"][:])) < 2:
-        raise UsageError("--max_train_samples leaves one class only: take more.")
+        parts[role] = _limited(parts[role], problem, limit, seed)
+    left = "with --max_train_samples" if _option(arguments, "max_train_samples") else "without its validation rows"
+    problem.require_enough(labels_of(parts["train"]), label_names, f"{rows['train'].origin} {left}")
     parts = {role: parts[role] for role in ("train", "validation", "test") if role in parts}
     notes += _content_notes(parts, modality)
     drawn = "validation" not in rows
     return Splits(
-        parts["train"], parts["validation"], parts.get("test"), label_names, columns, source.name, notes, drawn
+        parts["train"], parts["validation"], parts.get("test"), label_names, columns, source.name, notes, drawn, problem
     )
 
 
 def load_labelled(
-    arguments: Any, split: str | None, label_names: Sequence[str], modality: Modality, known: Mapping[str, str | None]
+    arguments: Any,
+    split: str | None,
+    label_names: Sequence[str],
+    modality: Modality,
+    known: Mapping[str, str | None],
+    problem: Problem | None = None,
 ) -> tuple[datasets.Dataset, str]:
     """One split to score a finished run on, labelled by the run's own map, and the name of the split.
 
     Without `split` it is test, else validation, else the only one. `known` are the columns of the training data by
     role, taken where they are there too and `arguments` names none.
     """
+    problem = problem or SingleLabel()
     source = _open_source(arguments, modality)
     name = _find_split(split, source, "--split") if split else _default_split(source)
-    rows = source.splits[name]()
+    rows = _with_joined_labels(source.splits[name](), _option(arguments, "label_columns"))
     given = {role: _option(arguments, f"{role}_column") for role in ("label", *input_roles(modality))}
     columns, _ = _resolve_columns(rows, _like_training(rows, given, known, arguments), modality, known=True)
     _require_same_pair(rows, columns, known)
-    labels = _encode(_row_labels(rows, columns["label"]), list(label_names), rows)
+    cells = _label_cells(rows, columns["label"])
+    labels = problem.encode(problem.read(cells), label_names, cells)
     part = _with_others(_canonical(rows, columns, labels, modality), rows, arguments, strict=True)
-    part = _limited(part, _option(arguments, "max_eval_samples"), _option(arguments, "seed", 42))
+    part = _limited(part, problem, _option(arguments, "max_eval_samples"), _option(arguments, "seed", 42))
     if not modality.is_text:
         part = _check_files({name: part}, modality, bool(_option(arguments, "skip_bad_files", False)), [])[name]
     return part, name
@@ -311,7 +335,7 @@ def _like_training(
     names = _column_names(rows.data)
     chosen = {role: name for role, name in known.items() if name in names}
     chosen |= {role: name for role, name in given.items() if name}
-    read_too = {name: _option(others, name, []) for name in ("number_columns", "category_columns")}
+    read_too = {name: _option(others, name, []) for name in ("number_columns", "category_columns", "label_columns")}
     return {**{f"{role}_column": str(name) for role, name in chosen.items()}, **read_too}
 
 
@@ -550,12 +574,14 @@ def _default_split(source: _Source) -> str:
     return name or names[0]
 
 
-def _take_validation(train: datasets.Dataset, fraction: float, seed: int, notes: list[str], column: str) -> dict:
+def _take_validation(
+    train: datasets.Dataset, problem: Problem, fraction: float, seed: int, notes: list[str], column: str
+) -> dict:
     if not 0 < fraction < 1:
         raise UsageError(f"--validation_fraction {fraction}: it must lie between 0 and 1")
-    labels = np.asarray(train["label"][:])
+    labels = problem.strata(labels_of(train))
     # A class that validation does not have would not count in choosing the best checkpoint.
-    count = max(len(np.unique(labels)), round(len(labels) * fraction))
+    count = max(len(np.unique(labels)) if problem.is_one_of_several else 1, round(len(labels) * fraction))
     taken = stratified_part(labels, count, seed, leave_one=True)
     if not len(taken):
         raise UsageError(
@@ -563,7 +589,7 @@ def _take_validation(train: datasets.Dataset, fraction: float, seed: int, notes:
             "validation split, or name another --label_column"
         )
     kept = np.setdiff1d(np.arange(len(labels)), taken)
-    share = "the same share of each class" if count == round(len(labels) * fraction) else "some of each class"
+    share = problem.share if count == round(len(labels) * fraction) else "some of each class"
     notes.append(f"validation: {len(taken)} of {len(labels)} train rows, {share} (seed {seed})")
     return {"train": train.select(kept), "validation": train.select(taken)}
 
@@ -605,12 +631,12 @@ def _draw_of_each_class(part: datasets.Dataset, count: int, classes: int, seed: 
     return [generator.permutation(np.flatnonzero(labels == index))[:count] for index in range(classes)]
 
 
-def _limited(part: datasets.Dataset, limit: int | None, seed: int) -> datasets.Dataset:
+def _limited(part: datasets.Dataset, problem: Problem, limit: int | None, seed: int) -> datasets.Dataset:
     if limit is None or limit >= len(part):
         return part
     if limit < 1:
         raise UsageError(f"{limit} samples cannot be taken: --max_train_samples and --max_eval_samples start at 1")
-    return part.select(stratified_part(np.asarray(part["label"][:]), limit, seed))
+    return part.select(stratified_part(problem.strata(labels_of(part)), limit, seed))
 
 
 def stratified_part(labels: np.ndarray, count: int, seed: int, leave_one: bool = False) -> np.ndarray:
@@ -747,6 +773,8 @@ def _resolve_columns(
     names = _column_names(rows.data)
     wanted = [*input_roles(modality), "label"] if labelled else input_roles(modality)
     columns = {role: name for role in wanted if (name := _option(arguments, f"{role}_column"))}
+    if labelled and (several := _option(arguments, "label_columns")):
+        columns["label"] = _joined_name(several)
     for role, name in columns.items():
         if name not in names:
             near = did_you_mean(name, names)
@@ -886,95 +914,54 @@ def _require_columns(rows: dict[str, _Rows], columns: dict[str, str], arguments:
 # ---- labels --------------------------------------------------------------------------------------------------------
 
 
-def _row_labels(rows: _Rows, column: str) -> list[str | None]:
-    """The label of each row as its name; None where it is missing."""
-    values = rows.data[column][:]
-    if rows.class_folders:
-        return values
+def _label_cells(rows: _Rows, column: str) -> LabelCells:
+    """The column of the labels, as its problem reads it."""
     feature = _feature(rows, column)
-    if isinstance(feature, datasets.ClassLabel):
-        names = feature.names
-        return [None if value is None or value < 0 else names[value] for value in values]
-    return [_label_name(value, rows, column) for value in values]
+    kind = getattr(feature, "feature", feature)  # of a list, else of the column
+    declared = list(kind.names) if isinstance(kind, datasets.ClassLabel) else rows.label_columns
+    return LabelCells(rows.origin, column, rows.data[column][:], declared, rows.ids, rows.class_folders)
 
 
-def _label_name(value: Any, rows: _Rows, column: str) -> str | None:
-    if value is None:
-        return None
-    if isinstance(value, float):
-        if np.isnan(value):
-            return None
-        return str(int(value)) if value.is_integer() else str(value)
-    if isinstance(value, (str, int)):
-        text = str(value).strip()
-        return None if text in ("", "nan", "NaN", "<NA>") else text
+def _with_joined_labels(rows: _Rows, names: list[str] | None) -> _Rows:
+    """One column of lists in the place of a column a label, each of which says of a row whether it has it.
+
+    Raises:
+        UsageError: there is no such column, or a cell says neither.
+    """
+    there = _column_names(rows.data)
+    if not names:
+        return rows
+    for name in names:
+        if name not in there:
+            near = did_you_mean(name, there)
+            raise UsageError(f"--label_columns {name!r}: {rows.origin} has no such column.{near} {_listed(there)}")
+    said = [[_says(value, name, rows, row) for row, value in enumerate(rows.data[name][:])] for name in names]
+    lists = [[name for name, has in zip(names, row, strict=True) if has] for row in zip(*said, strict=True)]
+    joined = _joined_name(names)
+    if isinstance(rows.data, datasets.Dataset):
+        kind = datasets.Sequence(datasets.Value("string"))
+        data: Any = rows.data.remove_columns(list(names)).add_column(joined, lists, feature=kind)
+    else:
+        data = {name: values for name, values in rows.data.items() if name not in names} | {joined: lists}
+    return replace(rows, data=data, label_columns=list(names))
+
+
+def _joined_name(names: Sequence[str]) -> str:
+    """What the column is called that stands for several."""
+    return " + ".join(names)
+
+
+def _says(value: Any, name: str, rows: _Rows, row: int) -> bool:
+    """Whether a cell of a label's own column says that the row has it."""
+    word = str(value).strip().lower()
+    if word in ("1", "1.0", "true", "yes"):
+        return True
+    if word in ("0", "0.0", "false", "no"):
+        return False
     raise UsageError(
-        f"{rows.origin}: the column {column!r} holds {type(value).__name__} values where a label should be: "
-        "give one class a row"
+        f"{rows.origin}: {str(value)[:80]!r} in the column {name!r} (row {rows.ids[row]}) says neither that a row has "
+        "the label nor that it has not: write 1 or 0"
     )
-
-
-def _declared_labels(rows: _Rows, column: str) -> list[str] | None:
-    """The names and their order where the data set declares them."""
-    feature = _feature(rows, column)
-    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-
-
-def _label_map(labels: list[str | None], rows: _Rows) -> list[str]:
-    """The train split's labels in an order that files and processes cannot change: by number, else by name."""
-    names = {name for name in labels if name is not None}
-    numbers = {name: number for name in names if (number := _number(name)) is not None}
-    if len(numbers) < len(names):
-        return sorted(names)
-    broken = sorted(name for name, number in numbers.items() if not number.is_integer())
-    if broken and not rows.class_folders:
-        raise UsageError(
-            f"{rows.origin}: the labels are numbers such as {broken[0]}, a quantity and not a class: "
-            "name the right column with --label_column, or turn them into classes"
-        )
-    return sorted(names, key=lambda name: (numbers[name], name))
-
-
-def _number(name: str) -> float | None:
-    return float(name) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", name, re.IGNORECASE) else None
-
-
-def _encode(labels: list[str | None], label_names: list[str], rows: _Rows) -> np.ndarray:
-    """Class ids; a missing label, or one that the map does not have, is an error that names the rows."""
-    missing = [row for row, label in enumerate(labels) if label is None]
-    if missing:
-        raise UsageError(
-            f"{rows.origin}: {len(missing)} of {len(labels)} rows have no label ({_places(rows, missing)}): "
-            "fill them in or take the rows out"
-        )
-    index = {name: number for number, name in enumerate(label_names)}
-    unseen = [row for row, label in enumerate(labels) if label not in index]
-    if unseen:
-        first = labels[unseen[0]]
-        same = [row for row in unseen if labels[row] == first]
-        more = len({labels[row] for row in unseen}) - 1
-        others = f" (and {more} other such labels)" if more else ""
-        near = did_you_mean(str(first), label_names)
-        raise UsageError(
-            f"{rows.origin}: the label {first!r} does not occur in train{others}: {_places(rows, same)}.{near}"
-        )
-    return np.array([index[str(label)] for label in labels], dtype=np.int64)
-
-
-def _places(rows: _Rows, positions: list[int]) -> str:
-    named = ", ".join(rows.ids[row] for row in positions[:5])
-    more = f" and {len(positions) - 5} more" if len(positions) > 5 else ""
-    if rows.class_folders:
-        return f"{named}{more}"
-    first = " counting from 0" if rows.ids[0] == "0" else ""
-    return f"row{'s' if len(positions) > 1 else ''}{first}: {named}{more}"
-
-
-def _require_two_classes(labels: np.ndarray, label_names: list[str], origin: str) -> None:
-    present = [label_names[value] for value in np.unique(labels)]
-    if len(present) < 2:
-        found = f"one class only, {present[0]!r}" if present else "no rows left"
-        raise UsageError(f"{origin} has {found}: a classifier needs two or more")
 
 
 # ---- the canonical data set ----------------------------------------------------------------------------------------
@@ -1001,8 +988,23 @@ def _canonical(rows: _Rows, columns: dict[str, str], labels: np.ndarray | None, 
         if role in columns:
             features[role], data[role] = string, _texts(rows, columns[role])
     if labels is not None:
-        features["label"], data["label"] = datasets.Value("int64"), labels.tolist()
+        features["label"], data["label"] = _label_feature(labels), _as_cells(labels)
     return datasets.Dataset.from_dict(data, features=datasets.Features(features))
+
+
+def _label_feature(labels: np.ndarray) -> Any:
+    """The type of the column `label`."""
+    value = datasets.Value(str(labels.dtype))
+    return value if labels.ndim == 1 else datasets.Sequence(value, length=labels.shape[1])
+
+
+def _as_cells(labels: np.ndarray) -> list[Any]:
+    return labels.tolist() if labels.ndim == 1 else list(labels)
+
+
+def labels_of(part: datasets.Dataset) -> np.ndarray[Any, Any]:
+    """The labels of a split: class ids of shape (rows,), 0 or 1 of shape (rows, labels), or numbers (rows,)."""
+    return np.asarray(part.with_format("numpy", columns=["label"])["label"][:])
 
 
 def _with_others(part: datasets.Dataset, rows: _Rows, arguments: Any, strict: bool) -> datasets.Dataset:
@@ -1061,7 +1063,8 @@ def _canonical_embedded(rows: _Rows, column: str, labels: np.ndarray | None, mod
     data = data.add_column("id", rows.ids)
     if labels is None:
         return data.select_columns(["id", name])
-    return data.add_column("label", labels).select_columns(["id", name, "label"])
+    labelled = data.add_column("label", _as_cells(labels), feature=_label_feature(labels))
+    return labelled.select_columns(["id", name, "label"])
 
 
 def _absolute(value: Any, folder: Path | None) -> str:
@@ -1278,48 +1281,3 @@ def _without_folders(note: str, source: str) -> str:
         if place.strip("/."):
             note = re.sub(rf"(?<![\w./-]){re.escape(place.rstrip('/'))}/", "", note)
     return re.sub(r"(?<![\w./~])~?/(?:[^/\s]+/)+(?=[^/\s])", "", note)
-
-
-def _class_table(counts: dict[str, np.ndarray[Any, Any]], label_names: list[str]) -> list[str]:
-    """Rows by class and split."""
-    shown = 6 if len(label_names) <= 6 else 4  # with the stages that follow the report stays on one screen
-    head = ["class", *counts]
-    names = [name if len(name) <= 30 else f"{name[:29]}…" for name in label_names[:shown]]
-    body = [[name, *(str(part[row]) for part in counts.values())] for row, name in enumerate(names)]
-    total = ["all", *(str(part.sum()) for part in counts.values())]
-    lines = aligned([head, *body, total], left=[0])
-    if len(label_names) > shown:
-        lines.insert(-1, f"… and {len(label_names) - shown} more")
-    return lines
-
-
-def is_uneven(counts: Sequence[int] | np.ndarray[Any, Any]) -> bool:
-    """Whether, of classes with rows, the largest has over three times as many as the smallest.
-
-    Accuracy hardly sees that one.
-    """
-    return bool(max(counts) > 3 * min(count for count in counts if count))
-
-
-def _class_notes(train: np.ndarray[Any, Any], label_names: list[str]) -> list[str]:
-    """Imbalance, names that are nearly one, and classes with a single row."""
-    lines = []
-    present = train[train > 0]
-    ratio = present.max() / present.min()
-    if is_uneven(present):
-        most, least = (
-            label_names[int(train.argmax())],
-            label_names[int(np.where(train > 0, train, train.max()).argmin())],
-        )
-        lines.append(f"imbalance in train: {ratio:.1f} to 1 ({most!r} to {least!r})")
-    spellings: dict[str, list[str]] = {}
-    for name in label_names:
-        spellings.setdefault(" ".join(name.casefold().split()), []).append(repr(name))
-    alike = [", ".join(names) for names in spellings.values() if len(names) > 1]
-    lines += [f"warning: labels that differ in case or spaces alone: {'; '.join(alike[:3])}"] if alike else []
-    for count, what in ((0, "no row"), (1, "only one row")):
-        few = [label_names[row] for row in np.flatnonzero(train == count)]
-        if few:
-            more = f" and {len(few) - 5} more" if len(few) > 5 else ""
-            lines.append(f"warning: {what} in train for: {', '.join(few[:5])}{more}")
-    return lines

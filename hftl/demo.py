@@ -38,7 +38,9 @@ def main(folder: str, port: int | None, trust_remote_code: bool) -> None:
         UsageError: there is no such run, gradio is not installed, or the port is taken.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    page = build(load_run(folder, trust_remote_code=trust_remote_code))
+    run = load_run(folder, trust_remote_code=trust_remote_code)
+    run.require_one_of_several("hftl demo")
+    page = build(run)
     try:
         _, address, _ = page.launch(
             server_name="127.0.0.1",

@@ -36,10 +36,11 @@ from hftl.errors import UsageError
 from hftl.folder import folder_bytes, say
 from hftl.inert import public_name
 from hftl.joined import Joined, as_flags, find_joined, mean_of_positions, wished
-from hftl.losses import LOSSES, CrossEntropyLoss, LogitAdjustedLoss
+from hftl.losses import LOSSES, SOLVABLE
 from hftl.methods import Plan, Stage
 from hftl.methods.plan import prepare_modules
 from hftl.probes import BESIDE, LinearHead, Probe, check_every_class, fit_linear_head, fit_probe, linear_probe
+from hftl.problems import Regression
 from hftl.shards import DTYPES, NotKept, Shards
 
 #: examples on which it is tried how the activations can be kept
@@ -78,7 +79,7 @@ def fingerprint(task: Any, model: nn.Module, source: Source, precision: str) -> 
     except (OSError, TypeError) as error:  # a class that somebody typed in
         raise NotKept(f"the code of the task is in no file ({error})") from error
     settings = [type(plain).__name__, config, source.entry, precision, versions, task.preprocessing()]
-    settings.append(task.arguments.feature_cache_dtype)
+    settings.append(_wanted_type(task))
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for code in sources:
         digest.update(code)
@@ -246,6 +247,12 @@ def pooled(task: Any, stage: Stage, model: nn.Module, dataset: Any) -> tuple[Poo
         raise UsageError(f"--model {name}: its features cannot be used: {error}.") from error
 
 
+def _wanted_type(task: Any) -> str:
+    """How activations are to be kept: rounding changes every number, if not the most probable class."""
+    wanted = task.arguments.feature_cache_dtype
+    return "float32" if wanted == "auto" and isinstance(task.problem, Regression) else wanted
+
+
 class KeptDataset(Dataset[dict[str, Any]]):
     """A split as kept activations: `kept`, the inputs that the trained part still reads, and `labels`.
 
@@ -285,7 +292,7 @@ class KeptDataset(Dataset[dict[str, Any]]):
         for value, place in zip(values, places, strict=True):
             value.copy_(self.shards.read(place))
         self.shards.release()
-        return values, torch.tensor(self.labels).repeat(len(self.places))
+        return values, torch.cat([torch.tensor(self.labels)] * len(self.places))
 
 
 def keep(task: Any, model: nn.Module, source: Source, data: dict[str, list[Any]]) -> dict[str, KeptDataset]:
@@ -381,7 +388,7 @@ class _Extraction:
     def settings(self) -> dict[str, Any]:
         """How rows are kept: in 16 bits where that changes no prediction of the first rows."""
         kept = self.capture(self.batch)
-        wanted = self.arguments.feature_cache_dtype
+        wanted = _wanted_type(self.task)
         dtype = self._smallest_type(kept) if wanted == "auto" else wanted
         return {
             "dtype": dtype,
@@ -508,12 +515,11 @@ class KeptFeatures:
     def solve(self, trainer: Any) -> LinearHead:
         """Solve the output layer of the model, once for all processes; and a head beside it, where one answers."""
         layer: Any = self.source.layer  # type: ignore[union-attr]
-        metric = trainer.args.metric_for_best_model
         sign = 1 if trainer.args.greater_is_better else -1
 
         def score(logits: torch.Tensor, labels: torch.Tensor) -> float:
             scores = {"loss": float(trainer.compute_loss_func({"logits": logits}, labels))}
-            return sign * (scores | self.task.score(logits.numpy(), labels.numpy()))[metric]
+            return sign * self.task.choosing_score(scores | self.task.score(logits.numpy(), labels.numpy()))
 
         kind = self.task.arguments.head or "logistic"
         beside = kind in BESIDE or bool(wished(self.task.arguments))
@@ -559,7 +565,7 @@ class KeptFeatures:
         return dataclasses.replace(probe, joined=source.joined)
 
     def logits(self, split: str, ordinary: bool = False) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Logits of shape (rows, classes) and class ids of shape (rows,) of a whole split.
+        """Logits of shape (rows, outputs) and labels, as `hftl.data.labels_of`, of a whole split.
 
         They are the probe's where there is one, unless those of the model's ordinary head are asked for.
         """
@@ -713,12 +719,7 @@ def _may_solve(task: Any, stage: Stage, splits: Any, alone: bool, last: bool) ->
         say(f"head: trained by SGD, as {unsolved[0]} asks")
     elif given:
         say(f"head: trained by SGD, as --{given[0]} asks (--head_solver lbfgs solves it)")
-    return (
-        not given
-        and not unsolved
-        and stage.loss is None
-        and type(task.loss(splits)) in (CrossEntropyLoss, LogitAdjustedLoss)
-    )
+    return not given and not unsolved and stage.loss is None and type(task.loss(splits)) in SOLVABLE
 
 
 def _unsolved(arguments: TransferArguments, last: bool) -> list[str]:

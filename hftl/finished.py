@@ -18,8 +18,21 @@ from hftl.errors import UsageError
 from hftl.folder import FOUND_IN_DATA, LOGS, METRICS, PREDICTIONS, RECIPE, REPLACED, read_json, scored_split
 from hftl.yaml_files import read_yaml
 
+_CLASSES = "single_label_classification"
+#: a score of each kind of problem
+_ALWAYS_THERE = ("accuracy", "subset_accuracy", "rmse")
 #: of an accuracy that is computed anew in another precision, or on another machine
 _SAME = 0.01
+
+
+def require_one_of_several(problem_type: str, what: str) -> None:
+    """Refuse a command that is made for rows of one class each.
+
+    Raises:
+        UsageError: as said.
+    """
+    if problem_type != _CLASSES:
+        raise UsageError(f"{what}: this is for rows of one class each, and not yet for --problem_type {problem_type}.")
 
 
 class Finished:
@@ -44,6 +57,15 @@ class Finished:
     def recipe(self) -> dict[str, Any]:
         """The content of recipe.yaml."""
         return read_yaml(self.folder / RECIPE)
+
+    @property
+    def is_one_of_several(self) -> bool:
+        """Whether a row has one class."""
+        return self.recipe.get("problem_type", _CLASSES) == _CLASSES
+
+    def require_one_of_several(self, what: str) -> None:
+        """As the function of that name."""
+        require_one_of_several(self.recipe.get("problem_type", _CLASSES), what)
 
     @property
     def scored_split(self) -> str:
@@ -199,8 +221,8 @@ def _read_metrics(folder: Path) -> dict[str, Any]:
     if missing:
         raise UsageError(f"The run in {str(folder)!r} is damaged: its {METRICS} has no {missing[0]!r}.")
     scores = metrics[scored_split(metrics)]
-    if not isinstance(scores, dict) or not isinstance(scores.get("accuracy"), int | float):
-        raise UsageError(f"The run in {str(folder)!r} is damaged: its {METRICS} has no accuracy.")
+    if not isinstance(scores, dict) or not any(isinstance(scores.get(name), int | float) for name in _ALWAYS_THERE):
+        raise UsageError(f"The run in {str(folder)!r} is damaged: its {METRICS} has no scores.")
     if "repeats" in metrics and type(metrics["repeats"]["best_seed"]) is not int:
         raise UsageError(f"The run in {str(folder)!r} is damaged: in its {METRICS} the best seed is no number.")
     return metrics

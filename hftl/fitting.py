@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hftl import backbones, folder, merging
 from hftl.answers import write_answers
 from hftl.arguments import TransferArguments, parse
 from hftl.auto import TRIALS, check, search
 from hftl.callbacks import StopSignals
 from hftl.compute import wait_for_all
-from hftl.data import Splits
+from hftl.data import Splits, labels_of
 from hftl.errors import UsageError
 from hftl.folder import FOUND_IN_DATA, LOGS, METRICS, PREDICTIONS, say
 from hftl.known_rows import look, read_splits
@@ -77,9 +75,10 @@ def conclude(run: Run, splits: Splits, arguments: TransferArguments) -> None:
     if not folder.is_main_process():
         return
     say(run.summary())
-    # Another seed may have drawn other rows.
-    examples = look(run, read_splits(run) if arguments.repeats > 1 else splits)
-    say(f"report:     {write_report(run, examples)}")
+    if run.is_one_of_several:
+        # Another seed may have drawn other rows.
+        examples = look(run, read_splits(run) if arguments.repeats > 1 else splits)
+        say(f"report:     {write_report(run, examples)}")
     if arguments.push_to_hub:
         where = {"private": arguments.hub_private_repo, "revision": arguments.hub_revision}
         say(f"pushed to:  {run.push(folder.repository_of(arguments), token=arguments.hub_token, **where)}")
@@ -129,9 +128,9 @@ def score_on_test(task_class: type[ClassificationTask], splits: Splits, argument
     path = Path(str(arguments.output_dir))
     run = load_run(path, task_class)
     if splits.test is not None:
-        logits, labels = run.logits(splits.test), np.asarray(splits.test["label"][:])
+        logits, labels = run.logits(splits.test), labels_of(splits.test)
         scores = scores_of(run.task, run.task.loss(splits), logits, labels)
-        write_answers(path / PREDICTIONS, run.task.label_names, splits, "test", logits, labels)
+        write_answers(path / PREDICTIONS, run.task.problem, splits, "test", logits, labels)
         run.metrics["test"] = scores
         if run.probe is not None:
             plain = Run(path, run.task, run.model)  # whose own head answers

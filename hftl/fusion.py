@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hftl.errors import UsageError
@@ -204,7 +205,6 @@ class FusionModel(PreTrainedModel):
             table=table,
             id2label=labels,
             label2id={name: number for number, name in labels.items()},
-            problem_type="single_label_classification",
             **settings,
         )
         model = cls(config)
@@ -249,7 +249,7 @@ class FusionModel(PreTrainedModel):
             there.append(~table.isnan().any(dim=1))
             parts.append(table.nan_to_num())
         logits = self.fusion_head(torch.cat([*parts, torch.stack(there, dim=1).to(image)], dim=1))
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        loss = None if labels is None else ForSequenceClassificationLoss(labels, logits, self.config)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 

@@ -70,7 +70,7 @@ def read_splits(run: Run) -> Splits | None:
     if "repeats" in run.metrics:
         arguments = stage_arguments(arguments, seed=run.metrics["repeats"]["best_seed"])
     try:
-        return data.load_splits(arguments, run.task.modality)
+        return data.load_splits(arguments, run.task.modality, run.task.problem)
     except UsageError as error:
         folder.say(f"no examples are shown, since the data cannot be read: {error}")
         return None
@@ -126,7 +126,7 @@ def _ensure_answers(known: KnownRows) -> None:
             f"its accuracy on them is {found:.4f}, and was {scored:.4f}."
         )
     with folder.explained_disk_errors(run.folder):
-        write_answers(path, run.label_names, splits, run.scored_split, logits, labels)
+        write_answers(path, run.task.problem, splits, run.scored_split, logits, labels)
 
 
 def _shown(known: KnownRows, answers: Answers, order: list[int]) -> list[Shown]:

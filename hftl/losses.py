@@ -9,20 +9,41 @@ import torch
 from torch import nn
 
 from hftl.arguments import TransferArguments
-from hftl.errors import UsageError, did_you_mean
+from hftl.errors import UsageError
 from hftl.loading import import_function
 
 #: `(outputs, labels, num_items_in_batch=None) -> scalar`
 Loss = Callable[..., torch.Tensor]
 
 
-class CrossEntropyLoss:
-    """Cross entropy over class ids or soft labels, with class weights and label smoothing.
+class RowLoss:
+    """A loss that is the sum over rows, divided by how many there are.
 
     Trainer passes `num_items_in_batch`, the number of rows over all accumulated parts and processes. Dividing the sum
     by it gives the same loss and gradient for 1 part of 16 rows, 4 parts of 4 and 2 processes; the loss inside the
-    models does not (https://github.com/huggingface/transformers/issues/47688). Class weights have mean 1 over the
-    training rows, and the sum is not divided by them: the usual weighted mean depends on how a batch is cut.
+    models does not (https://github.com/huggingface/transformers/issues/47688).
+    """
+
+    def __call__(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """The loss of `outputs["logits"]`, shape (rows, outputs), and labels as the class says."""
+        logits = outputs["logits"]
+        if logits.dtype is not torch.float64:  # half precision loses the small differences between large logits
+            logits = logits.float()
+        labels = labels.to(logits) if labels.is_floating_point() else labels
+        return self._total(logits, labels) / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    def _total(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The sum over the rows."""
+        raise NotImplementedError
+
+
+class CrossEntropyLoss(RowLoss):
+    """Cross entropy over class ids, shape (rows,), or of mixed rows a share of each class, shape (rows, classes).
+
+    Class weights have mean 1 over the training rows, and the sum is not divided by them: the usual weighted mean
+    depends on how a batch is cut.
 
     Args:
         class_weights: one weight a class, shape (classes,); None weighs all alike.
@@ -34,21 +55,7 @@ class CrossEntropyLoss:
         self.class_weights = class_weights
         self.label_smoothing = label_smoothing
 
-    def __call__(
-        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        """The loss of `outputs["logits"]`, shape (rows, classes).
-
-        `labels` are class ids of shape (rows,), or of mixed rows a share of each class, shape (rows, classes).
-        """
-        logits = outputs["logits"]
-        if logits.dtype is not torch.float64:  # half precision loses the small differences between large logits
-            logits = logits.float()
-        labels = labels.to(logits) if labels.is_floating_point() else labels
-        return self._total(logits, labels) / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-
     def _total(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The sum over the rows."""
         weights = None if self.class_weights is None else self.class_weights.to(logits)
         return nn.functional.cross_entropy(
             logits, labels, weight=weights, label_smoothing=self.label_smoothing, reduction="sum"
@@ -98,21 +105,71 @@ class LogitAdjustedLoss(CrossEntropyLoss):
         return super()._total(logits + self.addition.to(logits), labels)
 
 
-#: names of `--loss`, and whether a linear head under it is a convex problem, which L-BFGS solves
-LOSSES = {"cross_entropy": True, "focal": False, "logit_adjusted": True}
+class BinaryCrossEntropyLoss(RowLoss):
+    """Cross entropy of every label by itself, its mean over the labels; labels of 0 and 1, shape (rows, labels).
+
+    Args:
+        label_weights: what a row that has the label counts for, shape (labels,); None counts all alike.
+        label_smoothing: how far targets are moved from 0 and 1 to a half.
+        gamma: of the focal loss (Lin et al. 2017); 0 is plain cross entropy.
+    """
+
+    def __init__(
+        self, label_weights: torch.Tensor | None = None, label_smoothing: float = 0.0, gamma: float = 0.0
+    ) -> None:
+        """Keep the settings."""
+        self.label_weights, self.label_smoothing, self.gamma = label_weights, label_smoothing, gamma
+
+    def _total(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        targets = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
+        weights = None if self.label_weights is None else self.label_weights.to(logits)
+        each = nn.functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none")
+        if self.gamma:
+            wrong = (targets - logits.sigmoid()).abs()
+            each = wrong**self.gamma * each
+        return each.mean(dim=1).sum()
+
+
+class NumberLoss(RowLoss):
+    """Squared or absolute differences of numbers, shape (rows,), in a unit of their own.
+
+    Args:
+        scale: what the output means: a number is mean + deviation * output.
+        unit: of the differences.
+        absolute: absolute differences, which outliers pull less.
+    """
+
+    def __init__(self, scale: tuple[float, float], unit: float, absolute: bool = False) -> None:
+        """Keep the settings."""
+        self.scale, self.unit, self.absolute = scale, unit, absolute
+
+    def _total(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        found, wanted = in_units(logits.squeeze(1), labels, self.scale, self.unit)
+        differences = found - wanted
+        return differences.abs().sum() if self.absolute else differences.square().sum()
+
+
+def in_units(
+    outputs: torch.Tensor, labels: torch.Tensor, scale: tuple[float, float], unit: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs and labels in the unit of the differences, the mean taken off."""
+    mean, deviation = scale
+    return outputs * (deviation / unit), (labels.to(outputs) - mean) / unit
+
+
+#: names of `--loss`, and whether a linear head under it is a smooth convex problem, which L-BFGS solves
+LOSSES = {"cross_entropy": True, "focal": False, "logit_adjusted": True, "mse": True, "mae": False}
+#: the classes of those under which it is
+SOLVABLE = (CrossEntropyLoss, LogitAdjustedLoss, BinaryCrossEntropyLoss, NumberLoss)
 
 
 def check_loss(arguments: TransferArguments) -> None:
-    """Refuse an unknown loss, and settings that it cannot be combined with.
+    """Refuse a loss that cannot be imported, and settings that it cannot be combined with.
 
     Raises:
         UsageError: as said.
     """
     name, weights = arguments.loss, arguments.class_weights != "none"
-    if name not in LOSSES and ":" not in name:
-        raise UsageError(
-            f"Unknown loss {name!r}.{did_you_mean(name, LOSSES)} There are: {', '.join(LOSSES)}, and module:function."
-        )
     if ":" in name:
         import_function(name, "--loss")
     if arguments.label_smoothing_factor and (name == "focal" or ":" in name):
@@ -126,15 +183,47 @@ def check_loss(arguments: TransferArguments) -> None:
         raise UsageError(f"{' and '.join(corrections)} each make up for rare classes: leave all but one out.")
 
 
-def make_loss(arguments: TransferArguments, counts: list[int]) -> Loss:
+def own_loss(arguments: TransferArguments) -> Loss | None:
+    """A function of the person's own, where `--loss` names one."""
+    return import_function(arguments.loss, "--loss") if ":" in arguments.loss else None
+
+
+def make_multi_label_loss(arguments: TransferArguments, counts: list[int], rows: int) -> Loss:
+    """The loss of `--loss` for rows of several labels.
+
+    Args:
+        arguments: the settings.
+        counts: training rows that have each label.
+        rows: training rows.
+    """
+    there = torch.tensor(counts, dtype=torch.float32)
+    weights = (rows - there).clamp(min=1) / there.clamp(min=1) if arguments.class_weights == "balanced" else None
+    gamma = 2.0 if arguments.loss == "focal" else 0.0
+    return own_loss(arguments) or BinaryCrossEntropyLoss(weights, arguments.label_smoothing_factor, gamma)
+
+
+def make_regression_loss(arguments: TransferArguments, scale: tuple[float, float], unit: float) -> Loss:
+    """The loss of `--loss` for numbers; see `NumberLoss`. One's own gets logits and labels in the unit."""
+    own = own_loss(arguments)
+    if own is None:
+        return NumberLoss(scale, unit, arguments.loss == "mae")
+
+    def loss(outputs: Any, labels: torch.Tensor, *count: Any, **counts: Any) -> torch.Tensor:
+        logits, labels = in_units(outputs["logits"], labels, scale, unit)
+        return own({**outputs, "logits": logits}, labels, *count, **counts)
+
+    return loss
+
+
+def make_single_label_loss(arguments: TransferArguments, counts: list[int]) -> Loss:
     """The loss of `--loss` with the class weights and label smoothing that were asked for.
 
     Args:
         arguments: the settings.
         counts: training rows of each class.
     """
-    if ":" in arguments.loss:
-        return import_function(arguments.loss, "--loss")
+    if own := own_loss(arguments):
+        return own
     weights = balanced_class_weights(counts) if arguments.class_weights == "balanced" else None
     if arguments.loss == "focal":
         return FocalLoss(weights)

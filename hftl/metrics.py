@@ -15,18 +15,36 @@ import numpy.typing as npt
 from hftl.errors import UsageError
 
 #: the scores that `classification_metrics` always gives, for `--metric_for_best_model`
-METRIC_NAMES = (
+SINGLE_LABEL_METRICS = (
     "accuracy", "f1_macro", "f1_weighted", "precision_macro", "recall_macro", "roc_auc", "log_loss",
     "expected_calibration_error", "matthews_correlation",
 )  # fmt: skip
+#: those of `multi_label_metrics`
+MULTI_LABEL_METRICS = (
+    "mean_average_precision", "f1_macro", "f1_micro", "precision_macro", "recall_macro", "roc_auc", "subset_accuracy",
+    "hamming_loss",
+)  # fmt: skip
+#: those of `regression_metrics`
+REGRESSION_METRICS = ("rmse", "mae", "r2", "spearman", "pearson")
+_IN_OWN_UNIT = ("rmse", "mae")
 #: scores of which less is better
-LOWER_IS_BETTER = ("loss", "log_loss", "expected_calibration_error")
+LOWER_IS_BETTER = ("loss", "log_loss", "expected_calibration_error", "hamming_loss", "rmse", "mae")
+
+
+def written(name: str, value: float) -> str:
+    """A score as a person reads it: errors in a unit of their own with four digits, others with four decimals."""
+    return f"{value:.4g}" if name in _IN_OWN_UNIT else f"{value:.4f}"
 
 
 def softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Probabilities, shape (rows, classes), from logits of the same shape."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+def sigmoid(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """The probability of each label by itself, of the shape of the logits."""
+    return 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -500, 500)))
 
 
 def expected_calibration_error(probabilities: npt.NDArray[Any], labels: npt.NDArray[Any], bins: int = 15) -> float:
@@ -86,6 +104,71 @@ def classification_metrics(
     return scores
 
 
+def multi_label_metrics(
+    probabilities: npt.NDArray[Any],
+    labels: npt.NDArray[Any],
+    label_names: Sequence[str],
+    thresholds: npt.NDArray[np.float64],
+) -> dict[str, float]:
+    """Every score of one split; macro averages are those of the labels that some row of it has.
+
+    Args:
+        probabilities: shape (rows, labels).
+        labels: 0 or 1, of the same shape.
+        label_names: name of each label.
+        thresholds: the probability from which on a row has a label, shape (labels,).
+    """
+    from sklearn import metrics
+
+    truth, found = labels > 0, probabilities >= thresholds
+    hits, taken, rows = (part.sum(axis=0) for part in (truth & found, found, truth))
+    precision, recall = hits / np.maximum(taken, 1), hits / np.maximum(rows, 1)
+    f1 = 2 * hits / np.maximum(taken + rows, 1)
+    present = rows > 0
+    scores = {
+        "f1_micro": float(2 * hits.sum() / max(taken.sum() + rows.sum(), 1)),
+        "subset_accuracy": float((truth == found).all(axis=1).mean()),
+        "hamming_loss": float((truth != found).mean()),
+    }
+    if present.any():
+        own = [(truth[:, row], probabilities[:, row]) for row in np.flatnonzero(present)]
+        scores |= {
+            "mean_average_precision": float(np.mean([metrics.average_precision_score(*pair) for pair in own])),
+            "f1_macro": float(f1[present].mean()),
+            "precision_macro": float(precision[present].mean()),
+            "recall_macro": float(recall[present].mean()),
+        }
+    both = np.flatnonzero(present & (rows < len(labels)))
+    if len(both):
+        areas = [metrics.roc_auc_score(truth[:, row], probabilities[:, row]) for row in both]
+        scores["roc_auc"] = float(np.mean(areas))
+    for name, values in (("precision", precision), ("recall", recall), ("f1", f1)):
+        scores.update({f"{name}/{label}": float(value) for label, value in zip(label_names, values, strict=True)})
+    return scores
+
+
+def regression_metrics(predictions: npt.NDArray[Any], labels: npt.NDArray[Any]) -> dict[str, float]:
+    """Every score of one split; those that numbers which are all alike do not have are left out.
+
+    Args:
+        predictions: shape (rows,).
+        labels: of the same shape.
+    """
+    from scipy import stats
+    from sklearn import metrics
+
+    scores = {
+        "rmse": float(metrics.root_mean_squared_error(labels, predictions)),
+        "mae": float(metrics.mean_absolute_error(labels, predictions)),
+    }
+    if np.ptp(labels) > 0:
+        scores["r2"] = float(metrics.r2_score(labels, predictions))
+        if np.ptp(predictions) > 0:
+            scores["spearman"] = float(stats.spearmanr(labels, predictions).statistic)
+            scores["pearson"] = float(stats.pearsonr(labels, predictions).statistic)
+    return scores
+
+
 @dataclass(frozen=True)
 class Ranking:
     """How the score of a class tells its rows from others, where one takes all rows with at least some score.
@@ -134,14 +217,14 @@ def _roc_auc(labels: npt.NDArray[Any], probabilities: npt.NDArray[Any]) -> float
 class ExtraMetrics:
     """Scores computed by the `evaluate` library: Hub ids or local folders, given to `--metrics`."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        """Load them before training, so that a wrong name costs nothing.
+    def __init__(self, names: Sequence[str], known: Sequence[str]) -> None:
+        """Load them before training, so that a wrong name costs nothing; those that are `known` are computed anyway.
 
         Raises:
             UsageError: a metric cannot be found.
         """
-        others = [name for name in names if name not in METRIC_NAMES]  # hftl's own are computed anyway
-        self.metrics = {re.split(r"[\\/]", name.rstrip("\\/"))[-1]: _load_metric(name) for name in others}
+        others = [name for name in names if name not in known]
+        self.metrics = {re.split(r"[\\/]", name.rstrip("\\/"))[-1]: _load_metric(name, known) for name in others}
         # A score may be called otherwise than its metric: a trial tells, and that the metric takes class ids at all.
         self.names = tuple(self(np.array([0, 1]), np.array([0, 1])))
 
@@ -153,19 +236,19 @@ class ExtraMetrics:
                 result = metric.compute(predictions=predictions.tolist(), references=labels.tolist())
             except Exception as error:
                 why = " ".join(str(error).split()) or type(error).__name__
-                raise UsageError(f"Metric {name!r} cannot score class ids: {why}") from error
+                raise UsageError(f"Metric {name!r} cannot score such answers: {why}") from error
             numbers = {key: value for key, value in result.items() if isinstance(value, int | float | np.number)}
             scores.update({key: float(value) for key, value in numbers.items()})
         return scores
 
 
-def _load_metric(name: str) -> Any:
+def _load_metric(name: str, known: Sequence[str]) -> Any:
     import evaluate
 
     try:
         return evaluate.load(name)
     except (OSError, ImportError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"Metric {name!r} is none of hftl's own ({', '.join(METRIC_NAMES)}), and evaluate.load cannot load it: "
+            f"Metric {name!r} is none of hftl's own ({', '.join(known)}), and evaluate.load cannot load it: "
             f"{(str(error) or type(error).__name__).splitlines()[0]}"
         ) from error

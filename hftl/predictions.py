@@ -68,13 +68,14 @@ def _write_rows(run: Run, pieces: Iterator[list[Any]], file: IO[str], header: bo
     """Write pieces as they come; the bytes (of a file on disk) and the rows of each."""
     writer = csv.writer(file, lineterminator="\n")
     if header:
-        writer.writerow(["id", "prediction", *(as_cell(f"probability_{name}") for name in run.label_names)])
+        columns = run.task.problem.answer_columns(run.label_names)
+        writer.writerow(["id", *map(as_cell, columns)])
         file.flush()
     sizes, rows, before = [], [], 0
     for piece in pieces:
         for entry in piece:
-            probabilities = (f"{entry.probabilities[name]:.6f}" for name in run.label_names)
-            writer.writerow([as_cell(entry.id), as_cell(entry.label), *probabilities])
+            said, *numbers = entry.cells()
+            writer.writerow([as_cell(entry.id), as_cell(said), *numbers])
         file.flush()  # so that one can watch it grow
         end = os.fstat(file.fileno()).st_size if file is not sys.stdout else 0
         sizes.append(end - before)

@@ -177,7 +177,6 @@ def load_model(
     _check_loaded(model, report, name)
     if not arguments.keep_head:
         reset_head(model)
-    model.config.problem_type = "single_label_classification"
     if model.config.model_type == "timm_wrapper":
         model.config.label_names = list(label_names)  # else the names of the checkpoint are saved again
     return model
@@ -230,6 +229,8 @@ def _quantisation(auto_class: Any, source: str, arguments: TransferArguments) ->
 
 def _check_kept_labels(config: Any, label_names: Sequence[str], name: str) -> None:
     kept = [str(label) for _, label in sorted(config.id2label.items())]
+    if config.problem_type == "regression" and len(kept) == len(label_names) == 1:
+        return  # a number has no name of its own
     if kept != list(label_names):
         raise UsageError(
             f"--keep_head: the classes of {name!r} ({', '.join(kept[:8])}) are not those of the data "
@@ -314,7 +315,7 @@ _SMALL = {
 
 
 def random_config(model_type: str, auto_class: Any, label_names: list[str], **settings: Any) -> Any:
-    """A small configuration of a transformers architecture, as a classifier of one label.
+    """A small configuration of a transformers architecture, with the labels.
 
     Raises:
         UsageError: transformers has no such architecture, or not for `auto_class`.
@@ -333,7 +334,7 @@ def random_config(model_type: str, auto_class: Any, label_names: list[str], **se
     labels = dict(enumerate(label_names))
     settings |= {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
     try:
-        config = config_class(**small, **settings, problem_type="single_label_classification")
+        config = config_class(**small, **settings)
     except Exception as error:  # each architecture checks its own sizes with errors of its own
         raise UsageError(
             f"--model random:{model_type} cannot be made small: choose another, such as random:bert."

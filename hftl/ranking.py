@@ -25,6 +25,7 @@ from hftl.arguments import ArgumentsType, is_pretrained, parse, set_precision
 from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.features import HeadInputs, PooledFeatures, pooled
+from hftl.finished import require_one_of_several
 from hftl.folder import read_json, say
 from hftl.methods.parts import frozen
 from hftl.methods.plan import prepare_modules
@@ -138,6 +139,7 @@ def check(arguments: ArgumentsType) -> None:
         raise UsageError("--dataset is missing: name a folder, a table, a Hub id or builtin:NAME.")
     if arguments.world_size > 1:
         raise UsageError("This works in one process: start it without accelerate launch.")
+    require_one_of_several(arguments.problem_type, "hftl rank, advise and check-labels")
     pretrained.check_model_name(arguments.model_name_or_path)
 
 
@@ -173,13 +175,15 @@ def features_of(task: ClassificationTask, splits: Splits) -> Pooled:
     batch = compute.typical_batch(rows, task.collate)
     batch = {name: value.to(arguments.device) for name, value in batch.items()}
     passes = len(rows) * stage.epochs
-    set_precision(arguments, compute.choose_precision(model, batch, training=False, rows=passes, arguments=arguments))
+    loss = task.loss(splits)
+    precision = compute.choose_precision(model, batch, loss, training=False, rows=passes, arguments=arguments)
+    set_precision(arguments, precision)
     source, kept = pooled(task, stage, model, rows)
     features, labels = kept.matrix()
     path, machine = kept.shards.folder / _SPEEDS, f"{compute.machine()}, {arguments.device}"
     speeds = read_json(path) if path.is_file() else {}
     if machine not in speeds:
-        speeds[machine] = compute.seconds_a_row(model, batch, False, arguments.precision)
+        speeds[machine] = compute.seconds_a_row(model, batch, loss, False, arguments.precision)
         folder.write_json(path, speeds)
     return Pooled(
         task,

@@ -8,7 +8,6 @@ import itertools
 import shlex
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,14 @@ from transformers import PreTrainedModel, TrainingArguments
 from hftl import backbones, batches, compute, data, merging
 from hftl.arguments import argument_tokens, parse, stage_arguments
 from hftl.errors import UsageError, did_you_mean
-from hftl.finished import Finished, find_run
+from hftl.finished import Finished, explained_damage, find_run
 from hftl.folder import METRICS, RECIPE, say, scored_split
 from hftl.joined import as_flags, wished
-from hftl.metrics import softmax
+from hftl.metrics import written
 from hftl.pretrained import LOAD_ERRORS
 from hftl.probes.beside import FOLDER as PROBE
 from hftl.probes.beside import Probe, load_probe
+from hftl.problems import Regression
 from hftl.tasks import TASKS, find_task
 from hftl.tasks.classification import ClassificationTask
 
@@ -36,23 +36,6 @@ _NOT_FROM_A_RUN = {"trust_remote_code", "allow_pickle"}
 _NEAR = 4
 #: rows that are predicted before the first of them are given out: a few seconds of images on two cores
 _PIECE = 256
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says of one input.
-
-    Attributes:
-        id: path or position of the input.
-        label: name of the most probable class.
-        probability: of that class.
-        probabilities: of every class by name.
-    """
-
-    id: str
-    label: str
-    probability: float
-    probabilities: dict[str, float]
 
 
 class Run(Finished):
@@ -108,7 +91,8 @@ class Run(Finished):
         It may be set to "fp32", "bf16" or "fp16". In half precision probabilities differ by some thousandths from those
         of float32, and labels do not: rows without a clear answer are computed again in float32.
         """
-        known = (self.folder / METRICS).is_file()  # not of a model by itself
+        # Not of a model by itself; and of a number half precision has but three digits.
+        known = (self.folder / METRICS).is_file() and not isinstance(self.task.problem, Regression)
         trained = str(self.metrics["train"].get("precision")) if known else "fp32"
         return trained if compute.has_native(trained, self.model.device) else "fp32"
 
@@ -118,9 +102,8 @@ class Run(Finished):
         for split in ("validation", "test"):
             if split in self.metrics:
                 scores = self.metrics[split]
-                text = (
-                    f"accuracy {scores['accuracy']:.4f}, macro F1 {scores['f1_macro']:.4f}, loss {scores['loss']:.4f}"
-                )
+                shown = [*self.task.problem.headline, ("loss", "loss")]
+                text = ", ".join(f"{words} {written(name, scores[name])}" for name, words in shown if name in scores)
                 lines.append(f"{split + ':':<12}{text}")
         if self.probe is not None:
             split = self.scored_split
@@ -149,9 +132,10 @@ class Run(Finished):
         """Mean and interval over the seeds, and whose model this is."""
         repeats = self.metrics["repeats"]
         split = scored_split(repeats)
+        shown = [(name, words) for name, words in self.task.problem.headline if name in repeats[split]]
         scores = [
-            f"{text} {repeats[split][name]['mean']:.4f} ± {repeats[split][name]['half_width_95']:.4f}"
-            for name, text in (("accuracy", "accuracy"), ("f1_macro", "macro F1"))
+            f"{words} {' ± '.join(written(name, repeats[split][name][key]) for key in ('mean', 'half_width_95'))}"
+            for name, words in shown
         ]
         return (
             f"{'repeats:':<12}{split} {', '.join(scores)} (mean and 95 % interval of {len(repeats['seeds'])} seeds; "
@@ -185,8 +169,7 @@ class Run(Finished):
         """Put float32's logits in the place of those in half precision that may give another label."""
         near = torch.ones(len(answers), dtype=torch.bool)
         if self._rounding is not None:
-            best = answers.topk(2, dim=1).values
-            near = ~(best[:, 0] - best[:, 1] >= _NEAR * self._rounding)  # what is no number is not far away
+            near = self.task.problem.unsure(answers, _NEAR * self._rounding)
         if near.any():
             exact = self._viewed({name: value[near.to(value.device)] for name, value in inputs.items()}, "fp32")
             if self._rounding is None:
@@ -246,7 +229,7 @@ class Run(Finished):
 
     def predict(
         self, inputs: Any, batch_size: int | None = None, skip_bad_files: bool = False, **columns: str
-    ) -> list[Prediction]:
+    ) -> list[Any]:
         """Labels and probabilities of new inputs, in their order.
 
         Args:
@@ -255,6 +238,9 @@ class Run(Finished):
             batch_size: inputs run through the model at once; None chooses what is fast.
             skip_bad_files: name images that cannot be read on stderr and leave them out, instead of stopping.
             columns: `text="review"`, … the columns of a table, where they are not those of the training data.
+
+        Returns:
+            A `Prediction` an input; of several labels a row `LabelsPrediction`, of a number `ValuePrediction`.
 
         Raises:
             UsageError: an input cannot be read.
@@ -269,7 +255,7 @@ class Run(Finished):
         skip_bad_files: bool = False,
         share: tuple[int, int] = (0, 1),
         **columns: str,
-    ) -> Iterator[list[Prediction]]:
+    ) -> Iterator[list[Any]]:
         """As `predict`, a few hundred rows at a time: neither inputs nor predictions pile up in memory.
 
         The images or text files of a folder are found while others are predicted; a table is read and checked first.
@@ -295,21 +281,13 @@ class Run(Finished):
             if turn % processes == number:
                 yield self._predictions(piece, batch_size, skip_bad_files)
 
-    def _predictions(self, rows: list[Any], batch_size: int | None, skip_bad_files: bool) -> list[Prediction]:
+    def _predictions(self, rows: list[Any], batch_size: int | None, skip_bad_files: bool) -> list[Any]:
         said, self.task.says_cut = self.task.says_cut, False  # once for all pieces, by whoever asked for them
         try:
             kept, logits = self._logits(rows, batch_size, skip_bad_files)
         finally:
             self.task.says_cut = said
-        return [
-            Prediction(
-                id=rows[index]["id"],
-                label=self.label_names[int(values.argmax())],
-                probability=float(values.max()),
-                probabilities=dict(zip(self.label_names, map(float, values), strict=True)),
-            )
-            for index, values in zip(kept, softmax(logits) if kept else (), strict=True)
-        ]
+        return self.task.problem.answers([rows[index]["id"] for index in kept], logits, self.label_names)
 
     def evaluate(
         self,
@@ -344,11 +322,13 @@ class Run(Finished):
             dataset_config_name=dataset_config_name,
             max_eval_samples=None,
             skip_bad_files=skip_bad_files,
+            label_columns=None if "label" in columns else self.task.arguments.label_columns,
             **{f"{role}_column": columns.get(role) for role in roles},
         )
         known = {role: getattr(self.task.arguments, f"{role}_column", None) for role in roles}
-        rows, _ = data.load_labelled(settings, split, self.label_names, self.task.modality, known)
-        return self.task.score(self.logits(rows, batch_size), np.asarray(rows["label"][:]))
+        problem = self.task.problem
+        rows, _ = data.load_labelled(settings, split, self.label_names, self.task.modality, known, problem)
+        return self.task.score(self.logits(rows, batch_size), data.labels_of(rows))
 
     def push(self, repository: str, **options: Any) -> str:
         """Push to the Hub in one commit, and give the address; see `hftl.push.push`."""
@@ -398,6 +378,8 @@ def load_run(
         say(f"--trust_remote_code: Python code in {str(path)!r} may run on this machine")
     task = task_class(arguments)
     task.label_names = found.label_names
+    with explained_damage(path):
+        task.problem.restore(found.metrics, found.label_names)
     try:
         task.load_processor(path)
     except (AttributeError, *LOAD_ERRORS) as error:  # its files hold other things than they should

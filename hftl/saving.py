@@ -20,6 +20,7 @@ from hftl.data import Splits
 from hftl.folder import CHECKPOINTS, FOUND_IN_DATA, LOGS, METRICS, PARTIAL, PREDICTIONS, RECIPE, say
 from hftl.pretrained import save_model
 from hftl.probes.beside import FOLDER as PROBE
+from hftl.problems import Problem
 from hftl.run import load_saved
 from hftl.tasks.classification import ClassificationTask
 from hftl.trainer import TransferTrainer
@@ -52,7 +53,7 @@ def write_run(
         shutil.copytree(probe, partial / PROBE)
     folder.write_text(partial / RECIPE, yaml.safe_dump(to_recipe(arguments), sort_keys=False, allow_unicode=True))
     split = folder.scored_split(results)
-    write_answers(partial / PREDICTIONS, task.label_names, splits, split, *results[split][:2])
+    write_answers(partial / PREDICTIONS, task.problem, splits, split, *results[split][:2])
     metrics = {
         "train": {
             "seconds": sum(record["seconds"] for record in records),
@@ -67,6 +68,7 @@ def write_run(
             "versions": _versions(),
         },
         **{name: scores for name, (_, _, scores) in results.items()},
+        **task.problem.kept(task.label_names),
     }
     folder.write_json(partial / METRICS, metrics)
     folder.write_json(path / LOGS / FOUND_IN_DATA, splits.found())  # file names may be in it: logs are never pushed
@@ -98,7 +100,7 @@ def save_checked(task: ClassificationTask, model: Any, batch: dict[str, torch.Te
     if hasattr(model, "peft_config"):
         merging.save_adapter(model, target / merging.ADAPTER)
         kind = "few bits" if merging.is_quantised(model) else "merging"
-        model = _merged_or_kept(model, batch, expected, target)
+        model = _merged_or_kept(task.problem, model, batch, expected, target)
     if model is not None:
         save_model(model, target)
     elif kind == "merging":
@@ -108,7 +110,7 @@ def save_checked(task: ClassificationTask, model: Any, batch: dict[str, torch.Te
     loaded = loaded.to(device).eval()
     if channels_last:  # the order of sums differs from layout to layout
         loaded = backbones.to_channels_last(loaded)
-    difference = _difference(loaded, batch, expected)
+    difference = _difference(task.problem, loaded, batch, expected)
     if not difference <= _TOLERANCE[kind]:
         raise RuntimeError(
             f"The saved model gives other logits than the trained one (difference {difference:.3g} of the largest, "
@@ -117,7 +119,9 @@ def save_checked(task: ClassificationTask, model: Any, batch: dict[str, torch.Te
         )
 
 
-def _merged_or_kept(model: Any, batch: dict[str, torch.Tensor], expected: torch.Tensor, target: Path) -> Any | None:
+def _merged_or_kept(
+    problem: Problem, model: Any, batch: dict[str, torch.Tensor], expected: torch.Tensor, target: Path
+) -> Any | None:
     """The ordinary model with the adapters in it; or None, and what they belong to is saved beside them."""
     state: dict[str, torch.Tensor] | None = None
     reason: str | None = "the base has 8 or 4 bits, and what is added to it would be rounded"
@@ -125,7 +129,7 @@ def _merged_or_kept(model: Any, batch: dict[str, torch.Tensor], expected: torch.
         state, reason = merging.base_state(model), merging.merge(model)
     inner = model.get_base_model()
     if reason is None:
-        difference = _difference(inner, batch, expected)
+        difference = _difference(problem, inner, batch, expected)
         if difference <= _TOLERANCE["merging"]:
             return inner
         reason = f"the merged model's logits differ by {difference:.2g} of the largest"
@@ -147,10 +151,10 @@ def _save_unmerged(model: Any, state: dict[str, torch.Tensor] | None, target: Pa
     shutil.copy(target / merging.BASE / "config.json", target / "config.json")
 
 
-def _difference(model: Any, batch: dict[str, torch.Tensor], expected: torch.Tensor) -> float:
-    """How far a model's logits are from the expected ones, relative to the largest."""
+def _difference(problem: Problem, model: Any, batch: dict[str, torch.Tensor], expected: torch.Tensor) -> float:
+    """How far a model's logits are from the expected ones, relative to what is much."""
     logits = _logits(model, batch, next(model.parameters()).device)
-    return float((logits - expected).abs().max()) / max(1.0, float(expected.abs().max()))
+    return float((logits - expected).abs().max()) / problem.scale_of(expected)
 
 
 def _logits(model: Any, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:

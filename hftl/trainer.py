@@ -196,6 +196,11 @@ class TransferTrainer(Trainer):
         what = f"The loss is {float(loss)} at step {self.state.global_step + 1} of stage {self.stage.name!r}"
         raise diverged(what, self.args.output_dir)
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Rows of a step: Trainer counts the numbers in labels that are not -100, of which a row may have several."""
+        rows = [{"labels": batch["labels"].new_zeros(len(batch["labels"]))} for batch in batch_samples]
+        return super()._get_num_items_in_batch(rows, device)
+
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -226,6 +231,7 @@ class TransferTrainer(Trainer):
 
     def evaluation_loop(self, *others: Any, **settings: Any) -> Any:
         """Trainer's, with the loss of the whole split: its own mean over processes counts the rows that pad a batch."""
+        self.evaluated = settings.get("metric_key_prefix", "eval")
         with contextlib.nullcontext() if self.average is None else self.average.shown():
             output = super().evaluation_loop(*others, **settings)
         logits, labels = output.predictions, output.label_ids

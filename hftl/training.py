@@ -43,6 +43,7 @@ from hftl.methods import Plan, Stage
 from hftl.methods.plan import epochs_between_evaluations, fresh_parameters, prepare_modules, with_least_steps
 from hftl.probes.beside import FOLDER as PROBE
 from hftl.probes.beside import Probe, load_probe
+from hftl.problems import Regression, problem_of
 from hftl.saving import write_run
 from hftl.tasks.classification import ClassificationTask
 from hftl.trainer import TransferTrainer, diverged
@@ -88,6 +89,7 @@ def train_plan(
                 if folder.disk_error(error) is None:  # behind which --resume goes on
                     folder.discard_start(path)
                 raise
+            results = task.problem.conclude(trainer.bare_model(), results, task.label_names)
             wait_for_all()  # every process has read what its stages kept, which goes when the run is written
             if folder.is_main_process():
                 write_run(task, trainer, splits, data, records, results)
@@ -103,7 +105,13 @@ def check_plan(plan: Plan, arguments: TransferArguments) -> None:
     Raises:
         UsageError: as said.
     """
+    problem_of(arguments).check(arguments)
     check_loss(arguments)
+    if arguments.problem_type == Regression.name and any(stage.loss is not None for stage in plan.stages):
+        raise UsageError(
+            f"--method {arguments.method} brings a loss of its own, which would get numbers in another unit: give it "
+            "as --loss module:function."
+        )
     if arguments.finds_learning_rate:
         check_one_process(arguments)
     check_wishes(plan, arguments)
@@ -125,11 +133,14 @@ def prepare(
     folder.check_space(path, _bytes_needed(plan, arguments))
     AcceleratorState._reset_state()  # or another run in this process would dictate its precision
     compute.share_threads(on_cpu=arguments.device.type == "cpu")
-    data = {"train": task.dataset(splits.train, training=True)}
+    data: dict[str, Any] = {"train": task.dataset(splits.train, training=True)}
     for name, rows in (("validation", splits.validation), ("test", splits.test)):
         if rows is not None:
             data[name] = task.dataset(rows, training=False)
     backbones.to_channels_last(plan.model)
+    if isinstance(task.problem, Regression):
+        few = range(min(2, len(data["validation"])))
+        task.problem.check_model(plan.model, task.collate([data["validation"][row] for row in few]))
     if any(stage.batch_norm == "adapt" for stage in stages):
         adapt_batch_norm(task, plan.model, splits)
         for stage in stages:
@@ -137,7 +148,7 @@ def prepare(
                 stage.reference.load_state_dict(plan.model.state_dict(), strict=False)
     if arguments.device.type == "cpu" and not mostly_frozen(stages[-1], plan.model):
         compute.keep_freed_memory()
-    _settle_precision(task, stages[-1], plan.model, data["train"], path)
+    _settle_precision(task, stages[-1], plan.model, data["train"], splits)
     return stages, data
 
 
@@ -214,12 +225,12 @@ def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tr
     if arguments.head_epochs is not None:
         arguments.head_epochs = stages[0].epochs
     for role, column in splits.columns.items():
-        if hasattr(arguments, f"{role}_column"):
+        if hasattr(arguments, f"{role}_column") and not (role == "label" and arguments.label_columns):
             setattr(arguments, f"{role}_column", column)
     return stages
 
 
-def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, rows: Any, path: Path) -> None:
+def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, rows: Any, splits: Splits) -> None:
     """Choose the precision of the whole run by its last stage, the longest; an interrupted run keeps its own.
 
     Accelerate knows one precision a process, and one is what the recipe can say.
@@ -228,14 +239,20 @@ def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, 
     if arguments.precision != "auto" or arguments.mixed_precision != "no":  # fp8, which the launcher asks for
         return
     if arguments.resume:
-        precision = read_yaml(path / CHECKPOINTS / RECIPE)[folder.CHOSEN_PRECISION]
+        path = Path(str(arguments.output_dir), CHECKPOINTS, RECIPE)
+        precision = read_yaml(path)[folder.CHOSEN_PRECISION]
     else:
         prepare_modules(model, stage)
         batch = compute.typical_batch(rows, task.collate)
         steps = arguments.max_steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
         passes = steps if arguments.max_steps > 0 else len(rows) * stage.epochs / arguments.world_size
         precision = compute.choose_precision(
-            model, batch, training=not mostly_frozen(stage, model), rows=passes, arguments=arguments
+            model,
+            batch,
+            stage.loss or task.loss(splits),
+            training=not mostly_frozen(stage, model),
+            rows=passes,
+            arguments=arguments,
         )
     set_precision(arguments, precision)
 
@@ -404,12 +421,12 @@ def _stage_trainer(
     )
     callbacks: list[Any] = [
         EveryFewEpochs(arguments.eval_epochs or 1),
-        ReadableProgress(stage.name),
+        ReadableProgress(stage.name, task.problem.headline),
         LogFile(Path(str(arguments.output_dir), LOGS, "log.jsonl"), stage.name),
     ]
     if arguments.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
-    return TransferTrainer(
+    trainer: TransferTrainer = TransferTrainer(
         stage=stage,
         loss=stage.loss or task.loss(splits),
         model=model,
@@ -420,23 +437,20 @@ def _stage_trainer(
         cut=kept.cut if kept else None,
         mixing=task.mixing(),
         average=arguments.average if run >= 0 else "none",
-        compute_metrics=lambda result: _finite_scores(task, stage, place, result),
+        compute_metrics=lambda result: _finite_scores(task, stage, place, result, trainer.evaluated),
         preprocess_logits_for_metrics=_first,
         callbacks=callbacks,
     )
+    return trainer
 
 
-def _finite_scores(task: ClassificationTask, stage: Stage, place: Path, result: Any) -> dict[str, float]:
+def _finite_scores(task: ClassificationTask, stage: Stage, place: Path, result: Any, split: str) -> dict[str, float]:
     """Scores of an evaluation; before its checkpoint is written, a model that gives no numbers stops the run."""
     if not np.isfinite(result.predictions).all():
         raise diverged(f"The model's outputs are no finite numbers after training in stage {stage.name!r}", str(place))
     scores = task.score(result.predictions, result.label_ids)
-    metric = str(task.arguments.metric_for_best_model)
-    if metric not in {"loss", *scores}:
-        raise UsageError(
-            f"--metric_for_best_model {metric}: validation does not give it, since not every class is there. Take "
-            "another metric, or a larger validation split."
-        )
+    if split != "test":
+        task.choosing_score({"loss": 0.0, **scores})  # which Trainer adds
     return scores
 
 
@@ -510,7 +524,7 @@ def _solve_stage(task: ClassificationTask, trainer: TransferTrainer, kept: KeptF
         "samples_per_second": len(kept.data["train"]) / (seconds + kept.seconds),
         "steps": solution.steps,
         "epochs": 1,
-        "head": task.arguments.head or "logistic",
+        "head": task.arguments.head or task.problem.head,
         "penalty": solution.strength,
         **({} if solution.temperature is None else {"temperature": solution.temperature}),
         **({} if kept.probe is None else {"probe": kept.probe.settings}),
@@ -613,6 +627,7 @@ def _check_sharding(
     if not trainer.is_sharded:
         return
     needs_all = {
+        "--problem_type regression": arguments.problem_type == "regression",
         f"--method {arguments.method}": hasattr(model, "peft_config"),
         "--method surgical": chooses,
         "--penalty": any(stage.penalty is not None for stage in stages),

@@ -27,6 +27,8 @@ from hftl.errors import DiskError, Diverged, UsageError, did_you_mean
 from hftl.fitting import conclude, score_on_test
 from hftl.folder import CHECKPOINTS, METRICS, RECIPE, read_json, say
 from hftl.methods import METHOD_ARGUMENTS, arguments_of, build_plan, find_method
+from hftl.metrics import written
+from hftl.problems import problem_of
 from hftl.run import Run
 from hftl.tables import aligned, as_csv
 from hftl.tasks import find_task
@@ -38,6 +40,7 @@ STUDY, TABLE, TRIALS = "tune.db", "trials.csv", "trials"
 _FIXED = {
     "task", "dataset_name", "dataset_config_name", "train_split", "validation_split", "test_split", "label_column",
     "text_column", "text_pair_column", "image_column", "validation_fraction", "max_train_samples", "max_eval_samples",
+    "problem_type", "label_separator", "label_columns",
     "skip_bad_files", "shots", "repeats", "seed", "metric_for_best_model", "greater_is_better", "metrics",
     "output_dir", "resume", "overwrite", "time_budget", "preset", "push_to_hub",
 }  # fmt: skip
@@ -155,7 +158,8 @@ class Search:
         _check(self.arguments, self.space)
         for dimension in self.space:
             for value in dimension.values:
-                self._settings({dimension.name: value})
+                settings = self._settings({dimension.name: value})
+                problem_of(settings).check(settings)
         if self.arguments.output_dir is None:
             self.arguments.output_dir = folder.default_output_dir(stage_arguments(self.arguments, method="tune"))
         self.path = Path(self.arguments.output_dir)
@@ -177,10 +181,11 @@ class Search:
 
     def _search(self) -> Run:
         self._check_folder()
-        splits = data.load_splits(self.arguments, self.task_class.modality)
+        task = self.task_class(self.arguments)
+        task.problem.check(self.arguments)
+        splits = data.load_splits(self.arguments, task.modality, task.problem)
         for line in splits.report:
             say(line)
-        task = self.task_class(self.arguments)
         task.label_names = splits.label_names
         self.metric, self.greater = task.best_metric(splits)
         self.study = self._open()
@@ -293,7 +298,8 @@ class Search:
             if math.isnan(score):
                 raise Diverged(f"{self.metric} is no number")
             self.study.tell(trial, score)
-            say(f"trial: {self.metric} {score:.4f}, best {self.study.best_value:.4f}")
+            found, best = (written(self.metric, value) for value in (score, self.study.best_value))
+            say(f"trial: {self.metric} {found}, best {best}")
             self._keep_best()
         except optuna.TrialPruned:
             self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)

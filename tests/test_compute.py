@@ -141,7 +141,9 @@ def test_what_is_not_followed_by_batch_norm_alone_is_not_folded(in_place: bool) 
 def choose(model: Any, rows: float = 1e9, training: bool = True, **changes: Any) -> str:
     inputs = tiny_inputs(model, batch=8)
     batch = {**inputs, "labels": torch.arange(8) % 3, **changes}
-    return compute.choose_precision(model, batch, training=training, rows=rows, arguments=tiny_arguments(model))
+    return compute.choose_precision(
+        model, batch, CrossEntropyLoss(), training=training, rows=rows, arguments=tiny_arguments(model)
+    )
 
 
 @pytest.fixture
@@ -149,7 +151,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """The seconds that a pass takes in each precision."""
     now, seconds = [0.0], {"fp32": 0.39, "bf16": 0.21}
 
-    def one_pass(model: Any, inputs: Any, labels: Any, precision: str, training: bool) -> None:
+    def one_pass(model: Any, inputs: Any, labels: Any, loss: Any, precision: str, training: bool) -> None:
         now[0] += seconds[precision]
 
     monkeypatch.setattr(compute, "_pass", one_pass)
@@ -240,7 +242,10 @@ def test_a_model_that_bf16_changes_or_breaks_stays_in_fp32(
     inputs = {"input_ids": torch.randn(8, 8) * 100, "attention_mask": torch.ones(8, 8), "labels": torch.arange(8) % 3}
     arguments = hftl.parse(hftl.TextArguments, [])
     for model, reason in ((Scaled(), "bf16 moves the loss from"), (Failing(), '"fancy" not implemented for')):
-        assert compute.choose_precision(model, inputs, training=True, rows=1e9, arguments=arguments) == "fp32"
+        assert (
+            compute.choose_precision(model, inputs, CrossEntropyLoss(), training=True, rows=1e9, arguments=arguments)
+            == "fp32"
+        )
         assert reason in capsys.readouterr().out
 
 

@@ -30,6 +30,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     (folder / "bert" / "config.json").write_text(json.dumps(config))
     (folder / "mine.py").write_text(MINE)
+    (folder / "numbers").mkdir()
+    for path in (folder / "texts").iterdir():
+        table = path.read_text().replace(",good\n", ",1.5\n").replace(",bad\n", ",-0.5\n")
+        (folder / "numbers" / path.name).write_text(table)
     return folder
 
 
@@ -131,6 +135,10 @@ TRAININGS = {
         "image_text_classification.py --dataset=both --model=convnet --text_model=bert --augmentation=none "
         "--modality_dropout=0 --fusion_dropout=0 --learning_rate=1e-4"
     ),
+    "texts of several labels": (
+        "text_classification.py --dataset=texts --model=bert --problem_type=multi_label_classification"
+    ),
+    "texts with numbers": "text_classification.py --dataset=numbers --model=bert --problem_type=regression",
     "texts, head first": "text_classification.py --dataset=texts --model=bert --method=lp_ft --head_solver=sgd",
     "averaged texts, near to the start": (
         "text_classification.py --dataset=texts --model=bert --average=soup --wise_ft --sampler=balanced "
@@ -174,11 +182,16 @@ def test_two_processes_train_as_one(place: Path, kind: str) -> None:
     assert (two / "config.json").read_text() == (one / "config.json").read_text()  # with the label map
     first, second = (json.loads((run / "metrics.json").read_text()) for run in (one, two))
     for split in ("validation", "test"):
-        assert second[split]["accuracy"] == first[split]["accuracy"]  # every row counted once
+        counted = {"accuracy", "subset_accuracy", "mae"} & set(first[split])
+        for name in counted:  # every row once
+            assert second[split][name] == pytest.approx(first[split][name], rel=1e-5)
+        assert counted
         assert second[split]["loss"] == pytest.approx(first[split]["loss"], rel=1e-4)
     for row, expected in zip(predictions(two), predictions(one), strict=True):
-        assert row[:3] == expected[:3]
-        assert [float(value) for value in row[3:]] == pytest.approx([float(value) for value in expected[3:]], abs=1e-4)
+        names = 2 if kind == "texts with numbers" else 3
+        assert row[:names] == expected[:names]
+        numbers = [float(value) for value in expected[names:]]
+        assert [float(value) for value in row[names:]] == pytest.approx(numbers, abs=1e-4)
     # One set of messages: those of one process, apart from times, the folder and the number of processes.
     assert output.count("saved in:") == alone.count("saved in:") == 1
     assert output.count("stage") == alone.count("stage")

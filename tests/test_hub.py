@@ -58,6 +58,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
     tiny_models.write_tiny_cnn(folder / "convnet")
     small_data.write_pairs(folder / "both", {"train": 8, "val": 3, "test": 3})
+    (folder / "rated").mkdir()
+    for path in (folder / "texts").iterdir():
+        table = path.read_text().replace(",good\n", ",1.5\n").replace(",bad\n", ",-0.5\n")
+        (folder / "rated" / path.name).write_text(table)
     text = ["text-classification", "--dataset=texts", "--model=bert", "--max_steps=2"]
     runs = {
         "image": ["image-classification", "--dataset=images", "--model=convnet", "--method=frozen"],
@@ -69,6 +73,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--max_steps=2",
         ],
         "text": [*text, "--method=full"],
+        "labels": [*text, "--problem_type=multi_label_classification"],
+        "numbers": [*text[:1], "--dataset=rated", *text[2:], "--problem_type=regression"],
         "adapter": [*text, "--method=lora"],
         "elsewhere": [*text[:1], f"--dataset={folder / 'texts'}", f"--model={folder / 'bert'}", "--max_steps=1"],
     }
@@ -95,6 +101,8 @@ from transformers import AutoConfig, AutoModelForImageClassification, AutoModelF
 for auto_class, name, inputs in (
     (AutoModelForImageClassification, "image", torch.randn(2, 3, 224, 224)),
     (AutoModelForSequenceClassification, "text", torch.randint(5, 30, (2, 9))),
+    (AutoModelForSequenceClassification, "labels", torch.randint(5, 30, (2, 9))),
+    (AutoModelForSequenceClassification, "numbers", torch.randint(5, 30, (2, 9))),
 ):
     mine, theirs = (auto_class.from_pretrained(place).eval() for place in (name, f"tester/{name}"))
     with torch.no_grad():
@@ -105,10 +113,10 @@ print("equal")
 
 @pytest.mark.slow
 def test_what_is_pushed_loads_with_equal_logits(place: Path, hub: hub_server.Hub) -> None:
-    for name in ("image", "text"):
+    for name in ("image", "text", "labels", "numbers"):
         assert hftl.load_run(place / name).push(f"tester/{name}") == f"{hub.url}/tester/{name}"
         assert set(hub.commits[-1]) == {path for path in files_in(place / name) if not path.startswith(NEVER_PUSHED)}
-    assert hub.uploads == 2  # the weights go by themselves
+    assert hub.uploads == 4  # the weights go by themselves
     done = process(place, hub.url, "-c", _SAME_ANSWERS)
     assert done.stdout == "equal\n", done.stderr
 

@@ -15,7 +15,7 @@ import hftl
 from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.metrics import (
-    METRIC_NAMES,
+    SINGLE_LABEL_METRICS,
     ExtraMetrics,
     classification_metrics,
     expected_calibration_error,
@@ -53,7 +53,7 @@ def test_scores_by_hand() -> None:
     # Gorodkin 2004: rows × right less Σ predicted × true, over the root of two such differences of squares
     expected = (6 * 4 - (2 * 3 + 2 * 2 + 2 * 1)) / math.sqrt((36 - 12) * (36 - 14))
     assert scores["matthews_correlation"] == pytest.approx(expected)
-    assert set(METRIC_NAMES) <= set(scores)
+    assert set(SINGLE_LABEL_METRICS) <= set(scores)
 
 
 def test_roc_auc_of_two_classes_counts_pairs() -> None:
@@ -191,7 +191,7 @@ def test_a_metric_whose_score_has_another_name_chooses_the_best(tmp_path: Path) 
 
 def test_a_metric_that_is_not_there() -> None:
     with pytest.raises(UsageError, match="Metric 'acuracy' is none of hftl's own"):
-        ExtraMetrics(["acuracy"])
+        ExtraMetrics(["acuracy"], SINGLE_LABEL_METRICS)
 
 
 def test_the_metric_that_chooses_the_best() -> None:

@@ -1,4 +1,4 @@
-"""Multinomial logistic regression: a linear output layer solved instead of trained."""
+"""A linear output layer solved instead of trained: logistic regression, or least squares, by its loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hftl.losses import CrossEntropyLoss
+from hftl.losses import RowLoss
 
 #: weights of the penalty, from strong to weak: λ of mean loss + λ/2 ‖W‖² on standardised features. scikit-learn's C is
 #: 1 / (λ rows), so that for a thousand rows this covers C = 0.001 to 100, as linear evaluations of features use
@@ -56,22 +56,22 @@ def solve_linear_head(
     train: tuple[torch.Tensor, torch.Tensor],
     validation: tuple[torch.Tensor, torch.Tensor],
     classes: int,
-    loss: CrossEntropyLoss,
+    loss: RowLoss,
     score: Callable[[torch.Tensor, torch.Tensor], float],
     intercept: bool = True,
 ) -> LinearHead:
-    """Multinomial logistic regression by L-BFGS (Liu and Nocedal 1989), its penalty chosen on validation.
+    """The output layer of least penalised loss by L-BFGS (Liu and Nocedal 1989), its penalty chosen on validation.
 
     The penalties form a path from strong to weak, each solved from the one before. The best by `score` is taken, of
     equal ones that with the lowest validation loss. Features are standardised within the weights, not in a copy.
     Memory: the features as they are given, and a piece of them and of the logits.
 
     Args:
-        train: features of shape (rows, features) and class ids of shape (rows,).
+        train: features of shape (rows, features) and labels, as the loss takes them.
         validation: the same of the rows that choose the penalty.
         classes: number of classes.
-        loss: with its class weights and label smoothing.
-        score: of logits of shape (rows, classes) and class ids; more is better.
+        loss: smooth and convex in the logits: multinomial logistic regression is that of cross entropy.
+        score: of logits of shape (rows, classes) and labels; more is better.
         intercept: whether the layer has a bias.
     """
     features, labels = train
@@ -136,7 +136,7 @@ class _Problem:
         self,
         features: torch.Tensor,
         labels: torch.Tensor,
-        loss: CrossEntropyLoss,
+        loss: RowLoss,
         standardised: tuple[torch.Tensor, torch.Tensor],
         intercept: bool,
     ) -> None:

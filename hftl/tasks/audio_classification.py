@@ -70,7 +70,7 @@ extractor = AutoFeatureExtractor.from_pretrained({title})
 model = AutoModelForAudioClassification.from_pretrained({title})
 wave, rate = soundfile.read("recording.wav")  # one channel at {rate} Hz, its first {seconds:g} s
 inputs = extractor(wave, sampling_rate=rate{padding}, return_tensors="pt")
-print(model(**inputs).logits.softmax(-1), model.config.id2label)"""
+print(model(**inputs).logits{activation}, model.config.id2label)"""
 _OF_PICTURES = """import soundfile
 from torch.nn.functional import interpolate
 from transformers import AutoFeatureExtractor, AutoModelForImageClassification
@@ -79,7 +79,7 @@ model = AutoModelForImageClassification.from_pretrained({title})
 wave, rate = soundfile.read("recording.wav")  # one channel at {rate} Hz
 bands = extractor(wave, sampling_rate=rate, max_length={samples}, return_tensors="pt")["input_features"][:, :{bands}]
 pixels = interpolate(bands[:, None], size=({height}, {width}), mode="bilinear", antialias=True).expand(-1, 3, -1, -1)
-print(model(pixel_values=pixels).logits.softmax(-1), model.config.id2label)"""
+print(model(pixel_values=pixels).logits{activation}, model.config.id2label)"""
 #: seconds of a sound in a report
 _HEARD = 2.0
 
@@ -288,11 +288,12 @@ class AudioClassification(ClassificationTask):
                 rate=self.processor.sampling_rate,
                 seconds=self.processor.clip_seconds,
                 padding=padding,
+                activation=self.problem.activation,
             )
         height, width = self.side
         return _OF_PICTURES.format(
             title=json.dumps(title), rate=self.processor.sampling_rate, samples=self._samples,
-            bands=filled_bands(self.processor), height=height, width=width,
+            bands=filled_bands(self.processor), height=height, width=width, activation=self.problem.activation,
         )  # fmt: skip
 
 

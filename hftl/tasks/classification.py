@@ -1,4 +1,4 @@
-"""What single-label classification tasks share: labels, loss, scores."""
+"""What all tasks share whose rows have a label: one class, several, or a number; loss and scores."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from hftl.arguments import TransferArguments
 from hftl.data import Splits
 from hftl.errors import UsageError, did_you_mean
 from hftl.examples import Shown
-from hftl.losses import Loss, make_loss
-from hftl.metrics import LOWER_IS_BETTER, METRIC_NAMES, ExtraMetrics, classification_metrics
+from hftl.losses import Loss
+from hftl.metrics import LOWER_IS_BETTER, ExtraMetrics
 from hftl.modality import Modality
+from hftl.problems import Problem, problem_of
 
 _USAGE = """from transformers import pipeline
 classify = pipeline("{task}", {title})
@@ -31,9 +32,10 @@ Mixing = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 class ClassificationTask:
-    """A task with one label a row; subclasses say how inputs are read, prepared and put together.
+    """A task with a label a row, of the kind that `problem` says.
 
-    A subclass sets the class attributes and writes `load_model` and `dataset`; where it has a processor also
+    Subclasses say how inputs are read, prepared and put together. A subclass sets the class attributes and writes
+    `load_model` and `dataset`; where it has a processor also
     `load_processor`; and `collate` and `read_inputs` where theirs is not the way of one file a row.
     """
 
@@ -51,6 +53,7 @@ class ClassificationTask:
     def __init__(self, arguments: TransferArguments) -> None:
         """Keep the arguments; `label_names` come with the data or with a finished run."""
         self.arguments = arguments
+        self.problem: Problem = problem_of(arguments)
         self.processor: Any = None
         #: whether `dataset` says how many texts it cut
         self.says_cut = True
@@ -58,7 +61,7 @@ class ClassificationTask:
 
     @functools.cached_property
     def _extra_metrics(self) -> ExtraMetrics:
-        return ExtraMetrics(self.arguments.metrics or [])
+        return ExtraMetrics(self.arguments.metrics or [], self.problem.metric_names)
 
     def load_splits(self) -> Splits:
         """Check everything that needs no data, then read the data, check it, and print what was found.
@@ -69,12 +72,13 @@ class ClassificationTask:
         if not self.arguments.dataset_name:
             raise UsageError("--dataset is missing: name a folder, a table, a Hub id or builtin:NAME.")
         folder.check_output_folder(self.arguments)
+        self.problem.check(self.arguments)
         methods.check_method(self.arguments)
         pretrained.check_model_name(self.arguments.model_name_or_path)
         if self.arguments.weights is not None:
             weights.check_file(self.arguments.weights, self.arguments.allow_pickle)
         self._extra_metrics  # noqa: B018 - a metric that cannot be loaded is an error now, not after training
-        splits = data.load_splits(self.arguments, self.modality)
+        splits = data.load_splits(self.arguments, self.modality, self.problem)
         for line in splits.report:
             folder.say(line)
         return splits
@@ -85,44 +89,64 @@ class ClassificationTask:
         Raises:
             UsageError: the model cannot be used.
         """
-        self.label_names = splits.label_names
+        self.label_names, self.problem = splits.label_names, splits.problem
         set_seed(self.arguments.seed)  # before the head is drawn
         model = self.load_model(splits)
+        model.config.problem_type = self.problem.name
         if self.arguments.weights is not None:
             weights.fill(model, self.arguments.weights)
+        self.problem.prepare(model, splits.train_labels, self.arguments.keep_head)
         return model
 
     def loss(self, splits: Splits) -> Loss:
         """The loss that was asked for, of outputs and labels."""
-        return make_loss(self.arguments, class_counts(splits))
+        return self.problem.loss(self.arguments, splits.train_labels, splits.label_names)
 
     def score(self, logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> dict[str, float]:
-        """Scores of a whole split; logits of shape (rows, classes), labels of shape (rows,)."""
-        scores = classification_metrics(logits, labels, self.label_names)
-        return scores | self._extra_metrics(logits.argmax(axis=1), labels)
+        """Scores of a whole split; logits of shape (rows, classes), labels as `hftl.data.labels_of` gives them."""
+        scores = self.problem.metrics(logits, labels, self.label_names)
+        if self._extra_metrics.metrics:
+            scores |= self._extra_metrics(self.problem.decided(logits), labels)
+        return scores
 
     def best_metric(self, splits: Splits) -> tuple[str, bool]:
         """The score that chooses the best checkpoint, and whether more of it is better.
-
-        Accuracy, and macro F1 where the classes are uneven: accuracy would hardly see it.
 
         Raises:
             UsageError: `--metric_for_best_model` is no score of this task.
         """
         wanted = self.arguments.metric_for_best_model
         if wanted is None:
-            counts = class_counts(splits)
-            wanted = "f1_macro" if data.is_uneven(counts) else "accuracy"
+            wanted = self.problem.default_metric(splits.train_labels, splits.label_names)
         wanted = wanted.removeprefix("eval_")
-        known = (*METRIC_NAMES, "loss", *self._extra_metrics.names)
+        known = (*self.problem.metric_names, "loss", *self._extra_metrics.names)
         if wanted not in known:
             raise UsageError(
                 f"--metric_for_best_model {wanted!r} is not known.{did_you_mean(wanted, known)} There are: "
                 f"{', '.join(known)}; others through --metrics."
             )
+        better, is_ours = wanted not in LOWER_IS_BETTER, wanted in (*self.problem.metric_names, "loss")
         if "greater_is_better" in self.arguments.given:
+            if is_ours and self.arguments.greater_is_better != better:
+                raise UsageError(f"--greater_is_better: of {wanted} {'more' if better else 'less'} is. Leave it out.")
             return wanted, bool(self.arguments.greater_is_better)
-        return wanted, wanted not in LOWER_IS_BETTER
+        if not is_ours and not self.problem.is_one_of_several:
+            raise UsageError(f"--metric_for_best_model {wanted}: say --greater_is_better true or false too.")
+        return wanted, better
+
+    def choosing_score(self, scores: Mapping[str, float]) -> float:
+        """The one of a split's scores that chooses the best weights.
+
+        Raises:
+            UsageError: the split does not give it.
+        """
+        metric = str(self.arguments.metric_for_best_model)
+        if metric not in scores:
+            raise UsageError(
+                f"--metric_for_best_model {metric}: validation does not give it, since {self.problem.without_score}. "
+                "Take another metric, or a larger validation split."
+            )
+        return scores[metric]
 
     # What a task defines
 
@@ -177,15 +201,21 @@ class ClassificationTask:
 
     def usage(self, title: str) -> str:
         """The lines of Python in the card that load the saved model, by its name, and use it."""
-        return _USAGE.format(task=self.name, title=json.dumps(title), example=self.modality.example)
+        example = self.modality.example
+        if not self.problem.is_one_of_several:
+            example += ", top_k=None"  # all that it says, not the best alone
+        return _USAGE.format(task=self.name, title=json.dumps(title), example=example)
 
     def shown(self, row: Mapping[str, Any], model: Any = None, label: int = 0) -> Shown:
         """What a report shows of a row; with a model also what speaks for a class in it."""
         return Shown()
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """A batch: what the model's forward takes, and `labels` of shape (rows,) where there are any."""
-        return default_collate(list(examples))
+        """A batch: what the model's forward takes, and `labels` of shape (rows,) or (rows, labels) if there are any."""
+        batch = default_collate([{name: row[name] for name in row if name != "labels"} for row in examples])
+        if "labels" in examples[0]:
+            batch["labels"] = torch.tensor([row["labels"] for row in examples])
+        return batch
 
     def read_inputs(self, inputs: Any, columns: Mapping[str, str] | None = None) -> Any:
         """What `Run.predict` got, as rows for `dataset`: a path of a file, folder or table, or inputs, one or a list.
@@ -215,8 +245,3 @@ class ClassificationTask:
             return
         rows = self.read_inputs(inputs, columns)
         yield from (rows[index] for index in range(len(rows)))
-
-
-def class_counts(splits: Splits) -> list[int]:
-    """Training rows of each class."""
-    return np.bincount(splits.train["label"][:], minlength=len(splits.label_names)).tolist()

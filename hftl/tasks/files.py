@@ -49,8 +49,8 @@ class FileDataset(Dataset[dict[str, Any]]):
         return seed * 7_919 + int(self.epoch) * 1_000_003 + index * 104_729
 
     @property
-    def labels(self) -> list[int] | None:
-        """The class ids, where the rows have them."""
+    def labels(self) -> list[Any] | None:
+        """As `hftl.data.labels_of`, where the rows have them."""
         return self.rows["label"][:] if "label" in getattr(self.rows, "column_names", ()) else None
 
     def key(self, index: int, full: bool = False) -> int:

@@ -352,8 +352,8 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         return self.pictures.view
 
     @property
-    def labels(self) -> list[int] | None:
-        """The class ids, where the rows have them."""
+    def labels(self) -> list[Any] | None:
+        """As `hftl.data.labels_of`, where the rows have them."""
         return self.texts.labels
 
     def key(self, index: int, full: bool = False) -> int:

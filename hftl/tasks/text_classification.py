@@ -305,8 +305,8 @@ class TextDataset(Dataset[dict[str, Any]]):
         return len(self.examples)
 
     @property
-    def labels(self) -> list[int] | None:
-        """The class ids, where the rows have them."""
+    def labels(self) -> list[Any] | None:
+        """As `hftl.data.labels_of`, where the rows have them."""
         return (
             [example["labels"] for example in self.examples] if self.examples and "labels" in self.examples[0] else None
         )

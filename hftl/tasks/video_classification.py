@@ -52,7 +52,7 @@ processor = AutoImageProcessor.from_pretrained({title})
 model = {model}.from_pretrained({title})
 frames = np.load("frames.npy")  # {count} frames over all of a video, shape ({count}, height, width, 3)
 inputs = processor(list(frames), return_tensors="pt")
-print(model(**inputs).logits.softmax(-1), model.config.id2label)"""
+print(model(**inputs).logits{activation}, model.config.id2label)"""
 
 
 class VideoClassification(ClassificationTask):
@@ -247,7 +247,10 @@ class VideoClassification(ClassificationTask):
         """Plain transformers, or of hftl the model where the network is another library's."""
         kind = self.auto_class
         module = "transformers" if kind is AutoModelForVideoClassification else kind.__module__
-        return _USAGE.format(title=json.dumps(title), count=self.frames, module=module, model=kind.__name__)
+        return _USAGE.format(
+            title=json.dumps(title), count=self.frames, module=module, model=kind.__name__,
+            activation=self.problem.activation,
+        )  # fmt: skip
 
 
 class VideoDataset(PreparedDataset):
