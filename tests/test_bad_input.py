@@ -161,7 +161,7 @@ FLAGS = [
         ("--dataloader_drop_last",),
     ),
     Bad("prefetch without workers", f"{TEXT} --dataloader_prefetch_factor 2", ("--dataloader_prefetch_factor",)),
-    Bad("one row of train", f"{TEXT} --max_train_samples 1", ("--max_train_samples leaves one class only",)),
+    Bad("one row of train", f"{TEXT} --max_train_samples 1", ("with --max_train_samples has one class only",)),
     Bad("no steps", f"{TEXT} --max_steps 0", ("--max_steps", "above 0")),
     Bad("a GPU that is not there", f"{TEXT} --use_cpu false", ("--use_cpu false", "GPU"), patch=no_gpu),
     Bad("flag without its value", f"{TEXT} --seed", ("--seed", "expected one argument")),
@@ -718,7 +718,7 @@ FOLDERS = [
     Bad(
         "metric that fails",
         f"{TEXT} --metrics ./mine",
-        ("Metric 'mine' cannot score class ids: no idea",),
+        ("Metric 'mine' cannot score such answers: no idea",),
         {"mine/mine.py": METRIC},
     ),
     Bad("unknown metric", f"{TEXT} --metrics ./no_metric", ("Metric './no_metric'", "accuracy", "evaluate.load")),
