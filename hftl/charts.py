@@ -38,6 +38,7 @@ class Line:
         colour: number of the page's colour, from 1 on; 0 is that of the axes.
         dashed: whether it is broken.
         marked: whether its points are marked.
+        joined: whether they are joined; else they are all that is drawn.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Line:
     colour: int = 1
     dashed: bool = False
     marked: bool = False
+    joined: bool = True
 
 
 def line_chart(
@@ -91,9 +93,10 @@ def line_chart(
     )
     for line in lines:
         drawn = x(np.clip(line.xs, left, right)), y(np.clip(line.ys, bottom, top))
-        points = _along(np.stack(drawn, axis=1)).round(1).tolist()
-        path = " ".join(f"{px},{py}" for px, py in points)
-        parts.append(_stroke(line, path))
+        drawn_points = np.stack(drawn, axis=1)
+        points = (_along(drawn_points) if line.joined else drawn_points).round(1).tolist()
+        if line.joined:
+            parts.append(_stroke(line, " ".join(f"{px},{py}" for px, py in points)))
         if line.marked or len(points) == 1:
             parts += [f'<circle class="series-{line.colour}" cx="{px}" cy="{py}" r="3"/>' for px, py in points]
     return Markup("".join([*parts, "</svg>", _legend([(line.name, _sample(line)) for line in lines if line.name])]))
@@ -106,7 +109,9 @@ def _stroke(line: Line, points: str) -> str:
 
 
 def _sample(line: Line) -> str:
-    """A piece of the line, for its legend."""
+    """A piece of the line, for its legend; of points alone one of them."""
+    if not line.joined:
+        return f'<span class="swatch back-{line.colour}"></span>'
     return f'<svg class="sample" viewBox="0 0 26 8" aria-hidden="true">{_stroke(line, "0,4 26,4")}</svg>'
 
 

@@ -24,6 +24,8 @@ from hftl.launch import launch, quick_imports
 from hftl.tasks import TASKS, check_task
 
 if TYPE_CHECKING:
+    from hftl.examples import Examples
+    from hftl.finished import Finished
     from hftl.run import Run
 
 
@@ -428,27 +430,34 @@ def _report(argv: list[str]) -> None:
     parser.add_argument("run", help="folder of a finished run")
     _add_trust(parser)
     options = parser.parse_args(argv)
-    from hftl.examples import read_examples
     from hftl.finished import explained_damage, find_run
-    from hftl.folder import PREDICTIONS
     from hftl.report import write_report
 
     run = find_run(options.run)
-    run.require_one_of_several("hftl report")
-    there = (run.folder / PREDICTIONS).is_file()
-    examples = read_examples(run) if there else None
-    if examples is None and there and run.task_name not in TASKS:
-        print(f"no examples are shown: the task {run.task_name} is of a recipe of its own, which makes the report")
-    elif examples is None:
-        with quick_imports():
-            from hftl.known_rows import look, read_splits
-            from hftl.run import load_run
-
-        loaded = load_run(options.run, trust_remote_code=options.trust_remote_code)
-        examples = look(loaded, read_splits(loaded))
+    examples = _examples(run, options.trust_remote_code) if run.is_one_of_several else None
     with explained_damage(run.folder):
         path = write_report(run, examples)
     print(without_home(f"written to {path}"))
+
+
+def _examples(run: Finished, trust_remote_code: bool) -> Examples | None:
+    """What a report shows of single rows: as it was kept, else made of the data and the model."""
+    from hftl.examples import read_examples
+    from hftl.folder import PREDICTIONS
+
+    there = (run.folder / PREDICTIONS).is_file()
+    examples = read_examples(run) if there else None
+    if examples is not None:
+        return examples
+    if there and run.task_name not in TASKS:
+        print(f"no examples are shown: the task {run.task_name} is of a recipe of its own, which makes the report")
+        return None
+    with quick_imports():
+        from hftl.known_rows import look, read_splits
+        from hftl.run import load_run
+
+    loaded = load_run(run.folder, trust_remote_code=trust_remote_code)
+    return look(loaded, read_splits(loaded))
 
 
 def _compare(argv: list[str]) -> None:

@@ -75,10 +75,11 @@ def conclude(run: Run, splits: Splits, arguments: TransferArguments) -> None:
     if not folder.is_main_process():
         return
     say(run.summary())
+    examples = None
     if run.is_one_of_several:
         # Another seed may have drawn other rows.
         examples = look(run, read_splits(run) if arguments.repeats > 1 else splits)
-        say(f"report:     {write_report(run, examples)}")
+    say(f"report:     {write_report(run, examples)}")
     if arguments.push_to_hub:
         where = {"private": arguments.hub_private_repo, "revision": arguments.hub_revision}
         say(f"pushed to:  {run.push(folder.repository_of(arguments), token=arguments.hub_token, **where)}")

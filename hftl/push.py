@@ -97,7 +97,7 @@ def push(
         operations: list[CommitOperationAdd | CommitOperationDelete]
         operations = [CommitOperationAdd(path, run.folder / path) for path in files if path not in _CHANGED]
         operations.append(CommitOperationAdd(RECIPE, _shared_recipe(run.folder)))
-        if run.is_one_of_several and (run.folder / PREDICTIONS).is_file():  # which the page is made of
+        if (run.folder / PREDICTIONS).is_file():  # which the page is made of
             operations.append(CommitOperationAdd(REPORT, render_report(run, None, shared=True).encode()))
     ask_again()
     api = HfApi(token=token)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hftl import charts, folder, pages
+from hftl import charts, folder, pages, report_of_labels
 from hftl.answers import Answers
 from hftl.charts import Line
 from hftl.examples import EXPLAINED, Examples, Places, Shown, surest_mistakes, surest_of_classes, suspicious
 from hftl.finished import Finished
-from hftl.folder import LOGS
 from hftl.metrics import ranking, share_interval
+from hftl.problems import SingleLabel
+from hftl.report_parts import common_values
 
 REPORT = "report.html"
 #: more classes than this make no readable table of all pairs: the most frequent confusions are listed
@@ -27,10 +26,6 @@ _LINES = 20
 #: curves of single classes
 _MOST_CURVES = charts.COLOURS
 _BINS = 10
-#: that a number of the log can be
-_LARGEST = 1e100
-#: of the evaluations, beside the loss of training
-_CURVES = ("eval_loss", "eval_accuracy", "eval_f1_macro")
 
 
 def write_report(run: Finished, examples: Examples | None) -> Path:
@@ -53,25 +48,18 @@ def render_report(run: Finished, examples: Examples | None, shared: bool = False
     Raises:
         UsageError: the run has no predictions.
     """
-    answers, names, split = run.answers, run.label_names, run.scored_split
-    train = {"versions": {}, "hardware": "", **run.metrics["train"]}  # older runs have none
+    if not run.is_one_of_several:
+        return report_of_labels.render(run, shared)
+    answers, names = run.answers, run.label_names
     mistakes, right = surest_mistakes(answers), surest_of_classes(answers)
     return pages.render(
         "report",
-        title=run.folder.resolve().name,
-        task=run.task_name,
-        split=split,
+        **common_values(run, shared, SingleLabel.headline),
+        counted="rows",
         rows=len(answers.ids),
         at_hand=examples is not None,
-        scores=run.scores,
         deviation=run.deviation,
         interval=share_interval(int(answers.correct.sum()), len(answers.ids)),
-        metrics=run.metrics,
-        training=train,
-        blocks=_blocks(train["stages"]),
-        curves=_training_curves(run.folder / LOGS / "log.jsonl"),
-        data=run.found_in_data,
-        shared=shared,
         classes=_classes(run.scores, answers, names),
         confusion=_confusion(answers, names),
         reliability=_reliability(answers),
@@ -81,74 +69,7 @@ def render_report(run: Finished, examples: Examples | None, shared: bool = False
         right=[] if shared else _examples(run, answers, right, examples.right if examples else None),
         explained=EXPLAINED,
         label_errors={} if shared else _label_errors(answers, names, examples.label_errors if examples else None),
-        settings=pages.settings(run.recipe),
     )
-
-
-def _training_curves(path: Path) -> dict[str, Any]:
-    """Losses and scores over the steps of all stages, one after the other."""
-    nothing: tuple[list[float], list[float]] = ([], [])
-    points: dict[str, tuple[list[float], list[float]]] = {}
-    offset, last, stage = 0, 0, None
-    for entry in _log_entries(path):
-        if entry["stage"] != stage:
-            offset, stage = offset + last, entry["stage"]
-        last = entry["step"]
-        for name in ("loss", *_CURVES):
-            if name in entry and math.isfinite(entry[name]):
-                xs, ys = points.setdefault(name, ([], []))
-                xs.append(offset + last)
-                ys.append(entry[name])
-    wanted = {
-        "loss": [
-            Line("training", *points.get("loss", nothing)),
-            Line("validation", *points.get("eval_loss", nothing), 2, marked=True),
-        ],
-        "score on validation": [
-            Line("accuracy", *points.get("eval_accuracy", nothing), 3, marked=True),
-            Line("macro F1", *points.get("eval_f1_macro", nothing), 4, dashed=True, marked=True),
-        ],
-    }
-    drawn = {}
-    for name, lines in wanted.items():
-        filled = [line for line in lines if line.xs]
-        if any(len(line.xs) > 1 for line in filled):
-            ends = ", ".join(f"{line.name} {line.ys[0]:.3g} to {line.ys[-1]:.3g}" for line in filled)
-            drawn[name] = charts.line_chart(filled, f"{name} over the steps of training: {ends}", "step", name)
-    return drawn
-
-
-def _log_entries(path: Path) -> list[dict[str, Any]]:
-    """The lines of a training log; what was done again after an interruption counts once."""
-    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            entry = json.loads(line)
-            key = entry["stage"], entry["step"], "eval_loss" in entry
-            numbers = [entry.get(name, 0) for name in ("step", "loss", *_CURVES)]
-            if not isinstance(entry["stage"], str) or not all(abs(value) < _LARGEST for value in numbers):
-                continue
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ):  # cut by a crash, or of another program
-            continue
-        kept.setdefault(key, entry)  # the same, bit for bit
-    return list(kept.values())
-
-
-def _blocks(stages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each block its parameters, and how many of them each stage trained."""
-    counted = [stage["blocks"] for stage in stages if "blocks" in stage]
-    if len(counted) < len(stages):
-        return []
-    return [
-        {"name": same[0]["name"], "total": same[0]["total"], "trainable": [block["trainable"] for block in same]}
-        for same in zip(*counted, strict=True)
-    ]
 
 
 def _classes(scores: Mapping[str, float], answers: Answers, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import pytest
 import small_data
 import tiny_models
 import torch
+from browser import chromium
 from peft import PeftModel
 from PIL import Image
 from sklearn import metrics as theirs
@@ -27,6 +28,7 @@ from hftl.metrics import multi_label_metrics, regression_metrics, sigmoid
 from hftl.modality import TEXT
 from hftl.problems import MultiLabel, Regression
 from hftl.problems.multi_label import best_thresholds
+from hftl.report import render_report
 
 QUICK = ["--report_to=none", "--precision=fp32", "--dataloader_num_workers=0", "--per_device_train_batch_size=8"]
 LABELS, NUMBERS = "--problem_type=multi_label_classification", "--problem_type=regression"
@@ -561,7 +563,6 @@ def test_commands_that_are_made_for_classes_say_so(
     capsys.readouterr()
     folder, common = str(run.folder), [NUMBERS, f"--model={place / 'bert'}", f"--dataset={place / 'texts-weight'}"]
     for words in (
-        ["report", folder],
         ["compare", folder, folder],
         ["demo", folder],
         ["rank", "--task=text-classification", "--models", str(place / "bert"), *common[0:1], *common[2:]],
@@ -569,6 +570,51 @@ def test_commands_that_are_made_for_classes_say_so(
         ["check-labels", "text-classification", *common],
     ):
         assert "one class" in refused(words, capsys), words
+
+
+def test_reports_show_labels_and_numbers(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No message, request or serious fault of accessibility; made anew alike; names are harmless, damage is told."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    hostile = '<img src=x onerror="alert(1)">'
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for path in (place / "texts-labels").iterdir():
+        (folder / path.name).write_text(path.read_text().replace('"warm"', json.dumps(hostile)))
+    flags = [LABELS, f"--dataset={folder}", f"--model={place / 'bert'}", *QUICK, "--logging_steps=1"]
+    cli._run(["train", "text-classification", *flags, "--num_train_epochs=2", f"--output_dir={tmp_path / 'labels'}"])
+    trained(place, "bert", NUMBERS, tmp_path / "numbers", "--num_train_epochs=2", "--logging_steps=1")
+    with chromium() as browser:
+        for name, width, scheme in (("labels", 390, "dark"), ("numbers", 390, "light"), ("numbers", 1280, "dark")):
+            file = tmp_path / name / "report.html"
+            context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            page, seen = context.new_page(), []
+            page.on("console", lambda message, seen=seen: seen.append(message.text))
+            page.on("dialog", lambda dialog, seen=seen: (seen.append(dialog.message), dialog.dismiss()))
+            page.on("request", lambda request, seen=seen: seen.append(request.url))
+            page.goto(file.as_uri())
+            page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+            found = Axe().run(page).response["violations"]
+            assert not [fault for fault in found if fault["impact"] in ("serious", "critical")]
+            assert seen == [file.as_uri()]
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            context.close()
+    runs = {name: hftl.load_run(tmp_path / name) for name in ("labels", "numbers")}
+    pages = {name: (run.folder / "report.html").read_text() for name, run in runs.items()}
+    assert "<img src=x" not in pages["labels"]
+    assert "RMSE on validation" in pages["numbers"]
+    assert pages["numbers"].count("<circle") > 12
+    for name, run in runs.items():
+        cli._run(["report", str(run.folder)])
+        assert (run.folder / "report.html").read_text() == pages[name]
+        shared = render_report(run, None, shared=True)
+        assert "look whether" in pages[name]
+        assert "look whether" not in shared
+        table = run.folder / "predictions.csv"
+        lines = table.read_text().splitlines()
+        for content in (lines[:1], lines[:4], [line[:-3] for line in lines], ["id,label", *lines[1:]]):
+            table.write_text("\n".join(content))
+            assert str(table) in refused(["report", str(run.folder)], capsys)
 
 
 @pytest.mark.parametrize(("problem", "score"), [(NUMBERS, "rmse"), (LABELS, "mean_average_precision")])
