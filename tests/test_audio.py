@@ -15,6 +15,7 @@ import small_data
 import soundfile
 import tiny_models
 import torch
+from refusal import refused
 from safetensors.torch import load_file
 
 import hftl
@@ -50,15 +51,6 @@ def recorded(samples: Any, rate: int = 16_000, kind: str = "WAV", **options: Any
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, rate, format=kind, **options)
     return buffer.getvalue()
-
-
-def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line with which a command ends that cannot be done."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main(words)
-    error = capsys.readouterr().err
-    assert (ended.value.code, error.count("\n")) == (2, 1)
-    return error
 
 
 def tone(rate: int, seconds: float = 1.0) -> np.ndarray[Any, Any]:

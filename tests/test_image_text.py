@@ -11,6 +11,7 @@ import pytest
 import small_data
 import tiny_models
 import torch
+from refusal import refused
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -148,14 +149,6 @@ def test_a_modality_is_left_out_in_training_but_never_both() -> None:
     assert dropped.float().mean(dim=0).tolist() == pytest.approx([0.2, 0.2], abs=0.03)
     present[:, 0] = False
     assert not head._dropped(present).any()
-
-
-def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(words)
-    error = capsys.readouterr().err
-    assert (ended.value.code, error.count("\n")) == (2, 1)
-    return error
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 from browser import chromium
 from peft import PeftModel
 from PIL import Image
+from refusal import refused
 from sklearn import metrics as theirs
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification, pipeline
 
@@ -512,14 +513,6 @@ def test_bad_input_is_one_line(
     for word in words:
         assert word in error
     assert not (tmp_path / "run").exists()
-
-
-def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(words)
-    error = capsys.readouterr().err
-    assert (ended.value.code, error.count("\n")) == (2, 1), error
-    return error
 
 
 def test_lists_of_zeros_and_ones_are_no_names(tmp_path: Path) -> None:

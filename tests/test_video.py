@@ -17,6 +17,7 @@ import small_data
 import tiny_models
 import torch
 import torchvision
+from refusal import refused
 
 import hftl
 from hftl import backbones, cli, data, demo, origins, pretrained, video, video_models
@@ -47,15 +48,6 @@ def trained(place: Path, model: str, output: Path, *flags: str) -> hftl.Run:
     words = [f"--model={place / model}", f"--dataset={place / 'videos'}", f"--output_dir={output}", *QUICK, *flags]
     cli._run(["train", "video-classification", *words])
     return hftl.load_run(output)
-
-
-def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line with which a command ends that cannot be done."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main(words)
-    error = capsys.readouterr().err
-    assert (ended.value.code, error.count("\n")) == (2, 1), error
-    return error
 
 
 def numbered(count: int, kind: str = "matroska", codec: str = "ffv1") -> bytes:
