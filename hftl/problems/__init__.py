@@ -23,12 +23,8 @@ def problem_of(arguments: TransferArguments) -> Problem:
     return PROBLEMS[arguments.problem_type]()
 
 
-#: what a person gets of a row
-Answer = Prediction | LabelsPrediction | ValuePrediction
-
 __all__ = [
     "PROBLEMS",
-    "Answer",
     "LabelCells",
     "LabelsPrediction",
     "MultiLabel",
