@@ -14,6 +14,7 @@ import numpy.typing as npt
 from hftl import folder
 from hftl.errors import UsageError
 from hftl.inert import as_cell, from_cell, visible
+from hftl.problems import SingleLabel
 
 if TYPE_CHECKING:
     from hftl.data import Splits
@@ -83,7 +84,7 @@ def read_answers(path: Path, label_names: Sequence[str], rows: Mapping[str, int]
         lines = csv.reader(file)
         try:
             head = next(lines, [])
-            if head != [*map(as_cell, _head(label_names))]:
+            if head != [*map(as_cell, ["id", "label", *SingleLabel().answer_columns(label_names)])]:
                 raise UsageError(f"{str(path)!r} is not of this run: its columns are not those of the run's classes.")
             answers = _read_lines(lines, label_names)
         except (ValueError, csv.Error) as error:
@@ -125,7 +126,3 @@ def _read_lines(lines: Iterable[list[str]], label_names: Sequence[str]) -> Answe
     if answers.probabilities.min() < 0 or len(set(ids)) < len(ids):
         raise ValueError("a probability is below 0, or a row comes twice")
     return answers
-
-
-def _head(label_names: Sequence[str]) -> list[str]:
-    return ["id", "label", "prediction", *(f"probability_{name}" for name in label_names)]

@@ -16,9 +16,9 @@ from hftl import __version__
 from hftl.answers import Answers, read_answers
 from hftl.errors import UsageError
 from hftl.folder import FOUND_IN_DATA, LOGS, METRICS, PREDICTIONS, RECIPE, REPLACED, read_json, scored_split
+from hftl.problems import SingleLabel
 from hftl.yaml_files import read_yaml
 
-_CLASSES = "single_label_classification"
 #: a score of each kind of problem
 _ALWAYS_THERE = ("accuracy", "subset_accuracy", "rmse")
 #: of an accuracy that is computed anew in another precision, or on another machine
@@ -31,7 +31,7 @@ def require_one_of_several(problem_type: str, what: str) -> None:
     Raises:
         UsageError: as said.
     """
-    if problem_type != _CLASSES:
+    if problem_type != SingleLabel.name:
         raise UsageError(f"{what}: this is for rows of one class each, and not yet for --problem_type {problem_type}.")
 
 
@@ -61,11 +61,11 @@ class Finished:
     @property
     def is_one_of_several(self) -> bool:
         """Whether a row has one class."""
-        return self.recipe.get("problem_type", _CLASSES) == _CLASSES
+        return self.recipe.get("problem_type", SingleLabel.name) == SingleLabel.name
 
     def require_one_of_several(self, what: str) -> None:
         """As the function of that name."""
-        require_one_of_several(self.recipe.get("problem_type", _CLASSES), what)
+        require_one_of_several(self.recipe.get("problem_type", SingleLabel.name), what)
 
     @property
     def scored_split(self) -> str:
