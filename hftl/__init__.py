@@ -30,11 +30,14 @@ _PUBLIC = {
     "Modality": "hftl.modality",
     "Plan": "hftl.methods",
     "LabelsPrediction": "hftl.problems",
+    "TagsPrediction": "hftl.problems",
     "Prediction": "hftl.problems",
     "Run": "hftl.run",
     "Stage": "hftl.methods",
     "TextArguments": "hftl.arguments",
     "TextClassification": "hftl.tasks.text_classification",
+    "TokenArguments": "hftl.arguments",
+    "TokenClassification": "hftl.tasks.token_classification",
     "TransferArguments": "hftl.arguments",
     "TransferTrainer": "hftl.trainer",
     "UsageError": "hftl.errors",
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
         ImageArguments,
         ImageTextArguments,
         TextArguments,
+        TokenArguments,
         TransferArguments,
         VideoArguments,
         parse,
@@ -64,7 +68,7 @@ if TYPE_CHECKING:
     from hftl.losses import CrossEntropyLoss
     from hftl.methods import Plan, Stage, build_plan
     from hftl.modality import Modality
-    from hftl.problems import LabelsPrediction, Prediction, ValuePrediction
+    from hftl.problems import LabelsPrediction, Prediction, TagsPrediction, ValuePrediction
     from hftl.run import Run, load_run
     from hftl.tasks.audio_classification import AudioClassification
     from hftl.tasks.classification import ClassificationTask
@@ -72,6 +76,7 @@ if TYPE_CHECKING:
     from hftl.tasks.image_classification import ImageClassification
     from hftl.tasks.image_text_classification import ImageTextClassification
     from hftl.tasks.text_classification import TextClassification
+    from hftl.tasks.token_classification import TokenClassification
     from hftl.tasks.video_classification import VideoClassification
     from hftl.trainer import TransferTrainer
 

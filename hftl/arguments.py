@@ -437,14 +437,38 @@ class VideoArguments(TransferArguments):
 
 
 @dataclass
-class TextArguments(TransferArguments):
+class ReadingArguments(TransferArguments):
+    """Arguments of tasks that read texts."""
+
+    text_column: str | None = _argument(None, "Column of the texts (guessed when not given).")
+    # 256 tokens hold most reviews, and attention costs the square of it; how many rows were cut is reported.
+    max_length: int = _argument(256, "Tokens a row at most; what is longer is cut and counted.")
+    word_dropout: float | None = _argument(
+        None, "Part of the tokens of a training text that are masked, others in each epoch: 0.1 is usual."
+    )
+
+
+@dataclass
+class TokenArguments(ReadingArguments):
+    """Arguments of tasks with a tag a word."""
+
+    task: str = _argument("token-classification", "Name of the task.")
+    problem_type: str = _argument(
+        "token_classification", "What a label is: a tag for each word.", choices=("token_classification",)
+    )
+
+    # What texts with one label have too.
+    text_pair_column: ClassVar[None] = None
+    pooling: ClassVar[str] = "architecture"
+    template: ClassVar[None] = None
+
+
+@dataclass
+class TextArguments(ReadingArguments):
     """Arguments of text tasks."""
 
     task: str = _argument("text-classification", "Name of the task.")
-    text_column: str | None = _argument(None, "Column of the texts (guessed when not given).")
     text_pair_column: str | None = _argument(None, "Column of the second text of a pair (guessed when not given).")
-    # 256 tokens hold most reviews, and attention costs the square of it; how many rows were cut is reported.
-    max_length: int = _argument(256, "Tokens a row at most; what is longer is cut and counted.")
     pooling: str = _argument(
         "auto",
         "mean: of the token features; architecture: leave it as it is; auto: what the checkpoint was trained with.",
@@ -454,9 +478,6 @@ class TextArguments(TransferArguments):
         None,
         "What the model reads of a row, with {text} and {text_pair} in it: 'Review: {text}\\nSentiment:'. Of a text "
         "that is too long the text is cut, not what stands behind it.",
-    )
-    word_dropout: float | None = _argument(
-        None, "Part of the tokens of a training text that are masked, others in each epoch: 0.1 is usual."
     )
 
 

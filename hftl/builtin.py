@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hftl.errors import UsageError, did_you_mean
+from hftl.travel_notes import travel_notes
 
 if TYPE_CHECKING:
     import datasets
@@ -482,6 +483,7 @@ BUILTIN_DATASETS: dict[str, Callable[[], dict[str, datasets.Dataset]]] = {
     "captions": captions,
     "pitches": pitches,
     "moving-digits": moving_digits,
+    "travel-notes": travel_notes,
 }
 BUILTIN_MODELS: dict[str, Callable[[], Path]] = {
     "efficientnet_lite0": functools.partial(efficientnet_lite, 0),

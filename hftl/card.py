@@ -162,10 +162,13 @@ def _classes(splits: Splits, scores: dict[str, float], split: str, thresholds: d
     """The scores of each class or label, and where a label begins; nothing of a number."""
     if isinstance(splits.problem, Regression):
         return ""
-    scored = splits.problem.counts(labels_of(splits.scored), splits.label_names)
+    classes = [
+        splits.problem.classes(labels, splits.label_names) for labels in (splits.train_labels, labels_of(splits.scored))
+    ]
     head = ["class", "training rows", *(["threshold"] if thresholds else []), "precision", "recall", "F1"]
     lines = [head, ["---"] * len(head)]
-    for name, count, there in zip(splits.label_names, splits.counts, scored, strict=True):
+    for name, count in classes[0].items():
+        there = classes[1].get(name)
         own = [f"{scores[f'{kind}/{name}']:.4f}" if there else "–" for kind in ("precision", "recall", "f1")]
         lines.append([in_markdown(name), f"{count:,}", *([f"{thresholds[name]:.3f}"] if thresholds else []), *own])
     return _CLASSES.format(table="\n".join(f"| {' | '.join(line)} |" for line in lines), split=split)

@@ -30,6 +30,7 @@ from hftl.modality import FILES, TEXT, Modality, is_missing
 from hftl.problems import LabelCells, Problem, SingleLabel
 from hftl.sources import file_key, source_of
 from hftl.tables import TABLE_SUFFIXES, decoded, read_columns
+from hftl.words import CONLL_SUFFIXES, as_words, joined, lines, read_conll, split_words
 
 SPLIT_ROLES = {
     "train": "train",
@@ -98,7 +99,7 @@ class Splits:
     def found(self) -> dict[str, Any]:
         """The notes, without the folders of this machine, and of each split the rows of every class by name."""
         names, labels = self.label_names, self._labels()
-        rows = {role: dict(zip(names, self.problem.counts(part, names), strict=True)) for role, part in labels.items()}
+        rows = {role: self.problem.classes(part, names) for role, part in labels.items()}
         notes = [_without_folders(note, self.source) for note in self.notes]
         notes += self.problem.notes(labels["train"], names)
         return {"notes": notes, "rows": rows, "scored": self.scored_digest}
@@ -203,6 +204,8 @@ def load_splits(arguments: Any, modality: Modality, problem: Problem | None = No
     labels = {role: problem.encode(row_labels[role], label_names, cells[role]) for role in rows}
     problem.require_enough(labels["train"], label_names, rows["train"].origin)
     parts = {role: _canonical(part, columns, labels[role], modality) for role, part in rows.items()}
+    for role in parts if modality.has_words else ():
+        _require_aligned(parts[role], row_labels[role], rows[role], cells[role])
     parts = {role: _with_others(part, rows[role], arguments, strict=True) for role, part in parts.items()}
 
     if not modality.is_text:
@@ -249,8 +252,12 @@ def load_labelled(
     columns, _ = _resolve_columns(rows, _like_training(rows, given, known, arguments), modality, known=True)
     _require_same_pair(rows, columns, known)
     cells = _label_cells(rows, columns["label"])
-    labels = problem.encode(problem.read(cells), label_names, cells)
-    part = _with_others(_canonical(rows, columns, labels, modality), rows, arguments, strict=True)
+    row_labels = problem.read(cells)
+    labels = problem.encode(row_labels, label_names, cells)
+    part = _canonical(rows, columns, labels, modality)
+    if modality.has_words:
+        _require_aligned(part, row_labels, rows, cells)
+    part = _with_others(part, rows, arguments, strict=True)
     part = _limited(part, problem, _option(arguments, "max_eval_samples"), _option(arguments, "seed", 42))
     if not modality.is_text:
         part = _check_files({name: part}, modality, bool(_option(arguments, "skip_bad_files", False)), [])[name]
@@ -274,8 +281,9 @@ def load_inputs(
     place = Path(os.path.expanduser(path))
     if not os.path.exists(place):
         raise _not_there(str(path))
-    if place.suffix.lower() in TABLE_SUFFIXES and place.is_file():
-        rows = _read_table(place)
+    tables = _tables_of(modality) - {".txt"}
+    if place.suffix.lower() in tables and place.is_file():
+        rows = _read_table(place, modality.has_words)
         asked = _like_training(rows, given, known, others)
         columns, _ = _resolve_columns(rows, asked, modality, labelled=False, known=True)
         _require_same_pair(rows, columns, known)
@@ -287,12 +295,22 @@ def load_inputs(
             raise UsageError(f"{place} is none of the {modality.plural} that are read ({_suffixes(modality.suffixes)})")
         return datasets.Dataset.from_list([{"id": place.name, modality.name: os.path.abspath(place)}])
     if place.suffix.lower() != ".txt":
-        raise UsageError(f"{path}: give a .txt file with one text a line, or a table ({_suffixes(TABLE_SUFFIXES)})")
-    lines = [(str(number), line.rstrip("\r")) for number, line in enumerate(decoded(place).split("\n"))]
-    lines = [(number, line) for number, line in lines if line.strip()]
-    if not lines:
+        raise UsageError(f"{path}: give a .txt file with one text a line, or a table ({_suffixes(tables)})")
+    texts = [(str(number), line.rstrip("\r")) for number, line in enumerate(decoded(place).split("\n"))]
+    texts = [(number, line) for number, line in texts if line.strip()]
+    if not texts:
         raise UsageError(f"{path} has no text in it")
-    return datasets.Dataset.from_list([{"id": number, "text": line} for number, line in lines])
+    return datasets.Dataset.from_list([{"id": number, "text": as_text(line, modality)} for number, line in texts])
+
+
+def as_text(text: str, modality: Modality) -> str:
+    """A text that nobody has split as it stands in the column of texts."""
+    return joined(split_words(text)) if modality.has_words else text
+
+
+def _tables_of(modality: Modality) -> set[str]:
+    """Endings of the files that hold rows."""
+    return TABLE_SUFFIXES | CONLL_SUFFIXES if modality.has_words else TABLE_SUFFIXES
 
 
 def iter_folder(path: str | os.PathLike, modality: Modality, follow_links: bool = False) -> Iterator[dict[str, Any]]:
@@ -313,8 +331,8 @@ def iter_folder(path: str | os.PathLike, modality: Modality, follow_links: bool 
         otherwise = f"{place} holds no {modality.plural} ({_suffixes(modality.suffixes)})"
     else:
         files = [file for file in _entries(place)[1] if file.suffix.lower() == ".txt"]
-        rows = ({"id": _utf8(file.name), "text": decoded(_inside(file, root)).strip()} for file in files)
-        rows = (row for row in rows if row["text"])
+        texts = ((_utf8(file.name), decoded(_inside(file, root)).strip()) for file in files)
+        rows = ({"id": name, "text": as_text(text, modality)} for name, text in texts if text)
         otherwise = f"{path}: the folder has no .txt files with text in them"
     first = next(rows, None)
     if first is None:
@@ -362,7 +380,7 @@ def _option(arguments: Any, name: str, default: Any = None) -> Any:
 def input_roles(modality: Modality) -> list[str]:
     """The roles of the columns that inputs are read from."""
     if modality.is_text:
-        return ["text", "text_pair"]
+        return ["text"] if modality.has_words else ["text", "text_pair"]
     return [modality.name, "text"] if modality.has_texts else [modality.name]
 
 
@@ -377,8 +395,8 @@ def _open_source(arguments: Any, modality: Modality) -> _Source:
     if os.path.isdir(path):  # unlike Path, without an error for an endless name
         return _folder_source(path, modality, _root(path, bool(_option(arguments, "follow_links", False))))
     if os.path.isfile(path):
-        return _Source(name, {"train": functools.partial(_read_table, path)})
-    if name.startswith((".", "/", "~")) or path.suffix.lower() in TABLE_SUFFIXES | modality.suffixes:
+        return _Source(name, {"train": functools.partial(_read_table, path, modality.has_words)})
+    if name.startswith((".", "/", "~")) or path.suffix.lower() in _tables_of(modality) | modality.suffixes:
         raise _not_there(name)
     return _dataset_source(name, _load_from_hub(name, _option(arguments, "dataset_config_name")))
 
@@ -449,14 +467,14 @@ def _folder_source(folder: Path, modality: Modality, root: str | None) -> _Sourc
     if not folders and not files:
         layout = "" if modality.is_text or modality.has_texts else f"class folders with {modality.plural}, or "
         raise UsageError(f"{folder} is empty: it should hold {layout}tables")
-    tables = [file for file in files if file.suffix.lower() in TABLE_SUFFIXES]
+    tables = [file for file in files if file.suffix.lower() in _tables_of(modality)]
     # A folder named like a split that holds files itself is a class: trains and buses, say.
     named = [entry for entry in folders if entry.name.lower() in SPLIT_ROLES]
     split_folders = [entry for entry in named if _entries(entry)[0]] or (named if named == folders else [])
     class_folders = split_folders or (folders if len(folders) > 1 else [])
     needs_table = modality.is_text or modality.has_texts
     if tables and (needs_table or not class_folders or any(_role(table.stem) for table in tables)):
-        return _tables_source(folder, [_inside(table, root) for table in tables])
+        return _tables_source(folder, [_inside(table, root) for table in tables], modality.has_words)
     if needs_table:
         raise _no_tables(folder, modality)
     if not split_folders:
@@ -474,7 +492,7 @@ def _no_tables(folder: Path, modality: Modality) -> UsageError:
             f"{folder} holds no table: {modality.plural} with texts stand in one, such as train.csv with the columns "
             f"{modality.name}, text and label"
         )
-    otherwise = f"{folder} holds no table: a text task reads {_suffixes(TABLE_SUFFIXES)}, such as train.csv"
+    otherwise = f"{folder} holds no table: this task reads {_suffixes(_tables_of(modality))}, such as train.csv"
     return _of_another_task(folder, modality) or UsageError(otherwise)
 
 
@@ -496,7 +514,7 @@ def _suffixes(suffixes: Collection[str]) -> str:
     return ", ".join(sorted(suffixes))
 
 
-def _tables_source(folder: Path, tables: list[Path]) -> _Source:
+def _tables_source(folder: Path, tables: list[Path], has_words: bool) -> _Source:
     files: dict[str, list[Path]] = {}
     for table in tables:
         files.setdefault(re.sub(r"-\d+-of-\d+$", "", table.stem), []).append(table)  # shards of one split
@@ -508,7 +526,7 @@ def _tables_source(folder: Path, tables: list[Path]) -> _Source:
             names = ", ".join(shard.name for shard in shards)
             raise UsageError(f"{folder} holds {name!r} in several formats ({names}): keep one")
     splits: dict[str, Callable[[], _Rows]] = {
-        name: functools.partial(_read_tables, shards) for name, shards in files.items()
+        name: functools.partial(_read_tables, shards, has_words) for name, shards in files.items()
     }
     return _Source(str(folder), splits)
 
@@ -729,9 +747,9 @@ def _kind(name: str) -> str:
 # ---- reading tables ------------------------------------------------------------------------------------------------
 
 
-def _read_tables(shards: list[Path]) -> _Rows:
+def _read_tables(shards: list[Path], has_words: bool) -> _Rows:
     """The rows of one split, which may stand in several files."""
-    parts = [_read_table(shard) for shard in shards]
+    parts = [_read_table(shard, has_words) for shard in shards]
     if len(parts) == 1:
         return parts[0]
     origin = f"{parts[0].origin} … {shards[-1].name}"
@@ -746,8 +764,9 @@ def _read_tables(shards: list[Path]) -> _Rows:
     return _Rows(origin, data, [str(row) for row in range(sum(len(part.ids) for part in parts))], parts[0].folder)
 
 
-def _read_table(path: Path) -> _Rows:
-    data = read_columns(path)
+def _read_table(path: Path, has_words: bool) -> _Rows:
+    is_conll = has_words and path.suffix.lower() in CONLL_SUFFIXES
+    data: Any = read_conll(path) if is_conll else read_columns(path)
     count = len(data) if isinstance(data, datasets.Dataset) else len(next(iter(data.values()), []))
     if not count:
         raise UsageError(f"{path} has no rows")
@@ -788,12 +807,12 @@ def _resolve_columns(
     def free() -> list[str]:
         return [name for name in names if name not in columns.values() and name not in others]
 
-    if labelled and "label" not in columns and (name := _guess(LABEL_COLUMNS, free())):
+    if labelled and "label" not in columns and (name := _guess((*modality.label_columns, *LABEL_COLUMNS), free())):
         columns["label"] = name
     if not rows.class_folders and (labelled or not modality.has_texts):  # one may be missing in prediction
         _refuse_others(rows, columns, names, modality)
     if modality.is_text:
-        columns |= _guess_texts(columns, free(), not labelled or len(names) == 2)
+        columns |= _guess_texts(columns, free(), not labelled or len(names) == 2, modality)
     elif modality.name not in columns and (
         name := _guess_file(rows, free(), modality, labelled and "label" not in columns)
     ):
@@ -821,17 +840,17 @@ def _guess(likely: Sequence[str], names: list[str]) -> str | None:
     return next((by_lower_case[name] for name in likely if name in by_lower_case), None)
 
 
-def _guess_texts(columns: dict[str, str], names: list[str], other_one: bool) -> dict[str, str]:
+def _guess_texts(columns: dict[str, str], names: list[str], other_one: bool, modality: Modality) -> dict[str, str]:
     """The text column, and the pair column where two names belong together."""
     if "text" in columns:
         return {}
-    if "text_pair" not in columns:
+    if "text_pair" not in columns and not modality.has_words:
         for first, second in PAIR_COLUMNS:
             text, pair = _guess([first], names), _guess([second], names)
             if text and pair:
                 return {"text": text, "text_pair": pair}
     others = [name for name in names if name.lower() not in LABEL_COLUMNS]
-    name = _guess(TEXT.columns, names) or (others[0] if other_one and len(others) == 1 else None)
+    name = _guess(modality.columns, names) or (others[0] if other_one and len(others) == 1 else None)
     return {"text": name} if name else {}
 
 
@@ -922,6 +941,22 @@ def _label_cells(rows: _Rows, column: str) -> LabelCells:
     return LabelCells(rows.origin, column, rows.data[column][:], declared, rows.ids, rows.class_folders)
 
 
+def _require_aligned(part: datasets.Dataset, tags: Sequence[Sequence[str]], rows: _Rows, cells: LabelCells) -> None:
+    """Refuse rows that have not a tag for every word.
+
+    Raises:
+        UsageError: as said.
+    """
+    counts = [(len(lines(text)), len(own)) for text, own in zip(part["text"][:], tags, strict=True)]
+    wrong = [row for row, (words, own) in enumerate(counts) if words != own]
+    if wrong:
+        words, own = counts[wrong[0]]
+        raise UsageError(
+            f"{rows.origin}: {len(wrong)} of {len(counts)} rows have not a tag for every word, the first one {words} "
+            f"words and {own} tags ({cells.places(wrong)}): give as many tags as words"
+        )
+
+
 def _with_joined_labels(rows: _Rows, names: list[str] | None) -> _Rows:
     """One column of lists in the place of a column a label, each of which says of a row whether it has it.
 
@@ -976,7 +1011,8 @@ def _canonical(rows: _Rows, columns: dict[str, str], labels: np.ndarray | None, 
         column = columns[modality.name]
         if isinstance(rows.data, datasets.Dataset) and not _holds_paths(rows, column):
             embedded = _canonical_embedded(rows, column, labels, modality)
-            return embedded.add_column("text", _texts(rows, columns["text"])) if "text" in columns else embedded
+            texts = _texts(rows, columns["text"], modality, labels is not None) if "text" in columns else None
+            return embedded if texts is None else embedded.add_column("text", texts)
         if isinstance(rows.data, datasets.Dataset) and rows.folder is None:
             raise UsageError(
                 f"{rows.origin}: the column {column!r} holds names of files, and a data set of the Hub would name "
@@ -986,7 +1022,7 @@ def _canonical(rows: _Rows, columns: dict[str, str], labels: np.ndarray | None, 
         data[modality.name] = [_absolute(value, rows.folder) for value in rows.data[column][:]]
     for role in ("text", "text_pair"):
         if role in columns:
-            features[role], data[role] = string, _texts(rows, columns[role])
+            features[role], data[role] = string, _texts(rows, columns[role], modality, labels is not None)
     if labels is not None:
         features["label"], data["label"] = _label_feature(labels), _as_cells(labels)
     return datasets.Dataset.from_dict(data, features=datasets.Features(features))
@@ -1074,8 +1110,13 @@ def _absolute(value: Any, folder: Path | None) -> str:
     return os.path.abspath(os.path.join(folder or "", os.path.expanduser(str(value).strip())))
 
 
-def _texts(rows: _Rows, column: str) -> list[str]:
+def _texts(rows: _Rows, column: str, modality: Modality, labelled: bool) -> list[str]:
     values = rows.data[column][:]
+    if modality.has_words:
+        try:
+            return [joined(as_words(value, plain=not labelled)) for value in values]
+        except ValueError as error:
+            raise UsageError(f"{rows.origin}: the column {column!r} holds {error}, not lists of words") from error
     strange = next((value for value in values if isinstance(value, (list, dict, bytes))), None)
     if strange is not None:
         raise UsageError(f"{rows.origin}: the column {column!r} holds {type(strange).__name__} values, not texts")

@@ -36,7 +36,7 @@ from hftl.errors import UsageError
 from hftl.folder import folder_bytes, say
 from hftl.inert import public_name
 from hftl.joined import Joined, as_flags, find_joined, mean_of_positions, wished
-from hftl.losses import LOSSES, SOLVABLE
+from hftl.losses import LOSSES, is_solvable
 from hftl.methods import Plan, Stage
 from hftl.methods.plan import prepare_modules
 from hftl.probes import BESIDE, LinearHead, Probe, check_every_class, fit_linear_head, fit_probe, linear_probe
@@ -102,7 +102,7 @@ _NOT_THE_BODY = {
 
 
 class PooledFeatures:
-    """What a model's output layer reads, one vector a row: for heads that are fitted rather than trained.
+    """What a model's output layer reads, one vector a row or a token: for heads that are fitted rather than trained.
 
     The output layer is replaced by the identity, so that what the model makes of its output (the last token's, say) is
     made of the features.
@@ -128,10 +128,13 @@ class PooledFeatures:
             kept = self.capture(model, batch)
             with torch.no_grad():
                 expected = model(**batch)["logits"]
-        if kept.shape != (len(expected), layer.in_features) or not torch.allclose(
+        if kept.shape != (*expected.shape[:-1], layer.in_features) or not torch.allclose(
             self.outputs(kept, {}), expected, rtol=1e-4, atol=1e-4
         ):
             raise NoCut("the logits are not those of a linear layer on one vector a row")
+        self.ragged = kept.ndim == 3
+        if self.ragged and kept.shape[:2] != batch["attention_mask"].shape:
+            raise NoCut("what the output layer reads is not one vector a token")
 
     def join(self, model: nn.Module, batch: Batch, layers: int, pooling: str) -> None:
         """Join the outputs of the last blocks to the features, see `hftl.joined`.
@@ -149,13 +152,13 @@ class PooledFeatures:
         return backbones.is_below_any(name, (self.name,))
 
     def capture(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Features of shape (rows, features); what is joined stands behind what the output layer reads."""
+        """Features of shape (rows, features), or (rows, tokens, features); what is joined stands last."""
         return self.joined.features(model, self.name, batch)
 
     def outputs(self, kept: torch.Tensor, carried: Batch) -> torch.Tensor:
-        """Logits of shape (rows, classes) from features."""
+        """Logits of shape (rows, classes), or (rows, tokens, classes), from features."""
         with torch.no_grad():
-            return self.layer(kept[:, : self.layer.in_features].to(self.layer.weight.dtype))
+            return self.layer(kept[..., : self.layer.in_features].to(self.layer.weight.dtype))
 
 
 class HeadInputs(PooledFeatures):
@@ -285,7 +288,14 @@ class KeptDataset(Dataset[dict[str, Any]]):
         return example
 
     def matrix(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All views of all rows as they are kept, shape (views × rows, features), and labels, shape (views × rows,)."""
+        """All views of all rows as they are kept, shape (views × rows, features), and labels, shape (views × rows,).
+
+        Of rows with a vector a token, the tokens that have a label: (tokens, features) and (tokens,).
+        """
+        if self.shards.settings["ragged"]:
+            labels = [torch.tensor(own) for own in self.labels]
+            tokens = [values[own >= 0] for values, own in zip(self.tokens(), labels, strict=True)]
+            return torch.cat(tokens), torch.cat([own[own >= 0] for own in labels])
         places = self.places.reshape(-1, 3)
         first = self.shards.read(places[0])
         values = first.new_empty(len(places), *first.shape)
@@ -293,6 +303,12 @@ class KeptDataset(Dataset[dict[str, Any]]):
             value.copy_(self.shards.read(place))
         self.shards.release()
         return values, torch.cat([torch.tensor(self.labels)] * len(self.places))
+
+    def tokens(self) -> list[torch.Tensor]:
+        """Of each row the vectors of its tokens, shape (tokens, features)."""
+        values = [self.shards.read(place).clone() for place in self.places[0]]
+        self.shards.release()
+        return values
 
 
 def keep(task: Any, model: nn.Module, source: Source, data: dict[str, list[Any]]) -> dict[str, KeptDataset]:
@@ -405,11 +421,12 @@ class _Extraction:
         rounded = kept.to(torch.float16)
         if not torch.isfinite(rounded).all():
             return "float32"
-        exact, near = (self.source.outputs(value, carried).argmax(dim=1) for value in (kept, rounded))
+        exact, near = (self.source.outputs(value, carried).argmax(dim=-1) for value in (kept, rounded))
         return "float16" if exact.equal(near) and not self._is_lost(kept, rounded) else "float32"
 
     def _is_lost(self, kept: torch.Tensor, rounded: torch.Tensor) -> bool:
         """Whether rounding hides what tells rows apart: a solved head stretches every feature by its deviation."""
+        rounded, kept = (values.flatten(0, -2) for values in (rounded, kept))
         error = (rounded.float() - kept).square().mean(dim=0).sqrt()
         return isinstance(self.source, PooledFeatures) and bool((error > 0.01 * kept.std(dim=0)).any())
 
@@ -516,9 +533,12 @@ class KeptFeatures:
         """Solve the output layer of the model, once for all processes; and a head beside it, where one answers."""
         layer: Any = self.source.layer  # type: ignore[union-attr]
         sign = 1 if trainer.args.greater_is_better else -1
+        words = [sum(tag >= 0 for tag in own) for own in self.data["validation"].labels] if self.source.ragged else []
 
         def score(logits: torch.Tensor, labels: torch.Tensor) -> float:
             scores = {"loss": float(trainer.compute_loss_func({"logits": logits}, labels))}
+            if words:
+                logits, labels = (as_rows(values.split(words)) for values in (logits, labels))
             return sign * self.task.choosing_score(scores | self.task.score(logits.numpy(), labels.numpy()))
 
         kind = self.task.arguments.head or "logistic"
@@ -569,12 +589,21 @@ class KeptFeatures:
 
         They are the probe's where there is one, unless those of the model's ordinary head are asked for.
         """
-        features, labels = self.data[split].matrix()
         layer = next(self.source.layer.parameters())  # type: ignore[union-attr]
+        if self.source.ragged:
+            rows = self.data[split].tokens()
+            tokens = self.source.outputs(torch.cat(rows).to(layer.device), {}).cpu().split([len(row) for row in rows])
+            return as_rows(tokens).numpy(), as_rows([torch.tensor(own) for own in self.data[split].labels]).numpy()
+        features, labels = self.data[split].matrix()
         logits = self.source.outputs(features.to(layer.device), {}).cpu()
         if self.probe is not None and not ordinary:
             logits = self.probe.logits(features, logits)
         return logits.numpy(), labels.numpy()
+
+
+def as_rows(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows of different lengths, each of shape (tokens, …), as one tensor of shape (rows, tokens, …)."""
+    return nn.utils.rnn.pad_sequence([*values], batch_first=True, padding_value=-100)
 
 
 def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
@@ -719,7 +748,7 @@ def _may_solve(task: Any, stage: Stage, splits: Any, alone: bool, last: bool) ->
         say(f"head: trained by SGD, as {unsolved[0]} asks")
     elif given:
         say(f"head: trained by SGD, as --{given[0]} asks (--head_solver lbfgs solves it)")
-    return not given and not unsolved and stage.loss is None and type(task.loss(splits)) in SOLVABLE
+    return not given and not unsolved and stage.loss is None and is_solvable(task.loss(splits))
 
 
 def _unsolved(arguments: TransferArguments, last: bool) -> list[str]:

@@ -16,7 +16,7 @@ from hftl import __version__
 from hftl.answers import Answers, read_answers
 from hftl.errors import UsageError
 from hftl.folder import FOUND_IN_DATA, LOGS, METRICS, PREDICTIONS, RECIPE, REPLACED, read_json, scored_split
-from hftl.problems import SingleLabel
+from hftl.problems import PROBLEMS, SingleLabel
 from hftl.yaml_files import read_yaml
 
 #: a score of each kind of problem
@@ -32,7 +32,7 @@ def require_one_of_several(problem_type: str, what: str) -> None:
         UsageError: as said.
     """
     if problem_type != SingleLabel.name:
-        raise UsageError(f"{what}: this is for rows of one class each, and not yet for --problem_type {problem_type}.")
+        raise UsageError(f"{what}: this is for rows of one class each, and not yet for {PROBLEMS[problem_type].words}.")
 
 
 class Finished:

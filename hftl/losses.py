@@ -105,6 +105,28 @@ class LogitAdjustedLoss(CrossEntropyLoss):
         return super()._total(logits + self.addition.to(logits), labels)
 
 
+class WordLoss:
+    """A loss of rows with one class each, for words: each word that has a label is a row.
+
+    Args:
+        inner: the loss.
+    """
+
+    def __init__(self, inner: Loss) -> None:
+        """Keep it."""
+        self.inner = inner
+
+    def __call__(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Of logits of shape (rows, tokens, tags) and labels of shape (rows, tokens), -100 where there is no word.
+
+        `num_items_in_batch` is the number of words.
+        """
+        own = labels != -100
+        return self.inner({**outputs, "logits": outputs["logits"][own]}, labels[own], num_items_in_batch)
+
+
 class BinaryCrossEntropyLoss(RowLoss):
     """Cross entropy of every label by itself, its mean over the labels; labels of 0 and 1, shape (rows, labels).
 
@@ -161,6 +183,11 @@ def in_units(
 LOSSES = {"cross_entropy": True, "focal": False, "logit_adjusted": True, "mse": True, "mae": False}
 #: the classes of those under which it is
 SOLVABLE = (CrossEntropyLoss, LogitAdjustedLoss, BinaryCrossEntropyLoss, NumberLoss)
+
+
+def is_solvable(loss: Loss) -> bool:
+    """Whether a linear head of least loss can be solved for."""
+    return type(loss.inner if isinstance(loss, WordLoss) else loss) in SOLVABLE
 
 
 def check_loss(arguments: TransferArguments) -> None:

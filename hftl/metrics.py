@@ -26,6 +26,8 @@ MULTI_LABEL_METRICS = (
 )  # fmt: skip
 #: those of `regression_metrics`
 REGRESSION_METRICS = ("rmse", "mae", "r2", "spearman", "pearson")
+#: those of `tag_metrics`
+TAG_METRICS = ("f1", "precision", "recall", "f1_macro", "accuracy")
 _IN_OWN_UNIT = ("rmse", "mae")
 #: scores of which less is better
 LOWER_IS_BETTER = ("loss", "log_loss", "expected_calibration_error", "hamming_loss", "rmse", "mae")
@@ -166,6 +168,48 @@ def regression_metrics(predictions: npt.NDArray[Any], labels: npt.NDArray[Any]) 
         if np.ptp(predictions) > 0:
             scores["spearman"] = float(stats.spearmanr(labels, predictions).statistic)
             scores["pearson"] = float(stats.pearsonr(labels, predictions).statistic)
+    return scores
+
+
+def tag_metrics(
+    labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]], entities: bool
+) -> dict[str, float]:
+    """Every score of one split; those of entities are left out where there are none, found or to be found.
+
+    Args:
+        labels: the tags of each row.
+        predictions: as many for each.
+        entities: whether tags say where something begins and ends: precision, recall and F1 are then those of whole
+            entities, as the conlleval script of CoNLL-2000 and seqeval count them. Else of tags; F1 is their mean.
+    """
+    right = [label == said for row in zip(labels, predictions, strict=True) for label, said in zip(*row, strict=True)]
+    scores = {"accuracy": float(np.mean(right))}
+    if not entities:
+        return scores | _scores_of_tags(labels, predictions)
+    from seqeval.metrics import classification_report
+
+    if not any(tag != "O" for rows in (labels, predictions) for row in rows for tag in row):
+        return scores
+    table = classification_report(labels, predictions, output_dict=True, zero_division=0)
+    names = {"precision": "precision", "recall": "recall", "f1": "f1-score"}
+    scores |= {name: float(table["micro avg"][key]) for name, key in names.items()}
+    scores["f1_macro"] = float(table["macro avg"]["f1-score"])
+    for kind, row in table.items():
+        if not kind.endswith(" avg"):
+            scores |= {f"{name}/{kind}": float(row[key]) for name, key in names.items()}
+    return scores
+
+
+def _scores_of_tags(labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Precision, recall and F1 of each tag that occurs, and the mean of the last."""
+    from sklearn import metrics
+
+    flat = [[tag for row in rows for tag in row] for rows in (labels, predictions)]
+    names = sorted(set(flat[0]))
+    each = metrics.precision_recall_fscore_support(*flat, labels=names, zero_division=0.0)
+    scores = {"f1_macro": float(each[2].mean())}
+    for name, values in zip(("precision", "recall", "f1"), each[:3], strict=True):
+        scores |= {f"{name}/{tag}": float(value) for tag, value in zip(names, values, strict=True)}
     return scores
 
 

@@ -36,6 +36,8 @@ class Modality:
         feature: the type that `datasets` has for it.
         example: an input, in the lines of the card that load the model.
         has_texts: whether a text goes with each file, in the same table; either of them may be missing.
+        has_words: whether a text is a list of words, each with a label of its own.
+        label_columns: names that people give to the column of such labels, before those of every task.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Modality:
     feature: Any = None
     example: str = ""
     has_texts: bool = False
+    has_words: bool = False
+    label_columns: tuple[str, ...] = ()
 
     @property
     def is_text(self) -> bool:
@@ -99,6 +103,16 @@ IMAGE_TEXT = dataclasses.replace(
     problem=lambda value, full: None if is_missing(value) else image_problem(value, full),
     example='{"image": "image.jpg", "text": "A text."}',
     has_texts=True,
+)
+
+#: words in a row; in the column they stand one a line
+WORDS = dataclasses.replace(
+    TEXT,
+    plural="sentences",
+    columns=("tokens", "words", *TEXT.columns),
+    example='"A text."',
+    has_words=True,
+    label_columns=("ner_tags", "ner", "tags", "labels", "label", "pos_tags", "upos", "chunk_tags"),
 )
 
 #: the kinds that files are recognised by, whatever the task, with the task that reads them

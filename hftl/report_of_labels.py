@@ -1,9 +1,10 @@
-"""The report of runs whose rows have several labels, or a number."""
+"""The report of runs whose rows have several labels, a number, or a tag for each word."""
 
 from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,8 @@ from hftl.finished import Finished
 from hftl.folder import METRICS, PREDICTIONS
 from hftl.inert import as_cell, from_cell
 from hftl.metrics import written
-from hftl.problems import PROBLEMS, Problem, Regression
+from hftl.problems import PROBLEMS, Problem, Regression, WordTags
+from hftl.problems.word_tags import OUTSIDE, UNREAD, entities_of, is_entities
 from hftl.report_parts import common_values
 
 #: lines of a list
@@ -25,6 +27,8 @@ _LINES = 20
 _MOST_POINTS = 500
 #: by how much a score of predictions.csv may differ from that of metrics.json: answers may have been made anew
 _SAME = 0.02
+#: characters of a text
+_SHOWN = 200
 #: what scores mean, in a few words
 _MEANINGS = {
     "rmse": "root of the mean square of the differences",
@@ -34,6 +38,8 @@ _MEANINGS = {
     "mean_average_precision": "area under precision over recall, mean of the labels",
     "f1_macro": "mean over the labels that occur",
     "f1_micro": "of all labels of all rows",
+    "f1": "of whole entities: kind and both ends are right",
+    "accuracy": "part of the words with the right tag",
 }
 
 
@@ -50,14 +56,14 @@ def render(run: Finished, shared: bool) -> str:
     problem = PROBLEMS[run.recipe["problem_type"]]
     is_regression = problem is Regression
     rows = _read(run, problem())
-    parts = _of_numbers(run, rows, shared) if is_regression else _of_labels(run, rows, shared)
+    made = {Regression: _of_numbers, WordTags: _of_tags}.get(problem, _of_labels)
+    parts = made(run, rows, shared)
     return pages.render(
         "report_of_labels",
         **common_values(run, shared, problem.headline[:1] if is_regression else problem.headline[:2]),
         rows=len(rows),
-        problem=problem.name,
+        problem=problem.words,
         is_regression=is_regression,
-        counted="rows" if is_regression else "labels",
         tiles=_tiles(run.scores, problem),
         on_validation=", ".join(
             f"{words} {written(key, run.metrics['validation'][key])}"
@@ -108,6 +114,7 @@ def _of_numbers(run: Finished, rows: Sequence[Sequence[str]], shared: bool) -> d
     about = f"Answers over labels of {len(chosen):,} rows; right ones lie on the diagonal"
     return {
         "chart": charts.line_chart(lines, about, run.label_names[0], "answer", both, both),
+        "counted": "rows",
         "shown": len(chosen),
         "off": [f"{value:.4g}" for value in halves],
         "worst": []
@@ -135,15 +142,9 @@ def _of_labels(run: Finished, rows: Sequence[Sequence[str]], shared: bool) -> di
     there = {name: sum(name in label for label, _ in sets) for name in run.label_names}
     order = [row for row in np.argsort(-wrong, kind="stable")[:_LINES].tolist() if wrong[row]]
     return {
-        "labels": [
-            {
-                "name": name,
-                "rows": count,
-                "threshold": run.metrics["thresholds"][name],
-                **{kind: run.scores[f"{kind}/{name}"] if count else None for kind in ("precision", "recall", "f1")},
-            }
-            for name, count in there.items()
-        ],
+        "labels": _scored(run, there),
+        "what": "label",
+        "counted": "labels",
         "wrong_rows": int((wrong > 0).sum()),
         "worst": []
         if shared
@@ -157,6 +158,69 @@ def _of_labels(run: Finished, rows: Sequence[Sequence[str]], shared: bool) -> di
             for row in order
         ],
     }
+
+
+def _scored(run: Finished, there: dict[str, int]) -> list[dict[str, Any]]:
+    """A line for each label, with how often it is there and its scores."""
+    thresholds = run.metrics.get("thresholds", {})
+    return [
+        {
+            "name": name,
+            "rows": count,
+            "threshold": thresholds.get(name),
+            **{kind: run.scores[f"{kind}/{name}"] if count else None for kind in ("precision", "recall", "f1")},
+        }
+        for name, count in there.items()
+    ]
+
+
+def _of_tags(run: Finished, rows: Sequence[Sequence[str]], shared: bool) -> dict[str, Any]:
+    """Scores of each kind of entity or tag, and rows in which most is wrong."""
+    pairs = [tuple(from_cell(cell).split(" ") if cell else [] for cell in row[1:3]) for row in rows]
+    words = [from_cell(row[4]).split(" ") for row in rows]
+    if OUTSIDE in run.label_names:  # what the model has not read counts as such
+        pairs = [(label, [OUTSIDE if tag == UNREAD else tag for tag in said]) for label, said in pairs]
+    if any(len(label) != len(said) for label, said in pairs):
+        raise UsageError(f"{str(run.folder / PREDICTIONS)!r} is damaged: a row has not as many tags as it should have.")
+    same = [one == other for label, said in pairs for one, other in zip(label, said, strict=True)]
+    _check_fit(run, "accuracy", float(np.mean(same)))
+    entities = is_entities(run.label_names)
+    found = [tuple(set(_named(tags, entities)) for tags in pair) for pair in pairs]
+    wrong = np.array([len(label ^ said) for label, said in found])
+    there = Counter(kind for label, _ in found for kind, _, _ in label)
+    order = [row for row in np.argsort(-wrong, kind="stable")[:_LINES].tolist() if wrong[row]]
+    return {
+        "labels": _scored(run, dict(sorted(there.items()))),
+        "what": "entity" if entities else "tag",
+        "counted": "entities" if entities else "tags",
+        "wrong_rows": int((wrong > 0).sum()),
+        "worst": []
+        if shared
+        else [
+            {
+                "id": pages.row_name(from_cell(rows[row][0])),
+                "label": _shortened(" ".join(words[row])),
+                "missed": _in_words(found[row][0] - found[row][1], words[row]),
+                "added": _in_words(found[row][1] - found[row][0], words[row]),
+            }
+            for row in order
+        ],
+    }
+
+
+def _named(tags: Sequence[str], entities: bool) -> list[tuple[str, int, int]]:
+    """Kind, first and last word of what tags name: of each entity, or of each word by itself."""
+    return entities_of(tags) if entities else [(tag, place, place) for place, tag in enumerate(tags)]
+
+
+def _in_words(named: set[tuple[str, int, int]], words: Sequence[str]) -> str:
+    """What is named, in the order of the text."""
+    in_order = sorted(named, key=lambda one: one[1:])
+    return ", ".join(f"{' '.join(words[start : end + 1])} ({kind})" for kind, start, end in in_order) or "–"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 def _check_fit(run: Finished, name: str, found: float) -> None:

@@ -153,17 +153,18 @@ class Run(Finished):
         dataset: Any = self.task.dataset(rows, training=False)
         self.cut += getattr(dataset, "cut", 0)
         kept: list[int] = []
-        logits = [np.zeros((0, len(self.label_names)), np.float32)]
+        logits: list[np.ndarray[Any, Any]] = []
         for group, inputs in self.prepared(dataset, rows, batch_size, skip_bad_files):
             answers = self._viewed(inputs, self.precision)
             if self.precision != "fp32":
                 self._correct(answers, inputs)
-            logits.append(answers.numpy())
+            logits.append(self.task.by_row(answers.numpy(), dataset, group))
             kept += group
         if hasattr(dataset, "missing"):
             self.missing += dataset.missing(kept)
         order = np.argsort(kept, kind="stable")
-        return [kept[index] for index in order], np.concatenate(logits)[order]
+        every = np.concatenate(logits)[order] if logits else np.zeros((0, len(self.label_names)), np.float32)
+        return [kept[index] for index in order], every
 
     def _correct(self, answers: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
         """Put float32's logits in the place of those in half precision that may give another label."""
@@ -240,7 +241,8 @@ class Run(Finished):
             columns: `text="review"`, … the columns of a table, where they are not those of the training data.
 
         Returns:
-            A `Prediction` an input; of several labels a row `LabelsPrediction`, of a number `ValuePrediction`.
+            A `Prediction` an input; of several labels a row `LabelsPrediction`, of a number `ValuePrediction`, of words
+            `TagsPrediction`.
 
         Raises:
             UsageError: an input cannot be read.
@@ -287,7 +289,7 @@ class Run(Finished):
             kept, logits = self._logits(rows, batch_size, skip_bad_files)
         finally:
             self.task.says_cut = said
-        return self.task.problem.answers([rows[index]["id"] for index in kept], logits, self.label_names)
+        return self.task.answers([rows[index] for index in kept], logits)
 
     def evaluate(
         self,

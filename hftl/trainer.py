@@ -37,6 +37,7 @@ class TransferTrainer(Trainer):
         loss: `(outputs, labels, num_items_in_batch=None) -> scalar`; it reads `outputs["logits"]`.
         cut: where the model is cut; the data sets then hold kept activations, and the model runs from there on until
             `cut.remove()`.
+        items: how many of what the loss is a mean over a batch has, by its labels.
         mixing: mixes the rows of a training batch; its draws are a function of (seed, step, process).
         average: none, ema, swa or soup; `average.finish()` after the training puts it in the place of the weights.
         others: as `transformers.Trainer`.
@@ -50,12 +51,14 @@ class TransferTrainer(Trainer):
         model: nn.Module,
         args: TransferArguments,
         cut: Cut | None = None,
+        items: Callable[[torch.Tensor], int] = len,
         mixing: Callable[[Any], Any] | None = None,
         average: str = "none",
         **others: Any,
     ) -> None:
         """Set which parameters train, and find the modules that do not."""
         self.stage, self.cut, self.mixing, self.balanced = stage, cut, mixing, args.sampler == "balanced"
+        self.items = items
         self.frozen_modules = prepare_modules(model, stage)
         self.seeded_step = -1
         self.evaluations: dict[int, Any] = {}
@@ -197,9 +200,9 @@ class TransferTrainer(Trainer):
         raise diverged(what, self.args.output_dir)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Rows of a step: Trainer counts the numbers in labels that are not -100, of which a row may have several."""
-        rows = [{"labels": batch["labels"].new_zeros(len(batch["labels"]))} for batch in batch_samples]
-        return super()._get_num_items_in_batch(rows, device)
+        """Rows, or words, of a step: Trainer counts numbers in labels that are not -100; a row may have several."""
+        counted = [{"labels": batch["labels"].new_zeros(self.items(batch["labels"]))} for batch in batch_samples]
+        return super()._get_num_items_in_batch(counted, device)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -225,7 +228,7 @@ class TransferTrainer(Trainer):
             penalty = self.stage.penalty(self.stage, bare, batch, {**outputs, **seen})
         if num_items_in_batch is not None:  # as the loss: a part of the step's rows, times what DDP divides by
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            penalty = penalty * (processes * len(batch["labels"]) / num_items_in_batch)
+            penalty = penalty * (processes * self.items(batch["labels"]) / num_items_in_batch)
         loss = loss + self.stage.penalty_weight * penalty
         return (loss, outputs) if return_outputs else loss
 

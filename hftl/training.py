@@ -89,6 +89,7 @@ def train_plan(
                 if folder.disk_error(error) is None:  # behind which --resume goes on
                     folder.discard_start(path)
                 raise
+            results = task.of_rows(results, splits, data)
             results = task.problem.conclude(trainer.bare_model(), results, task.label_names)
             wait_for_all()  # every process has read what its stages kept, which goes when the run is written
             if folder.is_main_process():
@@ -353,7 +354,8 @@ def _run_stages(
                 results = _evaluate_views(task, trainer, data)
             elif is_last:
                 results = _evaluate(task, trainer, rows, kept)
-            if is_last and kept is not None and kept.solved and folder.is_main_process():
+            is_shown = is_last and task.problem.is_one_of_several and folder.is_main_process()
+            if is_shown and kept is not None and kept.solved:
                 keep_features_of(kept.data, Path(str(task.arguments.output_dir), LOGS))
         if is_last:
             break
@@ -435,6 +437,7 @@ def _stage_trainer(
         eval_dataset=data["validation"],
         data_collator=kept.collate if kept else task.collate,
         cut=kept.cut if kept else None,
+        items=task.problem.items,
         mixing=task.mixing(),
         average=arguments.average if run >= 0 else "none",
         compute_metrics=lambda result: _finite_scores(task, stage, place, result, trainer.evaluated),

@@ -26,7 +26,8 @@ _CLASSES = {
     "ImageArguments": "Image tasks",
     "AudioArguments": "Audio tasks",
     "VideoArguments": "Video tasks",
-    "TextArguments": "Text tasks",
+    "ReadingArguments": "Tasks with texts or words",
+    "TextArguments": "Text classification, beside those of tasks with texts",
     "ImageTextArguments": "Image-text tasks, beside those of image and text tasks",
 }
 

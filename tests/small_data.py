@@ -41,6 +41,24 @@ def write_texts(folder: Path, splits: dict[str, int]) -> Path:
     return folder
 
 
+def write_tagged(folder: Path, splits: dict[str, int]) -> Path:
+    """CoNLL files with a part of speech and a tag for each word; a name is told by the word before it."""
+    random = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ["oslo", "anna", "lima", "new york", "liam", "rosa"]
+    for split, count in splits.items():
+        lines = []
+        for _ in range(count):
+            for _ in range(int(random.integers(1, 4))):
+                before, kind = [("in", "LOC"), ("with", "PER")][random.integers(2)]
+                lines += ["the DET O", f"{random.choice(['film', 'day'])} NOUN O", f"{before} ADP O"]
+                for place, name in enumerate(str(random.choice(names)).split()):
+                    lines.append(f"{name} PROPN {'BI'[place]}-{kind}")
+            lines.append("")
+        (folder / f"{split}.txt").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
 def write_pairs(folder: Path, splits: dict[str, int]) -> Path:
     """Tables of pictures as `write_images` makes them, with a text for each; a fifth have none, a fifth no picture."""
     write_images(folder / "pictures", splits)

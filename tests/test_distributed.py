@@ -20,6 +20,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_models.write_tiny_cnn(folder / "convnet")
     small_data.write_texts(folder / "texts", {"train": 29, "dev": 11, "test": 13})
     tiny_models.write_tiny_text_model(folder / "bert", kind="bert")
+    small_data.write_tagged(folder / "tagged", {"train": 29, "dev": 11, "test": 13})
     small_data.write_sounds(folder / "sounds", {"train": 14, "val": 3, "test": 3})
     dropouts = ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout")
     tiny_models.write_tiny_waveform_model(folder / "wav2vec2", **dict.fromkeys(dropouts, 0.0))
@@ -138,6 +139,7 @@ TRAININGS = {
     "texts of several labels": (
         "text_classification.py --dataset=texts --model=bert --problem_type=multi_label_classification"
     ),
+    "tags of words": "token_classification.py --dataset=tagged --model=bert",
     "texts with numbers": "text_classification.py --dataset=numbers --model=bert --problem_type=regression",
     "texts, head first": "text_classification.py --dataset=texts --model=bert --method=lp_ft --head_solver=sgd",
     "averaged texts, near to the start": (
@@ -190,8 +192,9 @@ def test_two_processes_train_as_one(place: Path, kind: str) -> None:
     for row, expected in zip(predictions(two), predictions(one), strict=True):
         names = 2 if kind == "texts with numbers" else 3
         assert row[:names] == expected[:names]
-        numbers = [float(value) for value in expected[names:]]
-        assert [float(value) for value in row[names:]] == pytest.approx(numbers, abs=1e-4)
+        numbers = slice(names, 4 if kind == "tags of words" else None)
+        wanted = [float(value) for value in expected[numbers]]
+        assert [float(value) for value in row[numbers]] == pytest.approx(wanted, abs=1e-4)
     # One set of messages: those of one process, apart from times, the folder and the number of processes.
     assert output.count("saved in:") == alone.count("saved in:") == 1
     assert output.count("stage") == alone.count("stage")

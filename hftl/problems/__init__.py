@@ -1,4 +1,4 @@
-"""What the label of a row may be: one class of several, any number of labels, or a number."""
+"""What the label of a row may be: one class of several, any number of labels, a number, or a tag for each word."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from hftl.problems.base import LabelCells, Problem
 from hftl.problems.multi_label import LabelsPrediction, MultiLabel
 from hftl.problems.regression import Regression, ValuePrediction
 from hftl.problems.single_label import Prediction, SingleLabel, is_uneven
+from hftl.problems.word_tags import Entity, TagsPrediction, WordTags
 
 if TYPE_CHECKING:
     from hftl.arguments import TransferArguments
 
 #: by the names of `--problem_type`
-PROBLEMS: dict[str, type[Problem]] = {kind.name: kind for kind in (SingleLabel, MultiLabel, Regression)}
+PROBLEMS: dict[str, type[Problem]] = {kind.name: kind for kind in (SingleLabel, MultiLabel, Regression, WordTags)}
 
 
 def problem_of(arguments: TransferArguments) -> Problem:
@@ -25,6 +26,7 @@ def problem_of(arguments: TransferArguments) -> Problem:
 
 __all__ = [
     "PROBLEMS",
+    "Entity",
     "LabelCells",
     "LabelsPrediction",
     "MultiLabel",
@@ -32,7 +34,9 @@ __all__ = [
     "Problem",
     "Regression",
     "SingleLabel",
+    "TagsPrediction",
     "ValuePrediction",
+    "WordTags",
     "is_uneven",
     "problem_of",
 ]

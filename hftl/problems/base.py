@@ -75,6 +75,8 @@ class Problem:
 
     #: as `problem_type` in a configuration of transformers
     name: ClassVar[str]
+    #: the same, None where transformers has no such name
+    transformers_name: ClassVar[str | None]
     #: what messages call it
     words: ClassVar[str]
     #: how a part of the rows is drawn, in words
@@ -95,6 +97,12 @@ class Problem:
     head: ClassVar[str] = "logistic"
     #: whether a row has one class of several
     is_one_of_several: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        """Those of transformers have its names."""
+        super().__init_subclass__()
+        if "transformers_name" not in vars(cls):
+            cls.transformers_name = cls.name
 
     def check(self, arguments: TransferArguments) -> None:
         """Refuse settings that do not go with it.
@@ -156,11 +164,16 @@ class Problem:
         """Rows of each name."""
         raise NotImplementedError
 
+    def classes(self, labels: npt.NDArray[Any], names: Sequence[str]) -> dict[str, int]:
+        """How often there is each class of which there are scores, by the name that it has there."""
+        return dict(zip(names, self.counts(labels, names), strict=True))
+
     def table(self, parts: Mapping[str, npt.NDArray[Any]], names: Sequence[str]) -> list[str]:
         """What the labels of each split are like, as the lines of a table and warnings."""
-        counts = {role: self.counts(labels, names) for role, labels in parts.items()}
+        counts = {role: self.classes(labels, names) for role, labels in parts.items()}
         rows = {role: len(labels) for role, labels in parts.items()}
-        return [*class_table(counts, rows, names), *self.notes(parts["train"], names)]
+        lines = class_table({role: [*each.values()] for role, each in counts.items()}, rows, list(counts["train"]))
+        return [*lines, *self.notes(parts["train"], names)]
 
     def notes(self, train: npt.NDArray[Any], names: Sequence[str]) -> list[str]:
         """What is noteworthy about the labels to learn from."""
@@ -184,6 +197,10 @@ class Problem:
             names: of the outputs.
         """
         raise NotImplementedError
+
+    def items(self, labels: torch.Tensor) -> int:
+        """How many of what the loss is a mean over: rows."""
+        return len(labels)
 
     def default_metric(self, labels: npt.NDArray[Any], names: Sequence[str]) -> str:
         """The score that chooses the best checkpoint, by the training labels."""

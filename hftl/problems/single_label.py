@@ -172,11 +172,11 @@ class SingleLabel(Problem):
 _FEW, _NAMED = 20, 10
 
 
-def few_rows(counts: Sequence[int], names: Sequence[str]) -> list[str]:
-    """The classes with few training rows, as a sentence."""
+def few_rows(counts: Sequence[int], names: Sequence[str], what: str = "rows") -> list[str]:
+    """The classes with few training rows, or what is counted, as a sentence."""
     few = [name for name, count in zip(names, counts, strict=True) if count < _FEW]
     more = f" and {len(few) - _NAMED} more" if len(few) > _NAMED else ""
-    return [f"Fewer than {_FEW} training rows: {', '.join(few[:_NAMED])}{more}."] if few else []
+    return [f"Fewer than {_FEW} training {what}: {', '.join(few[:_NAMED])}{more}."] if few else []
 
 
 def is_uneven(counts: Sequence[int] | npt.NDArray[Any]) -> bool:

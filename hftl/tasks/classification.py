@@ -23,6 +23,7 @@ from hftl.losses import Loss
 from hftl.metrics import LOWER_IS_BETTER, ExtraMetrics
 from hftl.modality import Modality
 from hftl.problems import Problem, problem_of
+from hftl.problems.base import Result
 
 _USAGE = """from transformers import pipeline
 classify = pipeline("{task}", {title})
@@ -92,7 +93,7 @@ class ClassificationTask:
         self.label_names, self.problem = splits.label_names, splits.problem
         set_seed(self.arguments.seed)  # before the head is drawn
         model = self.load_model(splits)
-        model.config.problem_type = self.problem.name
+        model.config.problem_type = self.problem.transformers_name
         if self.arguments.weights is not None:
             weights.fill(model, self.arguments.weights)
         self.problem.prepare(model, splits.train_labels, self.arguments.keep_head)
@@ -108,6 +109,30 @@ class ClassificationTask:
         if self._extra_metrics.metrics:
             scores |= self._extra_metrics(self.problem.decided(logits), labels)
         return scores
+
+    def of_rows(self, results: dict[str, Result], splits: Splits, data: Mapping[str, Any]) -> dict[str, Result]:
+        """The results of training as those of the rows of each split, where they are not of these yet.
+
+        Args:
+            results: by split.
+            splits: the data.
+            data: what `dataset` made of each split.
+        """
+        return results
+
+    def by_row(self, logits: np.ndarray[Any, Any], dataset: Any, rows: Sequence[int]) -> np.ndarray[Any, Any]:
+        """The outputs for some rows of a data set as `problem` takes them.
+
+        Args:
+            logits: of these rows, as the model gives them.
+            dataset: what `dataset` made.
+            rows: their numbers in it.
+        """
+        return logits
+
+    def answers(self, rows: Sequence[Mapping[str, Any]], logits: np.ndarray[Any, Any]) -> list[Any]:
+        """What a person gets of each row; of a row the id is needed, and its text where there is one."""
+        return self.problem.answers([row["id"] for row in rows], logits, self.label_names)
 
     def best_metric(self, splits: Splits) -> tuple[str, bool]:
         """The score that chooses the best checkpoint, and whether more of it is better.

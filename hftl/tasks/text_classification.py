@@ -258,36 +258,47 @@ class TextDataset(Dataset[dict[str, Any]]):
     def __init__(self, rows: Any, tokenizer: Any, template: Template | None = None) -> None:
         """Tokenise all rows, put into a template where there is one."""
         self.examples: list[dict[str, Any]] = []
+        self.tokenizer, self.template = tokenizer, template
         self.cut, self.word_dropout = 0, 0.0
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
         self.special = np.array(tokenizer.all_special_ids)
-        columns = [name for name in ("text", "text_pair") if len(rows) and name in rows[0]]
+        self.columns = [name for name in ("text", "text_pair") if len(rows) and name in rows[0]]
         if template is not None:
-            template.check(columns)
+            template.check(self.columns)
         empty = {"input_ids": tokenizer.eos_token_id or tokenizer.pad_token_id or 0, "attention_mask": 1}
         for start in range(0, len(rows), _CHUNK):
             chunk = rows[start : start + _CHUNK]
             if isinstance(chunk, dict):  # columns, of a data set: that is much faster than row by row
                 chunk = [dict(zip(chunk, row, strict=True)) for row in zip(*chunk.values(), strict=True)]
-            texts = [[row[name] for row in chunk] for name in columns]
-            if template is not None:
-                texts = [template.filled(list(zip(*texts, strict=True)))]
-            encoded = tokenizer(*texts, truncation=True)
-            limit = tokenizer.model_max_length
-            self.cut += (
-                sum(bool(entry.overflowing) for entry in encoded.encodings)
-                if encoded.encodings
-                else sum(len(ids) == limit for ids in encoded["input_ids"])
-            )
-            for position, row in enumerate(chunk):
-                example = {name: values[position] for name, values in encoded.items()}
+            for example, row in zip(self._encoded(chunk), chunk, strict=True):
                 if not example["input_ids"]:  # without a word, of a tokenizer that adds none of its own
                     example = {name: [empty.get(name, 0)] for name in example}
                 if "label" in row:
-                    example["labels"] = row["label"]
+                    example["labels"] = self._labels(row["label"], len(self.examples), len(example["input_ids"]))
                 self.examples.append(example)
         self.cut += 0 if template is None else template.cut
         self.lengths = [len(example["input_ids"]) for example in self.examples]
+
+    def _encoded(self, chunk: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """What the tokenizer makes of some rows; those that it cuts are counted."""
+        texts = [[row[name] for row in chunk] for name in self.columns]
+        if self.template is not None:
+            texts = [self.template.filled(list(zip(*texts, strict=True)))]
+        return self._counted(self.tokenizer(*texts, truncation=True))
+
+    def _counted(self, encoded: Any) -> list[dict[str, Any]]:
+        """Rows of what the tokenizer gave; those that it cut are counted."""
+        limit, all_ids = self.tokenizer.model_max_length, encoded["input_ids"]
+        self.cut += (
+            sum(bool(entry.overflowing) for entry in encoded.encodings)
+            if encoded.encodings
+            else sum(len(ids) == limit for ids in all_ids)
+        )
+        return [{name: values[row] for name, values in encoded.items()} for row in range(len(all_ids))]
+
+    def _labels(self, label: Any, row: int, tokens: int) -> Any:
+        """What is learned of a row with this label."""
+        return label
 
     def drop_words(self, part: float, mask: int, seed: int) -> None:
         """From now on give `part` of the tokens, never special ones, as `mask`: others in each epoch.

@@ -1,0 +1,173 @@
+"""Token classification: a tag for every word, with any model of `AutoModelForTokenClassification`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification
+
+from hftl import pretrained
+from hftl.arguments import TokenArguments
+from hftl.data import Splits, labels_of
+from hftl.errors import UsageError
+from hftl.examples import Shown
+from hftl.folder import say
+from hftl.modality import WORDS
+from hftl.problems import TagsPrediction, WordTags
+from hftl.problems.base import Result
+from hftl.problems.word_tags import NO_WORD, is_entities
+from hftl.tasks.text_classification import TextClassification, TextDataset, masking_token
+from hftl.words import joined, lines, split_words
+
+_USAGE = """from transformers import pipeline
+find = pipeline("token-classification", {title}{how})
+print(find({example}))"""
+
+
+class TokenClassification(TextClassification):
+    """A tag for every word of a text: names of people and places, parts of speech.
+
+    The model reads tokens, of which a word may have several: the first one has its tag, as in the BERT paper (Devlin et
+    al. 2019, 5.3), and the others count neither in the loss nor in the scores.
+    """
+
+    name = "token-classification"
+    modality = WORDS
+    explains = False
+    auto_class = AutoModelForTokenClassification
+    arguments_class = TokenArguments  # which has what texts of one label have, as constants
+    problem: WordTags
+
+    def load_processor(self, source: str | Path) -> None:
+        """Set the tokenizer of a checkpoint, one that splits words as it splits them in a text.
+
+        Raises:
+            UsageError: it cannot say to which word a token belongs.
+        """
+        super().load_processor(source)
+        if not self.processor.is_fast:
+            raise UsageError(
+                f"--model {str(source)!r}: its tokenizer ({type(self.processor).__name__}) does not say to which word "
+                "a token belongs, as those of the tokenizers library do: choose another model."
+            )
+        if not _keeps_spaces(self.processor):  # GPT-2 and RoBERTa would read "a b" as "ab"
+            options = pretrained.hub_options(self.arguments, source)
+            self.processor = AutoTokenizer.from_pretrained(source, add_prefix_space=True, **options)
+
+    def dataset(self, rows: Any, training: bool) -> Dataset[dict[str, Any]]:
+        """Words as tokens; how many rows were cut is said."""
+        encoded = WordDataset(rows, self.processor)
+        if training and self.arguments.word_dropout:
+            encoded.drop_words(self.arguments.word_dropout, masking_token(self.processor), self.arguments.seed)
+        if encoded.cut and self.says_cut:
+            kind = "training" if training else "evaluation"
+            behind = "are not learned from" if training else "count as words without a tag"
+            say(
+                f"{encoded.cut:,} of {len(encoded):,} {kind} rows are longer than {self.processor.model_max_length} "
+                f"tokens and were cut (--max_length); the words behind {behind}"
+            )
+        return encoded
+
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask`, … and `labels` if there are any, each of shape (rows, tokens)."""
+        return dict(DataCollatorForTokenClassification(self.processor, pad_to_multiple_of=8)(list(examples)))
+
+    def by_row(self, logits: np.ndarray[Any, Any], dataset: Any, rows: Sequence[int]) -> np.ndarray[Any, Any]:
+        """Logits of the words, shape (rows, words of the longest row of all, tags); no numbers where one is not read.
+
+        Args:
+            logits: of the tokens, shape (rows, tokens, tags).
+            dataset: what `dataset` made.
+            rows: their numbers in it.
+        """
+        found = np.full((len(rows), dataset.most_words, logits.shape[2]), np.nan, dtype=np.float32)
+        for position, row in enumerate(rows):
+            tokens = np.array(dataset.first_tokens[row], dtype=int)
+            found[position, : len(tokens)] = np.where(tokens[:, None] < 0, np.nan, logits[position, tokens])
+        return found
+
+    def of_rows(self, results: dict[str, Result], splits: Splits, data: Mapping[str, Any]) -> dict[str, Result]:
+        """The results by word: those that the model does not read count too, unlike in the course of training."""
+        by_word = {}
+        for split, (logits, _, scores) in results.items():
+            labels = labels_of(getattr(splits, split))
+            logits = self.by_row(logits, data[split], range(len(labels)))
+            by_word[split] = (logits, labels, {"loss": scores["loss"], **self.score(logits, labels)})
+        return by_word
+
+    def answers(self, rows: Sequence[Mapping[str, Any]], logits: np.ndarray[Any, Any]) -> list[TagsPrediction]:
+        """The tag of each word, and the entities that they make."""
+        words = [lines(row["text"]) for row in rows]
+        return self.problem.answers([row["id"] for row in rows], logits, self.label_names, words)
+
+    def shown(self, row: Mapping[str, Any], model: Any = None, label: int = 0) -> Shown:
+        """The words."""
+        return Shown(texts=[[(" ".join(lines(row["text"])), 0.0)]])
+
+    def usage(self, title: str) -> str:
+        """The lines of Python that load the saved model; words of one entity come together."""
+        how = ', aggregation_strategy="first"' if is_entities(self.label_names) else ""
+        return _USAGE.format(title=json.dumps(title), how=how, example=self.modality.example)
+
+    def read_inputs(self, inputs: Any, columns: Mapping[str, str] | None = None) -> Any:
+        """A text, a list of texts or of lists of words, or the path of a file of them (as `pathlib.Path`)."""
+        if isinstance(inputs, Path):
+            return super().read_inputs(inputs, columns)
+        values = [inputs] if isinstance(inputs, str) else list(inputs)
+        if not all(isinstance(value, str) or _is_words(value) for value in values):
+            raise UsageError("The model tags words: give a text, a list of texts, or a list of lists of words.")
+        return [
+            {"id": str(number), "text": joined(split_words(value) if isinstance(value, str) else list(value))}
+            for number, value in enumerate(values)
+        ]
+
+
+class WordDataset(TextDataset):
+    """Rows with words, and perhaps a tag for each, as token ids without padding.
+
+    Attributes:
+        first_tokens: of each row the place of the first token of every word; -1 where it has none, or is cut off.
+        most_words: of the row that has most.
+    """
+
+    def __init__(self, rows: Any, tokenizer: Any) -> None:
+        """Tokenise all rows."""
+        self.first_tokens: list[list[int]] = []
+        super().__init__(rows, tokenizer)
+        self.most_words = max(map(len, self.first_tokens), default=0)
+
+    def _encoded(self, chunk: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """What the tokenizer makes of the words of some rows."""
+        words = [lines(row["text"]) for row in chunk]
+        encoded = self.tokenizer(words, is_split_into_words=True, truncation=True)
+        for row, own in enumerate(words):
+            first = [-1] * len(own)
+            for place, word in reversed(list(enumerate(encoded.word_ids(row)))):
+                if word is not None:
+                    first[word] = place
+            self.first_tokens.append(first)
+        return self._counted(encoded)
+
+    def _labels(self, label: Any, row: int, tokens: int) -> list[int]:
+        """The tag of every word at its first token."""
+        labels = [NO_WORD] * tokens
+        for tag, place in zip(label, self.first_tokens[row], strict=False):  # behind the tags there is padding
+            if place >= 0:
+                labels[place] = int(tag)
+        return labels
+
+
+def _is_words(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(word, str) for word in value)
+
+
+def _keeps_spaces(tokenizer: Any) -> bool:
+    """Whether words that are given one by one become the tokens that they are in a text."""
+    given = tokenizer([["a", "b"]], is_split_into_words=True, add_special_tokens=False).input_ids[0]
+    return given == tokenizer("a b", add_special_tokens=False).input_ids
