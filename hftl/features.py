@@ -712,7 +712,7 @@ def keep_features(
         views["train"] = task.views(splits.train, arguments.feature_views, data["train"])
         kept = keep(task, model.eval(), source, views)
     except (NoCut, NotKept) as error:
-        for flag, value in _insists(arguments):
+        for flag, value in _insists(arguments, fits_head=first == head):
             raise UsageError(f"--{flag} {value} cannot be: {error}.") from error
         say(f"features: not kept, since {error}; the frozen part runs in every epoch")
         return None
@@ -721,10 +721,12 @@ def keep_features(
     return KeptFeatures(task, stage, source, kept, time.perf_counter() - started)
 
 
-def _insists(arguments: TransferArguments) -> list[tuple[str, str]]:
-    """Flags, with their values, that allow nothing but kept features."""
-    flags = {**wished(arguments), "feature_cache": "on", "head_solver": "lbfgs"}
-    if arguments.head not in (None, "logistic"):
+def _insists(arguments: TransferArguments, fits_head: bool) -> list[tuple[str, str]]:
+    """Flags, with their values, that allow nothing but kept features; some mean a stage of the head alone."""
+    flags = (
+        {**wished(arguments), "feature_cache": "on", "head_solver": "lbfgs"} if fits_head else {"feature_cache": "on"}
+    )
+    if fits_head and arguments.head not in (None, "logistic"):
         flags = {"head": str(arguments.head), **flags}
     return [(flag, value) for flag, value in flags.items() if getattr(arguments, flag) == value]
 
@@ -806,7 +808,7 @@ def _source(task: Any, stage: Stage, model: nn.Module, data: dict[str, Any], sol
             if wished(arguments):
                 source.join(model, probes[0], arguments.feature_layers or 1, arguments.feature_pooling or "model")
         except NoCut as error:
-            if any(flag != "feature_cache" for flag, _ in _insists(arguments)):
+            if any(flag != "feature_cache" for flag, _ in _insists(arguments, fits_head=True)):
                 raise
             say(f"head: trained by SGD, since {error}")
         else:

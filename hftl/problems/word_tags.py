@@ -155,13 +155,17 @@ class WordTags(Problem):
         return tags
 
     def names(self, found: Sequence[list[str] | None], cells: LabelCells) -> list[str]:
-        """The tags: as the data set declares them, else those of the training rows, that of no entity first."""
+        """The tags: as the data set declares them, else those of the training rows.
+
+        Of entities every kind gets all the places that any has: in few rows a name of two words may be missing.
+        """
         if cells.declared is not None:
             return cells.declared
         names = in_order({tag for tags in found for tag in tags or ()})
-        return (
-            sorted(names, key=lambda name: (name != OUTSIDE, name.partition("-")[2])) if is_entities(names) else names
-        )
+        if not is_entities(names):
+            return names
+        places = sorted({name[0] for name in names if name != OUTSIDE})
+        return [OUTSIDE, *(f"{place}-{kind}" for kind in sorted(kinds_of(names)) for place in places)]
 
     def encode(
         self, found: Sequence[list[str] | None], names: Sequence[str], cells: LabelCells
