@@ -20,6 +20,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 _PUBLIC = {
     "AudioArguments": "hftl.arguments",
     "AudioClassification": "hftl.tasks.audio_classification",
+    "ChoiceArguments": "hftl.arguments",
     "ClassificationTask": "hftl.tasks.classification",
     "CrossEntropyLoss": "hftl.losses",
     "FileDataset": "hftl.tasks.files",
@@ -28,6 +29,7 @@ _PUBLIC = {
     "ImageTextArguments": "hftl.arguments",
     "ImageTextClassification": "hftl.tasks.image_text_classification",
     "Modality": "hftl.modality",
+    "MultipleChoice": "hftl.tasks.multiple_choice",
     "Plan": "hftl.methods",
     "LabelsPrediction": "hftl.problems",
     "TagsPrediction": "hftl.problems",
@@ -54,6 +56,7 @@ _PUBLIC = {
 if TYPE_CHECKING:
     from hftl.arguments import (
         AudioArguments,
+        ChoiceArguments,
         ImageArguments,
         ImageTextArguments,
         TextArguments,
@@ -75,6 +78,7 @@ if TYPE_CHECKING:
     from hftl.tasks.files import FileDataset
     from hftl.tasks.image_classification import ImageClassification
     from hftl.tasks.image_text_classification import ImageTextClassification
+    from hftl.tasks.multiple_choice import MultipleChoice
     from hftl.tasks.text_classification import TextClassification
     from hftl.tasks.token_classification import TokenClassification
     from hftl.tasks.video_classification import VideoClassification

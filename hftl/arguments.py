@@ -464,6 +464,23 @@ class TokenArguments(ReadingArguments):
 
 
 @dataclass
+class ChoiceArguments(ReadingArguments):
+    """Arguments of tasks with choices in each row."""
+
+    task: str = _argument("multiple-choice", "Name of the task.")
+    problem_type: str = _argument(
+        "multiple_choice", "What a label is: one of the row's choices.", choices=("multiple_choice",)
+    )
+    choices_column: str | None = _argument(None, "Column with lists of choices (guessed when not given).")
+    choice_columns: list[str] | None = _argument(None, "Columns with a choice each, instead of one of lists.")
+
+    # What texts with one label have too; each choice is read as the second text of a pair.
+    text_pair_column: ClassVar[str] = "choices"
+    pooling: ClassVar[str] = "architecture"
+    template: ClassVar[None] = None
+
+
+@dataclass
 class TextArguments(ReadingArguments):
     """Arguments of text tasks."""
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hftl.errors import UsageError, did_you_mean
+from hftl.riddles import riddles
 from hftl.travel_notes import travel_notes
 
 if TYPE_CHECKING:
@@ -484,6 +485,7 @@ BUILTIN_DATASETS: dict[str, Callable[[], dict[str, datasets.Dataset]]] = {
     "pitches": pitches,
     "moving-digits": moving_digits,
     "travel-notes": travel_notes,
+    "riddles": riddles,
 }
 BUILTIN_MODELS: dict[str, Callable[[], Path]] = {
     "efficientnet_lite0": functools.partial(efficientnet_lite, 0),

@@ -70,6 +70,8 @@ class Cut:
         self._kept: torch.Tensor | None = None
         self._tokens = 0
         self._undo: list[Callable[[], None]] = []
+        if any(batch["input_ids"].ndim > 2 for batch in batches if "input_ids" in batch):
+            raise NoCut("each row is read several times, with one choice after the other")
         sizes = [_sizes(batch) for batch in batches]
         if sizes[0]["rows"] == sizes[1]["rows"] or sizes[0].get("tokens") == sizes[1].get("tokens", -1):
             raise NoCut("there are too few rows to find out how the model treats them")

@@ -7,9 +7,11 @@ they return has the same columns: `id`, then that of its modality (`image`, or `
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
+import json
 import os
 import re
 from collections import Counter
@@ -57,10 +59,12 @@ LABEL_COLUMNS = [
 ]
 # fmt: on
 
+CHOICES_COLUMNS = ("choices", "endings", "options", "answers", "candidates", "alternatives", "solutions")
+
 PathType = TypeVar("PathType", str, Path)
 Result = TypeVar("Result")
 
-_IN_TABLES = ("text", "text_pair", "numbers", "categories")  # inputs that are no files
+_IN_TABLES = ("text", "text_pair", "choices", "numbers", "categories")  # inputs that are no files
 FULL_DECODE_LIMIT = 5000  # above so many files reading all of them whole takes minutes: headers only
 _AT_ONCE = 256  # files that are in memory, where a data set holds them
 _PIECE = 16  # of them for a thread: to hand over one alone takes longer than to hash it
@@ -189,12 +193,13 @@ def load_splits(arguments: Any, modality: Modality, problem: Problem | None = No
     if untold and not _option(arguments, "test_split"):
         del rows["test"]
     rows = {role: _with_joined_labels(part, label_columns) for role, part in rows.items()}
+    rows = {role: _with_joined_choices(part, _option(arguments, "choice_columns")) for role, part in rows.items()}
     columns, guessed = _resolve_columns(rows["train"], arguments, modality)
     notes = [*_columns_note(columns, guessed, rows["train"]), *_unused_note(source, roles), *_skipped_note(rows)]
     notes += [f"test: it has no column {untold[0]!r} and is left out"] if untold else []
     _require_columns(rows, columns, arguments, notes)
 
-    cells = {role: _label_cells(part, columns["label"]) for role, part in rows.items()}
+    cells = {role: _label_cells(part, columns) for role, part in rows.items()}
     notes += problem.look_at(cells["train"])
     row_labels = {role: problem.read(column) for role, column in cells.items()}
     if "test" in rows and not any(label is not None for label in row_labels["test"]):
@@ -248,10 +253,11 @@ def load_labelled(
     source = _open_source(arguments, modality)
     name = _find_split(split, source, "--split") if split else _default_split(source)
     rows = _with_joined_labels(source.splits[name](), _option(arguments, "label_columns"))
+    rows = _with_joined_choices(rows, _option(arguments, "choice_columns"))
     given = {role: _option(arguments, f"{role}_column") for role in ("label", *input_roles(modality))}
     columns, _ = _resolve_columns(rows, _like_training(rows, given, known, arguments), modality, known=True)
     _require_same_pair(rows, columns, known)
-    cells = _label_cells(rows, columns["label"])
+    cells = _label_cells(rows, columns)
     row_labels = problem.read(cells)
     labels = problem.encode(row_labels, label_names, cells)
     part = _canonical(rows, columns, labels, modality)
@@ -283,7 +289,7 @@ def load_inputs(
         raise _not_there(str(path))
     tables = _tables_of(modality) - {".txt"}
     if place.suffix.lower() in tables and place.is_file():
-        rows = _read_table(place, modality.has_words)
+        rows = _with_joined_choices(_read_table(place, modality.has_words), _option(others, "choice_columns"))
         asked = _like_training(rows, given, known, others)
         columns, _ = _resolve_columns(rows, asked, modality, labelled=False, known=True)
         _require_same_pair(rows, columns, known)
@@ -353,7 +359,8 @@ def _like_training(
     names = _column_names(rows.data)
     chosen = {role: name for role, name in known.items() if name in names}
     chosen |= {role: name for role, name in given.items() if name}
-    read_too = {name: _option(others, name, []) for name in ("number_columns", "category_columns", "label_columns")}
+    several = ("number_columns", "category_columns", "label_columns", "choice_columns")
+    read_too = {name: _option(others, name, []) for name in several}
     return {**{f"{role}_column": str(name) for role, name in chosen.items()}, **read_too}
 
 
@@ -380,7 +387,8 @@ def _option(arguments: Any, name: str, default: Any = None) -> Any:
 def input_roles(modality: Modality) -> list[str]:
     """The roles of the columns that inputs are read from."""
     if modality.is_text:
-        return ["text"] if modality.has_words else ["text", "text_pair"]
+        others = ["choices"] if modality.has_choices else []
+        return ["text", *others] if modality.has_words or others else ["text", "text_pair"]
     return [modality.name, "text"] if modality.has_texts else [modality.name]
 
 
@@ -792,8 +800,9 @@ def _resolve_columns(
     names = _column_names(rows.data)
     wanted = [*input_roles(modality), "label"] if labelled else input_roles(modality)
     columns = {role: name for role in wanted if (name := _option(arguments, f"{role}_column"))}
-    if labelled and (several := _option(arguments, "label_columns")):
-        columns["label"] = _joined_name(several)
+    for role, several in (("label", "label_columns"), ("choices", "choice_columns")):
+        if role in wanted and (joint := _option(arguments, several)):
+            columns[role] = _joined_name(joint)
     for role, name in columns.items():
         if name not in names:
             near = did_you_mean(name, names)
@@ -811,6 +820,8 @@ def _resolve_columns(
         columns["label"] = name
     if not rows.class_folders and (labelled or not modality.has_texts):  # one may be missing in prediction
         _refuse_others(rows, columns, names, modality)
+    if modality.has_choices and "choices" not in columns and (name := _guess(CHOICES_COLUMNS, free())):
+        columns["choices"] = name
     if modality.is_text:
         columns |= _guess_texts(columns, free(), not labelled or len(names) == 2, modality)
     elif modality.name not in columns and (
@@ -826,7 +837,10 @@ def _resolve_columns(
         needed = []
     for role in needed:
         if role not in columns:
-            raise UsageError(f"{rows.origin}: which column is the {role}? Say --{role}_column NAME. {_listed(names)}")
+            several = ", or --choice_columns NAME NAME …" if role == "choices" else ""
+            raise UsageError(
+                f"{rows.origin}: which column is the {role}? Say --{role}_column NAME{several}. {_listed(names)}"
+            )
     ordered = {role: columns[role] for role in wanted if role in columns}
     return ordered, [role for role in ordered if role not in given]
 
@@ -844,7 +858,7 @@ def _guess_texts(columns: dict[str, str], names: list[str], other_one: bool, mod
     """The text column, and the pair column where two names belong together."""
     if "text" in columns:
         return {}
-    if "text_pair" not in columns and not modality.has_words:
+    if "text_pair" not in columns and not modality.has_words and not modality.has_choices:
         for first, second in PAIR_COLUMNS:
             text, pair = _guess([first], names), _guess([second], names)
             if text and pair:
@@ -933,12 +947,63 @@ def _require_columns(rows: dict[str, _Rows], columns: dict[str, str], arguments:
 # ---- labels --------------------------------------------------------------------------------------------------------
 
 
-def _label_cells(rows: _Rows, column: str) -> LabelCells:
+def _label_cells(rows: _Rows, columns: Mapping[str, str]) -> LabelCells:
     """The column of the labels, as its problem reads it."""
+    column = columns["label"]
+    choices = _choices(rows, columns["choices"]) if "choices" in columns else []
     feature = _feature(rows, column)
     kind = getattr(feature, "feature", feature)  # of a list, else of the column
     declared = list(kind.names) if isinstance(kind, datasets.ClassLabel) else rows.label_columns
-    return LabelCells(rows.origin, column, rows.data[column][:], declared, rows.ids, rows.class_folders)
+    return LabelCells(rows.origin, column, rows.data[column][:], declared, rows.ids, rows.class_folders, choices)
+
+
+def _choices(rows: _Rows, column: str) -> list[list[str]]:
+    """The choices of each row.
+
+    Raises:
+        UsageError: a cell is no list of choices, or rows have not equally many.
+    """
+    found = []
+    for row, cell in enumerate(rows.data[column][:]):
+        if isinstance(cell, dict) and "text" in cell:  # as ARC and CommonsenseQA have them
+            cell = cell["text"]
+        if isinstance(cell, str) and cell.lstrip().startswith("["):
+            with contextlib.suppress(ValueError):
+                cell = json.loads(cell)
+        if not isinstance(cell, list | tuple) or any(not isinstance(one, str | int | float) for one in cell):
+            raise UsageError(
+                f"{rows.origin}: {str(cell)[:80]!r} in the column {column!r} is no list of choices (row "
+                f"{rows.ids[row]}): give each row a list of texts, or name a column for each choice (--choice_columns)"
+            )
+        found.append([str(one) for one in cell])
+    counts = Counter(map(len, found))
+    usual = counts.most_common(1)[0][0]
+    other = next((row for row, own in enumerate(found) if len(own) != usual), None)
+    if other is not None or usual < 2:
+        count = usual if other is None else len(found[other])
+        raise UsageError(
+            f"{rows.origin}: a row has {count} choice{'s' * (count != 1)} (row {rows.ids[other or 0]}), and most have "
+            f"{usual}: give each row equally many, two or more"
+        )
+    return found
+
+
+def _with_joined_choices(rows: _Rows, names: list[str] | None) -> _Rows:
+    """One column of lists in the place of a column a choice.
+
+    Raises:
+        UsageError: there is no such column.
+    """
+    there = _column_names(rows.data)
+    for name in names or ():
+        if name not in there:
+            near = did_you_mean(name, there)
+            raise UsageError(f"--choice_columns {name!r}: {rows.origin} has no such column.{near} {_listed(there)}")
+    if not names:
+        return rows
+    lists = [list(map(str, row)) for row in zip(*(rows.data[name][:] for name in names), strict=True)]
+    data = {name: rows.data[name][:] for name in there if name not in names} | {_joined_name(names): lists}
+    return replace(rows, data=data)
 
 
 def _require_aligned(part: datasets.Dataset, tags: Sequence[Sequence[str]], rows: _Rows, cells: LabelCells) -> None:
@@ -1023,6 +1088,9 @@ def _canonical(rows: _Rows, columns: dict[str, str], labels: np.ndarray | None, 
     for role in ("text", "text_pair"):
         if role in columns:
             features[role], data[role] = string, _texts(rows, columns[role], modality, labels is not None)
+    if "choices" in columns:
+        features["choices"] = datasets.Sequence(string)
+        data["choices"] = _choices(rows, columns["choices"])
     if labels is not None:
         features["label"], data["label"] = _label_feature(labels), _as_cells(labels)
     return datasets.Dataset.from_dict(data, features=datasets.Features(features))
@@ -1272,12 +1340,10 @@ def _missing_note(parts: dict[str, datasets.Dataset], modality: Modality) -> lis
 
 
 def _text_keys(parts: dict[str, datasets.Dataset]) -> dict[str, list]:
-    return {
-        role: list(zip(part["text"][:], part["text_pair"][:], strict=True))
-        if "text_pair" in part.column_names
-        else part["text"][:]
-        for role, part in parts.items()
-    }
+    names = [name for name in _IN_TABLES if name in next(iter(parts.values())).column_names]
+    if names == ["text"]:
+        return {role: part["text"][:] for role, part in parts.items()}
+    return {role: list(map(repr, zip(*(part[name][:] for name in names), strict=True))) for role, part in parts.items()}
 
 
 def _file_keys(parts: dict[str, datasets.Dataset], column: str) -> dict[str, list] | None:

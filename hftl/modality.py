@@ -36,8 +36,9 @@ class Modality:
         feature: the type that `datasets` has for it.
         example: an input, in the lines of the card that load the model.
         has_texts: whether a text goes with each file, in the same table; either of them may be missing.
+        has_choices: whether a text comes with a list of others, of which one is right.
         has_words: whether a text is a list of words, each with a label of its own.
-        label_columns: names that people give to the column of such labels, before those of every task.
+        label_columns: names that people give to the column of labels here, before those of every task.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Modality:
     feature: Any = None
     example: str = ""
     has_texts: bool = False
+    has_choices: bool = False
     has_words: bool = False
     label_columns: tuple[str, ...] = ()
 
@@ -113,6 +115,15 @@ WORDS = dataclasses.replace(
     example='"A text."',
     has_words=True,
     label_columns=("ner_tags", "ner", "tags", "labels", "label", "pos_tags", "upos", "chunk_tags"),
+)
+
+#: a text with several others, of which one goes with it
+CHOICES = dataclasses.replace(
+    TEXT,
+    plural="questions",
+    columns=("question", "context", "ctx", "premise", "startphrase", "goal", *TEXT.columns),
+    has_choices=True,
+    label_columns=("label", "answer", "answerkey", "answer_key", "answer_idx", "correct", "gold"),
 )
 
 #: the kinds that files are recognised by, whatever the task, with the task that reads them

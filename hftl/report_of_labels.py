@@ -17,7 +17,7 @@ from hftl.finished import Finished
 from hftl.folder import METRICS, PREDICTIONS
 from hftl.inert import as_cell, from_cell
 from hftl.metrics import written
-from hftl.problems import PROBLEMS, Problem, Regression, WordTags
+from hftl.problems import PROBLEMS, Choice, Problem, Regression, WordTags
 from hftl.problems.word_tags import OUTSIDE, UNREAD, entities_of, is_entities
 from hftl.report_parts import common_values
 
@@ -39,7 +39,7 @@ _MEANINGS = {
     "f1_macro": "mean over the labels that occur",
     "f1_micro": "of all labels of all rows",
     "f1": "of whole entities: kind and both ends are right",
-    "accuracy": "part of the words with the right tag",
+    "accuracy": "part of what is answered that is right",
 }
 
 
@@ -56,7 +56,7 @@ def render(run: Finished, shared: bool) -> str:
     problem = PROBLEMS[run.recipe["problem_type"]]
     is_regression = problem is Regression
     rows = _read(run, problem())
-    made = {Regression: _of_numbers, WordTags: _of_tags}.get(problem, _of_labels)
+    made = {Regression: _of_numbers, WordTags: _of_tags, Choice: _of_choices}.get(problem, _of_labels)
     parts = made(run, rows, shared)
     return pages.render(
         "report_of_labels",
@@ -202,6 +202,32 @@ def _of_tags(run: Finished, rows: Sequence[Sequence[str]], shared: bool) -> dict
                 "label": _shortened(" ".join(words[row])),
                 "missed": _in_words(found[row][0] - found[row][1], words[row]),
                 "added": _in_words(found[row][1] - found[row][0], words[row]),
+            }
+            for row in order
+        ],
+    }
+
+
+def _of_choices(run: Finished, rows: Sequence[Sequence[str]], shared: bool) -> dict[str, Any]:
+    """Scores of each place of the right choice, and rows whose wrong answer the model is surest of."""
+    labels, said = ([from_cell(row[place]) for row in rows] for place in (1, 2))
+    right = np.array(labels) == np.array(said)
+    _check_fit(run, "accuracy", float(right.mean()))
+    surest = np.array([max(map(float, row[3:])) for row in rows])
+    order = [row for row in np.argsort(-surest, kind="stable").tolist() if not right[row]][:_LINES]
+    return {
+        "labels": _scored(run, {name: labels.count(name) for name in run.label_names}),
+        "what": "choice",
+        "counted": "answers",
+        "wrong_rows": int((~right).sum()),
+        "worst": []
+        if shared
+        else [
+            {
+                "id": pages.row_name(from_cell(rows[row][0])),
+                "label": f"{surest[row]:.1%} sure",
+                "missed": labels[row],
+                "added": said[row],
             }
             for row in order
         ],

@@ -226,7 +226,8 @@ def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tr
     if arguments.head_epochs is not None:
         arguments.head_epochs = stages[0].epochs
     for role, column in splits.columns.items():
-        if hasattr(arguments, f"{role}_column") and not (role == "label" and arguments.label_columns):
+        several = getattr(arguments, {"label": "label_columns", "choices": "choice_columns"}.get(role, ""), None)
+        if hasattr(arguments, f"{role}_column") and not several:
             setattr(arguments, f"{role}_column", column)
     return stages
 

@@ -27,6 +27,7 @@ _CLASSES = {
     "AudioArguments": "Audio tasks",
     "VideoArguments": "Video tasks",
     "ReadingArguments": "Tasks with texts or words",
+    "ChoiceArguments": "Multiple choice, beside those of tasks with texts",
     "TextArguments": "Text classification, beside those of tasks with texts",
     "ImageTextArguments": "Image-text tasks, beside those of image and text tasks",
 }

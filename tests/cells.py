@@ -32,6 +32,7 @@ TASKS = {
     "images": [*IMAGES, "--model=resnet"],
     "texts": [*TEXTS, "--model=bert"],
     "words": ["token-classification", "--dataset=words", "--model=bert"],
+    "choices": ["multiple-choice", "--dataset=choices", "--model=bert"],
     "sounds as pictures": ["audio-classification", "--dataset=sounds", "--model=resnet", "--clip_seconds=0.5"],
     "sounds as waves": ["audio-classification", "--dataset=sounds", "--model=wav2vec2", "--clip_seconds=0.5"],
     "videos": [*VIDEOS, "--model=videomae"],
@@ -73,6 +74,7 @@ def write(place: Path) -> Path:
     small_data.write_images(place / "images", {"train": 3, "val": 2, "test": 2}, size=32)
     small_data.write_texts(place / "texts", {"train": 9, "dev": 4, "test": 4})
     small_data.write_tagged(place / "words", {"train": 14, "dev": 4, "test": 4})
+    small_data.write_choices(place / "choices", {"train": 9, "dev": 4, "test": 4})
     small_data.write_sounds(place / "sounds", {"train": 5, "val": 2, "test": 2})
     small_data.write_videos(place / "videos", {"train": 5, "val": 2, "test": 2}, frames=8)
     small_data.write_pairs(place / "both", {"train": 3, "val": 2, "test": 2})

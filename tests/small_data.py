@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,21 @@ def write_tagged(folder: Path, splits: dict[str, int]) -> Path:
                     lines.append(f"{name} PROPN {'BI'[place]}-{kind}")
             lines.append("")
         (folder / f"{split}.txt").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def write_choices(folder: Path, splits: dict[str, int]) -> Path:
+    """JSONL files of questions with three choices, of which the right one has the question's last word in it."""
+    random = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in splits.items():
+        rows = []
+        for _ in range(count):
+            asked, *others = random.permutation(["film", "day", "people", "good", "bad"])[:3].tolist()
+            right = int(random.integers(3))
+            choices = [f"it was the {word}" for word in (*others[:right], asked, *others[right:])]
+            rows.append({"question": f"what was {asked}", "choices": choices, "label": right})
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return folder
 
 

@@ -15,6 +15,7 @@ from hftl.methods import METHODS
 #: cells that cannot be, and what is said
 REFUSED = {
     ("words", "auto"): "--method auto is for rows of one class each",
+    ("choices", "auto"): "--method auto is for rows of one class each",
     ("GPT", "peft"): "LOKR takes layers of the kinds convolution",
     ("SlowFast", "peft"): "LOKR takes layers of the kinds convolution",
 }

@@ -207,7 +207,7 @@ def test_words_behind_the_limit_count_as_missed(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = train(place, tmp_path / "run", "--max_length=12", "--method=frozen")
-    assert "rows are longer than 12 tokens and were cut (--max_length); the words behind" in capsys.readouterr().out
+    assert "texts are longer than 12 tokens and were cut (--max_length); the words behind" in capsys.readouterr().out
     tags = split_of(place, "test")["tags"]
     said = [row["prediction"].split() for row in answers_of(run)]
     assert any(UNREAD in row for row in said)

@@ -1,10 +1,11 @@
-"""What the label of a row may be: one class of several, any number of labels, a number, or a tag for each word."""
+"""What the label of a row may be: a class, several labels, a number, a tag for each word, or one of its choices."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from hftl.problems.base import LabelCells, Problem
+from hftl.problems.choice import Choice
 from hftl.problems.multi_label import LabelsPrediction, MultiLabel
 from hftl.problems.regression import Regression, ValuePrediction
 from hftl.problems.single_label import Prediction, SingleLabel, is_uneven
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     from hftl.arguments import TransferArguments
 
 #: by the names of `--problem_type`
-PROBLEMS: dict[str, type[Problem]] = {kind.name: kind for kind in (SingleLabel, MultiLabel, Regression, WordTags)}
+PROBLEMS: dict[str, type[Problem]] = {
+    kind.name: kind for kind in (SingleLabel, MultiLabel, Regression, WordTags, Choice)
+}
 
 
 def problem_of(arguments: TransferArguments) -> Problem:
@@ -26,6 +29,7 @@ def problem_of(arguments: TransferArguments) -> Problem:
 
 __all__ = [
     "PROBLEMS",
+    "Choice",
     "Entity",
     "LabelCells",
     "LabelsPrediction",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -35,6 +35,7 @@ class LabelCells:
         declared: the names of the classes or labels, and their order, where the data say them.
         ids: of the rows.
         are_folders: whether the values are names of class folders.
+        choices: those of each row, where rows bring choices.
     """
 
     origin: str
@@ -43,6 +44,7 @@ class LabelCells:
     declared: list[str] | None
     ids: list[str]
     are_folders: bool
+    choices: list[list[str]] = field(default_factory=list)
 
     def places(self, positions: Sequence[int]) -> str:
         """Some rows, in the words of a message."""

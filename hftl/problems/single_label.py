@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +54,7 @@ class SingleLabel(Problem):
     metric_names = SINGLE_LABEL_METRICS
     headline = (("accuracy", "accuracy"), ("f1_macro", "macro F1"))
     hub_metrics = (("accuracy", "Accuracy", "accuracy"), ("f1", "Macro F1", "f1_macro"))
-    losses = ("cross_entropy", "focal", "logit_adjusted")
+    losses: ClassVar[tuple[str, ...]] = ("cross_entropy", "focal", "logit_adjusted")
     activation = ".softmax(-1)"
     is_one_of_several = True
 

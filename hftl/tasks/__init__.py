@@ -20,6 +20,7 @@ TASKS = {
     ),
     "video-classification": ("hftl.tasks.video_classification", "VideoClassification", "video_classification"),
     "text-classification": ("hftl.tasks.text_classification", "TextClassification", "text_classification"),
+    "multiple-choice": ("hftl.tasks.multiple_choice", "MultipleChoice", "multiple_choice"),
     "token-classification": ("hftl.tasks.token_classification", "TokenClassification", "token_classification"),
 }
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,22 +98,31 @@ class TextClassification(ClassificationTask):
         return model
 
     def _random_model(self, architecture: str, splits: Splits) -> PreTrainedModel:
-        columns = [name for name in ("text", "text_pair") if name in splits.train.column_names]
-        texts = itertools.chain([self.arguments.template or ""], *(splits.train[name][:] for name in columns))
-        self.processor = train_tokenizer(texts, self.arguments.max_length)
+        self.processor = train_tokenizer(self._texts_of(splits), self.arguments.max_length)
         sizes = {"vocab_size": len(self.processor), "pad_token_id": self.processor.pad_token_id}
         config = pretrained.random_config(architecture, self.auto_class, self.label_names, **sizes)
         self._check_tokenizer_comes_back(architecture, config, splits.train[:100]["text"])
         model = self.auto_class.from_config(config)
         self._limit_length(model)
         try:
-            model(**self.processor(splits.train[:2]["text"], return_tensors="pt", padding=True, truncation=True))
+            model(**self._trial(splits.train[:2]["text"]))
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"--model random:{architecture} does not run as a small classifier of texts: choose another, such as "
                 "random:bert."
             ) from error
         return self._pooled_by_mean(model) if self.arguments.pooling == "mean" else model
+
+    def _texts_of(self, splits: Splits) -> Iterator[str]:
+        """What the model will read, of the training rows."""
+        yield self.arguments.template or ""
+        for name in ("text", "text_pair"):
+            if name in splits.train.column_names:
+                yield from splits.train[name][:]
+
+    def _trial(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        """A small batch, to see whether the model runs."""
+        return dict(self.processor(texts, return_tensors="pt", padding=True, truncation=True))
 
     def _check_tokenizer_comes_back(self, architecture: str, config: Any, texts: list[str]) -> None:
         """AutoTokenizer reads the files of some architectures (Qwen2) as those of their own tokenizer only.
@@ -148,11 +156,15 @@ class TextClassification(ClassificationTask):
         encoded = TextDataset(rows, self.processor, template)
         if training and self.arguments.word_dropout:
             encoded.drop_words(self.arguments.word_dropout, masking_token(self.processor), self.arguments.seed)
+        return self._told(encoded, training)
+
+    def _told(self, encoded: TextDataset, training: bool, behind: str = "") -> TextDataset:
+        """Texts, of which it is said how many were cut."""
         if encoded.cut and self.says_cut:
             kind = "training" if training else "evaluation"
             say(
                 f"{encoded.cut:,} of {len(encoded):,} {kind} texts are longer than {self.processor.model_max_length} "
-                "tokens and were cut (--max_length)"
+                f"tokens and were cut (--max_length){behind}"
             )
         return encoded
 

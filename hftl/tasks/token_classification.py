@@ -17,7 +17,6 @@ from hftl.arguments import TokenArguments
 from hftl.data import Splits, labels_of
 from hftl.errors import UsageError
 from hftl.examples import Shown
-from hftl.folder import say
 from hftl.modality import WORDS
 from hftl.problems import TagsPrediction, WordTags
 from hftl.problems.base import Result
@@ -65,14 +64,8 @@ class TokenClassification(TextClassification):
         encoded = WordDataset(rows, self.processor)
         if training and self.arguments.word_dropout:
             encoded.drop_words(self.arguments.word_dropout, masking_token(self.processor), self.arguments.seed)
-        if encoded.cut and self.says_cut:
-            kind = "training" if training else "evaluation"
-            behind = "are not learned from" if training else "count as words without a tag"
-            say(
-                f"{encoded.cut:,} of {len(encoded):,} {kind} rows are longer than {self.processor.model_max_length} "
-                f"tokens and were cut (--max_length); the words behind {behind}"
-            )
-        return encoded
+        behind = "are not learned from" if training else "count as words without a tag"
+        return self._told(encoded, training, f"; the words behind {behind}")
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask`, … and `labels` if there are any, each of shape (rows, tokens)."""
