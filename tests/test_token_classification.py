@@ -74,8 +74,7 @@ def split_of(place: Path, name: str) -> dict[str, list[list[str]]]:
 
 @pytest.mark.parametrize(
     ("method", "model"),
-    [("full", "roberta"), ("frozen", "bert"), ("partial", "gpt2"), ("lora", "bert"), ("lp_ft", "roberta"),
-     ("gradual", "bert"), ("surgical", "bert"), ("bitfit", "bert"), ("norm", "gpt2"), ("frozen", "gpt2")],
+    [("full", "roberta"), ("frozen", "bert"), ("partial", "gpt2"), ("lora", "bert"), ("frozen", "gpt2")],
 )  # fmt: skip
 def test_every_method_moves_what_it_says_and_comes_back(place: Path, tmp_path: Path, method: str, model: str) -> None:
     flags = [f"--method={method}", *(["--unfreeze_blocks=1"] if method == "partial" else [])]
@@ -91,14 +90,6 @@ def test_every_method_moves_what_it_says_and_comes_back(place: Path, tmp_path: P
         assert "learning_rate" not in run.metrics["train"]["stages"][0]  # solved
     elif method == "partial":
         assert set(depth.values()) == {last}
-    elif method == "bitfit":
-        assert moved
-        assert all(name.endswith("bias") for name in moved)
-    elif method == "norm":
-        assert moved
-        assert all("ln_" in name for name in moved)
-    elif method == "surgical":
-        assert len(set(depth.values())) == 1
     else:
         assert moved
     check(place, run)
