@@ -19,7 +19,7 @@ _ADDRESS = re.compile(r"/(?=/)|@|www(?=\.)", re.IGNORECASE)
 _FORMULA = re.compile("'*[=+\\-@\t\n\uff1d\uff0b\uff0d\uff20]")
 _NUMBER = re.compile(r"[+-]?(\d[\d_,.]*|inf|nan)(e[+-]?\d+)?$", re.IGNORECASE)
 #: beginnings of names that mean the same on every machine
-EVERYWHERE = ("builtin:", "torchvision:", "pytorchvideo:", "keras:", "random:")
+EVERYWHERE = ("builtin:", "torchvision:", "torchhub:", "pytorchvideo:", "keras:", "random:")
 
 
 def visible(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,10 +14,11 @@ from urllib.error import URLError
 
 import torch
 
-from hftl.builtin import explained_cache, in_order, made_once, write_timm_checkpoint
+from hftl.builtin import cache_folder, explained_cache, in_order, made_once, write_timm_checkpoint
 from hftl.errors import UsageError, did_you_mean, load_reason
 from hftl.folder import say
 from hftl.hub import check_hub
+from hftl.weights import LEAST_LOADED, fill_from
 
 #: torchvision's models whose layers timm has in the same order, where the names differ
 _RENAMED = {
@@ -160,6 +162,97 @@ def pytorchvideo_model(name: str) -> str:
 
     with explained_cache(f"pytorchvideo:{name}"):
         return str(made_once(f"pytorchvideo-{name}", write))
+
+
+def torchhub_model(name: str, trusted: bool = False) -> str:
+    """A folder with the weights of a network of torch.hub, in timm's architecture of the same kind.
+
+    The repository's own code builds the network, once; what is kept and trained is an ordinary model of timm.
+
+    Args:
+        name: `owner/repository:entry`, or `owner/repository:branch:entry`; the entry's name has timm's name of the
+            architecture in it (`dino_resnet50`).
+        trusted: whether the repository's code may run.
+
+    Raises:
+        UsageError: it may not and has not yet, it fails, timm has no such architecture, or not these weights.
+    """
+    import timm
+
+    repository, _, entry = name.rpartition(":")
+    if repository.partition(":")[0].count("/") != 1 or not entry:
+        raise UsageError(f"--model torchhub:{name}: write torchhub:OWNER/REPOSITORY:ENTRY.")
+    spelled = entry.lower().replace("-", "_")
+    architecture = max((one for one in timm.list_models() if one in spelled), key=len, default=None)
+    if architecture is None:
+        raise UsageError(
+            f"--model torchhub:{name}: timm has no architecture that {entry!r} names, and hftl saves models in its "
+            "layers. Save the network's state_dict, and use --model random:ARCH --weights FILE."
+        )
+    place = f"torchhub-{re.sub('[^A-Za-z0-9_.]+', '-', name)}"
+    if not trusted and not (cache_folder() / place).is_dir():
+        raise UsageError(
+            f"--model torchhub:{name} runs Python code of github.com/{repository}: read that code, and "
+            "--trust_remote_code runs it."
+        )
+    with explained_cache(f"torchhub:{name}"):
+        return str(made_once(place, functools.partial(_write_torchhub, repository, entry, architecture)))
+
+
+def _write_torchhub(repository: str, entry: str, architecture: str, folder: Path) -> None:
+    import timm
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    name = f"torchhub:{repository}:{entry}"
+    with _explained_fetch(name, f"github.com/{repository}"):
+        network = _network_of(repository, entry)
+    ours: Any = timm.create_model(architecture).eval()
+    state = {key: value for key, value in network.state_dict().items() if value.is_floating_point()}
+    count, total = fill_from(ours, state, f"--model {name}")
+    if count < LEAST_LOADED * len(state):  # a ResNet-34 has all that a ResNet-18 has
+        raise UsageError(
+            f"--model {name}: timm's {architecture} has {count} of its {len(state)} tensors: it is another."
+        )
+    say(f"model: {count} of the {total} tensors of {architecture} are those of {name}")
+    by = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    pixels = torch.rand(2, *ours.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = network.eval()(pixels)
+        features = ours.forward_head(ours.forward_features(pixels), pre_logits=True)
+    if isinstance(theirs, torch.Tensor) and theirs.shape == features.shape:
+        difference = float((theirs - features).abs().max() / theirs.abs().max())
+        if not difference <= _TOLERANCE:
+            raise UsageError(
+                f"--model {name}: timm's {architecture} gives other features with the same weights (by "
+                f"{difference:.1e}, relative). Choose a model of timm's own."
+            )
+    else:
+        say(f"model: whether timm's {architecture} gives the same answers cannot be seen, since theirs are no features")
+    say("model: pixels are normalised as ImageNet's, of which torch.hub says nothing")
+    write_timm_checkpoint(architecture, ours.state_dict(), folder, **by, tag="torchhub")
+
+
+def _network_of(repository: str, entry: str) -> torch.nn.Module:
+    """What the entry gives with its pretrained weights.
+
+    Raises:
+        UsageError: the code fails, or gives something else.
+    """
+    try:
+        try:
+            found = torch.hub.load(repository, entry, trust_repo=True, skip_validation=True, pretrained=True)
+        except TypeError as error:
+            if "pretrained" not in str(error):  # an entry without such an argument has no other weights
+                raise
+            found = torch.hub.load(repository, entry, trust_repo=True, skip_validation=True)
+    except (URLError, OSError):
+        raise
+    except Exception as error:  # code of others may raise anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UsageError(f"--model torchhub:{repository}:{entry}: its code does not run here ({reason}).") from error
+    if not isinstance(found, torch.nn.Module):
+        raise UsageError(f"--model torchhub:{repository}:{entry} is no network, but {type(found).__name__}.")
+    return found
 
 
 @contextlib.contextmanager

@@ -24,21 +24,24 @@ from hftl.arguments import TransferArguments
 from hftl.errors import UsageError, did_you_mean, load_reason
 from hftl.folder import read_json, say
 from hftl.hub import check_hub
+from hftl.weights import LEAST_LOADED
 
 #: what the libraries raise for files that are not there, torn, or of another kind
 LOAD_ERRORS = (
     OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError, pickle.UnpicklingError,
 )  # fmt: skip
-#: the least part of the backbone's tensors that a checkpoint must fill
-LEAST_LOADED = 0.95
 
 
-def check_model_name(name: str | None) -> None:
-    """Refuse a name that cannot be a model, before any data is read.
+def check_model_name(name: str | None, trust_remote_code: bool = False) -> None:
+    """Refuse a name that cannot be a model, before any data is read; code of others runs here, where that is allowed.
 
     Raises:
         UsageError: as `find_model`.
     """
+    if trust_remote_code and name is not None and name.startswith("torchhub:"):
+        from hftl.origins import torchhub_model
+
+        torchhub_model(name.partition(":")[2], trusted=True)
     if name is None or not name.startswith("random:"):
         find_model(name)
 
@@ -51,14 +54,14 @@ def find_model(name: str | None) -> str:
     """
     if not name:
         raise UsageError(
-            "--model is missing: name a Hub id, a local folder, builtin:NAME, torchvision:NAME, pytorchvideo:NAME, "
-            "keras:NAME or random:ARCH."
+            "--model is missing: name a Hub id, a local folder, builtin:NAME, torchvision:NAME, "
+            "torchhub:OWNER/REPO:ENTRY, pytorchvideo:NAME, keras:NAME or random:ARCH."
         )
     if name.startswith("builtin:"):
         from hftl.builtin import builtin_model
 
         return str(builtin_model(name.partition(":")[2]))
-    if name.startswith(("torchvision:", "pytorchvideo:", "keras:")):
+    if name.startswith(("torchvision:", "torchhub:", "pytorchvideo:", "keras:")):
         from hftl import origins
 
         library, _, model = name.partition(":")

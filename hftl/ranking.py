@@ -140,7 +140,7 @@ def check(arguments: ArgumentsType) -> None:
     if arguments.world_size > 1:
         raise UsageError("This works in one process: start it without accelerate launch.")
     require_one_of_several(arguments.problem_type, "hftl rank, advise and check-labels")
-    pretrained.check_model_name(arguments.model_name_or_path)
+    pretrained.check_model_name(arguments.model_name_or_path, arguments.trust_remote_code)
 
 
 def load_rows(arguments: ArgumentsType, modality: Modality) -> Splits:

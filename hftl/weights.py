@@ -19,8 +19,9 @@ from torch import nn
 from hftl import backbones
 from hftl.errors import UsageError, did_you_mean, load_reason
 from hftl.folder import say
-from hftl.pretrained import LEAST_LOADED
 
+#: the least part of the backbone's tensors that a checkpoint must fill
+LEAST_LOADED = 0.95
 #: where trainings keep the weights among other things, the likeliest first
 _INSIDE = ("state_dict", "model_state_dict", "model_state", "model_ema", "teacher", "model", "net", "student")
 _PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".th")
@@ -56,22 +57,37 @@ def fill(model: nn.Module, name: str) -> None:
     Raises:
         UsageError: the file cannot be read, or fills less than `LEAST_LOADED` of the backbone's tensors.
     """
+    count, total = fill_from(model, _read(name), f"--weights {name!r}")
+    say(f"weights: {count} of the {total} tensors of the backbone are those of {Path(name).name}")
+
+
+def fill_from(model: nn.Module, state: Mapping[str, object], name: str) -> tuple[int, int]:
+    """Fill the backbone of a model from tensors by name; how many of how many were found.
+
+    Args:
+        model: filled in place; its head stays as it is.
+        state: tensors by the names that another library gives them.
+        name: what messages call them.
+
+    Raises:
+        UsageError: they fill less than `LEAST_LOADED` of the backbone's tensors.
+    """
     head = backbones.structure(model).trained_head
     target = {
         key: value for key, value in _tensors(model.state_dict()).items() if not backbones.is_below_any(key, head)
     }
-    source = _read(name)
+    source = _tensors(state)
     found = _by_name(source, target)
     if len(found) < LEAST_LOADED * len(target):
         found = _by_order(source, target) or found
     if len(found) < LEAST_LOADED * len(target):
         first = next(key for key in target if key not in found)
         raise UsageError(
-            f"--weights {name!r} fills {len(found)} of the {len(target)} tensors of the backbone (first missing: "
-            f"{first}): it is of another architecture."
+            f"{name} fills {len(found)} of the {len(target)} tensors of the backbone (first missing: {first}): it is "
+            "of another architecture."
         )
     model.load_state_dict(found, strict=False)
-    say(f"weights: {len(found)} of the {len(target)} tensors of the backbone are those of {Path(name).name}")
+    return len(found), len(target)
 
 
 def _read(name: str) -> State:

@@ -104,3 +104,96 @@ def test_timm_gives_the_same_answers(name: str, tmp_path: Path, monkeypatch: pyt
 
 def state_of(model: torch.nn.Module) -> Any:
     return lambda *_, **__: model.state_dict()
+
+
+HUBCONF = """
+import torch, torchvision
+
+def bare_resnet18(pretrained=False):
+    network = torchvision.models.resnet18()
+    network.fc = torch.nn.Identity()
+    assert pretrained
+    network.load_state_dict(torch.load("WEIGHTS", weights_only=True), strict=False)
+    return network
+
+def whole_resnet18():
+    network = torchvision.models.resnet18()
+    network.load_state_dict(torch.load("WEIGHTS", weights_only=True))
+    return network
+
+def other_resnet18(pretrained=False):
+    return torchvision.models.resnet34()
+
+def shifted_resnet18(pretrained=False):
+    network = bare_resnet18(pretrained)
+    network.fc = torch.nn.Linear(512, 512)
+    return network
+
+def broken_resnet18(pretrained=False):
+    raise KeyError("no such file")
+
+def number_resnet18(pretrained=False):
+    return 18
+
+def mystery(pretrained=False):
+    return torchvision.models.resnet18()
+"""
+
+
+@pytest.fixture
+def planted_repository(
+    planted: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, torch.Tensor]:
+    """A repository as torch.hub keeps it, and no network."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise URLError("no connection")
+
+    (file,) = (tmp_path / "torch" / "hub" / "checkpoints").iterdir()
+    place = tmp_path / "torch" / "hub" / "acme_models_main"
+    place.mkdir()
+    (place / "hubconf.py").write_text(HUBCONF.replace("WEIGHTS", str(file)))
+    monkeypatch.setattr("torch.hub.urlopen", fail)
+    return planted
+
+
+@pytest.mark.parametrize("entry", ["bare_resnet18", "main:whole_resnet18"])
+def test_a_network_of_torch_hub(planted_repository: dict[str, torch.Tensor], tmp_path: Path, entry: str) -> None:
+    small_data.write_images(tmp_path / "images", {"train": 4, "val": 2}, size=16)
+    settings = {"dataset": tmp_path / "images", "method": "frozen", "image_size": 32}
+    name = f"torchhub:acme/models:{entry}"
+    with pytest.raises(UsageError, match=r"runs Python code of github\.com/acme/models.*--trust_remote_code runs it"):
+        hftl.finetune("image-classification", model=name, **settings, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run = hftl.finetune(
+        "image-classification", model=name, **settings, trust_remote_code=True, output_dir=tmp_path / "run"
+    )
+    head = backbones.structure(run.model).trained_head
+    for key, value in run.model.state_dict().items():
+        if not backbones.is_below_any(key, head):
+            assert torch.equal(value, planted_repository[key.removeprefix("timm_model.")]), key
+    assert f"`{name}`" in (run.folder / "README.md").read_text() or name in (run.folder / "recipe.yaml").read_text()
+    again = hftl.finetune("image-classification", model=name, **settings, output_dir=tmp_path / "again")  # kept
+    assert again.metrics["validation"]["loss"] == pytest.approx(run.metrics["validation"]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("acme/models", "write torchhub:OWNER/REPOSITORY:ENTRY"),
+        ("acme/models:mystery", "timm has no architecture that 'mystery' names"),
+        ("acme/models:other_resnet18", "timm's resnet18 has 100 of its 182 tensors: it is another"),
+        ("acme/models:shifted_resnet18", "gives other features with the same weights"),
+        ("acme/models:broken_resnet18", "its code does not run here (KeyError: 'no such file')"),
+        ("acme/models:number_resnet18", "is no network, but int"),
+        ("acme/models:none_resnet18", "Cannot find callable none_resnet18"),
+        ("acme/others:a_resnet18", "no internet"),
+    ],
+)
+def test_what_torch_hub_cannot_give(
+    planted_repository: dict[str, torch.Tensor], tmp_path: Path, name: str, said: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        pretrained.check_model_name(f"torchhub:{name}", trust_remote_code=True)
+    assert said in str(caught.value)
+    assert not list(tmp_path.glob("hftl/torchhub*"))

@@ -75,7 +75,7 @@ class ClassificationTask:
         folder.check_output_folder(self.arguments)
         self.problem.check(self.arguments)
         methods.check_method(self.arguments)
-        pretrained.check_model_name(self.arguments.model_name_or_path)
+        pretrained.check_model_name(self.arguments.model_name_or_path, self.arguments.trust_remote_code)
         if self.arguments.weights is not None:
             weights.check_file(self.arguments.weights, self.arguments.allow_pickle)
         self._extra_metrics  # noqa: B018 - a metric that cannot be loaded is an error now, not after training

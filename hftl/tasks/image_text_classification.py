@@ -106,7 +106,7 @@ class ImageTextClassification(ClassificationTask):
             value: float = getattr(arguments, name)
             if not 0 <= value <= most:
                 raise UsageError(f"--{name} {value:g} is a part: it must lie between 0 and {most:g}.")
-        pretrained.check_model_name(arguments.model_name_or_path)
+        pretrained.check_model_name(arguments.model_name_or_path, arguments.trust_remote_code)
         if self._is_joined():
             for name in (*_OF_THE_HEAD, "image_size", "max_length"):
                 if self._is_set(name):
