@@ -18,7 +18,7 @@ from hftl.problems import SingleLabel
 
 if TYPE_CHECKING:
     from hftl.data import Splits
-    from hftl.tasks.classification import ClassificationTask
+    from hftl.problems import Problem
 
 
 #: rows whose answers are held at once: with thousands of classes those of all take gigabytes
@@ -51,17 +51,17 @@ class Answers:
         return rows[np.argsort(-self.probabilities[rows].max(axis=1), kind="stable")]
 
 
-def write_answers(path: Path, task: ClassificationTask, splits: Splits, split: str, logits: Any, labels: Any) -> None:
+def write_answers(path: Path, problem: Problem, splits: Splits, split: str, logits: Any, labels: Any) -> None:
     """A line for each row of a split: its id, what it is, what the model says, and the probability of every class."""
     rows: Any = splits.test if split == "test" else splits.validation
     rows = rows.select_columns([name for name in ("id", "text") if name in rows.column_names])
-    problem, names, logits = task.problem, splits.label_names, np.asarray(logits)
+    names, logits = splits.label_names, np.asarray(logits)
     with folder.replacing(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(map(as_cell, ["id", "label", *problem.answer_columns(names)]))
         for start in range(0, len(rows), _AT_ONCE):
             part = slice(start, start + _AT_ONCE)
-            answers = task.answers(rows.select(range(len(rows))[part]).to_list(), logits[part])
+            answers = problem.answers(rows.select(range(len(rows))[part]).to_list(), logits[part], names)
             for answer, label in zip(answers, labels[part], strict=True):
                 said, *numbers = answer.cells()
                 writer.writerow([*map(as_cell, (answer.id, problem.label_cell(label, names), said)), *numbers])

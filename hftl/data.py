@@ -32,7 +32,7 @@ from hftl.modality import FILES, TEXT, Modality, is_missing
 from hftl.problems import LabelCells, Problem, SingleLabel
 from hftl.sources import file_key, source_of
 from hftl.tables import TABLE_SUFFIXES, decoded, read_columns
-from hftl.words import CONLL_SUFFIXES, as_words, joined, lines, read_conll, split_words
+from hftl.words import CONLL_SUFFIXES, as_words, is_tagged, joined, lines, read_conll, split_words
 
 SPLIT_ROLES = {
     "train": "train",
@@ -59,6 +59,8 @@ LABEL_COLUMNS = [
 ]
 # fmt: on
 
+#: roles whose column several others may stand for, and the argument that names these
+JOINED = {"label": "label_columns", "choices": "choice_columns"}
 CHOICES_COLUMNS = ("choices", "endings", "options", "answers", "candidates", "alternatives", "solutions")
 
 PathType = TypeVar("PathType", str, Path)
@@ -288,12 +290,17 @@ def load_inputs(
     if not os.path.exists(place):
         raise _not_there(str(path))
     tables = _tables_of(modality) - {".txt"}
-    if place.suffix.lower() in tables and place.is_file():
+    is_table = place.suffix.lower() in tables or (
+        modality.has_words and place.suffix.lower() == ".txt" and is_tagged(place)
+    )
+    if is_table and place.is_file():
         rows = _with_joined_choices(_read_table(place, modality.has_words), _option(others, "choice_columns"))
         asked = _like_training(rows, given, known, others)
         columns, _ = _resolve_columns(rows, asked, modality, labelled=False, known=True)
         _require_same_pair(rows, columns, known)
         return _with_others(_canonical(rows, columns, None, modality), rows, others, strict=False)
+    if modality.has_choices:
+        raise _not_a_table(place, modality)
     if place.is_dir():
         return datasets.Dataset.from_list(list(iter_folder(place, modality, follow_links)))
     if not modality.is_text:
@@ -307,6 +314,10 @@ def load_inputs(
     if not texts:
         raise UsageError(f"{path} has no text in it")
     return datasets.Dataset.from_list([{"id": number, "text": as_text(line, modality)} for number, line in texts])
+
+
+def _not_a_table(place: Path, modality: Modality) -> UsageError:
+    return UsageError(f"{place}: {modality.plural} stand in a table ({_suffixes(_tables_of(modality))})")
 
 
 def as_text(text: str, modality: Modality) -> str:
@@ -330,6 +341,8 @@ def iter_folder(path: str | os.PathLike, modality: Modality, follow_links: bool 
     """
     place = Path(os.path.expanduser(path))
     root = _root(place, follow_links)
+    if modality.has_choices:
+        raise _not_a_table(place, modality)
     if not modality.is_text:
         start = os.path.abspath(place)
         found = _walk_files(place, modality, Counter(), root)
@@ -800,7 +813,7 @@ def _resolve_columns(
     names = _column_names(rows.data)
     wanted = [*input_roles(modality), "label"] if labelled else input_roles(modality)
     columns = {role: name for role in wanted if (name := _option(arguments, f"{role}_column"))}
-    for role, several in (("label", "label_columns"), ("choices", "choice_columns")):
+    for role, several in JOINED.items():
         if role in wanted and (joint := _option(arguments, several)):
             columns[role] = _joined_name(joint)
     for role, name in columns.items():
@@ -994,15 +1007,34 @@ def _with_joined_choices(rows: _Rows, names: list[str] | None) -> _Rows:
     Raises:
         UsageError: there is no such column.
     """
-    there = _column_names(rows.data)
-    for name in names or ():
-        if name not in there:
-            near = did_you_mean(name, there)
-            raise UsageError(f"--choice_columns {name!r}: {rows.origin} has no such column.{near} {_listed(there)}")
     if not names:
         return rows
-    lists = [list(map(str, row)) for row in zip(*(rows.data[name][:] for name in names), strict=True)]
-    data = {name: rows.data[name][:] for name in there if name not in names} | {_joined_name(names): lists}
+    _require_named(rows, names, "--choice_columns")
+    lists = [list(row) for row in zip(*(rows.data[name][:] for name in names), strict=True)]
+    return _joined_rows(rows, names, lists)
+
+
+def _require_named(rows: _Rows, names: Sequence[str], flag: str) -> None:
+    """Refuse names that are no columns.
+
+    Raises:
+        UsageError: as said.
+    """
+    there = _column_names(rows.data)
+    for name in names:
+        if name not in there:
+            near = did_you_mean(name, there)
+            raise UsageError(f"{flag} {name!r}: {rows.origin} has no such column.{near} {_listed(there)}")
+
+
+def _joined_rows(rows: _Rows, names: Sequence[str], lists: list[list[Any]]) -> _Rows:
+    """The rows with one column of lists in the place of some columns."""
+    joined_name = _joined_name(names)
+    if isinstance(rows.data, datasets.Dataset):
+        kind = datasets.Sequence(datasets.Value("string"))
+        data: Any = rows.data.remove_columns(list(names)).add_column(joined_name, lists, feature=kind)
+    else:
+        data = {name: values for name, values in rows.data.items() if name not in names} | {joined_name: lists}
     return replace(rows, data=data)
 
 
@@ -1028,22 +1060,12 @@ def _with_joined_labels(rows: _Rows, names: list[str] | None) -> _Rows:
     Raises:
         UsageError: there is no such column, or a cell says neither.
     """
-    there = _column_names(rows.data)
     if not names:
         return rows
-    for name in names:
-        if name not in there:
-            near = did_you_mean(name, there)
-            raise UsageError(f"--label_columns {name!r}: {rows.origin} has no such column.{near} {_listed(there)}")
+    _require_named(rows, names, "--label_columns")
     said = [[_says(value, name, rows, row) for row, value in enumerate(rows.data[name][:])] for name in names]
     lists = [[name for name, has in zip(names, row, strict=True) if has] for row in zip(*said, strict=True)]
-    joined = _joined_name(names)
-    if isinstance(rows.data, datasets.Dataset):
-        kind = datasets.Sequence(datasets.Value("string"))
-        data: Any = rows.data.remove_columns(list(names)).add_column(joined, lists, feature=kind)
-    else:
-        data = {name: values for name, values in rows.data.items() if name not in names} | {joined: lists}
-    return replace(rows, data=data, label_columns=list(names))
+    return replace(_joined_rows(rows, names, lists), label_columns=list(names))
 
 
 def _joined_name(names: Sequence[str]) -> str:
@@ -1076,7 +1098,7 @@ def _canonical(rows: _Rows, columns: dict[str, str], labels: np.ndarray | None, 
         column = columns[modality.name]
         if isinstance(rows.data, datasets.Dataset) and not _holds_paths(rows, column):
             embedded = _canonical_embedded(rows, column, labels, modality)
-            texts = _texts(rows, columns["text"], modality, labels is not None) if "text" in columns else None
+            texts = _texts(rows, columns["text"], modality) if "text" in columns else None
             return embedded if texts is None else embedded.add_column("text", texts)
         if isinstance(rows.data, datasets.Dataset) and rows.folder is None:
             raise UsageError(
@@ -1087,7 +1109,7 @@ def _canonical(rows: _Rows, columns: dict[str, str], labels: np.ndarray | None, 
         data[modality.name] = [_absolute(value, rows.folder) for value in rows.data[column][:]]
     for role in ("text", "text_pair"):
         if role in columns:
-            features[role], data[role] = string, _texts(rows, columns[role], modality, labels is not None)
+            features[role], data[role] = string, _texts(rows, columns[role], modality)
     if "choices" in columns:
         features["choices"] = datasets.Sequence(string)
         data["choices"] = _choices(rows, columns["choices"])
@@ -1178,11 +1200,11 @@ def _absolute(value: Any, folder: Path | None) -> str:
     return os.path.abspath(os.path.join(folder or "", os.path.expanduser(str(value).strip())))
 
 
-def _texts(rows: _Rows, column: str, modality: Modality, labelled: bool) -> list[str]:
+def _texts(rows: _Rows, column: str, modality: Modality) -> list[str]:
     values = rows.data[column][:]
     if modality.has_words:
         try:
-            return [joined(as_words(value, plain=not labelled)) for value in values]
+            return [joined(as_words(value)) for value in values]
         except ValueError as error:
             raise UsageError(f"{rows.origin}: the column {column!r} holds {error}, not lists of words") from error
     strange = next((value for value in values if isinstance(value, (list, dict, bytes))), None)

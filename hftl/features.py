@@ -294,7 +294,9 @@ class KeptDataset(Dataset[dict[str, Any]]):
         """
         if self.shards.settings["ragged"]:
             labels = [torch.tensor(own) for own in self.labels]
-            tokens = [values[own >= 0] for values, own in zip(self.tokens(), labels, strict=True)]
+            pairs = zip(self.places[0], labels, strict=True)
+            tokens = [self.shards.read(place)[own >= 0] for place, own in pairs]
+            self.shards.release()
             return torch.cat(tokens), torch.cat([own[own >= 0] for own in labels])
         places = self.places.reshape(-1, 3)
         first = self.shards.read(places[0])

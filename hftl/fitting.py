@@ -131,7 +131,7 @@ def score_on_test(task_class: type[ClassificationTask], splits: Splits, argument
     if splits.test is not None:
         logits, labels = run.logits(splits.test), labels_of(splits.test)
         scores = scores_of(run.task, run.task.loss(splits), logits, labels)
-        write_answers(path / PREDICTIONS, run.task, splits, "test", logits, labels)
+        write_answers(path / PREDICTIONS, run.task.problem, splits, "test", logits, labels)
         run.metrics["test"] = scores
         if run.probe is not None:
             plain = Run(path, run.task, run.model)  # whose own head answers

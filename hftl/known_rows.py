@@ -126,7 +126,7 @@ def _ensure_answers(known: KnownRows) -> None:
             f"its accuracy on them is {found:.4f}, and was {scored:.4f}."
         )
     with folder.explained_disk_errors(run.folder):
-        write_answers(path, run.task, splits, run.scored_split, logits, labels)
+        write_answers(path, run.task.problem, splits, run.scored_split, logits, labels)
 
 
 def _shown(known: KnownRows, answers: Answers, order: list[int]) -> list[Shown]:

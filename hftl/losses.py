@@ -124,7 +124,9 @@ class WordLoss:
         `num_items_in_batch` is the number of words.
         """
         own = labels != -100
-        return self.inner({**outputs, "logits": outputs["logits"][own]}, labels[own], num_items_in_batch)
+        words = own.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        # Rows without a word may make a whole step.
+        return self.inner({**outputs, "logits": outputs["logits"][own]}, labels[own], words.clamp(min=1))
 
 
 class BinaryCrossEntropyLoss(RowLoss):

@@ -181,7 +181,12 @@ def tag_metrics(
         predictions: as many for each.
         entities: whether tags say where something begins and ends: precision, recall and F1 are then those of whole
             entities, as the conlleval script of CoNLL-2000 and seqeval count them. Else of tags; F1 is their mean.
+
+    Raises:
+        UsageError: no row has a word.
     """
+    if not any(labels):
+        raise UsageError("None of the rows has a word: there is nothing to score.")
     right = [label == said for row in zip(labels, predictions, strict=True) for label, said in zip(*row, strict=True)]
     scores = {"accuracy": float(np.mean(right))}
     if not entities:

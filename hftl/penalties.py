@@ -75,6 +75,7 @@ def _distance(values: torch.Tensor, start: torch.Tensor, mask: torch.Tensor | No
     # Channels come last in tokens and in Swin's maps, whose two sides stand before; else first.
     last = squares.ndim != 4 or (squares.shape[1] == squares.shape[2] != squares.shape[3])
     squares = squares.sum(dim=-1 if last else 1).flatten(start_dim=1)
+    mask = None if mask is None else mask.flatten(end_dim=-2)  # of rows with several choices each choice is one
     if mask is None or mask.shape != squares.shape:
         return squares.mean()
     return ((squares * mask).sum(dim=1) / mask.sum(dim=1)).mean()

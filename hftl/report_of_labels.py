@@ -177,7 +177,7 @@ def _scored(run: Finished, there: dict[str, int]) -> list[dict[str, Any]]:
 def _of_tags(run: Finished, rows: Sequence[Sequence[str]], shared: bool) -> dict[str, Any]:
     """Scores of each kind of entity or tag, and rows in which most is wrong."""
     pairs = [tuple(from_cell(cell).split(" ") if cell else [] for cell in row[1:3]) for row in rows]
-    words = [from_cell(row[4]).split(" ") for row in rows]
+    words = [json.loads(row[4]) for row in rows]
     if OUTSIDE in run.label_names:  # what the model has not read counts as such
         pairs = [(label, [OUTSIDE if tag == UNREAD else tag for tag in said]) for label, said in pairs]
     if any(len(label) != len(said) for label, said in pairs):

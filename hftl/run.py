@@ -289,7 +289,7 @@ class Run(Finished):
             kept, logits = self._logits(rows, batch_size, skip_bad_files)
         finally:
             self.task.says_cut = said
-        return self.task.answers([rows[index] for index in kept], logits)
+        return self.task.problem.answers([rows[index] for index in kept], logits, self.label_names)
 
     def evaluate(
         self,
@@ -324,7 +324,7 @@ class Run(Finished):
             dataset_config_name=dataset_config_name,
             max_eval_samples=None,
             skip_bad_files=skip_bad_files,
-            label_columns=None if "label" in columns else self.task.arguments.label_columns,
+            **{name: None for role, name in data.JOINED.items() if role in columns and role in roles},
             **{f"{role}_column": columns.get(role) for role in roles},
         )
         known = {role: getattr(self.task.arguments, f"{role}_column", None) for role in roles}

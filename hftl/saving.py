@@ -53,7 +53,7 @@ def write_run(
         shutil.copytree(probe, partial / PROBE)
     folder.write_text(partial / RECIPE, yaml.safe_dump(to_recipe(arguments), sort_keys=False, allow_unicode=True))
     split = folder.scored_split(results)
-    write_answers(partial / PREDICTIONS, task, splits, split, *results[split][:2])
+    write_answers(partial / PREDICTIONS, task.problem, splits, split, *results[split][:2])
     metrics = {
         "train": {
             "seconds": sum(record["seconds"] for record in records),

@@ -201,8 +201,14 @@ class TransferTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Rows, or words, of a step: Trainer counts numbers in labels that are not -100; a row may have several."""
-        counted = [{"labels": batch["labels"].new_zeros(self.items(batch["labels"]))} for batch in batch_samples]
-        return super()._get_num_items_in_batch(counted, device)
+
+        def total(count: Callable[[torch.Tensor], int]) -> Any:
+            counted = [{"labels": batch["labels"].new_zeros(count(batch["labels"]))} for batch in batch_samples]
+            return super(TransferTrainer, self)._get_num_items_in_batch(counted, device)
+
+        if self.stage.penalty is not None:  # whose mean is over rows, whatever the loss counts
+            self.rows_in_step = total(len)
+        return total(self.items)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -228,7 +234,7 @@ class TransferTrainer(Trainer):
             penalty = self.stage.penalty(self.stage, bare, batch, {**outputs, **seen})
         if num_items_in_batch is not None:  # as the loss: a part of the step's rows, times what DDP divides by
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            penalty = penalty * (processes * self.items(batch["labels"]) / num_items_in_batch)
+            penalty = penalty * (processes * len(batch["labels"]) / self.rows_in_step)
         loss = loss + self.stage.penalty_weight * penalty
         return (loss, outputs) if return_outputs else loss
 

@@ -32,7 +32,7 @@ from hftl.averaging import (
 )
 from hftl.callbacks import EveryFewEpochs, LogFile, ReadableProgress, StopSignals, TimeLimit
 from hftl.compute import of_all_processes, wait_for_all
-from hftl.data import Splits
+from hftl.data import JOINED, Splits
 from hftl.errors import Diverged, UsageError, without_worker
 from hftl.feature_map import keep_features_of
 from hftl.features import KeptFeatures, check_wishes, keep_features, mostly_frozen
@@ -226,8 +226,7 @@ def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tr
     if arguments.head_epochs is not None:
         arguments.head_epochs = stages[0].epochs
     for role, column in splits.columns.items():
-        several = getattr(arguments, {"label": "label_columns", "choices": "choice_columns"}.get(role, ""), None)
-        if hasattr(arguments, f"{role}_column") and not several:
+        if hasattr(arguments, f"{role}_column") and not getattr(arguments, JOINED.get(role, ""), None):
             setattr(arguments, f"{role}_column", column)
     return stages
 
@@ -560,7 +559,8 @@ def _parameters(trainer: TransferTrainer) -> dict[str, Any]:
 
 def scores_of(task: ClassificationTask, loss: Any, logits: Any, labels: Any) -> dict[str, float]:
     """The task's scores and the loss of a whole split."""
-    value = loss({"logits": torch.from_numpy(logits)}, torch.from_numpy(labels))
+    comparable = map(torch.from_numpy, task.problem.comparable(logits, labels))
+    value = loss({"logits": next(comparable)}, next(comparable))
     return {"loss": float(value), **task.score(logits, labels)}
 
 

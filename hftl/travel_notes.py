@@ -64,8 +64,8 @@ In {L} the streets are steep , as {P} found .
 def travel_notes() -> dict[str, datasets.Dataset]:
     """1,000 made sentences about journeys, with names of people, places and companies tagged (IOB2).
 
-    No name occurs in two splits, and no pattern of a sentence of test in another. Names of every list are in the others
-    (Florence flies to Austin, Austin flies to Florence), so that what stands around a name has to tell.
+    No name of a kind occurs in two splits, and no pattern of a sentence of test in another. Some names are of several
+    kinds (Florence flies to Austin, Austin flies to Florence), so that what stands around a name has to tell.
     """
     import datasets
     import numpy as np

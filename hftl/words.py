@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,22 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
-def as_words(cell: Any, plain: bool) -> list[str]:
-    """The words in the cell of a table: a list, one written as JSON, or a text.
-
-    Args:
-        cell: as said; None is no words.
-        plain: whether a text is split as one that nobody has split, else at white space.
+def as_words(cell: Any) -> list[str]:
+    """The words in the cell of a table: a list, one written as JSON, or a text with spaces between words.
 
     Raises:
         ValueError: it is nothing of the kind.
     """
-    if isinstance(cell, str) and cell.lstrip().startswith("[") and cell.rstrip().endswith('"]'):
+    if isinstance(cell, str) and re.fullmatch(r'\s*\[(.*")?\s*\]\s*', cell, re.DOTALL):
         cell = json.loads(cell)
     if isinstance(cell, str):
-        return split_words(cell) if plain else cell.split()
+        return cell.split()
     if cell is None:
         return []
     if not isinstance(cell, list | tuple) or any(isinstance(word, list | tuple | dict) for word in cell):
         raise ValueError(f"{type(cell).__name__} values")
+    if any(word is None for word in cell):
+        raise ValueError("a list with an empty place (null)")
     return [" ".join(str(word).split("\n")) or " " for word in cell]
 
 
@@ -62,19 +60,26 @@ def read_conll(path: Path) -> dict[str, list[list[str]]]:
     fields have their own names.
 
     Raises:
-        UsageError: a line has another number of fields than the first, or no tag.
+        UsageError: a line has another number of fields than the first, or no tag; or there are none.
     """
     is_universal = path.suffix.lower() == ".conllu"
+    numbered = [(number, line.strip("\r \ufeff")) for number, line in enumerate(decoded(path).split("\n"), start=1)]
+    said = [line for _, line in numbered if line.strip() and not line.startswith(("#", "-DOCSTART-"))]
+    separator = r"\t" if is_universal or (said and all("\t" in line for line in said)) else r"[ \t]+"
+    fields_of = functools.partial(re.split, separator)
+    tags = {fields_of(line)[-1] for line in said}
+    width = len(fields_of(said[0])) if said else 0
     sentences: list[list[list[str]]] = [[]]
-    width = 0
-    for number, line in enumerate(decoded(path).splitlines(), start=1):
-        fields = line.split("\t") if is_universal else line.split()
+    for number, line in numbered:
+        fields = fields_of(line)
+        is_word = len(fields) == width and fields[-1] in tags and not is_universal
         if not line.strip():
             sentences.append([])
-        elif _is_comment(fields, width, at_start=not sentences[-1]) or (is_universal and not fields[0].isdigit()):
-            continue  # what is no number in CoNLL-U is a word written as one of two, or one that is not written
+        elif (line.startswith("#") and not sentences[-1] and not is_word) or fields[0] == "-DOCSTART-":
+            continue
+        elif is_universal and not fields[0].isdigit():
+            continue  # a word written as one of two, or one that is not written
         else:
-            width = width or len(fields)
             if len(fields) != width or width < 2:
                 raise UsageError(
                     f"{path}: line {number} has {len(fields)} field{'s' * (len(fields) != 1)}, and "
@@ -86,16 +91,10 @@ def read_conll(path: Path) -> dict[str, list[list[str]]]:
     if not found:
         raise UsageError(f"{path} has no words in it")
     names = _CONLLU if is_universal else ("tokens", *(f"column_{place}" for place in range(2, width)), "tags")
-    return {name: list(_column(found, place)) for place, name in enumerate(names[:width])}
+    return {name: [[fields[place] for fields in one] for one in found] for place, name in enumerate(names[:width])}
 
 
-def _is_comment(fields: list[str], width: int, at_start: bool) -> bool:
-    """Whether a line says something about what follows: `# …` before a sentence, or -DOCSTART-."""
-    about = at_start and fields[0].startswith("#") and len(fields) > 1
-    tagged = re.match(r"([BIESLUM]-.|O$)", fields[-1]) or (width == len(fields) and fields[-1].isupper())
-    return fields[0] == "-DOCSTART-" or bool(about and not tagged) or (at_start and fields[0] == "#" and not width)
-
-
-def _column(sentences: list[list[list[str]]], place: int) -> Iterator[list[str]]:
-    for sentence in sentences:
-        yield [fields[place] for fields in sentence]
+def is_tagged(path: Path) -> bool:
+    """Whether each line of a text file ends in a tag of an entity, or of none, as those of the CoNLL kind do."""
+    said = [line for line in decoded(path).split("\n") if line.strip() and not line.startswith(("#", "-DOCSTART-"))]
+    return bool(said) and all(re.search(r"\S[ \t]+([BIESLUM]-\S+|O)\s*$", line) for line in said)

@@ -126,6 +126,11 @@ def test_choices_may_stand_in_columns_of_their_own(place: Path, tmp_path: Path) 
     given = run.predict([{"text": row["question"], "choices": row["choices"]} for row in expected])
     read = run.predict(tmp_path / "data" / "test.csv")
     assert [entry.label for entry in given] == [entry.label for entry in read]
+    table = (place / "data" / "test.jsonl").read_text().replace('"choices"', '"mine"')
+    (tmp_path / "mine.jsonl").write_text(table)
+    columns = {"choices": "mine", "text": "question"}
+    assert [one.label for one in run.predict(tmp_path / "mine.jsonl", **columns)] == [one.label for one in given]
+    assert run.evaluate(str(tmp_path / "mine.jsonl"), **columns)["accuracy"] == run.metrics["test"]["accuracy"]
     accuracy = run.evaluate(str(tmp_path / "data"))["accuracy"]
     assert accuracy == pytest.approx(run.metrics["test"]["accuracy"])
     again = ["train", "multiple-choice", f"--config={run.folder / 'recipe.yaml'}", f"--output_dir={tmp_path / 'again'}"]
@@ -150,11 +155,44 @@ def test_choices_that_are_none_are_refused(
     assert said in refused([*command, f"--output_dir={tmp_path / 'run'}"], capsys)
 
 
-def test_a_label_that_is_no_choice_is_named(tmp_path: Path) -> None:
-    lines = [json.dumps({"question": "q", "choices": ["a", "b"], "label": label}) for label in ("a", "b", "c")]
+@pytest.mark.parametrize(
+    ("choices", "labels", "said"),
+    [
+        (["x", "y"], ("x", "y", "z"), r"'z' in the column 'label' is none of the row's choices \(row counting"),
+        (["x", "x"], ("x", "x", "x"), "'x' in the column 'label' is several of the row's choices"),
+        (["x", "y", "z"], ("A", "1", "B"), "'A' in the column 'label' is none"),
+        (["x", "y", "z"], (0, 1, 3), "'0' in the column 'label' is none"),
+        (["x", "y", "z"], (0, -1, 2), "'0' in the column 'label' is none"),
+        (["1", "2", "3"], ("2", "1", "0"), "'2' in the column 'label' may be the place of a choice or the choice '2'"),
+        (["x", "y"], ("A", None, "B"), "1 of 3 rows have no label"),
+        (["x", None], ("A", "A", "B"), "is no list of choices"),
+    ],
+)
+def test_a_label_that_is_no_choice_is_named(tmp_path: Path, choices: Any, labels: Any, said: str) -> None:
+    lines = [json.dumps({"question": "q", "choices": choices, "label": label}) for label in labels]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    with pytest.raises(UsageError, match=r"'c' in the column 'label' is none of the row's choices \(row counting"):
+    with pytest.raises(UsageError, match=said):
         splits_of(tmp_path / "a.jsonl")
+
+
+def test_another_number_of_choices_is_refused(place: Path, run: hftl.Run, tmp_path: Path) -> None:
+    for split, choices in (("train", ["a", "b", "c"]), ("test", ["a", "b"])):
+        line = json.dumps({"question": "q", "choices": choices, "label": "A"})
+        other = json.dumps({"question": "p", "choices": choices, "label": "B"})
+        (tmp_path / f"{split}.jsonl").write_text("\n".join([line, other] * 4))
+    with pytest.raises(UsageError, match="its rows have 2 choices, and 3 are chosen from"):
+        splits_of(tmp_path)
+    with pytest.raises(UsageError, match="its rows have 2 choices, and 3 are chosen from"):
+        run.evaluate(str(tmp_path))
+    with pytest.raises(UsageError, match="its rows have 2 choices, and the model chooses one of 3"):
+        run.predict(tmp_path / "test.jsonl")
+    (tmp_path / "a.txt").write_text("what?")
+    for source in (tmp_path / "a.txt", tmp_path):
+        with pytest.raises(UsageError, match="questions stand in a table"):
+            run.predict(source)
+    for wrong in (3, "what?", [{"text": "a", "choices": "abc"}], {"choices": ["a", "b", "c"]}, [["a", "b", "c"]]):
+        with pytest.raises(UsageError, match="The model chooses one of 3"):
+            run.predict(wrong)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +211,11 @@ def test_what_does_not_go_with_choices_is_refused(
 ) -> None:
     command = ["train", "multiple-choice", f"--model={place / 'bert'}", f"--dataset={place / 'data'}"]
     assert said in refused([*command, *flags, f"--output_dir={tmp_path / 'run'}"], capsys)
+
+
+def test_rows_are_counted_that_were_cut(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(place, tmp_path / "run", "--max_steps=1", "--max_length=9")
+    assert "40 of 40 training texts are longer than 9 tokens" in capsys.readouterr().out
 
 
 def test_a_decoder_is_no_model_for_choices(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,6 +245,8 @@ def test_the_report_and_the_card(run: hftl.Run) -> None:
     assert "AutoModelForMultipleChoice.from_pretrained" in card
     lines = card.partition("```python\n")[2].partition("```")[0].replace('"run"', repr(str(run.folder)))
     exec(lines, {})  # as a reader runs it
+    assert "a guess is right in 0.33" in card
+    assert "macro F1" not in card
     with pytest.raises(UsageError, match="The model chooses one of 3"):
         run.predict([{"text": "a", "choices": ["b"]}])
 

@@ -125,6 +125,15 @@ def test_bss_shrinks_the_smallest_singular_value_of_what_the_output_layer_reads(
     assert any(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.parameters())
 
 
+def test_padding_of_choices_does_not_count() -> None:
+    torch.manual_seed(0)
+    values, start = torch.randn(6, 4, 8), torch.randn(6, 4, 8)
+    mask = torch.ones(2, 3, 4)
+    mask[..., 2:] = 0
+    found = penalties._distance(values, start, mask)
+    assert found == pytest.approx(float((values - start)[:, :2].square().sum(dim=2).mean()))
+
+
 def test_bss_without_one_vector_a_row() -> None:
     model = calm("gpt2")
     with pytest.raises(UsageError, match="does not read one vector a row"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,14 @@ import torch
 from refusal import refused
 from safetensors.torch import load_file
 from seqeval.metrics import f1_score
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModel, AutoModelForTokenClassification, GPT2TokenizerFast, pipeline
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModel,
+    AutoModelForTokenClassification,
+    GPT2TokenizerFast,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 import hftl
 from hftl import backbones, cli, data, words
@@ -100,7 +107,7 @@ def check(place: Path, run: hftl.Run) -> None:
     rows, scores = answers_of(run), run.metrics["test"]
     expected = split_of(place, "test")
     assert [row["label"].split() for row in rows] == expected["tags"]
-    assert [row["words"].split() for row in rows] == expected["tokens"]
+    assert [json.loads(row["words"]) for row in rows] == expected["tokens"]
     said = [row["prediction"].split() for row in rows]
     right = [one == other for row in zip(said, expected["tags"], strict=True) for one, other in zip(*row, strict=True)]
     assert scores["accuracy"] == pytest.approx(np.mean(right))
@@ -183,13 +190,15 @@ def test_the_loss_is_the_mean_over_words_however_a_batch_is_cut() -> None:
     assert sum(parts) == pytest.approx(float(whole))
 
 
-def test_portions_of_a_step_count_words(place: Path, tmp_path: Path) -> None:
+def test_a_step_is_the_mean_over_its_words(place: Path, tmp_path: Path) -> None:
     norms = []
     for size, portions in ((8, 1), (2, 4)):
         flags = [f"--per_device_train_batch_size={size}", f"--gradient_accumulation_steps={portions}"]
         train(place, tmp_path / str(size), "--max_steps=2", "--logging_steps=1", "--method=norm", *flags)
         lines = (tmp_path / str(size) / "logs" / "log.jsonl").read_text().splitlines()
         norms.append([json.loads(line)["grad_norm"] for line in lines if "grad_norm" in line])
+        first = next(json.loads(line)["loss"] for line in lines if '"loss"' in line)
+        assert first == pytest.approx(np.log(5), rel=0.1)  # before anything is learned; over rows it would be ten times
     # Dropout draws anew for each portion: a factor would be four.
     assert norms[0] == pytest.approx(norms[1], rel=0.3)
 
@@ -224,6 +233,47 @@ def test_words_of_a_byte_level_tokenizer_keep_their_spaces(place: Path, tmp_path
     given = tokenizer([["the", "film"]], is_split_into_words=True).input_ids[0]
     assert given == tokenizer("the film").input_ids
     assert len(given) == len(" the film")
+
+
+def test_a_tokenizer_that_pads_on_the_left_changes_nothing(place: Path, run: hftl.Run, tmp_path: Path) -> None:
+    shutil.copytree(run.folder, tmp_path / "left")
+    path = tmp_path / "left" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "padding_side": "left"}))
+    left, rows = hftl.load_run(tmp_path / "left"), split_of(place, "test")["tokens"]
+    assert [one.tags for one in left.predict(rows)] == [one.tags for one in run.predict(rows)]
+
+
+def test_a_tokenizer_that_glues_words_is_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alphabet = {character: number for number, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE({**alphabet, "<end>": len(alphabet)}, []))
+    whole = pre_tokenizers.Split(Regex(r"\s?\w+"), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([whole, level])
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(tmp_path / "m")
+    AutoModel.from_pretrained(place / "bert").save_pretrained(tmp_path / "m")
+    command = ["train", "token-classification", f"--model={tmp_path / 'm'}", f"--dataset={place / 'conll'}"]
+    assert "makes other tokens of words that are given one by one" in refused(command, capsys)
+
+
+def test_rows_without_words_may_make_a_step(place: Path, tmp_path: Path) -> None:
+    rows = [{"tokens": ["the", "oslo"], "tags": ["O", "B-LOC"]}, {"tokens": [], "tags": []}] * 5
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--per_device_train_batch_size=1", "--validation_fraction=0.3", "--num_train_epochs=1"]
+    run = train(place, tmp_path / "run", *flags, dataset=str(tmp_path / "a.jsonl"))
+    assert np.isfinite(run.metrics["validation"]["loss"])
+    with pytest.raises(UsageError, match="None of the rows has a word"):
+        tag_metrics([[]], [[]], entities=True)
+
+
+def test_trials_are_scored_on_test_by_word(place: Path, tmp_path: Path) -> None:
+    """As `hftl tune` does it; the longest rows are cut, or left out."""
+    command = [f"--model={place / 'bert'}", f"--dataset={place / 'conll'}", *QUICK, "--max_length=12"]
+    command += ["--max_eval_samples=5", "--search", "learning_rate=log(1e-3,1e-2)", "--trials=1"]
+    cli.main(["tune", "token-classification", *command, f"--output_dir={tmp_path / 'run'}"])
+    run = hftl.load_run(tmp_path / "run")
+    assert 0 < run.metrics["test"]["loss"] < 10
 
 
 def test_parts_of_speech_are_scored_by_word(place: Path, tmp_path: Path) -> None:
@@ -337,6 +387,7 @@ def test_conll_files_may_have_comments_and_other_columns(tmp_path: Path) -> None
         ({"tokens": ["a"], "tags": ["B LOC"]}, "the tag 'B LOC' has a space in it"),
         ({"tokens": ["a"], "tags": 3}, "'3' in the column 'tags' is no list of tags (row counting from 0: 2)"),
         ({"tokens": ["a"], "tags": None}, "1 of 3 rows have no label"),
+        ({"tokens": ["a", None], "tags": ["O", "O"]}, "holds a list with an empty place (null), not lists of words"),
         ({"tokens": {"a": 1}, "tags": ["O"]}, "the column 'tokens' holds dict values, not lists of words"),
     ],
 )
@@ -362,6 +413,19 @@ def test_a_line_without_a_tag_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.conll").write_text("EU B-ORG\nrejects\n")
     with pytest.raises(UsageError, match="line 2 has 1 field, and the first line has 2"):
         words.read_conll(tmp_path / "a.conll")
+
+
+def test_a_hash_may_be_a_word_and_odd_spaces_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "a.conll"
+    path.write_bytes(
+        "\ufeff#Brexit n\r\nis v\r\n\r\n10\u00a0000 n\r\n# n \r\n\r\n# about what follows\r\nx\u2028y v\r\n".encode()
+    )
+    assert words.read_conll(path) == {
+        "tokens": [["#Brexit", "is"], ["10\u00a0000", "#"], ["x\u2028y"]],
+        "tags": [["n", "v"], ["n", "n"], ["v"]],
+    }
+    path.write_text("New York\tB-LOC\nis\tO\n")
+    assert words.read_conll(path)["tokens"] == [["New York", "is"]]
 
 
 def test_every_kind_has_the_tags_of_all(tmp_path: Path) -> None:
@@ -390,7 +454,7 @@ def test_built_in_notes_share_no_name() -> None:
     parts = travel_notes()
     names = parts["train"].features["ner_tags"].feature.names
 
-    def found(split: str) -> set[tuple[str, str]]:
+    def found(split: str) -> set[tuple[str, str]]:  # kind and name
         rows = zip(parts[split]["tokens"][:], parts[split]["ner_tags"][:], strict=True)
         return {
             (kind, " ".join(tokens[start : end + 1]))
@@ -401,6 +465,7 @@ def test_built_in_notes_share_no_name() -> None:
     assert {name: len(part) for name, part in parts.items()} == {"train": 600, "validation": 150, "test": 250}
     assert not found("train") & found("test")
     assert not found("train") & found("validation")
+    assert not found("validation") & found("test")
     both = {text for kind, text in found("test") if kind == "PER"} & {
         text for kind, text in found("test") if kind == "LOC"
     }
@@ -411,29 +476,34 @@ def test_built_in_notes_share_no_name() -> None:
 
 
 def test_texts_are_split_as_people_read_them(run: hftl.Run) -> None:
+    assert run.predict([["a\nb", ""]])[0].words == ["a b", " "]
     (prediction,) = run.predict("Don't go to New-York, U.S. (yet)!")
     assert prediction.words == ["Don't", "go", "to", "New-York", ",", "U.S", ".", "(", "yet", ")", "!"]
     first, second = run.predict(["the film", ["the film", "was"]])
     assert (first.words, second.words) == (["the", "film"], ["the film", "was"])
     assert run.predict("")[0].tags == []
-    with pytest.raises(UsageError, match="give a text, a list of texts, or a list of lists of words"):
-        run.predict([3])
+    for wrong in (3, [3], None):
+        with pytest.raises(UsageError, match="give a text, a list of texts, or a list of lists of words"):
+            run.predict(wrong)
 
 
 def test_predict_writes_tags_and_entities(
     place: Path, run: hftl.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "lines.txt").write_text("the film in oslo\n=a day\n")
+    (tmp_path / "lines.txt").write_text("the film, in oslo\n=a day\n")
     for source in (tmp_path / "lines.txt", place / "conll" / "test.txt"):
         cli.main(["predict", str(run.folder), str(source), f"--output={tmp_path / 'out.csv'}"])
         with (tmp_path / "out.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         assert list(rows[0]) == ["id", "prediction", "least_probability", "words", "entities"]
         if source.stem == "lines":
-            assert [row["words"] for row in rows] == ["the film in oslo", "'= a day"]
-        assert all(len(row["prediction"].split()) == len(row["words"].split()) for row in rows[:1])
+            found = [json.loads(row["words"]) for row in rows]
+            assert found == [["the", "film", ",", "in", "oslo"], ["=", "a", "day"]]
+        else:
+            assert [json.loads(row["words"]) for row in rows] == split_of(place, "test")["tokens"]
+        assert all(len(row["prediction"].split()) == len(json.loads(row["words"])) for row in rows)
     cli.main(["predict", str(run.folder), "the film in oslo"])
-    assert "the film in oslo" in capsys.readouterr().out
+    assert '""film"", ""in"", ""oslo""' in capsys.readouterr().out
 
 
 def test_the_report_shows_entities_and_shares_no_row(run: hftl.Run) -> None:
@@ -442,7 +512,7 @@ def test_the_report_shows_entities_and_shares_no_row(run: hftl.Run) -> None:
     assert "(LOC)" in page or run.metrics["test"]["f1"] == 1
     assert "accuracy of words" in shared
     assert "(LOC)" not in shared
-    assert all(row["words"] not in shared for row in answers_of(run))
+    assert all(" ".join(json.loads(row["words"])) not in shared for row in answers_of(run))
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,8 @@ class Problem:
 
     #: as `problem_type` in a configuration of transformers
     name: ClassVar[str]
-    #: the same, None where transformers has no such name
-    transformers_name: ClassVar[str | None]
+    #: whether that is so; transformers has no name for some
+    in_transformers: ClassVar[bool] = True
     #: what messages call it
     words: ClassVar[str]
     #: how a part of the rows is drawn, in words
@@ -99,12 +99,6 @@ class Problem:
     head: ClassVar[str] = "logistic"
     #: whether a row has one class of several
     is_one_of_several: ClassVar[bool] = False
-
-    def __init_subclass__(cls) -> None:
-        """Those of transformers have its names."""
-        super().__init_subclass__()
-        if "transformers_name" not in vars(cls):
-            cls.transformers_name = cls.name
 
     def check(self, arguments: TransferArguments) -> None:
         """Refuse settings that do not go with it.
@@ -237,8 +231,14 @@ class Problem:
         """Whether an answer may be another one where each logit is off by `rounding`, shape (rows,)."""
         raise NotImplementedError
 
-    def answers(self, ids: Sequence[str], logits: npt.NDArray[Any], names: Sequence[str]) -> list[Any]:
-        """What a person gets of each row."""
+    def comparable(
+        self, logits: npt.NDArray[Any], labels: npt.NDArray[Any]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Logits and labels of a whole split as a loss takes them."""
+        return logits, labels
+
+    def answers(self, rows: Sequence[Mapping[str, Any]], logits: npt.NDArray[Any], names: Sequence[str]) -> list[Any]:
+        """What a person gets of each row; of the rows their `id`, and `text` where there is one, are needed."""
         raise NotImplementedError
 
     def answer_columns(self, names: Sequence[str]) -> list[str]:

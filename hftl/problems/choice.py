@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from hftl.errors import UsageError
+from hftl.metrics import share_interval
 from hftl.problems.base import LabelCells
-from hftl.problems.single_label import SingleLabel, label_name
+from hftl.problems.single_label import SingleLabel
 
 if TYPE_CHECKING:
     from hftl.arguments import TransferArguments
@@ -18,9 +22,11 @@ class Choice(SingleLabel):
     """One of the choices that a row brings; a class is a place among them, named as the data name it."""
 
     name = "multiple_choice"
-    transformers_name = None
+    in_transformers = False
     words = "rows with choices of their own"
     losses = ("cross_entropy", "focal")
+    headline = (("accuracy", "accuracy"),)
+    hub_metrics = (("accuracy", "Accuracy", "accuracy"),)
     is_one_of_several = False
 
     def check(self, arguments: TransferArguments) -> None:
@@ -29,32 +35,87 @@ class Choice(SingleLabel):
         if arguments.class_weights != "none":
             raise UsageError(f"--class_weights weighs classes, and {self.words} have none. Leave it out.")
 
+    def look_at(self, cells: LabelCells) -> list[str]:
+        """How the labels name a choice."""
+        if cells.declared is not None:
+            return []
+        naming = _naming({name for name in super().read(cells) if name is not None}, cells)
+        return [f"labels: {'the choices themselves' if naming is None else f'{naming[0]} is the first choice'}"]
+
     def read(self, cells: LabelCells) -> list[str | None]:
-        """The name of the right choice: its number from 0 or 1, its letter, or the choice itself."""
+        """The name of the right choice: its number from 0 or 1, its letter, or the choice itself.
+
+        Raises:
+            UsageError: a label is none of these, or may be two of them.
+        """
         found = super().read(cells)
         if cells.declared is not None:
             return found
-        places = _namings(cells)
-        if all(name is None or any(name in names for names in places) for name in found):
-            return found
-        return [self._place(value, cells, row) for row, value in enumerate(cells.values)]
+        naming = _naming({name for name in found if name is not None}, cells)
+        if naming is None:
+            return [self._place(name, cells, row) for row, name in enumerate(found)]
+        for row, name in enumerate(found):
+            own = [choice.strip() for choice in cells.choices[row]]
+            if name in own and own.index(name) != naming.index(name):
+                raise UsageError(
+                    f"{cells.origin}: {name!r} in the column {cells.column!r} may be the place of a choice or the "
+                    f"choice {name!r} itself ({cells.places([row])}): name the right choices by letters"
+                )
+        return found
 
-    def _place(self, value: object, cells: LabelCells, row: int) -> str | None:
+    def _place(self, name: str | None, cells: LabelCells, row: int) -> str | None:
         """The number of the choice that a label repeats."""
-        name, own = label_name(value, cells), [choice.strip() for choice in cells.choices[row]]
+        own = [choice.strip() for choice in cells.choices[row]]
         if name is not None and own.count(name) != 1:
+            there = "several" if name in own else "none"
             raise UsageError(
-                f"{cells.origin}: {name[:80]!r} in the column {cells.column!r} is none of the row's choices "
-                f"({cells.places([row])}): give its number, its letter, or the choice itself"
+                f"{cells.origin}: {name[:80]!r} in the column {cells.column!r} is {there} of the row's choices "
+                f"({cells.places([row])}): give in all rows the number, the letter, or the choice itself"
             )
         return None if name is None else str(own.index(name))
 
     def names(self, found: Sequence[str | None], cells: LabelCells) -> list[str]:
         """As many names as a row has choices, of the kind that the labels are."""
-        given = {name for name in found if name is not None}
         if cells.declared is not None:
             return cells.declared
-        return next(names for names in _namings(cells) if given <= set(names))
+        naming = _naming({name for name in found if name is not None}, cells)
+        assert naming is not None  # `read` gives no others
+        return naming
+
+    def encode(self, found: Sequence[Any], names: Sequence[str], cells: LabelCells) -> npt.NDArray[np.int64]:
+        """Places, shape (rows,).
+
+        Raises:
+            UsageError: rows have another number of choices than there are names.
+        """
+        count = len(cells.choices[0])
+        if count != len(names):
+            raise UsageError(f"{cells.origin}: its rows have {count} choices, and {len(names)} are chosen from.")
+        return super().encode(found, names, cells)
+
+    def notes(self, train: npt.NDArray[np.int64], names: Sequence[str]) -> list[str]:
+        """Nothing: which place is how frequent is of no meaning."""
+        return []
+
+    def default_metric(self, labels: npt.NDArray[np.int64], names: Sequence[str]) -> str:
+        """Accuracy."""
+        return "accuracy"
+
+    def limits(
+        self, scores: Mapping[str, float], rows: int, split: str, labels: npt.NDArray[Any], names: Sequence[str]
+    ) -> list[str]:
+        """The interval of the accuracy."""
+        low, high = share_interval(round(scores["accuracy"] * rows), rows)
+        said = f"Accuracy on {rows:,} rows of {split}: with 95 % confidence between {low:.3f} and {high:.3f}."
+        return [
+            said,
+            f"Whatever it is given, it answers with one of the choices; a guess is right in {1 / len(names):.2f}.",
+        ]
+
+
+def _naming(given: set[str], cells: LabelCells) -> list[str] | None:
+    """The first way of naming choices that has all the names; None where there is none."""
+    return next((names for names in _namings(cells) if given <= set(names)), None)
 
 
 def _namings(cells: LabelCells) -> list[list[str]]:

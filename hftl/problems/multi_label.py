@@ -220,15 +220,17 @@ class MultiLabel(Problem):
         thresholds = torch.from_numpy(self.thresholds).to(logits).clamp(1e-6, 1 - 1e-6).logit()
         return ~((logits - thresholds).abs() >= rounding).all(dim=1)
 
-    def answers(self, ids: Sequence[str], logits: npt.NDArray[Any], names: Sequence[str]) -> list[LabelsPrediction]:
+    def answers(
+        self, rows: Sequence[Mapping[str, Any]], logits: npt.NDArray[Any], names: Sequence[str]
+    ) -> list[LabelsPrediction]:
         """The labels of each row, and the probabilities of all."""
         return [
             LabelsPrediction(
-                row_id,
+                row["id"],
                 [name for name, there in zip(names, values >= self.thresholds, strict=True) if there],
                 dict(zip(names, map(float, values), strict=True)),
             )
-            for row_id, values in zip(ids, sigmoid(logits), strict=True)
+            for row, values in zip(rows, sigmoid(logits), strict=True)
         ]
 
     def label_cell(self, label: Any, names: Sequence[str]) -> str:

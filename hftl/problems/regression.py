@@ -247,9 +247,11 @@ class Regression(Problem):
 
         return torch.ones(len(logits), dtype=torch.bool)
 
-    def answers(self, ids: Sequence[str], logits: npt.NDArray[Any], names: Sequence[str]) -> list[ValuePrediction]:
+    def answers(
+        self, rows: Sequence[Mapping[str, Any]], logits: npt.NDArray[Any], names: Sequence[str]
+    ) -> list[ValuePrediction]:
         """The number of each row."""
-        return [ValuePrediction(row_id, float(value)) for row_id, (value,) in zip(ids, logits, strict=True)]
+        return [ValuePrediction(row["id"], float(value)) for row, (value,) in zip(rows, logits, strict=True)]
 
     def answer_columns(self, names: Sequence[str]) -> list[str]:
         """The number alone."""

@@ -52,8 +52,11 @@ class SingleLabel(Problem):
     words = "rows of one class each"
     share = "the same share of each class"
     metric_names = SINGLE_LABEL_METRICS
-    headline = (("accuracy", "accuracy"), ("f1_macro", "macro F1"))
-    hub_metrics = (("accuracy", "Accuracy", "accuracy"), ("f1", "Macro F1", "f1_macro"))
+    headline: ClassVar[tuple[tuple[str, str], ...]] = (("accuracy", "accuracy"), ("f1_macro", "macro F1"))
+    hub_metrics: ClassVar[tuple[tuple[str, str, str], ...]] = (
+        ("accuracy", "Accuracy", "accuracy"),
+        ("f1", "Macro F1", "f1_macro"),
+    )
     losses: ClassVar[tuple[str, ...]] = ("cross_entropy", "focal", "logit_adjusted")
     activation = ".softmax(-1)"
     is_one_of_several = True
@@ -136,16 +139,18 @@ class SingleLabel(Problem):
         best = logits.topk(2, dim=1).values
         return ~(best[:, 0] - best[:, 1] >= rounding)  # what is no number is not far away
 
-    def answers(self, ids: Sequence[str], logits: npt.NDArray[Any], names: Sequence[str]) -> list[Prediction]:
+    def answers(
+        self, rows: Sequence[Mapping[str, Any]], logits: npt.NDArray[Any], names: Sequence[str]
+    ) -> list[Prediction]:
         """The most probable class, and the probabilities of all."""
         return [
             Prediction(
-                id=row_id,
+                id=row["id"],
                 label=names[int(values.argmax())],
                 probability=float(values.max()),
                 probabilities=dict(zip(names, map(float, values), strict=True)),
             )
-            for row_id, values in zip(ids, softmax(logits) if len(ids) else (), strict=True)
+            for row, values in zip(rows, softmax(logits) if len(rows) else (), strict=True)
         ]
 
     def label_cell(self, label: Any, names: Sequence[str]) -> str:

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hftl.errors import UsageError
-from hftl.inert import as_cell
 from hftl.metrics import TAG_METRICS, softmax, tag_metrics
 from hftl.problems.base import LabelCells, Problem, class_notes
 from hftl.problems.multi_label import MultiLabel
 from hftl.problems.single_label import check_known, few_rows, in_order, label_name
+from hftl.words import lines
 
 if TYPE_CHECKING:
     import torch
@@ -81,8 +81,7 @@ class TagsPrediction:
         return [
             " ".join(self.tags),
             f"{least:.6f}",
-            as_cell(" ".join(self.words)),
-            json.dumps(found, ensure_ascii=False),
+            *(json.dumps(value, ensure_ascii=False) for value in (self.words, found)),
         ]
 
 
@@ -90,7 +89,7 @@ class WordTags(Problem):
     """A tag for every word of a row; labels of shape (rows, words), `NO_WORD` behind the last word of each."""
 
     name = "token_classification"
-    transformers_name = None
+    in_transformers = False
     words = "tags of words"
     share = "drawn by the rarest tag of each"
     metric_names = TAG_METRICS
@@ -208,16 +207,16 @@ class WordTags(Problem):
         """How long the rows are, kinds that are rare, and entities that begin as none should."""
         lengths = (train >= 0).sum(axis=1)
         unit = "entities" if is_entities(names) else "words"
-        lines = [f"words a row in train: {lengths.mean():.1f} on average, {lengths.max()} at most; counted: {unit}"]
+        said = [f"words a row in train: {lengths.mean():.1f} on average, {lengths.max()} at most; counted: {unit}"]
         inside = {number for number, name in enumerate(names) if name[:2] in ("I-", "M-", "E-", "L-")}
         if any(name.startswith("B-") for name in names) and is_entities(names):
             kinds = np.array([*(name.partition("-")[2] for name in names), ""])  # the last one is that of no word
             own = kinds[np.where(train < 0, len(names), train)]
             previous = np.concatenate([np.full((len(train), 1), ""), own[:, :-1]], axis=1)
             odd = int((np.isin(train, list(inside)) & (own != previous)).sum())
-            lines += [f"tags: {odd} entities begin with another tag than B-; they count all the same"] if odd else []
+            said += [f"tags: {odd} entities begin with another tag than B-; they count all the same"] if odd else []
         counts = self.classes(train, names)
-        return [*lines, *class_notes(list(counts.values()), list(counts))]
+        return [*said, *class_notes(list(counts.values()), list(counts))]
 
     def loss(self, arguments: TransferArguments, labels: npt.NDArray[np.int64], names: Sequence[str]) -> Loss:
         """Cross entropy of the words, or what was asked for."""
@@ -260,17 +259,24 @@ class WordTags(Problem):
         best = logits.topk(2, dim=-1).values
         return ~(best[..., 0] - best[..., 1] >= rounding).all(dim=1)
 
+    def comparable(
+        self, logits: npt.NDArray[Any], labels: npt.NDArray[Any]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Logits as wide as the labels; of words that were not read no labels."""
+        width = labels.shape[1]
+        found = np.full((*labels.shape, logits.shape[2]), np.nan, dtype=logits.dtype)
+        found[:, : logits.shape[1]] = logits[:, :width]
+        unread = np.isnan(found[..., 0])
+        return np.nan_to_num(found), np.where(unread, NO_WORD, labels)
+
     def answers(
-        self,
-        ids: Sequence[str],
-        logits: npt.NDArray[Any],
-        names: Sequence[str],
-        words: Sequence[list[str]] = (),
+        self, rows: Sequence[Mapping[str, Any]], logits: npt.NDArray[Any], names: Sequence[str]
     ) -> list[TagsPrediction]:
         """The tag of each word, and the entities that they make."""
+        words = [lines(row["text"]) for row in rows]
         return [
-            self._answer(row_id, own, values[: len(own)], names)
-            for row_id, own, values in zip(ids, words, logits, strict=True)
+            self._answer(row["id"], own, values[: len(own)], names)
+            for row, own, values in zip(rows, words, logits, strict=True)
         ]
 
     def _answer(self, row_id: str, words: list[str], logits: npt.NDArray[Any], names: Sequence[str]) -> TagsPrediction:
@@ -286,7 +292,7 @@ class WordTags(Problem):
         return TagsPrediction(row_id, words, tags, best.tolist(), entities)
 
     def answer_columns(self, names: Sequence[str]) -> list[str]:
-        """The tags, with spaces between them; how sure the model is of the least sure one; words; entities as JSON."""
+        """The tags, with spaces between them; the probability of the least sure one; words and entities as JSON."""
         return ["prediction", "least_probability", "words", "entities"]
 
     def label_cell(self, label: Any, names: Sequence[str]) -> str:
@@ -329,7 +335,7 @@ def as_seqeval(tags: Sequence[str]) -> list[str]:
 
 def _presence(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """1 where a row has a tag, shape (rows, tags)."""
-    there = np.zeros((len(labels), int(labels.max()) + 1), dtype=np.float32)
+    there = np.zeros((len(labels), max(int(labels.max()), 0) + 1), dtype=np.float32)
     rows, places = np.nonzero(labels >= 0)
     there[rows, labels[rows, places]] = 1
     return there

@@ -93,7 +93,7 @@ class ClassificationTask:
         self.label_names, self.problem = splits.label_names, splits.problem
         set_seed(self.arguments.seed)  # before the head is drawn
         model = self.load_model(splits)
-        model.config.problem_type = self.problem.transformers_name
+        model.config.problem_type = self.problem.name if self.problem.in_transformers else None
         if self.arguments.weights is not None:
             weights.fill(model, self.arguments.weights)
         self.problem.prepare(model, splits.train_labels, self.arguments.keep_head)
@@ -129,10 +129,6 @@ class ClassificationTask:
             rows: their numbers in it.
         """
         return logits
-
-    def answers(self, rows: Sequence[Mapping[str, Any]], logits: np.ndarray[Any, Any]) -> list[Any]:
-        """What a person gets of each row; of a row the id is needed, and its text where there is one."""
-        return self.problem.answers([row["id"] for row in rows], logits, self.label_names)
 
     def best_metric(self, splits: Splits) -> tuple[str, bool]:
         """The score that chooses the best checkpoint, and whether more of it is better.

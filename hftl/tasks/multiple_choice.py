@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import AutoModelForMultipleChoice, DataCollatorWithPadding
@@ -81,23 +82,34 @@ class MultipleChoice(TextClassification):
 
     def read_inputs(self, inputs: Any, columns: Mapping[str, str] | None = None) -> Any:
         """`{"text": …, "choices": […]}`, a list of such, or the path of a table (as `pathlib.Path`)."""
+        count, columns = len(self.label_names), columns or {}
         if isinstance(inputs, Path):
-            arguments = self.arguments
-            known = {"text": arguments.text_column, "choices": arguments.choices_column}
-            follows = arguments.follow_links
-            return data.load_inputs(str(inputs), self.modality, columns or {}, known, follows, arguments)
-        values = [inputs] if isinstance(inputs, Mapping) else list(inputs)
-        count = len(self.label_names)
-        if not all(isinstance(value, Mapping) and len(value.get("choices", ())) == count for value in values):
+            known = {"text": self.arguments.text_column, "choices": self.arguments.choices_column}
+            others = None if "choices" in columns else self.arguments
+            rows = data.load_inputs(str(inputs), self.modality, columns, known, others=others)
+            if len(rows[0]["choices"]) != count:
+                found = len(rows[0]["choices"])
+                raise UsageError(f"{inputs}: its rows have {found} choices, and the model chooses one of {count}.")
+            return rows
+        values = [inputs] if isinstance(inputs, Mapping) else inputs
+        if not isinstance(values, list | tuple) or not all(_fits(value, count) for value in values):
             raise UsageError(f'The model chooses one of {count}: give {{"text": …, "choices": [{count} texts]}}.')
         return [
-            {"id": str(number), "text": value.get("text", ""), "choices": list(value["choices"])}
+            {"id": str(number), "text": value["text"], "choices": list(value["choices"])}
             for number, value in enumerate(values)
         ]
 
     def _trial(self, texts: list[str]) -> dict[str, torch.Tensor]:
         """With one choice."""
         return {name: values[:, None] for name, values in super()._trial(texts).items()}
+
+
+def _fits(value: Any, count: int) -> bool:
+    """Whether a value is a text with so many choices."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("choices"), list | tuple):
+        return False
+    texts = [value.get("text"), *value["choices"]]
+    return len(texts) == count + 1 and all(isinstance(text, str) for text in texts)
 
 
 class ChoiceDataset(TextDataset):
@@ -112,9 +124,9 @@ class ChoiceDataset(TextDataset):
         """What the tokenizer makes of some rows with each of their choices."""
         pairs = [(row["text"], choice) for row in chunk for choice in row["choices"]]
         texts, choices = (list(part) for part in zip(*pairs, strict=True))
-        each = iter(self._counted(self.tokenizer(texts, choices, truncation=True)))
-        found = []
-        for row in chunk:
-            own = [next(each) for _ in row["choices"]]
-            found.append({name: [one[name] for one in own] for name in own[0]})
-        return found
+        encoded = self.tokenizer(texts, choices, truncation=True)
+        ends = np.cumsum([len(row["choices"]) for row in chunk]).tolist()
+        parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        is_cut = self._is_cut(encoded)
+        self.cut += sum(any(is_cut[part]) for part in parts)
+        return [{name: values[part] for name, values in encoded.items()} for part in parts]

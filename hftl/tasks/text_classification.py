@@ -300,13 +300,14 @@ class TextDataset(Dataset[dict[str, Any]]):
 
     def _counted(self, encoded: Any) -> list[dict[str, Any]]:
         """Rows of what the tokenizer gave; those that it cut are counted."""
-        limit, all_ids = self.tokenizer.model_max_length, encoded["input_ids"]
-        self.cut += (
-            sum(bool(entry.overflowing) for entry in encoded.encodings)
-            if encoded.encodings
-            else sum(len(ids) == limit for ids in all_ids)
-        )
-        return [{name: values[row] for name, values in encoded.items()} for row in range(len(all_ids))]
+        self.cut += sum(self._is_cut(encoded))
+        return [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
+
+    def _is_cut(self, encoded: Any) -> list[bool]:
+        """Of each of the texts that the tokenizer got whether it was too long."""
+        if encoded.encodings:
+            return [bool(entry.overflowing) for entry in encoded.encodings]
+        return [len(ids) == self.tokenizer.model_max_length for ids in encoded["input_ids"]]
 
     def _labels(self, label: Any, row: int, tokens: int) -> Any:
         """What is learned of a row with this label."""

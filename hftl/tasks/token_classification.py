@@ -18,11 +18,10 @@ from hftl.data import Splits, labels_of
 from hftl.errors import UsageError
 from hftl.examples import Shown
 from hftl.modality import WORDS
-from hftl.problems import TagsPrediction, WordTags
 from hftl.problems.base import Result
 from hftl.problems.word_tags import NO_WORD, is_entities
 from hftl.tasks.text_classification import TextClassification, TextDataset, masking_token
-from hftl.words import joined, lines, split_words
+from hftl.words import as_words, joined, lines, split_words
 
 _USAGE = """from transformers import pipeline
 find = pipeline("token-classification", {title}{how})
@@ -41,7 +40,6 @@ class TokenClassification(TextClassification):
     explains = False
     auto_class = AutoModelForTokenClassification
     arguments_class = TokenArguments  # which has what texts of one label have, as constants
-    problem: WordTags
 
     def load_processor(self, source: str | Path) -> None:
         """Set the tokenizer of a checkpoint, one that splits words as it splits them in a text.
@@ -58,6 +56,12 @@ class TokenClassification(TextClassification):
         if not _keeps_spaces(self.processor):  # GPT-2 and RoBERTa would read "a b" as "ab"
             options = pretrained.hub_options(self.arguments, source)
             self.processor = AutoTokenizer.from_pretrained(source, add_prefix_space=True, **options)
+            if not _keeps_spaces(self.processor):
+                raise UsageError(
+                    f"--model {str(source)!r}: its tokenizer ({type(self.processor).__name__}) makes other tokens of "
+                    "words that are given one by one than of the same words in a text: choose another model."
+                )
+        self.processor.padding_side = "right"  # logits are found by the places of tokens from the left
 
     def dataset(self, rows: Any, training: bool) -> Dataset[dict[str, Any]]:
         """Words as tokens; how many rows were cut is said."""
@@ -94,11 +98,6 @@ class TokenClassification(TextClassification):
             by_word[split] = (logits, labels, {"loss": scores["loss"], **self.score(logits, labels)})
         return by_word
 
-    def answers(self, rows: Sequence[Mapping[str, Any]], logits: np.ndarray[Any, Any]) -> list[TagsPrediction]:
-        """The tag of each word, and the entities that they make."""
-        words = [lines(row["text"]) for row in rows]
-        return self.problem.answers([row["id"] for row in rows], logits, self.label_names, words)
-
     def shown(self, row: Mapping[str, Any], model: Any = None, label: int = 0) -> Shown:
         """The words."""
         return Shown(texts=[[(" ".join(lines(row["text"])), 0.0)]])
@@ -112,11 +111,11 @@ class TokenClassification(TextClassification):
         """A text, a list of texts or of lists of words, or the path of a file of them (as `pathlib.Path`)."""
         if isinstance(inputs, Path):
             return super().read_inputs(inputs, columns)
-        values = [inputs] if isinstance(inputs, str) else list(inputs)
-        if not all(isinstance(value, str) or _is_words(value) for value in values):
+        values = [inputs] if isinstance(inputs, str) else inputs
+        if not isinstance(values, list | tuple) or not all(isinstance(one, str) or _is_words(one) for one in values):
             raise UsageError("The model tags words: give a text, a list of texts, or a list of lists of words.")
         return [
-            {"id": str(number), "text": joined(split_words(value) if isinstance(value, str) else list(value))}
+            {"id": str(number), "text": joined(split_words(value) if isinstance(value, str) else as_words(value))}
             for number, value in enumerate(values)
         ]
 
