@@ -26,6 +26,8 @@ from hftl.run import load_run, load_saved
 
 QUICK = ["--report_to=none", "--precision=fp32", "--dataloader_num_workers=0", "--per_device_train_batch_size=4"]
 IMAGES, VIDEOS = ["image-classification", "--dataset=images"], ["video-classification", "--dataset=videos"]
+#: nothing is evaluated or written in the course of a training; the last weights are its result
+UNCHOSEN = ["--eval_strategy=no", "--save_strategy=no", "--load_best_model_at_end=false"]
 TEXTS = ["text-classification", "--dataset=texts"]
 #: every task, one of them with two routes
 TASKS = {
@@ -166,7 +168,7 @@ def logits_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def flags_of(words: list[str], method: str) -> list[str]:
     flags = [*words[1:], f"--method={method}", "--save_only_model", *QUICK]
-    flags += [] if method in ("frozen", "auto") else ["--num_train_epochs=1"]
+    flags += [] if method in ("frozen", "auto") else ["--num_train_epochs=1", *UNCHOSEN]
     flags += ["--head_epochs=1"] if method in ("lp_ft", "surgical") else []
     flags += ["--peft_type=LOKR"] if method == "peft" else []
     flags += ["--unfreeze_blocks=1"] if method == "partial" else []
