@@ -237,7 +237,7 @@ def _predict(argv: list[str]) -> None:
         default="auto",
         help="auto: that of the training where this machine is made for it, with the labels of fp32",
     )
-    _add_columns(parser, "text", "text_pair", "image", "audio", "video")
+    _add_columns(parser, "text", "text_pair", "choices", "image", "audio", "video")
     _add_trust(parser)
     options = parser.parse_args(argv)
     _check_output(options.output, options.input)
@@ -247,13 +247,15 @@ def _predict(argv: list[str]) -> None:
         from hftl.predictions import write_predictions
         from hftl.run import load_run
         from hftl.tables import TABLE_SUFFIXES
+        from hftl.words import CONLL_SUFFIXES
 
     _choose_device()
     run = load_run(options.run, trust_remote_code=options.trust_remote_code)
     run.task.arguments.follow_links |= options.follow_links
     if options.precision == "fp32":
         run.precision = options.precision
-    looks_like_path = Path(options.input).suffix.lower() in {".txt", *TABLE_SUFFIXES} or _IS_PATH.match(options.input)
+    of_texts = {*TABLE_SUFFIXES, *CONLL_SUFFIXES}
+    looks_like_path = Path(options.input).suffix.lower() in of_texts or _IS_PATH.match(options.input)
     is_file = not run.task.modality.is_text or looks_like_path or os.path.exists(options.input)
     source = Path(options.input) if is_file else options.input
     output = None if options.output is None else Path(options.output)
@@ -293,7 +295,7 @@ def _evaluate(argv: list[str]) -> None:
     parser.add_argument("--skip_bad_files", action="store_true", help="as for hftl train")
     parser.add_argument("--follow_links", action="store_true", help="as for hftl train")
     parser.add_argument("--batch_size", type=_positive, help="rows through the model at once (default: what is fast)")
-    _add_columns(parser, "label", "text", "text_pair", "image", "audio", "video")
+    _add_columns(parser, "label", "text", "text_pair", "choices", "image", "audio", "video")
     _add_trust(parser)
     options = parser.parse_args(argv)
     with quick_imports():
@@ -328,7 +330,10 @@ def _add_columns(parser: argparse.ArgumentParser, *roles: str) -> None:
 
 def _columns(options: argparse.Namespace, run: Run) -> dict[str, str]:
     """The columns that were named, by role."""
-    named = {role: getattr(options, role, None) for role in ("label", "text", "text_pair", "image", "audio", "video")}
+    named = {
+        role: getattr(options, role, None)
+        for role in ("label", "text", "text_pair", "choices", "image", "audio", "video")
+    }
     for role, name in named.items():
         if name is not None and not hasattr(run.task.arguments, f"{role}_column"):
             raise UsageError(f"--{role}_column does not belong to the task {run.task.name} of this run.")

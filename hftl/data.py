@@ -294,7 +294,9 @@ def load_inputs(
         modality.has_words and place.suffix.lower() == ".txt" and is_tagged(place)
     )
     if is_table and place.is_file():
-        rows = _with_joined_choices(_read_table(place, modality.has_words), _option(others, "choice_columns"))
+        rows = _with_joined_choices(
+            _read_table(place, modality.has_words, tagged=False), _option(others, "choice_columns")
+        )
         asked = _like_training(rows, given, known, others)
         columns, _ = _resolve_columns(rows, asked, modality, labelled=False, known=True)
         _require_same_pair(rows, columns, known)
@@ -619,6 +621,11 @@ def _take_validation(
     if not 0 < fraction < 1:
         raise UsageError(f"--validation_fraction {fraction}: it must lie between 0 and 1")
     labels = problem.strata(labels_of(train))
+    if len(labels) == 1:
+        raise UsageError(
+            "train has a single row, and no validation part can be taken of it: add rows or a validation split (in "
+            "CoNLL files an empty line ends a row)"
+        )
     # A class that validation does not have would not count in choosing the best checkpoint.
     count = max(len(np.unique(labels)) if problem.is_one_of_several else 1, round(len(labels) * fraction))
     taken = stratified_part(labels, count, seed, leave_one=True)
@@ -785,9 +792,9 @@ def _read_tables(shards: list[Path], has_words: bool) -> _Rows:
     return _Rows(origin, data, [str(row) for row in range(sum(len(part.ids) for part in parts))], parts[0].folder)
 
 
-def _read_table(path: Path, has_words: bool) -> _Rows:
+def _read_table(path: Path, has_words: bool, tagged: bool = True) -> _Rows:
     is_conll = has_words and path.suffix.lower() in CONLL_SUFFIXES
-    data: Any = read_conll(path) if is_conll else read_columns(path)
+    data: Any = read_conll(path, tagged) if is_conll else read_columns(path)
     count = len(data) if isinstance(data, datasets.Dataset) else len(next(iter(data.values()), []))
     if not count:
         raise UsageError(f"{path} has no rows")
@@ -850,7 +857,7 @@ def _resolve_columns(
         needed = []
     for role in needed:
         if role not in columns:
-            several = ", or --choice_columns NAME NAME …" if role == "choices" else ""
+            several = ", or --choice_columns NAME NAME …" if role == "choices" and not known else ""
             raise UsageError(
                 f"{rows.origin}: which column is the {role}? Say --{role}_column NAME{several}. {_listed(names)}"
             )
@@ -964,10 +971,11 @@ def _label_cells(rows: _Rows, columns: Mapping[str, str]) -> LabelCells:
     """The column of the labels, as its problem reads it."""
     column = columns["label"]
     choices = _choices(rows, columns["choices"]) if "choices" in columns else []
+    values = _by_own_names(rows, columns) if choices else rows.data[column][:]
     feature = _feature(rows, column)
     kind = getattr(feature, "feature", feature)  # of a list, else of the column
     declared = list(kind.names) if isinstance(kind, datasets.ClassLabel) else rows.label_columns
-    return LabelCells(rows.origin, column, rows.data[column][:], declared, rows.ids, rows.class_folders, choices)
+    return LabelCells(rows.origin, column, values, declared, rows.ids, rows.class_folders, choices)
 
 
 def _choices(rows: _Rows, column: str) -> list[list[str]]:
@@ -992,13 +1000,35 @@ def _choices(rows: _Rows, column: str) -> list[list[str]]:
     counts = Counter(map(len, found))
     usual = counts.most_common(1)[0][0]
     other = next((row for row, own in enumerate(found) if len(own) != usual), None)
-    if other is not None or usual < 2:
-        count = usual if other is None else len(found[other])
+    if other is not None:
         raise UsageError(
-            f"{rows.origin}: a row has {count} choice{'s' * (count != 1)} (row {rows.ids[other or 0]}), and most have "
-            f"{usual}: give each row equally many, two or more"
+            f"{rows.origin}: row {rows.ids[other]} has {len(found[other])} choices, and most have {usual}: give each "
+            "row equally many"
         )
+    if usual < 2:
+        raise UsageError(f"{rows.origin}: there is nothing to choose from: give each row two choices or more")
     return found
+
+
+def _by_own_names(rows: _Rows, columns: Mapping[str, str]) -> list[Any]:
+    """The labels of rows whose choices bring names of their own (ARC's A to D, 1 to 4), as numbers from 0.
+
+    Raises:
+        UsageError: a label is none of the row's names.
+    """
+    values = rows.data[columns["label"]][:]
+    cells = rows.data[columns["choices"]][:] if "choices" in columns else []
+    if not all(isinstance(cell, dict) and isinstance(cell.get("label"), list) for cell in cells):
+        return values
+    names = [[str(name) for name in cell["label"]] for cell in cells]
+    if all(own == names[0] for own in names) and names[0] == sorted(names[0]):
+        return values  # places, named in order
+    for row, (value, own) in enumerate(zip(values, names, strict=True)):
+        if value is not None and str(value) not in own:
+            raise UsageError(
+                f"{rows.origin}: {value!r} is none of the names of its choices (row {rows.ids[row]}): mend it"
+            )
+    return [None if value is None else own.index(str(value)) for value, own in zip(values, names, strict=True)]
 
 
 def _with_joined_choices(rows: _Rows, names: list[str] | None) -> _Rows:

@@ -723,13 +723,13 @@ def keep_features(
     return KeptFeatures(task, stage, source, kept, time.perf_counter() - started)
 
 
-def _insists(arguments: TransferArguments, fits_head: bool) -> list[tuple[str, str]]:
+def _insists(arguments: TransferArguments, fits_head: bool) -> list[tuple[str, Any]]:
     """Flags, with their values, that allow nothing but kept features; some mean a stage of the head alone."""
-    flags = (
-        {**wished(arguments), "feature_cache": "on", "head_solver": "lbfgs"} if fits_head else {"feature_cache": "on"}
-    )
+    flags: dict[str, Any] = {"feature_cache": "on", "feature_views": max(2, arguments.feature_views)}
+    if fits_head:
+        flags = {**wished(arguments), **flags, "head_solver": "lbfgs"}
     if fits_head and arguments.head not in (None, "logistic"):
-        flags = {"head": str(arguments.head), **flags}
+        flags = {"head": arguments.head, **flags}
     return [(flag, value) for flag, value in flags.items() if getattr(arguments, flag) == value]
 
 

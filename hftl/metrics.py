@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -172,15 +172,18 @@ def regression_metrics(predictions: npt.NDArray[Any], labels: npt.NDArray[Any]) 
 
 
 def tag_metrics(
-    labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]], entities: bool
+    labels: Sequence[Sequence[str]],
+    predictions: Sequence[Sequence[str]],
+    reads: Callable[[Sequence[str]], list[str]] | None,
 ) -> dict[str, float]:
     """Every score of one split; those of entities are left out where there are none, found or to be found.
 
     Args:
         labels: the tags of each row.
         predictions: as many for each.
-        entities: whether tags say where something begins and ends: precision, recall and F1 are then those of whole
-            entities, as the conlleval script of CoNLL-2000 and seqeval count them. Else of tags; F1 is their mean.
+        reads: where tags say where something begins and ends, what makes seqeval's tags of them: precision, recall and
+            F1 are then those of whole entities, as the conlleval script of CoNLL-2000 and seqeval count them. Else of
+            tags; F1 is their mean.
 
     Raises:
         UsageError: no row has a word.
@@ -189,10 +192,11 @@ def tag_metrics(
         raise UsageError("None of the rows has a word: there is nothing to score.")
     right = [label == said for row in zip(labels, predictions, strict=True) for label, said in zip(*row, strict=True)]
     scores = {"accuracy": float(np.mean(right))}
-    if not entities:
+    if reads is None:
         return scores | _scores_of_tags(labels, predictions)
     from seqeval.metrics import classification_report
 
+    labels, predictions = ([reads(tags) for tags in rows] for rows in (labels, predictions))
     if not any(tag != "O" for rows in (labels, predictions) for row in rows for tag in row):
         return scores
     table = classification_report(labels, predictions, output_dict=True, zero_division=0)

@@ -127,6 +127,7 @@ def explained_load(name: str, auto_class: type) -> Iterator[None]:
 def _kind(auto_class: Any) -> tuple[str, str]:
     """What the models of an Auto class are for, and an architecture among them."""
     kinds = {"Image": ("images", "vit"), "Audio": ("recordings", "wav2vec2"), "Video": ("videos", "videomae")}
+    kinds |= {"Choice": ("texts with choices", "bert"), "Token": ("words", "bert")}
     return next((kinds[word] for word in kinds if word in auto_class.__name__), ("texts", "bert"))
 
 

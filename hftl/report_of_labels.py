@@ -18,7 +18,7 @@ from hftl.folder import METRICS, PREDICTIONS
 from hftl.inert import as_cell, from_cell
 from hftl.metrics import written
 from hftl.problems import PROBLEMS, Choice, Problem, Regression, WordTags
-from hftl.problems.word_tags import OUTSIDE, UNREAD, entities_of, is_entities
+from hftl.problems.word_tags import entities_of, is_entities
 from hftl.report_parts import common_values
 
 #: lines of a list
@@ -178,8 +178,6 @@ def _of_tags(run: Finished, rows: Sequence[Sequence[str]], shared: bool) -> dict
     """Scores of each kind of entity or tag, and rows in which most is wrong."""
     pairs = [tuple(from_cell(cell).split(" ") if cell else [] for cell in row[1:3]) for row in rows]
     words = [json.loads(row[4]) for row in rows]
-    if OUTSIDE in run.label_names:  # what the model has not read counts as such
-        pairs = [(label, [OUTSIDE if tag == UNREAD else tag for tag in said]) for label, said in pairs]
     if any(len(label) != len(said) for label, said in pairs):
         raise UsageError(f"{str(run.folder / PREDICTIONS)!r} is damaged: a row has not as many tags as it should have.")
     same = [one == other for label, said in pairs for one, other in zip(label, said, strict=True)]

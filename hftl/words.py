@@ -53,11 +53,15 @@ def lines(text: str) -> list[str]:
     return text.split("\n") if text else []
 
 
-def read_conll(path: Path) -> dict[str, list[list[str]]]:
+def read_conll(path: Path, tagged: bool = True) -> dict[str, list[list[str]]]:
     """A file with a word a line, its tags behind it, and an empty line between sentences, as columns of lists.
 
     `tokens` is the first field of a line, `tags` the last; those between are `column_2` and so on. Of CoNLL-U the
     fields have their own names.
+
+    Args:
+        path: the file.
+        tagged: whether words must have tags.
 
     Raises:
         UsageError: a line has another number of fields than the first, or no tag; or there are none.
@@ -80,7 +84,7 @@ def read_conll(path: Path) -> dict[str, list[list[str]]]:
         elif is_universal and not fields[0].isdigit():
             continue  # a word written as one of two, or one that is not written
         else:
-            if len(fields) != width or width < 2:
+            if len(fields) != width or (width < 2 and tagged):
                 raise UsageError(
                     f"{path}: line {number} has {len(fields)} field{'s' * (len(fields) != 1)}, and "
                     f"{'a word and its tag are two' if width < 2 else f'the first line has {width}'}: write a word and "
@@ -90,7 +94,8 @@ def read_conll(path: Path) -> dict[str, list[list[str]]]:
     found = [sentence for sentence in sentences if sentence]
     if not found:
         raise UsageError(f"{path} has no words in it")
-    names = _CONLLU if is_universal else ("tokens", *(f"column_{place}" for place in range(2, width)), "tags")
+    between = [f"column_{place}" for place in range(2, width)]
+    names = _CONLLU if is_universal else ("tokens", *between, "tags")
     return {name: [[fields[place] for fields in one] for one in found] for place, name in enumerate(names[:width])}
 
 

@@ -94,6 +94,7 @@ def splits_of(path: Path, **settings: Any) -> data.Splits:
         (["a", "b", "c"], ["A", "B", "A", "B"], ["A", "B", "C"]),
         (["x", "y", "z"], ["x", "z", "x", "z"], ["0", "1", "2"]),
         ({"label": ["A", "B", "C"], "text": ["a", "b", "c"]}, ["B", "C", "B", "C"], ["A", "B", "C"]),
+        ({"label": ["C", "A", "B"], "text": ["a", "b", "c"]}, ["B", "C", "B", "C"], ["0", "1", "2"]),
     ],
 )
 def test_labels_are_named_as_people_name_them(tmp_path: Path, choices: Any, labels: Any, names: list[str]) -> None:
@@ -106,9 +107,23 @@ def test_labels_are_named_as_people_name_them(tmp_path: Path, choices: Any, labe
     texts = choices["text"] if isinstance(choices, dict) else choices
     for row in every:
         label = given[row["text"]]
-        place = texts.index(label) if label in texts else names.index(str(label))
+        if isinstance(choices, dict):
+            place = choices["label"].index(label)
+        else:
+            place = texts.index(label) if label in texts else names.index(str(label))
         assert row["label"] == place
         assert row["choices"] == texts
+
+
+def test_another_table_may_name_the_choices_otherwise(place: Path, run: hftl.Run, tmp_path: Path) -> None:
+    expected = run.metrics["test"]["accuracy"]
+    for name, key in (("letters", "ABC"), ("ones", "123")):
+        rows = [{**row, "label": key[row["label"]]} for row in rows_of(place)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        assert run.evaluate(str(tmp_path / f"{name}.jsonl"))["accuracy"] == expected
+    rows = [{**row, "label": row["choices"][row["label"]]} for row in rows_of(place)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run.evaluate(str(tmp_path / "texts.jsonl"))["accuracy"] == expected
 
 
 def test_choices_may_stand_in_columns_of_their_own(place: Path, tmp_path: Path) -> None:
@@ -141,8 +156,8 @@ def test_choices_may_stand_in_columns_of_their_own(place: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([["a", "b"], ["a", "b", "c"], ["a", "b"]], "a row has 3 choices (row 1), and most have 2"),
-        ([["a"], ["b"], ["c"]], "a row has 1 choice (row 0), and most have 1"),
+        ([["a", "b"], ["a", "b", "c"], ["a", "b"]], "row 1 has 3 choices, and most have 2"),
+        ([["a"], ["b"], ["c"]], "there is nothing to choose from"),
         (["a or b"] * 3, "'a or b' in the column 'choices' is no list of choices (row 0)"),
     ],
 )
@@ -160,9 +175,10 @@ def test_choices_that_are_none_are_refused(
     [
         (["x", "y"], ("x", "y", "z"), r"'z' in the column 'label' is none of the row's choices \(row counting"),
         (["x", "x"], ("x", "x", "x"), "'x' in the column 'label' is several of the row's choices"),
-        (["x", "y", "z"], ("A", "1", "B"), "'A' in the column 'label' is none"),
-        (["x", "y", "z"], (0, 1, 3), "'0' in the column 'label' is none"),
-        (["x", "y", "z"], (0, -1, 2), "'0' in the column 'label' is none"),
+        (["x", "y", "z"], ("A", "1", "B"), "'1' in the column 'label' is no place among 3 choices"),
+        (["x", "y", "z"], (0, 1, 3), "'3' in the column 'label' is no place among 3 choices"),
+        (["x", "y", "z"], (0, -1, 2), "'-1' in the column 'label' is no place"),
+        ({"text": ["x", "y"], "label": ["B", "A"]}, ("A", "B", "C"), "'C' is none of the names of its choices"),
         (["1", "2", "3"], ("2", "1", "0"), "'2' in the column 'label' may be the place of a choice or the choice '2'"),
         (["x", "y"], ("A", None, "B"), "1 of 3 rows have no label"),
         (["x", None], ("A", "A", "B"), "is no list of choices"),
@@ -203,6 +219,10 @@ def test_another_number_of_choices_is_refused(place: Path, run: hftl.Run, tmp_pa
         (["--word_dropout=0.1"], "--word_dropout would leave out other words of each choice"),
         (["--choice_columns", "one", "two"], "--choice_columns 'one'"),
         (["--choices_column=none"], "--choices_column 'none'"),
+        (["--choices_column=choices", "--choice_columns", "one", "two"], "leave one out"),
+        (["--choice_columns", "one", "one"], "--choice_columns names a column twice"),
+        (["--method=frozen", "--feature_views=2"], "--feature_views 2 cannot be"),
+        (["--model=random:gpt2"], "is not a model for texts with choices"),
         (["--feature_cache=on", "--method=partial"], "each row is read several times, with one choice after the other"),
     ],
 )

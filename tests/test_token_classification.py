@@ -37,7 +37,7 @@ from hftl.losses import CrossEntropyLoss, WordLoss
 from hftl.metrics import tag_metrics
 from hftl.modality import WORDS
 from hftl.problems import WordTags
-from hftl.problems.word_tags import NO_WORD, UNREAD, entities_of
+from hftl.problems.word_tags import NO_WORD, UNREAD, as_seqeval, entities_of
 from hftl.report import render_report
 from hftl.tasks.token_classification import WordDataset
 
@@ -216,6 +216,8 @@ def test_words_behind_the_limit_count_as_missed(
     assert run.metrics["test"]["f1"] == pytest.approx(f1_score(tags, as_outside))
     assert run.evaluate(str(place / "conll"))["f1"] == pytest.approx(run.metrics["test"]["f1"])
     assert run.metrics["test"]["recall"] < 1
+    right = [one == other for row in zip(said, tags, strict=True) for one, other in zip(*row, strict=True)]
+    assert run.metrics["test"]["accuracy"] == pytest.approx(np.mean(right))  # of what is not read nothing is right
 
 
 def test_words_of_a_byte_level_tokenizer_keep_their_spaces(place: Path, tmp_path: Path) -> None:
@@ -264,7 +266,7 @@ def test_rows_without_words_may_make_a_step(place: Path, tmp_path: Path) -> None
     run = train(place, tmp_path / "run", *flags, dataset=str(tmp_path / "a.jsonl"))
     assert np.isfinite(run.metrics["validation"]["loss"])
     with pytest.raises(UsageError, match="None of the rows has a word"):
-        tag_metrics([[]], [[]], entities=True)
+        tag_metrics([[]], [[]], as_seqeval)
 
 
 def test_trials_are_scored_on_test_by_word(place: Path, tmp_path: Path) -> None:
@@ -307,12 +309,16 @@ def test_tags_of_every_scheme_name_the_same_entities() -> None:
 def test_scores_are_those_of_the_definition() -> None:
     labels = [["B-A", "I-A", "O"], ["B-B", "O", "B-A"]]
     said = [["B-A", "O", "O"], ["B-B", "O", "B-A"]]
-    scores = tag_metrics(labels, said, entities=True)
+    scores = tag_metrics(labels, said, as_seqeval)
     # Three entities; one is found with the wrong end, which is both missed and added.
     assert scores["precision"] == scores["recall"] == pytest.approx(2 / 3)
     assert scores["accuracy"] == pytest.approx(5 / 6)
     assert (scores["f1/A"], scores["f1/B"]) == (pytest.approx(0.5), 1.0)
-    assert tag_metrics([["O"]], [["O"]], entities=True) == {"accuracy": 1.0}
+    assert tag_metrics([["O"]], [["O"]], as_seqeval) == {"accuracy": 1.0}
+    assert tag_metrics([["O", "B-A"]], [["", ""]], as_seqeval) == {
+        **dict.fromkeys(("accuracy", "precision", "recall", "f1", "f1_macro"), 0.0),
+        **dict.fromkeys(("precision/A", "recall/A", "f1/A"), 0.0),
+    }
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -384,6 +390,7 @@ def test_conll_files_may_have_comments_and_other_columns(tmp_path: Path) -> None
     [
         ({"tokens": ["a", "b"], "tags": ["O"]}, "2 words and 1 tags (row counting from 0: 2): give as many"),
         ({"tokens": ["a", "b"], "tags": ["O", None]}, "the tag of word 2 is missing (row counting from 0: 2)"),
+        ({"tokens": ["a", "b"], "tags": ["O", -100]}, "the tag of word 2 is missing (row counting from 0: 2)"),
         ({"tokens": ["a"], "tags": ["B LOC"]}, "the tag 'B LOC' has a space in it"),
         ({"tokens": ["a"], "tags": 3}, "'3' in the column 'tags' is no list of tags (row counting from 0: 2)"),
         ({"tokens": ["a"], "tags": None}, "1 of 3 rows have no label"),
@@ -502,6 +509,10 @@ def test_predict_writes_tags_and_entities(
         else:
             assert [json.loads(row["words"]) for row in rows] == split_of(place, "test")["tokens"]
         assert all(len(row["prediction"].split()) == len(json.loads(row["words"])) for row in rows)
+    (tmp_path / "bare.conll").write_text("the\nfilm\n\nday\n")
+    cli.main(["predict", str(run.folder), str(tmp_path / "bare.conll"), f"--output={tmp_path / 'out.csv'}"])
+    assert '""film""' in (tmp_path / "out.csv").read_text()
+    assert "no such file or folder: 'none.conll'" in refused(["predict", str(run.folder), "none.conll"], capsys)
     cli.main(["predict", str(run.folder), "the film in oslo"])
     assert '""film"", ""in"", ""oslo""' in capsys.readouterr().out
 

@@ -34,6 +34,11 @@ class Choice(SingleLabel):
         super().check(arguments)
         if arguments.class_weights != "none":
             raise UsageError(f"--class_weights weighs classes, and {self.words} have none. Leave it out.")
+        several = getattr(arguments, "choice_columns", None) or []
+        if several and getattr(arguments, "choices_column", None):
+            raise UsageError("--choices_column and --choice_columns both say where the choices are: leave one out.")
+        if len(set(several)) < len(several):
+            raise UsageError("--choice_columns names a column twice: leave it out once.")
 
     def look_at(self, cells: LabelCells) -> list[str]:
         """How the labels name a choice."""
@@ -53,6 +58,10 @@ class Choice(SingleLabel):
             return found
         naming = _naming({name for name in found if name is not None}, cells)
         if naming is None:
+            likely = max(_namings(cells), key=lambda names: sum(name in names for name in found))
+            if sum(name in likely for name in found) * 2 > len(found):  # places, but for some
+                wrong = next(row for row, name in enumerate(found) if name is not None and name not in likely)
+                raise self._no_choice(str(found[wrong]), cells, wrong, f"no place among {len(likely)} choices")
             return [self._place(name, cells, row) for row, name in enumerate(found)]
         for row, name in enumerate(found):
             own = [choice.strip() for choice in cells.choices[row]]
@@ -67,12 +76,14 @@ class Choice(SingleLabel):
         """The number of the choice that a label repeats."""
         own = [choice.strip() for choice in cells.choices[row]]
         if name is not None and own.count(name) != 1:
-            there = "several" if name in own else "none"
-            raise UsageError(
-                f"{cells.origin}: {name[:80]!r} in the column {cells.column!r} is {there} of the row's choices "
-                f"({cells.places([row])}): give in all rows the number, the letter, or the choice itself"
-            )
+            raise self._no_choice(name, cells, row, f"{'several' if name in own else 'none'} of the row's choices")
         return None if name is None else str(own.index(name))
+
+    def _no_choice(self, name: str, cells: LabelCells, row: int, what: str) -> UsageError:
+        return UsageError(
+            f"{cells.origin}: {name[:80]!r} in the column {cells.column!r} is {what} ({cells.places([row])}): give in "
+            "all rows the number, the letter, or the choice itself"
+        )
 
     def names(self, found: Sequence[str | None], cells: LabelCells) -> list[str]:
         """As many names as a row has choices, of the kind that the labels are."""
@@ -83,7 +94,7 @@ class Choice(SingleLabel):
         return naming
 
     def encode(self, found: Sequence[Any], names: Sequence[str], cells: LabelCells) -> npt.NDArray[np.int64]:
-        """Places, shape (rows,).
+        """Places, shape (rows,); those of another data set may be named in another way.
 
         Raises:
             UsageError: rows have another number of choices than there are names.
@@ -91,6 +102,10 @@ class Choice(SingleLabel):
         count = len(cells.choices[0])
         if count != len(names):
             raise UsageError(f"{cells.origin}: its rows have {count} choices, and {len(names)} are chosen from.")
+        given = {name for name in found if name is not None}
+        naming = None if given <= set(names) else _naming(given, cells)
+        if naming is not None:
+            found = [None if name is None else names[naming.index(name)] for name in found]
         return super().encode(found, names, cells)
 
     def notes(self, train: npt.NDArray[np.int64], names: Sequence[str]) -> list[str]:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: in the labels of a row behind its last word, and of tokens that are no word's first; what torch leaves out of a loss
 NO_WORD = -100
+#: what other programs write where a word, or a part of one, has no tag
+_NO_TAGS = ("-100", "-1")
 #: the tag of words that belong to nothing
 OUTSIDE = "O"
 #: in the place of the tag of a word that the model has not read
@@ -140,6 +142,7 @@ class WordTags(Problem):
         if cells.declared is not None and entries and not isinstance(entries[0], str):  # numbers of a ClassLabel
             entries = [cells.declared[entry] if entry is not None and entry >= 0 else None for entry in entries]
         named = [None if entry is None else label_name(entry, cells) for entry in entries]
+        named = [None if name in _NO_TAGS else name for name in named]
         if None in named:
             raise UsageError(
                 f"{cells.origin}: the tag of word {named.index(None) + 1} is missing ({cells.places([row])}): "
@@ -238,17 +241,14 @@ class WordTags(Problem):
         width = min(decided.shape[1], labels.shape[1])
         found = np.full(labels.shape, -1)
         found[:, :width] = decided[:, :width]
-        outside = names.index(OUTSIDE) if OUTSIDE in names else -1
         there = labels != NO_WORD
-        found = np.where(found < 0, outside, found)
-        tags = [*names, UNREAD]
+        tags = [*names, ""]  # the last one is that of words that were not read, which is always wrong
         pairs = [
             ([tags[tag] for tag in label[own]], [tags[tag] for tag in said[own]])
             for label, said, own in zip(labels, found, there, strict=True)
         ]
-        if is_entities(names):
-            pairs = [(as_seqeval(label), as_seqeval(said)) for label, said in pairs]
-        return tag_metrics([label for label, _ in pairs], [said for _, said in pairs], is_entities(names))
+        reads = as_seqeval if is_entities(names) else None
+        return tag_metrics([label for label, _ in pairs], [said for _, said in pairs], reads)
 
     def decided(self, logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Ids of the tags, shape (rows, words); -1 of words that were not read."""
@@ -330,7 +330,7 @@ def entities_of(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 
 def as_seqeval(tags: Sequence[str]) -> list[str]:
     """Tags of any scheme in the letters that seqeval knows; what was not read belongs to nothing."""
-    return [OUTSIDE if tag in (OUTSIDE, UNREAD) else _PLACES[tag[0]] + tag[1:] for tag in tags]
+    return [OUTSIDE if tag in (OUTSIDE, UNREAD, "") else _PLACES[tag[0]] + tag[1:] for tag in tags]
 
 
 def _presence(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

@@ -68,7 +68,7 @@ class TokenClassification(TextClassification):
         encoded = WordDataset(rows, self.processor)
         if training and self.arguments.word_dropout:
             encoded.drop_words(self.arguments.word_dropout, masking_token(self.processor), self.arguments.seed)
-        behind = "are not learned from" if training else "count as words without a tag"
+        behind = "are not learned from" if training else "count as wrong"
         return self._told(encoded, training, f"; the words behind {behind}")
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
