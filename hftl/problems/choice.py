@@ -68,7 +68,7 @@ class Choice(SingleLabel):
             if name in own and own.index(name) != naming.index(name):
                 raise UsageError(
                     f"{cells.origin}: {name!r} in the column {cells.column!r} may be the place of a choice or the "
-                    f"choice {name!r} itself ({cells.places([row])}): name the right choices by letters"
+                    f"choice {name!r} itself ({cells.places([row])}): name the right choices in another way"
                 )
         return found
 
