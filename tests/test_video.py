@@ -195,7 +195,7 @@ def test_a_bad_video_ends_the_command_or_is_left_out(
         ("mc3_18", ["--load_in_8bit", "--method=lora"], "is not quantised"),
         ("VideoMAE", ["--image_size=48"], "was trained for 32, to which its positions belong"),
         ("random:mvit_v1_b", SMALL, "does not work for 4 frames of 32 x 32 pixels"),
-        ("VideoMAE", ["--feature_views=2", "--augmentation=none", "--method=frozen"], "--feature_views needs an aug"),
+        ("VideoMAE", ["--feature_views=2", "--augmentation=none", "--method=frozen"], "--feature_views 2 cannot be"),
         ("random:r3d", [], "Did you mean 'r3d_18'"),
         ("random:bert", [], "is not a model for videos: choose another, such as random:videomae"),
         ("torchvision:resnet50", ["--method=frozen"], "cannot be fetched"),
