@@ -559,8 +559,8 @@ def _parameters(trainer: TransferTrainer) -> dict[str, Any]:
 
 def scores_of(task: ClassificationTask, loss: Any, logits: Any, labels: Any) -> dict[str, float]:
     """The task's scores and the loss of a whole split."""
-    comparable = map(torch.from_numpy, task.problem.comparable(logits, labels))
-    value = loss({"logits": next(comparable)}, next(comparable))
+    found, wanted = task.problem.comparable(logits, labels)
+    value = loss({"logits": torch.from_numpy(found)}, torch.from_numpy(wanted))
     return {"loss": float(value), **task.score(logits, labels)}
 
 

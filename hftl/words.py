@@ -68,7 +68,7 @@ def read_conll(path: Path, tagged: bool = True) -> dict[str, list[list[str]]]:
     """
     is_universal = path.suffix.lower() == ".conllu"
     numbered = [(number, line.strip("\r \ufeff")) for number, line in enumerate(decoded(path).split("\n"), start=1)]
-    said = [line for _, line in numbered if line.strip() and not line.startswith(("#", "-DOCSTART-"))]
+    said = [line for _, line in numbered if _is_said(line)]
     separator = r"\t" if is_universal or (said and all("\t" in line for line in said)) else r"[ \t]+"
     fields_of = functools.partial(re.split, separator)
     tags = {fields_of(line)[-1] for line in said}
@@ -101,5 +101,11 @@ def read_conll(path: Path, tagged: bool = True) -> dict[str, list[list[str]]]:
 
 def is_tagged(path: Path) -> bool:
     """Whether each line of a text file ends in a tag of an entity, or of none, as those of the CoNLL kind do."""
-    said = [line for line in decoded(path).split("\n") if line.strip() and not line.startswith(("#", "-DOCSTART-"))]
-    return bool(said) and all(re.search(r"\S[ \t]+([BIESLUM]-\S+|O)\s*$", line) for line in said)
+    said = filter(_is_said, decoded(path).split("\n"))
+    found = [re.search(r"\S[ \t]+([BIESLUM]-\S+|O)\s*$", line) is not None for line in said]
+    return bool(found) and all(found)
+
+
+def _is_said(line: str) -> bool:
+    """Whether a line is surely one of a word; `#` may be a word too."""
+    return bool(line.strip()) and not line.startswith(("#", "-DOCSTART-"))

@@ -306,6 +306,16 @@ def test_tags_of_every_scheme_name_the_same_entities() -> None:
         assert problem.classes(labels, sorted(set(tags))) == {"A": 1, "B": 1}
 
 
+def test_entities_are_counted_as_seqeval_finds_them() -> None:
+    names = ["O", *(f"{place}-{kind}" for kind in ("A", "B-C") for place in "BIES")]
+    random = np.random.default_rng(0)
+    labels = random.integers(0, len(names), (300, 12))
+    for row, length in zip(labels, random.integers(0, 13, 300), strict=True):
+        row[length:] = NO_WORD
+    found = [kind for row in labels for kind, _, _ in entities_of([names[tag] for tag in row if tag >= 0])]
+    assert WordTags().classes(labels, names) == {"A": found.count("A"), "B-C": found.count("B-C")}
+
+
 def test_scores_are_those_of_the_definition() -> None:
     labels = [["B-A", "I-A", "O"], ["B-B", "O", "B-A"]]
     said = [["B-A", "O", "O"], ["B-B", "O", "B-A"]]
