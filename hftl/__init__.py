@@ -23,18 +23,22 @@ _PUBLIC = {
     "ChoiceArguments": "hftl.arguments",
     "ClassificationTask": "hftl.tasks.classification",
     "CrossEntropyLoss": "hftl.losses",
+    "EmbeddingPrediction": "hftl.problems",
     "FileDataset": "hftl.tasks.files",
     "ImageArguments": "hftl.arguments",
     "ImageClassification": "hftl.tasks.image_classification",
+    "ImageSimilarity": "hftl.tasks.image_similarity",
     "ImageTextArguments": "hftl.arguments",
     "ImageTextClassification": "hftl.tasks.image_text_classification",
     "Modality": "hftl.modality",
     "MultipleChoice": "hftl.tasks.multiple_choice",
+    "NeighboursPrediction": "hftl.problems",
     "Plan": "hftl.methods",
     "LabelsPrediction": "hftl.problems",
     "TagsPrediction": "hftl.problems",
     "Prediction": "hftl.problems",
     "Run": "hftl.run",
+    "SimilarityArguments": "hftl.arguments",
     "Stage": "hftl.methods",
     "TextArguments": "hftl.arguments",
     "TextClassification": "hftl.tasks.text_classification",
@@ -59,6 +63,7 @@ if TYPE_CHECKING:
         ChoiceArguments,
         ImageArguments,
         ImageTextArguments,
+        SimilarityArguments,
         TextArguments,
         TokenArguments,
         TransferArguments,
@@ -71,12 +76,20 @@ if TYPE_CHECKING:
     from hftl.losses import CrossEntropyLoss
     from hftl.methods import Plan, Stage, build_plan
     from hftl.modality import Modality
-    from hftl.problems import LabelsPrediction, Prediction, TagsPrediction, ValuePrediction
+    from hftl.problems import (
+        EmbeddingPrediction,
+        LabelsPrediction,
+        NeighboursPrediction,
+        Prediction,
+        TagsPrediction,
+        ValuePrediction,
+    )
     from hftl.run import Run, load_run
     from hftl.tasks.audio_classification import AudioClassification
     from hftl.tasks.classification import ClassificationTask
     from hftl.tasks.files import FileDataset
     from hftl.tasks.image_classification import ImageClassification
+    from hftl.tasks.image_similarity import ImageSimilarity
     from hftl.tasks.image_text_classification import ImageTextClassification
     from hftl.tasks.multiple_choice import MultipleChoice
     from hftl.tasks.text_classification import TextClassification

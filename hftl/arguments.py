@@ -388,6 +388,26 @@ class ImageArguments(TransferArguments):
 
 
 @dataclass
+class SimilarityArguments(ImageArguments):
+    """Arguments of tasks that learn which images are alike."""
+
+    task: str = _argument("image-similarity", "Name of the task.")
+    problem_type: str = _argument("similarity", "What a label is: which rows are alike.", choices=("similarity",))
+    loss: str = _argument(
+        "contrastive", "contrastive: rows of one class near to each other, far from the rest; or module:function."
+    )
+    # 128 numbers are what Musgrave et al. 2020 compare all methods with.
+    embedding_size: int = _argument(128, "Numbers of the vector that an image becomes.")
+    # The temperature of Khosla et al. 2020.
+    temperature: float = _argument(0.1, "contrastive: by what cosines are divided; less minds the nearest more.")
+    sampler: str = _argument(
+        "groups",
+        "groups: four rows of a class come together, so that each has some like it in its batch; random.",
+        choices=("groups", "random"),
+    )
+
+
+@dataclass
 class AudioArguments(TransferArguments):
     """Arguments of audio tasks."""
 
@@ -871,7 +891,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
             "max_train_samples", "max_eval_samples", "shots", "repeats", "soup_runs", "learning_rate",
             "head_learning_rate", "lora_r", "lora_alpha", "lora_blocks", "lora_plus_ratio", "reinit_blocks", "mixup",
             "cutmix", "feature_views", "feature_layers", "feature_cache_gb", "frames", "image_size", "image_cache_gb",
-            "max_length", "clip_seconds", "early_stopping_patience",
+            "max_length", "clip_seconds", "early_stopping_patience", "embedding_size", "temperature",
         ),
         lambda value: value > 0,
         "be above 0",

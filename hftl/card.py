@@ -23,7 +23,7 @@ from hftl.joined import as_flags, wished
 from hftl.merging import ADAPTER, BASE
 from hftl.metrics import written
 from hftl.pretrained import find_model
-from hftl.problems import Problem, Regression
+from hftl.problems import Problem
 from hftl.tasks.classification import ClassificationTask
 
 _TEXT = """# {title}
@@ -100,7 +100,7 @@ def write_card(
     plain = metrics.get(f"ordinary_head_{split}", metrics[split])  # of what plain libraries load
     results = [
         EvalResult(
-            task_type=task.name, dataset_type=dataset, dataset_name=dataset, dataset_split=split,
+            task_type=task.hub_name or task.name, dataset_type=dataset, dataset_name=dataset, dataset_split=split,
             metric_type=kind, metric_name=name, metric_value=float(written(key, plain[key])),
         )
         for kind, name, key in task.problem.hub_metrics
@@ -108,7 +108,7 @@ def write_card(
     ]  # fmt: skip
     origin = base_cards(arguments)
     header = ModelCardData(
-        pipeline_tag=task.name if plain_library else None,
+        pipeline_tag=(task.hub_name or task.name) if plain_library else None,
         library_name="transformers" if plain_library else "hftl",
         license=origin.get("license"),
         license_name=origin.get("license_name"),
@@ -159,8 +159,8 @@ def _results(problem: Problem, metrics: dict[str, Any]) -> list[str]:
 
 
 def _classes(splits: Splits, scores: dict[str, float], split: str, thresholds: dict[str, float] | None) -> str:
-    """The scores of each class or label, and where a label begins; nothing of a number."""
-    if isinstance(splits.problem, Regression):
+    """The scores of each class or label, and where a label begins."""
+    if not splits.problem.has_class_scores:
         return ""
     classes = [
         splits.problem.classes(labels, splits.label_names) for labels in (splits.train_labels, labels_of(splits.scored))

@@ -228,6 +228,8 @@ def _predict(argv: list[str]) -> None:
     parser.add_argument("run", help="folder of a finished run")
     parser.add_argument("input", help="image, recording, video, folder, table or text file; or a text")
     parser.add_argument("--output", help="CSV file to write (default: print)")
+    parser.add_argument("--gallery", help="image-similarity: what to search, as the input (default: give the vectors)")
+    parser.add_argument("--neighbours", type=_positive, help="of the gallery for each input (default: 5)")
     parser.add_argument("--batch_size", type=_positive, help="rows through the model at once (default: what is fast)")
     parser.add_argument("--skip_bad_files", action="store_true", help="leave out files that cannot be read")
     parser.add_argument("--follow_links", action="store_true", help="as for hftl train")
@@ -260,7 +262,12 @@ def _predict(argv: list[str]) -> None:
     source = Path(options.input) if is_file else options.input
     output = None if options.output is None else Path(options.output)
     settings = {"batch_size": options.batch_size, "skip_bad_files": options.skip_bad_files}
-    write_predictions(run, source, output, **settings, **_columns(options, run))
+    settings |= _columns(options, run)
+    if options.gallery is not None:
+        run.use_gallery(Path(options.gallery), options.neighbours or 5, **settings)
+    elif options.neighbours is not None:
+        raise UsageError("--neighbours are those of a --gallery, which is missing.")
+    write_predictions(run, source, output, **settings)
 
 
 def _choose_device() -> None:

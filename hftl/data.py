@@ -231,6 +231,9 @@ def load_splits(arguments: Any, modality: Modality, problem: Problem | None = No
     left = "with --max_train_samples" if _option(arguments, "max_train_samples") else "without its validation rows"
     problem.require_enough(labels_of(parts["train"]), label_names, f"{rows['train'].origin} {left}")
     parts = {role: parts[role] for role in ("train", "validation", "test") if role in parts}
+    for role in ("validation", "test"):
+        if role in parts:
+            problem.require_scorable(labels_of(parts[role]), rows[role].origin if role in rows else role)
     notes += _content_notes(parts, modality)
     drawn = "validation" not in rows
     return Splits(
@@ -269,6 +272,7 @@ def load_labelled(
     part = _limited(part, problem, _option(arguments, "max_eval_samples"), _option(arguments, "seed", 42))
     if not modality.is_text:
         part = _check_files({name: part}, modality, bool(_option(arguments, "skip_bad_files", False)), [])[name]
+    problem.require_scorable(labels_of(part), rows.origin)
     return part, name
 
 
@@ -620,6 +624,9 @@ def _take_validation(
 ) -> dict:
     if not 0 < fraction < 1:
         raise UsageError(f"--validation_fraction {fraction}: it must lie between 0 and 1")
+    if found := problem.held_out(labels_of(train), fraction, seed):
+        taken, share = found
+        return _parted(train, taken, share, seed, notes)
     labels = problem.strata(labels_of(train))
     if len(labels) == 1:
         raise UsageError(
@@ -634,10 +641,14 @@ def _take_validation(
             f"no class has two rows (classes by {column!r}), so no validation part can be taken: add rows or a "
             "validation split, or name another --label_column"
         )
-    kept = np.setdiff1d(np.arange(len(labels)), taken)
     share = problem.share if count == round(len(labels) * fraction) else "some of each class"
-    notes.append(f"validation: {len(taken)} of {len(labels)} train rows, {share} (seed {seed})")
-    return {"train": train.select(kept), "validation": train.select(taken)}
+    return _parted(train, taken, share, seed, notes)
+
+
+def _parted(train: datasets.Dataset, taken: np.ndarray, share: str, seed: int, notes: list[str]) -> dict:
+    """Train without the rows that validate, and these."""
+    notes.append(f"validation: {len(taken)} of {len(train)} train rows, {share} (seed {seed})")
+    return {"train": train.select(np.setdiff1d(np.arange(len(train)), taken)), "validation": train.select(taken)}
 
 
 def _take_shots(

@@ -40,7 +40,6 @@ from hftl.losses import LOSSES, is_solvable
 from hftl.methods import Plan, Stage
 from hftl.methods.plan import prepare_modules
 from hftl.probes import BESIDE, LinearHead, Probe, check_every_class, fit_linear_head, fit_probe, linear_probe
-from hftl.problems import Regression
 from hftl.shards import DTYPES, NotKept, Shards
 
 #: examples on which it is tried how the activations can be kept
@@ -253,7 +252,7 @@ def pooled(task: Any, stage: Stage, model: nn.Module, dataset: Any) -> tuple[Poo
 def _wanted_type(task: Any) -> str:
     """How activations are to be kept: rounding changes every number, if not the most probable class."""
     wanted = task.arguments.feature_cache_dtype
-    return "float32" if wanted == "auto" and isinstance(task.problem, Regression) else wanted
+    return "float32" if wanted == "auto" and task.problem.is_exact else wanted
 
 
 class KeptDataset(Dataset[dict[str, Any]]):
@@ -543,12 +542,13 @@ class KeptFeatures:
                 logits, labels = (as_rows(values.split(words)) for values in (logits, labels))
             return sign * self.task.choosing_score(scores | self.task.score(logits.numpy(), labels.numpy()))
 
-        kind = self.task.arguments.head or "logistic"
+        usual = self.task.problem.head
+        kind = self.task.arguments.head or usual
         beside = kind in BESIDE or bool(wished(self.task.arguments))
         train, validation = (self.data[split].matrix() for split in ("train", "validation"))
         ordinary = [(features[:, : layer.in_features], labels) for features, labels in (train, validation)]
         solution = fit_linear_head(
-            "logistic" if beside else kind,
+            usual if beside else kind,
             ordinary[0],
             ordinary[1],
             self.task.label_names,

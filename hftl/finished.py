@@ -20,7 +20,7 @@ from hftl.problems import PROBLEMS, SingleLabel
 from hftl.yaml_files import read_yaml
 
 #: a score of each kind of problem
-_ALWAYS_THERE = ("accuracy", "subset_accuracy", "rmse")
+_ALWAYS_THERE = ("accuracy", "subset_accuracy", "rmse", "recall_at_1")
 #: of an accuracy that is computed anew in another precision, or on another machine
 _SAME = 0.01
 

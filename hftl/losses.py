@@ -129,6 +129,40 @@ class WordLoss:
         return self.inner({**outputs, "logits": outputs["logits"][own]}, labels[own], words.clamp(min=1))
 
 
+class ContrastiveLoss:
+    """Rows of one class near to each other, and far from the others of a batch (Khosla et al. 2020, L_out).
+
+    Of each row with another of its class: the mean, over those, of minus the log of its share, exp(cosine / t), of all
+    other rows of the batch. A row is compared with those of its own part of a step alone, so that parts and processes
+    count: give as many rows as there is memory for.
+
+    Args:
+        temperature: t; 0.1 is theirs.
+        piece: cosines that are held at once, where a whole split is scored.
+    """
+
+    def __init__(self, temperature: float = 0.1, piece: int = 2**24) -> None:
+        """Keep the settings."""
+        self.temperature, self.piece = temperature, piece
+
+    def __call__(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Of vectors of shape (rows, size) in `outputs["logits"]` and class ids of shape (rows,)."""
+        vectors = nn.functional.normalize(outputs["logits"].float(), dim=1)
+        pieces = torch.arange(len(labels), device=labels.device).split(max(1, self.piece // len(labels)))
+        total = torch.stack([self._total(vectors, labels, rows) for rows in pieces]).sum()
+        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    def _total(self, vectors: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The sum over some of the rows."""
+        cosines = vectors[rows] @ vectors.T / self.temperature
+        itself = rows[:, None] == torch.arange(len(labels), device=labels.device)
+        logs = cosines.masked_fill(itself, torch.finfo(cosines.dtype).min).log_softmax(1)
+        alike = (labels[rows, None] == labels) & ~itself
+        return -(logs.masked_fill(~alike, 0).sum(1) / alike.sum(1).clamp(min=1)).sum()
+
+
 class BinaryCrossEntropyLoss(RowLoss):
     """Cross entropy of every label by itself, its mean over the labels; labels of 0 and 1, shape (rows, labels).
 
@@ -181,14 +215,17 @@ def in_units(
     return outputs * (deviation / unit), (labels.to(outputs) - mean) / unit
 
 
-#: names of `--loss`, and whether a linear head under it is a smooth convex problem, which L-BFGS solves
-LOSSES = {"cross_entropy": True, "focal": False, "logit_adjusted": True, "mse": True, "mae": False}
+#: names of `--loss`, and whether a linear head is solved rather than trained by it: where that is a smooth convex
+#: problem; and vectors to search by have a solution of their own
+LOSSES = {
+    "cross_entropy": True, "focal": False, "logit_adjusted": True, "mse": True, "mae": False, "contrastive": True,
+}  # fmt: skip
 #: the classes of those under which it is
-SOLVABLE = (CrossEntropyLoss, LogitAdjustedLoss, BinaryCrossEntropyLoss, NumberLoss)
+SOLVABLE = (CrossEntropyLoss, LogitAdjustedLoss, BinaryCrossEntropyLoss, NumberLoss, ContrastiveLoss)
 
 
 def is_solvable(loss: Loss) -> bool:
-    """Whether a linear head of least loss can be solved for."""
+    """Whether a linear head can be solved for."""
     return type(loss.inner if isinstance(loss, WordLoss) else loss) in SOLVABLE
 
 

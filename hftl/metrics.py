@@ -28,6 +28,8 @@ MULTI_LABEL_METRICS = (
 REGRESSION_METRICS = ("rmse", "mae", "r2", "spearman", "pearson")
 #: those of `tag_metrics`
 TAG_METRICS = ("f1", "precision", "recall", "f1_macro", "accuracy")
+#: those of `similarity_metrics`
+SIMILARITY_METRICS = ("map_at_r", "recall_at_1", "recall_at_5", "recall_at_10")
 _IN_OWN_UNIT = ("rmse", "mae")
 #: scores of which less is better
 LOWER_IS_BETTER = ("loss", "log_loss", "expected_calibration_error", "hamming_loss", "rmse", "mae")
@@ -47,6 +49,12 @@ def softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 def sigmoid(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """The probability of each label by itself, of the shape of the logits."""
     return 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -500, 500)))
+
+
+def normalised(vectors: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Vectors of length 1, shape (rows, size); zeros stay zeros."""
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
 
 
 def expected_calibration_error(probabilities: npt.NDArray[Any], labels: npt.NDArray[Any], bins: int = 15) -> float:
@@ -265,6 +273,40 @@ def _roc_auc(labels: npt.NDArray[Any], probabilities: npt.NDArray[Any]) -> float
     if probabilities.shape[1] == 2:
         return float(metrics.roc_auc_score(labels, probabilities[:, 1]))
     return float(metrics.roc_auc_score(labels, probabilities, multi_class="ovr", average="macro"))
+
+
+def similarity_metrics(embeddings: npt.NDArray[Any], labels: npt.NDArray[Any], piece: int = 2**22) -> dict[str, float]:
+    """How well each row finds those with its label among all others, by cosine.
+
+    recall@k is the part of the rows that have one of them among the k nearest; MAP@R the mean over the R nearest, R
+    being how many there are, of the precision up to each that is right (Musgrave et al. 2020, "A Metric Learning
+    Reality Check", 3.2). A row without another of its label is searched through, and no query; `queries` counts those.
+
+    Args:
+        embeddings: shape (rows, size), of any length but 0.
+        labels: class numbers, shape (rows,).
+        piece: cosines that are held at once.
+    """
+    import torch
+
+    vectors, wanted = torch.from_numpy(normalised(embeddings)), torch.from_numpy(np.asarray(labels))
+    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    others = torch.from_numpy(counts[inverse] - 1)
+    queries = torch.nonzero(others > 0).flatten()
+    if not len(queries):
+        return {"queries": 0.0}
+    most = min(len(vectors) - 1, max(10, int(others.max())))
+    places = torch.arange(1, most + 1)
+    found: list[torch.Tensor] = []
+    for rows in queries.split(max(1, piece // len(vectors))):
+        cosines = vectors[rows] @ vectors.T
+        cosines[torch.arange(len(rows)), rows] = -torch.inf  # not itself
+        right = wanted[cosines.topk(most).indices] == wanted[rows, None]
+        precision = right.cumsum(1) / places
+        average = (precision * right * (places <= others[rows, None])).sum(1) / others[rows]
+        found.append(torch.stack([average, *(right[:, :count].any(1) for count in (1, 5, 10))], dim=1).double())
+    scores = torch.cat(found).mean(0).tolist()
+    return {**dict(zip(SIMILARITY_METRICS, scores, strict=True)), "queries": float(len(queries))}
 
 
 class ExtraMetrics:

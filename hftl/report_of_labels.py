@@ -1,4 +1,4 @@
-"""The report of runs whose rows have several labels, a number, or a tag for each word."""
+"""The report of runs whose rows have not one class each: several labels, a number, tags, choices, what is alike."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hftl.finished import Finished
 from hftl.folder import METRICS, PREDICTIONS
 from hftl.inert import as_cell, from_cell
 from hftl.metrics import written
-from hftl.problems import PROBLEMS, Choice, Problem, Regression, WordTags
+from hftl.problems import PROBLEMS, Choice, Gallery, Problem, Regression, Similarity, WordTags
 from hftl.problems.word_tags import entities_of, is_entities
 from hftl.report_parts import common_values
 
@@ -40,6 +40,8 @@ _MEANINGS = {
     "f1_micro": "of all labels of all rows",
     "f1": "of whole entities: kind and both ends are right",
     "accuracy": "part of what is answered that is right",
+    "recall_at_1": "part of the rows whose nearest other row is alike",
+    "map_at_r": "precision up to each that is alike, among the nearest",
 }
 
 
@@ -54,16 +56,16 @@ def render(run: Finished, shared: bool) -> str:
         UsageError: the run has no predictions, or they are damaged.
     """
     problem = PROBLEMS[run.recipe["problem_type"]]
-    is_regression = problem is Regression
     rows = _read(run, problem())
-    made = {Regression: _of_numbers, WordTags: _of_tags, Choice: _of_choices}.get(problem, _of_labels)
-    parts = made(run, rows, shared)
+    made = {Regression: _of_numbers, WordTags: _of_tags, Choice: _of_choices, Similarity: _of_vectors}
+    parts = made.get(problem, _of_labels)(run, rows, shared)
     return pages.render(
         "report_of_labels",
-        **common_values(run, shared, problem.headline[:1] if is_regression else problem.headline[:2]),
+        **common_values(run, shared, problem.headline[:1] if problem is Regression else problem.headline[:2]),
         rows=len(rows),
         problem=problem.words,
-        is_regression=is_regression,
+        is_regression=problem is Regression,
+        has_class_scores=problem.has_class_scores,
         tiles=_tiles(run.scores, problem),
         on_validation=", ".join(
             f"{words} {written(key, run.metrics['validation'][key])}"
@@ -226,6 +228,42 @@ def _of_choices(run: Finished, rows: Sequence[Sequence[str]], shared: bool) -> d
                 "label": f"{surest[row]:.1%} sure",
                 "missed": labels[row],
                 "added": said[row],
+            }
+            for row in order
+        ],
+    }
+
+
+def _of_vectors(run: Finished, rows: Sequence[Sequence[str]], shared: bool) -> dict[str, Any]:
+    """Rows whose nearest other row is of another class, those first that are most like it."""
+    try:
+        vectors = np.array([json.loads(row[2]) for row in rows], dtype=np.float32)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{str(run.folder / PREDICTIONS)!r} is damaged: a cell is no vector.") from error
+    ids, labels = ([from_cell(row[place]) for row in rows] for place in (0, 1))
+    gallery = Gallery([str(row) for row in range(len(rows))], vectors, min(2, len(rows)))
+    nearest = [
+        next((int(one.id), one.similarity) for one in found if one.id != str(row))
+        for row, found in enumerate(gallery.nearest(vectors))
+    ]
+    counts = Counter(labels)
+    queries = [row for row, label in enumerate(labels) if counts[label] > 1]
+    wrong = [row for row in queries if labels[nearest[row][0]] != labels[row]]
+    _check_fit(run, "recall_at_1", 1 - len(wrong) / len(queries))
+    order = sorted(wrong, key=lambda row: -nearest[row][1])[:_LINES]
+    return {
+        "wrong_rows": len(wrong),
+        "queries": len(queries),
+        "counted": "rows",
+        "worst": []
+        if shared
+        else [
+            {
+                "id": pages.row_name(ids[row]),
+                "label": labels[row],
+                "nearest": pages.row_name(ids[nearest[row][0]]),
+                "other": labels[nearest[row][0]],
+                "similarity": f"{nearest[row][1]:.3f}",
             }
             for row in order
         ],

@@ -25,7 +25,7 @@ from hftl.metrics import written
 from hftl.pretrained import LOAD_ERRORS
 from hftl.probes.beside import FOLDER as PROBE
 from hftl.probes.beside import Probe, load_probe
-from hftl.problems import Regression
+from hftl.problems import Gallery, Similarity
 from hftl.tasks import TASKS, find_task
 from hftl.tasks.classification import ClassificationTask
 
@@ -91,8 +91,8 @@ class Run(Finished):
         It may be set to "fp32", "bf16" or "fp16". In half precision probabilities differ by some thousandths from those
         of float32, and labels do not: rows without a clear answer are computed again in float32.
         """
-        # Not of a model by itself; and of a number half precision has but three digits.
-        known = (self.folder / METRICS).is_file() and not isinstance(self.task.problem, Regression)
+        # Not of a model by itself.
+        known = (self.folder / METRICS).is_file() and not self.task.problem.is_exact
         trained = str(self.metrics["train"].get("precision")) if known else "fp32"
         return trained if compute.has_native(trained, self.model.device) else "fp32"
 
@@ -242,13 +242,43 @@ class Run(Finished):
 
         Returns:
             A `Prediction` an input; of several labels a row `LabelsPrediction`, of a number `ValuePrediction`, of words
-            `TagsPrediction`.
+            `TagsPrediction`, of similarity `EmbeddingPrediction`, with a gallery `NeighboursPrediction`.
 
         Raises:
             UsageError: an input cannot be read.
         """
         pieces = self.predict_batches(inputs, batch_size, skip_bad_files, (0, 1), **columns)
         return [prediction for piece in pieces for prediction in piece]
+
+    def use_gallery(
+        self,
+        inputs: Any,
+        neighbours: int = 5,
+        batch_size: int | None = None,
+        skip_bad_files: bool = False,
+        **columns: str,
+    ) -> None:
+        """From now on `predict` answers with the nearest of these inputs; of a run of image similarity.
+
+        Args:
+            inputs: as `predict`.
+            neighbours: how many an input gets, or all where there are fewer.
+            batch_size: as `predict`.
+            skip_bad_files: as `predict`.
+            columns: as `predict`.
+
+        Raises:
+            UsageError: the run is another one, or an input cannot be read.
+        """
+        problem = self.task.problem
+        if not isinstance(problem, Similarity):
+            raise UsageError(f"A gallery is searched by runs of image-similarity, not of {self.task.name}.")
+        problem.gallery = None
+        found = self.predict(inputs, batch_size, skip_bad_files, **columns)
+        if not found:
+            raise UsageError("The gallery is empty: there is nothing to find.")
+        embeddings = np.stack([one.embedding for one in found])
+        problem.gallery = Gallery([one.id for one in found], embeddings, min(neighbours, len(found)))
 
     def predict_batches(
         self,

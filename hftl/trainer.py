@@ -28,6 +28,9 @@ from hftl.errors import Diverged, UsageError
 from hftl.methods import Stage
 from hftl.methods.plan import prepare_modules
 
+#: rows of a class that stand together: M of the "M per class" of Musgrave et al. 2020
+_GROUP = 4
+
 
 class TransferTrainer(Trainer):
     """`transformers.Trainer` for one stage of a plan.
@@ -57,7 +60,7 @@ class TransferTrainer(Trainer):
         **others: Any,
     ) -> None:
         """Set which parameters train, and find the modules that do not."""
-        self.stage, self.cut, self.mixing, self.balanced = stage, cut, mixing, args.sampler == "balanced"
+        self.stage, self.cut, self.mixing = stage, cut, mixing
         self.items = items
         self.frozen_modules = prepare_modules(model, stage)
         self.seeded_step = -1
@@ -314,12 +317,13 @@ class TransferTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         data: Any = train_dataset if train_dataset is not None else self.train_dataset
         rows = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        labels = None
-        if self.balanced:
+        sampler, labels = self.args.sampler, None
+        if sampler != "random":
             labels = getattr(data, "labels", None)
             if labels is None:
-                raise UsageError("--sampler balanced: the task's training data set has no `labels`. Leave it out.")
-        return EpochSampler(len(data), self.args.seed, getattr(data, "lengths", None), rows, labels)
+                raise UsageError(f"--sampler {sampler}: the task's training data set has no `labels`. Leave it out.")
+        lengths = getattr(data, "lengths", None)
+        return EpochSampler(len(data), self.args.seed, lengths, rows, labels, grouped=sampler == "groups")
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Nothing: order, augmentation and dropout are functions of seed, epoch and step."""
@@ -486,7 +490,7 @@ class EpochSampler(Sampler[int]):
     the lengths do not fall within each piece).
 
     With labels, as many rows are drawn as there are, of each class equally many: of frequent classes others each epoch,
-    of rare ones every row before any is repeated.
+    of rare ones every row before any is repeated. Or, grouped, each row once, four of a class behind each other.
     """
 
     def __init__(
@@ -496,6 +500,7 @@ class EpochSampler(Sampler[int]):
         lengths: Sequence[int] | None = None,
         batch_size: int = 1,
         labels: Sequence[int] | None = None,
+        grouped: bool = False,
     ) -> None:
         """Start in epoch 0.
 
@@ -504,11 +509,12 @@ class EpochSampler(Sampler[int]):
             seed: of the order.
             lengths: one length a row, or None.
             batch_size: rows of one optimizer step over all processes.
-            labels: the class ids to balance, or None.
+            labels: the class ids to balance or to group, or None.
+            grouped: whether rows of a class stand together.
         """
         self.rows, self.seed, self.batch_size, self.epoch = rows, seed, batch_size, 0
         self.lengths = None if lengths is None else np.asarray(lengths)
-        self.labels = None if labels is None else np.asarray(labels)
+        self.labels, self.grouped = None if labels is None else np.asarray(labels), grouped
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next pass."""
@@ -519,10 +525,16 @@ class EpochSampler(Sampler[int]):
         return self.rows
 
     def _order(self, random: np.random.Generator) -> np.ndarray[Any, Any]:
-        """Row numbers, shuffled: each once, or each class equally often."""
+        """Row numbers, shuffled: each once, or each class equally often, or a class in groups."""
         if self.labels is None:
             return random.permutation(self.rows)
-        members = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)]
+        members = np.split(
+            np.argsort(self.labels, kind="stable"), np.cumsum(np.unique(self.labels, return_counts=True)[1])[:-1]
+        )
+        if self.grouped:
+            mixed = [random.permutation(rows) for rows in members]
+            groups = [rows[start : start + _GROUP] for rows in mixed for start in range(0, len(rows), _GROUP)]
+            return np.concatenate([groups[place] for place in random.permutation(len(groups))])
         counts = np.full(len(members), self.rows // len(members))
         counts[random.permutation(len(members))[: self.rows % len(members)]] += 1
         drawn = [

@@ -32,6 +32,7 @@ TEXTS = ["text-classification", "--dataset=texts"]
 #: every task, one of them with two routes
 TASKS = {
     "images": [*IMAGES, "--model=resnet"],
+    "likeness": ["image-similarity", "--dataset=images", "--model=resnet", "--embedding_size=8"],
     "texts": [*TEXTS, "--model=bert"],
     "words": ["token-classification", "--dataset=words", "--model=bert"],
     "choices": ["multiple-choice", "--dataset=choices", "--model=bert"],

@@ -71,7 +71,7 @@ def test_configuration_runs(
         len(printed[: re.search("epoch 1|solved in", printed).start()].splitlines()) <= 15
     )  # one screen before training starts
     run = hftl.load_run(tmp_path / "run")
-    assert 0 <= run.metrics["test"]["accuracy"] <= 1
+    assert 0 <= run.metrics["test"][run.task.problem.headline[0][0]] <= 1
     assert run.task.name == settings["task"]
     assert settings["method"] in ("auto", run.task.arguments.method)
 

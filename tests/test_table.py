@@ -14,6 +14,7 @@ from hftl.methods import METHODS
 
 #: cells that cannot be, and what is said
 REFUSED = {
+    ("likeness", "auto"): "--method auto is for rows of one class each",
     ("words", "auto"): "--method auto is for rows of one class each",
     ("choices", "auto"): "--method auto is for rows of one class each",
     ("GPT", "peft"): "LOKR takes layers of the kinds convolution",

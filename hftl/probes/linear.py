@@ -12,6 +12,7 @@ from torch import nn
 
 from hftl.errors import UsageError
 from hftl.losses import CrossEntropyLoss
+from hftl.probes.discriminant import solve_discriminant
 from hftl.probes.logistic import STRENGTHS, WORSE, LinearHead, solve_linear_head, standardisation, unscaled
 
 #: e to the power of this is the widest that a temperature may be searched around scores of deviation 1
@@ -27,9 +28,10 @@ def fit_linear_head(
     score: Callable[[torch.Tensor, torch.Tensor], float],
     intercept: bool = True,
 ) -> LinearHead:
-    """An output layer of one of four kinds, its penalty chosen on validation as in `solve_linear_head`.
+    """An output layer of one of these kinds, its penalty chosen on validation as in `solve_linear_head`.
 
-    - logistic: multinomial logistic regression.
+    - logistic, least squares: of least loss; for one class of several multinomial logistic regression.
+    - discriminant: of vectors to search by, see `solve_discriminant`.
     - svm: a linear support vector machine for each class against the others (scikit-learn's `LinearSVC`, whose penalty
       includes the bias).
     - ridge: least squares on targets of -1 and 1 (`RidgeClassifier`).
@@ -45,7 +47,7 @@ def fit_linear_head(
         train: features of shape (rows, features) and class ids of shape (rows,).
         validation: the same of the rows that choose the penalty and the temperature.
         label_names: name of each class id.
-        loss: logistic minimises it; its class weights go to svm and ridge too.
+        loss: logistic and least squares minimise it; its class weights go to svm and ridge too.
         score: of logits of shape (rows, classes) and class ids; more is better.
         intercept: whether the layer has a bias.
 
@@ -53,7 +55,9 @@ def fit_linear_head(
         UsageError: a class has no training row, of which svm, ridge and nearest_mean have nothing to say.
     """
     classes = len(label_names)
-    if kind == "logistic":
+    if kind == "discriminant":
+        return solve_discriminant(train, validation, classes, score, intercept)
+    if kind in ("logistic", "least squares"):
         return solve_linear_head(train, validation, classes, loss, score, intercept)
     features, labels = train[0].double(), train[1].numpy()
     check_every_class(kind, train[1], label_names)

@@ -99,6 +99,10 @@ class Problem:
     head: ClassVar[str] = "logistic"
     #: whether a row has one class of several
     is_one_of_several: ClassVar[bool] = False
+    #: whether there are scores of each class
+    has_class_scores: ClassVar[bool] = True
+    #: whether the outputs themselves are the answer, of which half precision keeps three digits
+    is_exact: ClassVar[bool] = False
 
     def check(self, arguments: TransferArguments) -> None:
         """Refuse settings that do not go with it.
@@ -151,6 +155,19 @@ class Problem:
             UsageError: as said.
         """
         raise NotImplementedError
+
+    def require_scorable(self, labels: npt.NDArray[Any], origin: str) -> None:
+        """Refuse rows that no score can be made of.
+
+        Raises:
+            UsageError: as said.
+        """
+
+    def held_out(
+        self, labels: npt.NDArray[Any], fraction: float, seed: int
+    ) -> tuple[npt.NDArray[np.int64], str] | None:
+        """Places of the training rows to validate on, and what they are; None where they are drawn by `strata`."""
+        return None
 
     def strata(self, labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         """A number a row, shape (rows,): a part of the rows is drawn with each number in proportion."""

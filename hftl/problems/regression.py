@@ -71,6 +71,8 @@ class Regression(Problem):
     activation = ""
     without_score = "the numbers in it, or the answers, are all alike"
     head = "least squares"
+    has_class_scores = False
+    is_exact = True
 
     mean: float = 0.0
     deviation: float = 1.0

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 #: task name → module and class, and the recipe that runs it; strings, so that a name costs no import
 TASKS = {
     "image-classification": ("hftl.tasks.image_classification", "ImageClassification", "image_classification"),
+    "image-similarity": ("hftl.tasks.image_similarity", "ImageSimilarity", "image_similarity"),
     "audio-classification": ("hftl.tasks.audio_classification", "AudioClassification", "audio_classification"),
     "image-text-classification": (
         "hftl.tasks.image_text_classification",

@@ -41,6 +41,8 @@ class ClassificationTask:
     """
 
     name: ClassVar[str]
+    #: what the Hub calls it, where that is not its name
+    hub_name: ClassVar[str | None] = None
     modality: ClassVar[Modality]
     auto_class: Any
     arguments_class: ClassVar[type[TransferArguments]]
