@@ -419,8 +419,13 @@ class AudioArguments(TransferArguments):
     audio_column: str | None = _argument(None, "Column of the recordings (guessed when not given).")
     clip_seconds: float | None = _argument(
         None,
-        "Seconds of a recording that the model takes, from its beginning (default: what 95 % of the training "
-        "recordings fit in, 10 at most).",
+        "Seconds of a recording that the model takes: its beginning, with augmentation a window at a random place "
+        "(default: what 95 % of the training recordings fit in, 10 at most).",
+    )
+    test_time_windows: int = _argument(
+        1,
+        "Windows of --clip_seconds, spread evenly over a recording that is longer, whose logits are averaged in the "
+        "final scores and in hftl predict.",
     )
     augmentation: str = _argument(
         "light",
@@ -550,6 +555,14 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
+
+
+def averaged_views(arguments: TransferArguments) -> str | None:
+    """The flag by which the final scores average the logits of several views of a row, where one is given."""
+    if getattr(arguments, "test_time_flip", False):
+        return "--test_time_flip"
+    windows = getattr(arguments, "test_time_windows", 1)
+    return f"--test_time_windows {windows}" if windows > 1 else None
 
 
 def flag_names(arguments_class: type) -> dict[str, str]:
@@ -891,7 +904,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
             "max_train_samples", "max_eval_samples", "shots", "repeats", "soup_runs", "learning_rate",
             "head_learning_rate", "lora_r", "lora_alpha", "lora_blocks", "lora_plus_ratio", "reinit_blocks", "mixup",
             "cutmix", "feature_views", "feature_layers", "feature_cache_gb", "frames", "image_size", "image_cache_gb",
-            "max_length", "clip_seconds", "early_stopping_patience", "embedding_size", "temperature",
+            "max_length", "clip_seconds", "test_time_windows", "early_stopping_patience", "embedding_size", "temperature",
         ),
         lambda value: value > 0,
         "be above 0",

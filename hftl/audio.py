@@ -6,9 +6,11 @@ would decode with, needs FFmpeg on the system.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,44 +22,63 @@ from hftl.sources import file_key, missing, opened, source_of
 Waveform = npt.NDArray[np.float32]
 
 #: seconds beyond which a file is no recording of one thing
-_LONGEST = 3600.0
+_LONGEST = 86_400.0
 #: frames that are read at once where all of a file is looked at
 _BLOCK = 1_048_576
 
 
-def open_audio(value: Any, rate: int, seconds: float | None = None) -> Waveform:
+def open_audio(value: Any, rate: int, seconds: float | None = None, place: float = 0.0) -> Waveform:
     """One waveform, shape (samples,), values from -1 to 1: the mean of the channels, resampled.
+
+    Of a file no more than the window is decoded, where its format can seek; otherwise what lies before it too, in
+    pieces.
 
     Args:
         value: a path, bytes, `{"bytes", "path"}`; samples as `{"array", "sampling_rate"}`, or as an array that has
             `rate` already; shape (samples,), or (samples, channels) or (channels, samples).
         rate: samples a second of what is returned.
-        seconds: how much of the beginning is read; None reads all.
+        seconds: how much is read, the window; None reads all.
+        place: where the window lies in a recording that is longer, from 0, its beginning, to 1, its end.
 
     Raises:
         UsageError: there is no such file, or it is no recording that can be read.
     """
-    if isinstance(value, np.ndarray):
-        value = {"array": value, "sampling_rate": rate}
-    if isinstance(value, dict) and "array" in value:
-        wave, found = _one_channel(np.asarray(value["array"])), value.get("sampling_rate")
-        if not isinstance(found, int | float) or found <= 0:
-            raise UsageError("a recording as an array needs its sampling_rate: {'array': …, 'sampling_rate': 16000}")
-        wave = wave if seconds is None else wave[: math.ceil(seconds * found)]
-        return _resampled(wave, int(found), rate)
-    source, name = _source(value)
-    if not source:
-        raise UsageError(f"no recording is named in {value!r}")
-    soundfile = _soundfile()
-    try:
-        with soundfile.SoundFile(opened(source)) as file:
-            frames = -1 if seconds is None else math.ceil(seconds * file.samplerate)
-            samples, found = file.read(frames, dtype="float32", always_2d=True), file.samplerate
-    except (soundfile.LibsndfileError, OSError, ValueError) as error:
-        raise UsageError(f"{name} cannot be read as a recording: {_reason(error, name)}") from error
+    given = _given(value, rate)
+    if given is not None:
+        wave, found = _one_channel(given[0]), given[1]
+        start, frames = _window(len(wave), found, seconds, place)
+        return _resampled(wave[start : start + frames], found, rate)
+    with _opened(value) as file:
+        found = file.samplerate
+        start, frames = _window(file.frames, found, seconds, place)
+        _skip(file, start)
+        samples = file.read(frames, dtype="float32", always_2d=True)
     if not len(samples):
-        raise UsageError(f"{name} cannot be read as a recording: it is empty")
+        raise UsageError(
+            f"{_source(value)[1]} cannot be read as a recording: it "
+            f"{'holds less than its head says' if start else 'is empty'}"
+        )
     return _resampled(samples.mean(axis=1), found, rate)
+
+
+def is_longer(value: Any, rate: int, seconds: float) -> bool:
+    """Whether a recording does not fit into a window of so many seconds; by the head of a file alone.
+
+    Args:
+        value: as `open_audio` takes it.
+        rate: samples a second of an array that does not say them.
+        seconds: of the window.
+
+    Raises:
+        UsageError: there is no such file, or it is no recording that can be read.
+    """
+    given = _given(value, rate)
+    if given is not None:
+        length, found = max(given[0].shape, default=0), given[1]
+    else:
+        with _opened(value) as file:
+            length, found = file.frames, file.samplerate
+    return length > math.ceil(seconds * found)
 
 
 def audio_problem(value: Any, full: bool) -> str | None:
@@ -73,9 +94,9 @@ def audio_problem(value: Any, full: bool) -> str | None:
             if not file.frames:
                 return "empty"
             if seconds > _LONGEST:
-                return f"{seconds / 3600:.1f} hours long; the limit is one hour: cut it into pieces"
+                return f"{seconds / 3600:.1f} hours long; the limit is a day: cut it into pieces"
             if full:
-                for block in file.blocks(_BLOCK, dtype="float32"):
+                for block in _blocks(file, file.frames):
                     loudest = float(np.maximum(loudest, np.abs(block).max(initial=0.0)))  # which hands on NaN
     except (soundfile.LibsndfileError, OSError, ValueError) as error:
         return _reason(error, name)
@@ -111,6 +132,64 @@ def content_key(value: Any, full: bool = False) -> bytes:
 
 def _source(value: Any) -> tuple[str | bytes | None, str]:
     return source_of(value, "a recording", "an array, or one with its sampling_rate")
+
+
+def _given(value: Any, rate: int) -> tuple[npt.NDArray[Any], int] | None:
+    """Samples and how many are a second, of a recording that is given as such; None of a file.
+
+    Raises:
+        UsageError: it does not say how many.
+    """
+    if isinstance(value, np.ndarray):
+        return value, rate
+    if not isinstance(value, dict) or "array" not in value:
+        return None
+    found = value.get("sampling_rate")
+    if not isinstance(found, int | float) or found <= 0:
+        raise UsageError("a recording as an array needs its sampling_rate: {'array': …, 'sampling_rate': 16000}")
+    return np.asarray(value["array"]), int(found)
+
+
+@contextlib.contextmanager
+def _opened(value: Any) -> Iterator[Any]:
+    """A file, to be read.
+
+    Raises:
+        UsageError: there is none, or it cannot be read.
+    """
+    source, name = _source(value)
+    if not source:
+        raise UsageError(f"no recording is named in {value!r}")
+    soundfile = _soundfile()
+    try:
+        with soundfile.SoundFile(opened(source)) as file:
+            yield file
+    except (soundfile.LibsndfileError, OSError, ValueError) as error:
+        raise UsageError(f"{name} cannot be read as a recording: {_reason(error, name)}") from error
+
+
+def _window(length: int, rate: int, seconds: float | None, place: float) -> tuple[int, int]:
+    """Where the window begins, and how many samples it has at most."""
+    frames = length if seconds is None else math.ceil(seconds * rate)
+    return round(place * max(0, length - frames)), frames
+
+
+def _skip(file: Any, frames: int) -> None:
+    if frames and file.seekable():
+        file.seek(frames)
+        return
+    for _ in _blocks(file, frames):  # telephones' GSM 6.10, for one, is read from the beginning on
+        pass
+
+
+def _blocks(file: Any, frames: int) -> Iterator[npt.NDArray[np.float32]]:
+    """So many samples from here on, in pieces of shape (samples, channels); soundfile's own needs files that seek."""
+    while frames > 0:
+        block = file.read(min(frames, _BLOCK), dtype="float32", always_2d=True)
+        if not len(block):
+            return
+        frames -= len(block)
+        yield block
 
 
 def _soundfile() -> Any:

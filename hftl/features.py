@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from hftl import __version__, backbones, batches, compute, penalties
-from hftl.arguments import TransferArguments
+from hftl.arguments import TransferArguments, averaged_views
 from hftl.builtin import cache_folder
 from hftl.cut import Batch, Cut, NoCut, explained_probe
 from hftl.errors import UsageError
@@ -659,8 +659,8 @@ def _check_head(arguments: TransferArguments) -> None:
             raise UsageError(f"{head} is fitted on kept features: leave out --{name} {value}.")
     for name in sorted(_of_training(alone=True) & arguments.given if arguments.head_solver == "auto" else ()):
         raise UsageError(f"{head} is fitted, not trained: leave out --{name}.")
-    if (kind in BESIDE or joined) and getattr(arguments, "test_time_flip", False):
-        raise UsageError(f"{head} answers for the plain view alone: leave out --test_time_flip.")
+    if (kind in BESIDE or joined) and (views := averaged_views(arguments)):
+        raise UsageError(f"{head} answers for the plain view alone: leave out {views}.")
     if unused := _unsolved(arguments, last=True):
         raise UsageError(f"{head} is fitted, not trained: leave out {unused[0]}.")
     if kind == "logistic":

@@ -150,7 +150,7 @@ class Run(Finished):
         self, rows: Any, batch_size: int | None, skip_bad_files: bool
     ) -> tuple[list[int], np.ndarray[Any, Any]]:
         """Numbers of the rows that could be read, in order, and their logits."""
-        dataset: Any = self.task.dataset(rows, training=False)
+        dataset: Any = self.task.test_data(self.task.dataset(rows, training=False))
         self.cut += getattr(dataset, "cut", 0)
         kept: list[int] = []
         logits: list[np.ndarray[Any, Any]] = []
@@ -180,10 +180,11 @@ class Run(Finished):
     @torch.no_grad()
     def _viewed(self, inputs: dict[str, torch.Tensor], precision: str) -> torch.Tensor:
         """Logits, the mean of those of the views that a row is looked at in."""
-        network = self._network(inputs)
+        views = self.task.test_views(inputs)
+        network = self._network(views[0])
         with compute.autocast(precision, self.model.device):
-            views = [self._answers(network, view).float().cpu() for view in self.task.test_views(inputs)]
-        return torch.stack(views).mean(dim=0)
+            answers = [self._answers(network, view).float().cpu() for view in views]
+        return torch.stack(answers).mean(dim=0)
 
     def prepared(
         self, dataset: Any, rows: Any, batch_size: int | None = None, skip_bad_files: bool = False

@@ -20,7 +20,7 @@ from transformers import EarlyStoppingCallback, SchedulerType
 
 from hftl import backbones, compute, folder
 from hftl.adaptation import adapt_batch_norm
-from hftl.arguments import TransferArguments, set_precision, stage_arguments
+from hftl.arguments import TransferArguments, averaged_views, set_precision, stage_arguments
 from hftl.averaging import (
     changing_tensors,
     check_averaging,
@@ -348,7 +348,7 @@ def _run_stages(
                 finals.append(final)
             if is_last and start:
                 records[-1] |= soup_of_runs(trainer, finals[first_run:])
-            if is_last and getattr(task.arguments, "test_time_flip", False):
+            if is_last and averaged_views(task.arguments):
                 if kept is not None:
                     kept.release()
                 results = _evaluate_views(task, trainer, data)
@@ -592,7 +592,7 @@ def _evaluate_views(
     """As `_evaluate`, of several views of each row, which need the whole model and the inputs."""
     trainer.cut, trainer.data_collator, trainer.test_views = None, task.collate, task.test_views
     trainer.evaluations, trainer.chosen_evaluation = {}, None
-    return _evaluate(task, trainer, data, None)
+    return _evaluate(task, trainer, {name: task.test_data(dataset) for name, dataset in data.items()}, None)
 
 
 def _evaluate(
@@ -634,6 +634,8 @@ def _check_sharding(
         "--problem_type regression": arguments.problem_type == "regression",
         f"--method {arguments.method}": hasattr(model, "peft_config"),
         "--method surgical": chooses,
+        # a batch of short recordings has one window, and that of another process may have several
+        "--test_time_windows": getattr(arguments, "test_time_windows", 1) > 1,
         "--penalty": any(stage.penalty is not None for stage in stages),
     }
     for what in (name for name, found in needs_all.items() if found):

@@ -5,6 +5,10 @@ own feature extractor makes of the waveform. An image model (timm's, ViT) gets a
 transformers' `WhisperFeatureExtractor`, which is saved beside it: `AutoFeatureExtractor.from_pretrained(RUN)` and a
 resize are all that plain transformers needs, see the card of a run. That networks for photos learn sounds well from
 such pictures: Gong et al. 2021 (AST), Palanisamy et al. 2020.
+
+Of a recording longer than `--clip_seconds` a model takes a window: in training with augmentation one at a random place,
+otherwise the beginning, and with `--test_time_windows` several in the final scores and after (Hershey et al. 2017
+average the scores of all windows of a sound track).
 """
 
 from __future__ import annotations
@@ -64,6 +68,8 @@ _GAIN, _NOISE = 6.0, (10.0, 40.0)
 _SHORTEST = 1_600
 #: part of the recordings that may be cut without a word
 _CUT = 0.05
+#: in an example or a batch: what is made of each window of a recording
+_VIEWS = "views"
 _OF_WAVEFORMS = """import soundfile
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 extractor = AutoFeatureExtractor.from_pretrained({title})
@@ -121,8 +127,19 @@ class AudioClassification(ClassificationTask):
                 raise UsageError("--mixup mixes pictures of sounds, which this model of waveforms does not take.")
         self.processor.clip_seconds = seconds  # it is saved with the others
         pictures = "" if self.side is None else f", as log-mel pictures of {self.side[0]} x {self.side[1]}"
-        say(f"sound: {seconds:g} s of a recording at {self.processor.sampling_rate:,} Hz{pictures}")
+        cut = self._cut_in_words(lengths)
+        say(f"sound: {seconds:g} s of a recording at {self.processor.sampling_rate:,} Hz{pictures}{cut and f'; {cut}'}")
         return model
+
+    def _cut_in_words(self, lengths: np.ndarray[Any, Any]) -> str:
+        """What part of the recordings is longer than the window, and what becomes of it; nothing where all fit."""
+        cut, windows = float(np.mean(lengths > self.processor.clip_seconds)), self.arguments.test_time_windows
+        if not cut:
+            return ""
+        longer = f"{cut:.0%} of the recordings are longer"
+        if windows > 1:
+            return f"{longer}, and {windows} windows of each make a final answer"
+        return f"{longer}, and their beginning alone makes a final answer: --test_time_windows 3 reads more"
 
     def _random_model(self, architecture: str) -> PreTrainedModel:
         config_class = CONFIG_MAPPING.get(architecture, None)
@@ -185,6 +202,23 @@ class AudioClassification(ClassificationTask):
             return [self.dataset(rows, training=False)]
         return [AudioDataset(rows, self._inputs, augmentation, view=view) for view in range(count)]
 
+    def test_data(self, dataset: Any) -> Any:
+        """With `--test_time_windows`, recordings as windows that are spread evenly from the beginning to the end."""
+        return dataset if self.arguments.test_time_windows == 1 else AudioDataset(dataset.rows, self._windows)
+
+    def _windows(self, value: Any) -> dict[str, Any]:
+        """What the model takes of each window of one recording; a recording that fits into one has one."""
+        count = self.arguments.test_time_windows if self._is_longer(value) else 1
+        return {_VIEWS: [self._inputs(value, place=float(place)) for place in np.linspace(0, 1, count)]}
+
+    def test_views(self, inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """The windows of a batch of `test_data`, as a batch each."""
+        if self.arguments.test_time_windows == 1:
+            return [inputs]
+        windows = {name: values.unbind(dim=1) for name, values in inputs.items() if name != "labels"}
+        count = len(next(iter(windows.values())))
+        return [{**inputs, **{name: values[view] for name, values in windows.items()}} for view in range(count)]
+
     def mixing(self) -> Mixing | None:
         """mixup of pictures."""
         return None if self.arguments.mixup is None else MixedImages(len(self.label_names), self.arguments.mixup, None)
@@ -195,13 +229,30 @@ class AudioClassification(ClassificationTask):
         augmentation = arguments.feature_views > 1 and arguments.augmentation
         return [self.processor.to_dict(), self.side, augmentation]
 
-    def waveform(self, value: Any) -> Waveform:
-        """The waveform of a row at the model's rate, shape (samples,); a task of one's own may prepare it further."""
-        return audio.open_audio(value, self.processor.sampling_rate, self.processor.clip_seconds)
+    def waveform(self, value: Any, place: float = 0.0) -> Waveform:
+        """The waveform of a row at the model's rate, shape (samples,); a task of one's own may prepare it further.
 
-    def _inputs(self, value: Any, augmentation: str = "none") -> dict[str, Any]:
-        """What the model takes of one recording; what is random comes from torch's generator."""
-        wave = self.waveform(value)
+        Args:
+            value: of the row.
+            place: of the window in a recording that is longer, from 0, its beginning, to 1, its end.
+        """
+        return audio.open_audio(value, self.processor.sampling_rate, self.processor.clip_seconds, place)
+
+    def _is_longer(self, value: Any) -> bool:
+        """Whether a recording does not fit into the window."""
+        return audio.is_longer(value, self.processor.sampling_rate, self.processor.clip_seconds)
+
+    def _inputs(self, value: Any, augmentation: str = "none", place: float = 0.0) -> dict[str, Any]:
+        """What the model takes of one window of a recording; what is random comes from torch's generator.
+
+        Args:
+            value: of the row.
+            augmentation: none, light or strong; but for none the place is random too.
+            place: as `waveform` takes it.
+        """
+        if augmentation != "none" and self._is_longer(value):
+            place = float(torch.rand(()))
+        wave = self.waveform(value, place)
         if augmentation == "strong":
             wave = _disturbed(wave)
         if self.side is not None:
@@ -240,14 +291,16 @@ class AudioClassification(ClassificationTask):
     def shown(self, row: Mapping[str, Any], model: Any = None, label: int = 0) -> Shown:
         """The sound, its log-mel picture, and of an image model where it looked (Grad-CAM)."""
         rate = self.processor.sampling_rate
-        wave = self.waveform(row[self.modality.name])
+        value = row[self.modality.name]
+        wave = self.waveform(value)
         if self.side is None:
             return Shown(sounds=[sound_address(wave[: int(_HEARD * rate)], rate)])
         pixels = _picture(self._bands(wave), self.side)
         low, high = pixels.amin(), pixels.amax()
         grey = (255 * (pixels[0] - low) / (high - low).clamp(min=1e-6)).byte().flip(0).numpy()  # high notes above
         picture = Image.fromarray(grey).convert("RGB")
-        pictures = [(images.data_address(picture), "the sound: time to the right, high notes above")]
+        what = "the beginning of the sound" if self._is_longer(value) else "the sound"
+        pictures = [(images.data_address(picture), f"{what}: time to the right, high notes above")]
         if model is not None:
             heat = grad_cam(model, {"pixel_values": pixels[None].to(model.device)}, label)
             if heat is not None:
@@ -256,19 +309,30 @@ class AudioClassification(ClassificationTask):
         return Shown(pictures, sounds=[sound_address(wave[: int(_HEARD * rate)], rate)])
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """`pixel_values` of shape (rows, 3, height, width), or what the extractor gives, padded; `labels` (rows,)."""
-        if self.side is not None:
-            batch = {"pixel_values": stack_pixels([example["pixel_values"] for example in examples])}
+        """`pixel_values` of shape (rows, 3, height, width), or what the extractor gives, padded; `labels` (rows,).
+
+        Of `test_data` with windows, shape (rows, windows, …): as many as the row with the most has. Those of a row with
+        one are all the same, so that their mean is that of the one, but for rounding.
+        """
+        if _VIEWS in examples[0]:
+            count = max(len(example[_VIEWS]) for example in examples)
+            each = [example[_VIEWS][view % len(example[_VIEWS])] for example in examples for view in range(count)]
+            batch = {name: values.unflatten(0, (-1, count)) for name, values in self._stacked(each).items()}
         else:
-            (name, *_) = self.processor.model_input_names
-            inputs = [example[name] for example in examples]
-            if self._takes_samples:
-                batch = dict(self.processor.pad({name: inputs}, padding=True, return_tensors="pt"))
-            else:
-                batch = {name: torch.from_numpy(np.stack(inputs))}
+            batch = self._stacked(examples)
         if "labels" in examples[0]:
             batch["labels"] = torch.tensor([example["labels"] for example in examples])
         return batch
+
+    def _stacked(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """What the model takes of several windows, without labels."""
+        if self.side is not None:
+            return {"pixel_values": stack_pixels([example["pixel_values"] for example in examples])}
+        (name, *_) = self.processor.model_input_names
+        inputs = [example[name] for example in examples]
+        if self._takes_samples:
+            return dict(self.processor.pad({name: inputs}, padding=True, return_tensors="pt"))
+        return {name: torch.from_numpy(np.stack(inputs))}
 
     def inputs_in_words(self, splits: Splits, rows: Any) -> tuple[str, str]:
         """How long the recordings are, and what to change about how much of them is taken."""
@@ -276,8 +340,8 @@ class AudioClassification(ClassificationTask):
         middle, long = np.percentile(lengths, [50, 95])
         heard = self.processor.clip_seconds
         words = f"recordings of {middle:.1f} s (median), 95 % up to {long:.1f}; heard up to {heard:g}"
-        cut = float(np.mean(lengths > heard))
-        return words, f"{cut:.0%} of the recordings are cut: --clip_seconds" if cut > _CUT else ""
+        is_much = self.arguments.test_time_windows == 1 and float(np.mean(lengths > heard)) > _CUT
+        return words, f"{self._cut_in_words(lengths)}, --clip_seconds takes longer windows" if is_much else ""
 
     def usage(self, title: str) -> str:
         """Plain transformers on either route."""

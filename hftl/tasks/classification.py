@@ -205,8 +205,12 @@ class ClassificationTask:
         """What mixes the rows of a training batch, where that was asked for."""
         return None
 
+    def test_data(self, dataset: Any) -> Any:
+        """What the final scores and all answers after them read: `dataset`, with what `test_views` needs of a row."""
+        return dataset
+
     def test_views(self, inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        """What is predicted of a batch in the final scores and after: inputs whose logits are averaged."""
+        """What is predicted of a batch of `test_data`: inputs whose logits are averaged."""
         return [inputs]
 
     def preprocessing(self) -> Any:
