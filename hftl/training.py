@@ -428,13 +428,14 @@ def _stage_trainer(
     ]
     if arguments.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
+    validation = data["validation"] if kept else task.test_data(data["validation"])
     trainer: TransferTrainer = TransferTrainer(
         stage=stage,
         loss=stage.loss or task.loss(splits),
         model=model,
         args=settings,
         train_dataset=data["train"],
-        eval_dataset=data["validation"],
+        eval_dataset=validation,
         data_collator=kept.collate if kept else task.collate,
         cut=kept.cut if kept else None,
         items=task.problem.items,
@@ -444,6 +445,8 @@ def _stage_trainer(
         preprocess_logits_for_metrics=_first,
         callbacks=callbacks,
     )
+    if validation is not data["validation"]:  # it has more of a row, by which the best weights are chosen too
+        trainer.test_views = task.test_views
     return trainer
 
 

@@ -113,6 +113,23 @@ def write_sounds(folder: Path, splits: dict[str, int], rate: int = 8_000) -> Pat
     return folder
 
 
+def write_late_sounds(folder: Path, splits: dict[str, int], rate: int = 8_000) -> Path:
+    """Class folders of recordings that differ in their last 0.8 s alone; before these are 0.55 to 0.75 s of silence."""
+    import soundfile
+
+    random = np.random.default_rng(0)
+    for split, count in splits.items():
+        for name, pitch in {"high": 1_500, "low": 300}.items():
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for index in range(count):
+                moments = np.arange(int(rate * 0.8)) / rate
+                wave = 0.3 * np.sin(2 * np.pi * pitch * random.uniform(0.9, 1.1) * moments)
+                silence = np.zeros(int(rate * random.uniform(0.55, 0.75)))
+                soundfile.write(place / f"{index}.wav", np.concatenate([silence, wave]), rate)
+    return folder
+
+
 def write_videos(folder: Path, splits: dict[str, int], side: int = 24, frames: int = 6) -> Path:
     """Class folders of a square that moves to the left or to the right: `splits` gives videos a class."""
     from hftl.video import as_video

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import json
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import small_data
 import soundfile
 import tiny_models
 import torch
+import transformers
 from refusal import refused
 from safetensors.torch import load_file
+from torch.nn import functional
 
 import hftl
 from hftl import audio, cli, pages
@@ -97,7 +101,9 @@ def test_samples_are_recordings_too() -> None:
         (recorded(tone(16_000))[:8_000], "cut off: it holds less than its head says"),
         (recorded(np.random.default_rng(0).normal(0, 0.1, 40_000), kind="FLAC")[:9_000], "flac decoder lost sync"),
         (b"no sound here", "not a recording"),
-        (recorded(np.ones(4 * 3_600), rate=1), "4.0 hours long; the limit is one hour: cut it into pieces"),
+        (recorded(np.ones(6 * 3_600), rate=1), None),
+        (recorded(np.ones(30 * 3_600), rate=1), "30.0 hours long; the limit is a day: cut it into pieces"),
+        (recorded(tone(8_000), 8_000, subtype="GSM610"), None),
     ],
 )
 def test_why_a_recording_cannot_be_used(content: bytes, problem: str | None, tmp_path: Path) -> None:
@@ -126,6 +132,12 @@ def test_a_bad_recording_ends_the_command_or_is_left_out(
         ("bert", [], ("is a model neither of waveforms nor of images",)),
         ("wav2vec2", ["--mixup=0.2"], ("--mixup mixes pictures",)),
         ("cnn", ["--clip_seconds=0"], ("--clip_seconds must be above 0",)),
+        ("cnn", ["--test_time_windows=0"], ("--test_time_windows must be above 0",)),
+        (
+            "cnn",
+            ["--test_time_windows=3", "--method=frozen", "--head=knn"],
+            ("--head knn answers for the plain view alone: leave out --test_time_windows 3",),
+        ),
         ("cnn", ["--feature_views=2", "--augmentation=none", "--method=frozen"], ("--feature_views needs an aug",)),
     ],
 )
@@ -139,6 +151,42 @@ def test_one_line_for_what_does_not_fit(
     for word in words:
         assert word in error
     assert not (tmp_path / "run").exists()
+
+
+KINDS = [("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("AIFF", "PCM_16"), ("CAF", "ALAC_16"), ("WAV", "GSM610")]
+
+
+@pytest.mark.parametrize(("kind", "subtype"), [*KINDS, (None, None)])
+def test_a_window_is_that_part_of_the_recording(
+    kind: str | None, subtype: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audio, "_BLOCK", 3_000)  # what cannot seek is read in several pieces
+    samples = np.random.default_rng(0).normal(0, 0.1, 20_000)
+    value: Any = {"array": samples, "sampling_rate": 8_000}
+    if kind is not None:
+        value = recorded(samples, 8_000, kind, subtype=subtype)
+    whole = audio.open_audio(value, 8_000)
+    assert np.array_equal(audio.open_audio(value, 8_000, 0.5), whole[:4_000])
+    for place, start in ((0.0, 0), (0.25, 0.25 * (len(whole) - 4_000)), (1.0, len(whole) - 4_000)):
+        window = audio.open_audio(value, 8_000, 0.5, place)
+        np.testing.assert_array_equal(window, whole[round(start) : round(start) + 4_000])
+        np.testing.assert_array_equal(audio.open_audio(value, 8_000, 9.0, place), whole)  # all of it fits
+    seconds = len(whole) / 8_000
+    assert audio.is_longer(value, 16_000, seconds - 0.01)
+    assert not audio.is_longer(value, 16_000, seconds)
+
+
+def test_of_six_hours_a_window_is_in_memory(tmp_path: Path) -> None:
+    hour = np.random.default_rng(0).normal(0, 0.1, 100 * 3_600)
+    soundfile.write(tmp_path / "long.flac", np.tile(hour, 6), 100)
+    tracemalloc.start()
+    try:
+        window = audio.open_audio(tmp_path / "long.flac", 100, 10.0, 0.5)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_allclose(window, np.tile(hour, 6)[3 * 360_000 - 500 :][:1_000], atol=1e-4)
+    assert peak < 100_000  # all of it would take 8.6 MB
 
 
 # ---- what the model takes --------------------------------------------------------------------------------------------
@@ -213,6 +261,43 @@ def test_augmentation_is_a_function_of_seed_epoch_and_row(place: Path) -> None:
         assert not torch.equal(one, other)
 
 
+def test_training_hears_a_random_place_of_a_long_recording(place: Path, tmp_path: Path) -> None:
+    places: list[float] = []
+
+    class Listening(hftl.AudioClassification):
+        def waveform(self, value: Any, place: float = 0.0) -> audio.Waveform:
+            places.append(place)
+            return super().waveform(value, place)
+
+    small_data.write_late_sounds(tmp_path / "sounds", {"train": 4, "val": 2})
+    flags = [f"--model={place / 'cnn'}", f"--dataset={tmp_path / 'sounds'}", "--output_dir=unused"]
+    task = Listening(hftl.parse(hftl.AudioArguments, [*flags, "--clip_seconds=0.5"]))
+    splits = task.load_splits()
+    task.build_model(splits)
+    rows: Any = task.dataset(splits.train, training=True)
+    rows[0], rows[0], rows[1]
+    rows.set_epoch(1)
+    rows[0]
+    first, again, other, later = places
+    assert first == again
+    assert len({first, other, later}) == 3
+    assert all(0 < drawn < 1 for drawn in places)
+    places.clear()
+    for view in [*task.views(splits.train, 3, rows), *task.views(splits.train, 3, rows)]:
+        view[0]
+    assert places[:3] == places[3:]
+    assert len(set(places[:3])) == 3
+    _, hint = task.inputs_in_words(splits, rows)
+    assert hint.startswith("100% of the recordings are longer")
+    assert hint.endswith("--test_time_windows 3 reads more, --clip_seconds takes longer windows")
+    places.clear()
+    for plain in (*task.views(splits.train, 1, rows), task.dataset(splits.validation, training=False)):
+        plain[0]
+    task.processor.clip_seconds = 2.0  # nothing is longer
+    rows[0]
+    assert places == [0, 0, 0]
+
+
 @pytest.mark.parametrize(("rates", "rate", "filled"), [([8_000] * 9, 8_000, 100), ([8_000, 44_100], 16_000, 128)])
 @pytest.mark.parametrize(("seconds", "columns"), [(0.7, 233), (2, 224), (10, 1_000)])
 def test_a_short_clip_fills_its_picture(rates: list[int], rate: int, filled: int, seconds: float, columns: int) -> None:
@@ -240,6 +325,96 @@ def test_the_convolutions_below_the_transformer_stay_as_they_are(place: Path, tm
             assert torch.equal(before[name], after[f"wav2vec2.{name}"]) == frozen, name
         layer = "encoder.layers.0.attention.v_proj.weight"
         assert not torch.equal(before[layer], after[f"wav2vec2.{layer}"])
+
+
+def test_what_only_the_end_tells_is_learned_from_windows(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = f"--dataset={small_data.write_late_sounds(tmp_path / 'sounds', {'train': 16, 'val': 6, 'test': 6})}"
+    torch.manual_seed(1)
+    model = str(tiny_models.write_tiny_cnn(tmp_path / "cnn"))
+    flags = [data, "--num_train_epochs=8", "--learning_rate=5e-3", "--metric_for_best_model=loss"]
+    run = trained(place, model, tmp_path / "beginnings", *flags)
+    assert run.metrics["test"]["accuracy"] == run.metrics["validation"]["accuracy"] == 0.5  # all beginnings are alike
+    assert "100% of the recordings are longer, and their beginning alone makes a final" in capsys.readouterr().out
+    run = trained(place, model, tmp_path / "windows", *flags, "--test_time_windows=3")
+    assert "100% of the recordings are longer, and 3 windows of each make a final" in capsys.readouterr().out
+    assert run.metrics["test"]["accuracy"] > 0.8
+    assert run.metrics["validation"]["accuracy"] > 0.8
+    answers = run.predict(tmp_path / "sounds" / "test")
+    right = [answer.label == label for answer, label in zip(answers, ["high"] * 6 + ["low"] * 6, strict=True)]
+    assert np.mean(right) == run.metrics["test"]["accuracy"]
+
+
+def test_windows_of_a_sharded_model_are_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of short recordings runs the model once, another three times, and all processes have to run it alike."""
+    monkeypatch.setattr(hftl.TransferTrainer, "is_sharded", True)
+    command = [f"--model={place / 'cnn'}", f"--dataset={place / 'sounds'}", f"--output_dir={tmp_path / 'run'}", *QUICK]
+    error = refused(["train", "audio-classification", *command, "--test_time_windows=3"], capsys)
+    assert "--test_time_windows does not work with FSDP or DeepSpeed yet" in error
+
+
+@pytest.mark.parametrize(("model", "method"), [("cnn", "frozen"), ("cnn", "full"), ("wav2vec2", "full")])
+def test_answers_are_means_over_the_windows(place: Path, tmp_path: Path, model: str, method: str) -> None:
+    """Of recordings of which some fit into the window, computed by plain transformers too."""
+    data = small_data.write_late_sounds(tmp_path / "sounds", {"train": 4, "val": 2, "test": 3})
+    for split in ("train", "val", "test"):
+        soundfile.write(data / split / "low" / "short.wav", tone(8_000, 0.4), 8_000)
+    flags = [f"--dataset={data}", f"--method={method}", *([] if method == "frozen" else ["--max_steps=2"])]
+    flags += ["--augmentation=none"] if method == "full" else []
+    plain = trained(place, model, tmp_path / "plain", *flags)
+    run = trained(place, model, tmp_path / "run", *flags, "--test_time_windows=3")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "run"))
+    assert [name for name in one if not one[name].equal(other[name])] == []
+    assert "Of 3 windows of each longer recording" in (run.folder / "README.md").read_text()
+    assert "windows" not in (plain.folder / "README.md").read_text()
+
+    files = sorted((data / "test").rglob("*.wav"))
+    rate, expected, beginnings = run.task.processor.sampling_rate, [], []
+    for file in files:
+        samples, found = soundfile.read(file, dtype="float32")
+        room = max(0, len(samples) - found // 2)
+        starts = [0, round(room / 2), room] if room else [0]
+        windows = [audio.open_audio(samples[start : start + found // 2], found) for start in starts]
+        resampled = [audio._resampled(window, found, rate) for window in windows]
+        logits = np.concatenate([plain_logits(run, window) for window in resampled])
+        expected.append(logits.mean(axis=0))
+        beginnings.append(logits[0])
+    assert len(windows) == 1  # the short one is the last
+    rows = run.task.read_inputs([str(file) for file in files])
+    np.testing.assert_allclose(run.logits(rows), expected, atol=1e-5)
+    np.testing.assert_allclose(plain.logits(rows), beginnings, atol=1e-5)
+    assert np.abs(np.subtract(expected, beginnings)).max() > 1e-3
+    assert np.array_equal(run.logits(rows[-1:]), plain.logits(rows[-1:]))  # it counts once
+    labels = torch.tensor([run.task.label_names.index(file.parent.name) for file in files])
+    for scored, logits in ((run, expected), (plain, beginnings)):  # in the run as after it
+        loss = functional.cross_entropy(torch.from_numpy(np.array(logits)), labels)
+        assert scored.metrics["test"]["loss"] == pytest.approx(float(loss), abs=1e-5)
+    # Kept features are those of beginnings; where the whole model runs, windows choose the best weights.
+    chosen = (plain if method == "frozen" else run).metrics["validation"]["loss"]
+    lines = [json.loads(line) for line in (run.folder / "logs" / "log.jsonl").read_text().splitlines()]
+    assert [line["eval_loss"] for line in lines if "eval_loss" in line] == [pytest.approx(chosen, abs=1e-5)]
+    assert abs(run.metrics["validation"]["loss"] - plain.metrics["validation"]["loss"]) > 1e-4
+
+
+def plain_logits(run: hftl.Run, wave: audio.Waveform) -> np.ndarray[Any, Any]:
+    """What the model that transformers loads says of a window, shape (1, classes)."""
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(run.folder)
+    rate, samples = extractor.sampling_rate, extractor.sampling_rate // 2
+    if run.task.side is None:
+        network: Any = transformers.AutoModelForAudioClassification.from_pretrained(run.folder)
+        settings = {"padding": "max_length", "max_length": samples, "truncation": True}
+        inputs = dict(extractor(wave, sampling_rate=rate, return_tensors="pt", **settings))
+    else:
+        network = transformers.AutoModelForImageClassification.from_pretrained(run.folder)
+        bands = extractor(wave, sampling_rate=rate, max_length=samples, return_tensors="pt")["input_features"]
+        pixels = bands[:, None, : filled_bands(extractor)]
+        pixels = functional.interpolate(pixels, size=run.task.side, mode="bilinear", antialias=True)
+        inputs = {"pixel_values": pixels.expand(-1, 3, -1, -1)}
+    with torch.inference_mode():
+        return network.eval()(**inputs).logits.numpy()
 
 
 @pytest.mark.slow

@@ -206,7 +206,10 @@ class ClassificationTask:
         return None
 
     def test_data(self, dataset: Any) -> Any:
-        """What the final scores and all answers after them read: `dataset`, with what `test_views` needs of a row."""
+        """What the final scores and all answers after them read: `dataset`, or more of each row, for `test_views`.
+
+        More is read in validation during the training too, but for that on kept features.
+        """
         return dataset
 
     def test_views(self, inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
