@@ -637,8 +637,6 @@ def _check_sharding(
         "--problem_type regression": arguments.problem_type == "regression",
         f"--method {arguments.method}": hasattr(model, "peft_config"),
         "--method surgical": chooses,
-        # a batch of short recordings has one window, and that of another process may have several
-        "--test_time_windows": getattr(arguments, "test_time_windows", 1) > 1,
         "--penalty": any(stage.penalty is not None for stage in stages),
     }
     for what in (name for name, found in needs_all.items() if found):

@@ -346,16 +346,6 @@ def test_what_only_the_end_tells_is_learned_from_windows(
     assert np.mean(right) == run.metrics["test"]["accuracy"]
 
 
-def test_windows_of_a_sharded_model_are_refused(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A batch of short recordings runs the model once, another three times, and all processes have to run it alike."""
-    monkeypatch.setattr(hftl.TransferTrainer, "is_sharded", True)
-    command = [f"--model={place / 'cnn'}", f"--dataset={place / 'sounds'}", f"--output_dir={tmp_path / 'run'}", *QUICK]
-    error = refused(["train", "audio-classification", *command, "--test_time_windows=3"], capsys)
-    assert "--test_time_windows does not work with FSDP or DeepSpeed yet" in error
-
-
 @pytest.mark.parametrize(("model", "method"), [("cnn", "frozen"), ("cnn", "full"), ("wav2vec2", "full")])
 def test_answers_are_means_over_the_windows(place: Path, tmp_path: Path, model: str, method: str) -> None:
     """Of recordings of which some fit into the window, computed by plain transformers too."""
@@ -387,7 +377,6 @@ def test_answers_are_means_over_the_windows(place: Path, tmp_path: Path, model: 
     np.testing.assert_allclose(run.logits(rows), expected, atol=1e-5)
     np.testing.assert_allclose(plain.logits(rows), beginnings, atol=1e-5)
     assert np.abs(np.subtract(expected, beginnings)).max() > 1e-3
-    assert np.array_equal(run.logits(rows[-1:]), plain.logits(rows[-1:]))  # it counts once
     labels = torch.tensor([run.task.label_names.index(file.parent.name) for file in files])
     for scored, logits in ((run, expected), (plain, beginnings)):  # in the run as after it
         loss = functional.cross_entropy(torch.from_numpy(np.array(logits)), labels)

@@ -207,8 +207,13 @@ class AudioClassification(ClassificationTask):
         return dataset if self.arguments.test_time_windows == 1 else AudioDataset(dataset.rows, self._windows)
 
     def _windows(self, value: Any) -> dict[str, Any]:
-        """What the model takes of each window of one recording; a recording that fits into one has one."""
-        count = self.arguments.test_time_windows if self._is_longer(value) else 1
+        """What the model takes of each window of one recording; of a recording that fits into one, that again.
+
+        Processes that train together have to run the model alike, whatever is in their batches.
+        """
+        count = self.arguments.test_time_windows
+        if not self._is_longer(value):
+            return {_VIEWS: [self._inputs(value)] * count}
         return {_VIEWS: [self._inputs(value, place=float(place)) for place in np.linspace(0, 1, count)]}
 
     def test_views(self, inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
@@ -216,8 +221,8 @@ class AudioClassification(ClassificationTask):
         if self.arguments.test_time_windows == 1:
             return [inputs]
         windows = {name: values.unbind(dim=1) for name, values in inputs.items() if name != "labels"}
-        count = len(next(iter(windows.values())))
-        return [{**inputs, **{name: values[view] for name, values in windows.items()}} for view in range(count)]
+        views = range(self.arguments.test_time_windows)
+        return [{**inputs, **{name: values[view] for name, values in windows.items()}} for view in views]
 
     def mixing(self) -> Mixing | None:
         """mixup of pictures."""
@@ -311,13 +316,11 @@ class AudioClassification(ClassificationTask):
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """`pixel_values` of shape (rows, 3, height, width), or what the extractor gives, padded; `labels` (rows,).
 
-        Of `test_data` with windows, shape (rows, windows, …): as many as the row with the most has. Those of a row with
-        one are all the same, so that their mean is that of the one, but for rounding.
+        Of `test_data` with windows, shape (rows, windows, …).
         """
         if _VIEWS in examples[0]:
-            count = max(len(example[_VIEWS]) for example in examples)
-            each = [example[_VIEWS][view % len(example[_VIEWS])] for example in examples for view in range(count)]
-            batch = {name: values.unflatten(0, (-1, count)) for name, values in self._stacked(each).items()}
+            each = self._stacked([view for example in examples for view in example[_VIEWS]])
+            batch = {name: values.unflatten(0, (len(examples), -1)) for name, values in each.items()}
         else:
             batch = self._stacked(examples)
         if "labels" in examples[0]:
