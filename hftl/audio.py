@@ -22,7 +22,7 @@ from hftl.sources import file_key, missing, opened, source_of
 Waveform = npt.NDArray[np.float32]
 
 #: seconds beyond which a file is no recording of one thing
-_LONGEST = 86_400.0
+_LONGEST = 3_600.0
 #: frames that are read at once where all of a file is looked at
 _BLOCK = 1_048_576
 
@@ -94,7 +94,7 @@ def audio_problem(value: Any, full: bool) -> str | None:
             if not file.frames:
                 return "empty"
             if seconds > _LONGEST:
-                return f"{seconds / 3600:.1f} hours long; the limit is a day: cut it into pieces"
+                return f"{seconds / 3600:.1f} hours long; the limit is one hour: cut it into pieces"
             if full:
                 for block in _blocks(file, file.frames):
                     loudest = float(np.maximum(loudest, np.abs(block).max(initial=0.0)))  # which hands on NaN
