@@ -13,17 +13,24 @@ from benchmark.common import CORES, Clock, Settings, accuracy_of, model_folder, 
 
 def _hftl_parts(settings: Settings) -> tuple[Any, Any, dict[str, Any]]:
     """hftl's task, plan and data sets, without its checks of the data: the same rows, model and transforms."""
+    from datasets import Dataset
+
     import hftl
     from hftl.data import Splits
 
-    arguments_class = hftl.ImageArguments if settings["task"] == "image" else hftl.TextArguments
-    task_class = hftl.ImageClassification if settings["task"] == "image" else hftl.TextClassification
+    task_class = {
+        "image": hftl.ImageClassification,
+        "text": hftl.TextClassification,
+        "audio": hftl.AudioClassification,
+        "image-text": hftl.ImageTextClassification,
+    }[settings["task"]]
     parts, names = read_data(settings)
-    arguments = hftl.parse(arguments_class, settings["flags"])
+    arguments = hftl.parse(task_class.arguments_class, settings["flags"])
     task = task_class(arguments)
-    splits = Splits(parts["train"], parts["validation"], parts["test"], names, {})
+    rows = {split: Dataset.from_list(part) for split, part in parts.items()}
+    splits = Splits(rows["train"], rows["validation"], rows["test"], names, {})
     plan = hftl.build_plan(task.build_model(splits), arguments)
-    return task, plan, {split: task.dataset(rows, training=split == "train") for split, rows in parts.items()}
+    return task, plan, {split: task.dataset(part, training=split == "train") for split, part in rows.items()}
 
 
 def bare_loop(settings: Settings, clock: Clock) -> dict[str, Any]:
@@ -48,7 +55,7 @@ def bare_loop(settings: Settings, clock: Clock) -> dict[str, Any]:
     backbones.to_channels_last(model).to(device)
     frozen = frozen_modules(model, stage)
     order = EpochSampler(len(data["train"]), 42, lengths=getattr(data["train"], "lengths", None), batch_size=batch_size)
-    workers = {"num_workers": CORES - 1, "persistent_workers": CORES > 1} if settings["task"] == "image" else {}
+    workers = {"num_workers": CORES - 1, "persistent_workers": CORES > 1} if settings["task"] != "text" else {}
     options = {"collate_fn": task.collate, "pin_memory": device.type == "cuda", **workers}
     loader = torch.utils.data.DataLoader(data["train"], batch_size=batch_size, sampler=order, **options)
     loaders = {
@@ -101,7 +108,8 @@ def bare_loop(settings: Settings, clock: Clock) -> dict[str, Any]:
             best, weights = score, copy.deepcopy(model.state_dict())
     model.load_state_dict(weights)
     model.save_pretrained(settings["output"])
-    task.processor.save_pretrained(settings["output"])
+    if task.processor is not None:  # those of images with texts are two
+        task.processor.save_pretrained(settings["output"])
     return {"accuracy": accuracy("test"), "rows_a_step": batch_size, "precision": settings["precision"]}
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 Settings = dict[str, Any]
+#: data of the tasks that have no tables here
+BUILTIN = {"audio": "pitches", "image-text": "captions"}
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
@@ -67,6 +69,8 @@ def read_table(path: Path, column: str) -> list[dict[str, Any]]:
 
 def read_data(settings: Settings) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
     """The splits with class ids, and the names of the classes."""
+    if settings["task"] in BUILTIN:
+        return _read_builtin(BUILTIN[settings["task"]])
     column = "image" if settings["task"] == "image" else "text"
     parts = {
         split: read_table(Path(settings["data"], f"{split}.csv"), column) for split in ("train", "validation", "test")
@@ -76,6 +80,18 @@ def read_data(settings: Settings) -> tuple[dict[str, list[dict[str, Any]]], list
         for row in rows:
             row["label"] = names.index(row["label"])
     return parts, names
+
+
+def _read_builtin(name: str) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """As `read_data`."""
+    from hftl.builtin import builtin_dataset
+
+    parts = builtin_dataset(name)
+    named = {
+        split: rows.rename_columns({"caption": "text"} if "caption" in rows.column_names else {})
+        for split, rows in parts.items()
+    }
+    return {split: rows.to_list() for split, rows in named.items()}, parts["train"].features["label"].names
 
 
 def open_image(path: str, size: int) -> Any:

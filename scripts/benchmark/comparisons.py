@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmark.common import BUILTIN
 from benchmark.jobs import Job, job
 
 Figures = dict[str, Any]
@@ -97,6 +98,9 @@ def base_flags(setting: Setting, task: str) -> list[str]:
     """Model and data; what does not stand here is at its default."""
     if task == "text":
         return [f"--model={TEXT_MODEL}", f"--dataset={setting.data / 'texts'}"]
+    if task in BUILTIN:
+        texts = [f"--text_model={TEXT_MODEL}"] if task == "image-text" else []
+        return [f"--model={IMAGE_MODEL}", f"--dataset=builtin:{BUILTIN[task]}", *texts]
     flags = [f"--model={IMAGE_MODEL}", f"--dataset={setting.data / 'images'}"]
     return [*flags, f"--image_size={setting.image_size}"] if setting.options.quick else flags
 
@@ -179,6 +183,16 @@ def full_text(setting: Setting) -> dict[str, Comparison]:
         "full-text": Comparison("full, text", ours, theirs, 3),
         "full-text-bare": against_bare(setting, "text", flags, 1),
     }
+
+
+def full_of_others(setting: Setting) -> dict[str, Comparison]:
+    """Everything trains, on sounds as pictures and on images with texts."""
+    made = {}
+    for task, count in (("audio", 6), ("image-text", 3)):
+        epochs = setting.epochs(count)
+        flags = ["--method=full", f"--num_train_epochs={epochs}"]
+        made[f"full-{task}-bare"] = against_bare(setting, task, flags, epochs)
+    return made
 
 
 def against_bare(setting: Setting, task: str, flags: list[str], epochs: int) -> Comparison:
@@ -278,6 +292,8 @@ COMPARISONS: dict[str, Callable[[Setting], dict[str, Comparison]]] = {
     "full-image-bare": full_image,
     "full-text": full_text,
     "full-text-bare": full_text,
+    "full-audio-bare": full_of_others,
+    "full-image-text-bare": full_of_others,
     "lp-ft": lp_ft,
     "predict-image": predict,
     "predict-text": predict,
