@@ -30,6 +30,8 @@ from hftl.yaml_files import read_yaml
 
 #: schedules beside Trainer's, see `hftl.optim`
 OWN_SCHEDULES = ("slanted_triangular", "one_cycle")
+#: `--prompts none`
+NO_PROMPTS = ["none"]
 #: part of the steps in which the rate of one_cycle rises, as in torch's OneCycleLR
 _ONE_CYCLE_RISE = 0.3
 
@@ -382,6 +384,11 @@ class ImageArguments(TransferArguments):
         "Keep training images on disk at the size that they are used in, so that later epochs decode nothing; "
         "auto: for more than one epoch of photos much larger than that.",
         choices=("auto", "on", "off"),
+    )
+    prompts: list[str] | None = _argument(
+        None,
+        "CLIP, SigLIP: texts of a class with {label} in them, whose mean its head starts from (default: seven that are "
+        "true of any photo); none: transformers' own classifier, with a fresh head.",
     )
     # 25,000 pictures of 317 x 423 pixels.
     image_cache_gb: float = _argument(10.0, "What all kept images may take on the disk; otherwise none are kept.")
@@ -984,6 +991,7 @@ def _check_combinations(arguments: TransferArguments) -> None:
         raise UsageError("--test_time_flip and --horizontal_flip false contradict each other: leave one out.")
     _check_averaging(arguments)
     _check_template(arguments)
+    _check_prompts(arguments)
     if arguments.early_stopping_patience and arguments.eval_strategy == "no":
         raise UsageError("--early_stopping_patience needs evaluations: --eval_strategy epoch, or steps.")
     if arguments.eval_epochs is not None and arguments.eval_strategy != "epoch":
@@ -1002,14 +1010,33 @@ def _check_template(arguments: TransferArguments) -> None:
     template = getattr(arguments, "template", None)
     if template is None:
         return
-    try:
-        names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-    except ValueError as error:
-        raise UsageError(f"--template: {error}. A brace that stands for itself is doubled: {{{{ or }}}}.") from error
+    names = _places_in(template, "--template")
     unknown = sorted(names - {"text", "text_pair"})
     if unknown or "text" not in names:
         found = f"{{{unknown[0]}}} is no part of a row" if unknown else "there is no {text} in it"
         raise UsageError(f"--template: {found}. It may hold {{text}} and {{text_pair}}.")
+
+
+def _check_prompts(arguments: TransferArguments) -> None:
+    """A prompt has a place for the name of a class, and for nothing else."""
+    prompts = getattr(arguments, "prompts", None)
+    if prompts is None or prompts == NO_PROMPTS:
+        return
+    if not prompts:
+        raise UsageError("--prompts is empty: name texts with {label} in them, or leave it out.")
+    for prompt in prompts:
+        if _places_in(prompt, "--prompts") != {"label"}:
+            raise UsageError(
+                f"--prompts: {prompt!r} must hold {{label}}, for the name of a class, and nothing else in braces."
+            )
+
+
+def _places_in(text: str, flag: str) -> set[str]:
+    """The names that stand in braces in a text."""
+    try:
+        return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+    except ValueError as error:
+        raise UsageError(f"{flag}: {error}. A brace that stands for itself is doubled: {{{{ or }}}}.") from error
 
 
 def _check_averaging(arguments: TransferArguments) -> None:

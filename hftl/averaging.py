@@ -364,14 +364,16 @@ def check_averaging(plan: Plan, arguments: TransferArguments) -> None:
 
 
 def _mixed(plan: Plan) -> set[str]:
-    """Names of the backbone's parameters that any stage trains."""
+    """Names of the backbone's parameters that any stage trains; with them the head, where it is one of texts."""
     blocks = backbones.parameter_blocks(plan.model)
     head = max(blocks.values())
-    return {name for stage in plan.stages for name in stage.trainable if blocks[name] < head}
+    trained = set().union(*(stage.trainable for stage in plan.stages))
+    body = {name for name in trained if blocks[name] < head}
+    return trained if body and backbones.starts_from_texts(plan.model) else body
 
 
 def pretrained_weights(plan: Plan) -> Tensors:
-    """Copies of the backbone's parameters that any stage trains, and of its BatchNorm statistics that do."""
+    """Copies of what is mixed: what any stage trains of the backbone, and its BatchNorm statistics that do."""
     names = _mixed(plan)
     values: Tensors = {name: tensor for name, tensor in plan.model.named_parameters() if name in names}
     if names and any(stage.batch_norm == "train" for stage in plan.stages):
@@ -387,9 +389,9 @@ def pretrained_weights(plan: Plan) -> Tensors:
 def interpolate(trainer: TransferTrainer, start: Tensors) -> dict[str, Any]:
     """Mix the pretrained with the fine-tuned backbone, the mix chosen on validation (WiSE-FT, Wortsman et al. 2022).
 
-    The head is the fine-tuned one: the paper mixes in a zero-shot head, which new classes do not have. It was fitted to
-    the fine-tuned features, so that the mix helps most after `lp_ft`, whose head starts from the pretrained ones. Of
-    equal scores the one of least validation loss is taken.
+    Of a dual encoder whose head is made of texts the head is mixed too, as in the paper. Of others it is the fine-tuned
+    one, since none knew the new classes before. That was fitted to the fine-tuned features, so that the mix helps most
+    after `lp_ft`, whose head starts from the pretrained ones. Of equal scores that of least validation loss is taken.
 
     Args:
         trainer: of the last stage; its model holds the fine-tuned weights.
@@ -411,6 +413,7 @@ def interpolate(trainer: TransferTrainer, start: Tensors) -> dict[str, Any]:
             best, mix, evaluation = (sign * score, -loss), share, trainer.chosen_evaluation
     put(tensors, {name: torch.lerp(start[name], end[name], mix) for name in tensors})
     trainer.chosen_evaluation = evaluation
-    parts = f"{mix:g} of the fine-tuned and {1 - mix:g} of the pretrained backbone"
+    what = "zero-shot model" if backbones.starts_from_texts(model) else "pretrained backbone"
+    parts = f"{mix:g} of the fine-tuned and {1 - mix:g} of the {what}"
     say(f"wise_ft: {parts}, {_shown(trainer, sign * best[0])}")
     return {"wise_ft": {"mix": mix, "tried": tried}}

@@ -132,6 +132,11 @@ def head_parameters(model: nn.Module) -> list[str]:
     return [name for name, index in blocks.items() if index == head]
 
 
+def starts_from_texts(model: nn.Module) -> bool:
+    """Whether the head of a dual encoder is made of the texts of its classes: it knows them before any training."""
+    return bool(getattr(getattr(without_adapters(model), "config", None), "prompts", None))
+
+
 def feature_encoder(model: nn.Module) -> frozenset[str]:
     """The parameters of the convolutions that transformers' models of waveforms leave fixed in fine-tuning."""
     freeze = getattr(model, "freeze_feature_encoder", None)

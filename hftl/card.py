@@ -302,7 +302,7 @@ def _training(train: dict[str, Any]) -> str:
     lines = []
     for stage in train["stages"]:
         share = f"{stage['trainable_parameters']:,} of {stage['total_parameters']:,} parameters"
-        how = "solved on the features"
+        how = "solved on the features" if stage["steps"] else "scored as it is"
         if "learning_rate" in stage:
             rows = f" of {stage['rows_a_step']} rows" if "rows_a_step" in stage else ""  # not in older runs
             how = f"{stage['steps']:,} steps{rows}, rate {stage['learning_rate']:.2g}"

@@ -93,7 +93,7 @@ def fingerprint(task: Any, model: nn.Module, source: Source, precision: str) -> 
 #: Trainer switches off while it trains
 _NOT_THE_BODY = {
     "id2label", "label2id", "num_labels", "label_names", "num_classes", "problem_type", "pretrained_cfg",
-    "_name_or_path", "use_cache",
+    "_name_or_path", "use_cache", "prompts",
 }  # fmt: skip
 
 
@@ -617,7 +617,9 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
             than frozen; more `--feature_layers` than there are.
     """
     blocks = backbones.parameter_blocks(plan.model)
-    first = [min(blocks[name] for name in stage.trainable) for stage in plan.stages]
+    first = [min((blocks[name] for name in stage.trainable), default=max(blocks.values())) for stage in plan.stages]
+    if not plan.stages[-1].trainable:
+        _check_untrained(arguments)
     if arguments.feature_cache == "on" and max(first) == 0:
         raise UsageError(f"--feature_cache on: --method {arguments.method} trains the whole model. Leave it out.")
     for name, default in OF_KEPT_FEATURES.items() if max(first) == 0 else ():
@@ -644,6 +646,14 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
         )
     if arguments.head is not None or wished(arguments):
         _check_head(arguments)
+
+
+def _check_untrained(arguments: TransferArguments) -> None:
+    """Refuse what is for a training, where nothing trains."""
+    defaults = {name: field.default for name, field in type(arguments).__dataclass_fields__.items()}
+    for name in (*_OF_ANY_TRAINING, *OF_KEPT_FEATURES):
+        if name in defaults and getattr(arguments, name) != defaults[name]:
+            raise UsageError(f"--{name}: --method {arguments.method} trains nothing. Leave it out.")
 
 
 def _check_head(arguments: TransferArguments) -> None:
@@ -676,7 +686,8 @@ def _check_head(arguments: TransferArguments) -> None:
 def mostly_frozen(stage: Stage, model: nn.Module) -> bool:
     """Whether at least half of the blocks lie before the first trained one."""
     blocks = backbones.parameter_blocks(model)
-    return min(blocks[name] for name in stage.trainable) * 2 >= max(blocks.values())
+    head = max(blocks.values())
+    return min((blocks[name] for name in stage.trainable), default=head) * 2 >= head
 
 
 def keep_features(
@@ -697,6 +708,8 @@ def keep_features(
         UsageError: `--feature_cache on`, or `--head_solver lbfgs`, and it cannot be.
     """
     arguments = task.arguments
+    if not stage.trainable:
+        return None  # each row goes through the model once, and none of train does
     blocks = backbones.parameter_blocks(model)
     first, head = min(blocks[name] for name in stage.trainable), max(blocks.values())
     # With less than half of the blocks frozen, large activations would be kept for little.
@@ -735,6 +748,13 @@ def _insists(arguments: TransferArguments, fits_head: bool) -> list[tuple[str, A
 
 #: what only matters to a head that is trained: whoever gives it wants that
 _OF_TRAINING = {"num_train_epochs", "learning_rate", "head_learning_rate", "weight_decay", "lr_scheduler_type", "optim"}
+
+
+#: what matters to no method that trains nothing
+_OF_ANY_TRAINING = (
+    "num_train_epochs", "max_steps", "weight_decay", "average", "soup_runs", "wise_ft", "sampler",
+    "early_stopping_patience", "augmentation", "random_erasing", "mixup", "cutmix", "head_solver", "feature_cache",
+)  # fmt: skip
 
 
 def _of_training(alone: bool) -> set[str]:

@@ -159,6 +159,8 @@ def find_learning_rate(task_name: str, tokens: Sequence[str], output: Path, step
     object.__setattr__(arguments, "given", arguments.given | {"learning_rate"})
     if arguments.method == "auto":
         raise UsageError("--method auto chooses its rates itself. Name a method.")
+    if arguments.method == "zero_shot":
+        raise UsageError("--method zero_shot trains nothing, and has no rate. Name another method.")
     with tempfile.TemporaryDirectory() as place:
         arguments.output_dir = str(Path(place, "run"))
         task = task_class(arguments)

@@ -139,6 +139,8 @@ def hub_options(arguments: TransferArguments, source: str | Path) -> dict[str, A
 
 def weight_options(arguments: TransferArguments) -> dict[str, Any]:
     """Which files weights are read from: a pickle may run code, so that only a flag allows it, and tensors alone."""
+    # Else transformers would ask a service to convert a model that has pickles alone, and propose that to its authors.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     return {"use_safetensors": not arguments.allow_pickle or None, "weights_only": True}
 
 
@@ -159,8 +161,6 @@ def load_model(
     name = str(arguments.model_name_or_path)
     labels = dict(enumerate(label_names))
     options = hub_options(arguments, source)
-    # Else transformers would ask a service to convert a model that has pickles alone, and propose that to its authors.
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     if arguments.trust_remote_code:
         say(f"--trust_remote_code: Python code that comes with {name!r} may run on this machine")
     with explained_load(name, auto_class):

@@ -220,7 +220,7 @@ def trained_head(found: Pooled) -> nn.Module | None:
     """The output layer that the checkpoint itself has; None where it has none."""
     arguments = found.task.arguments
     name = str(arguments.model_name_or_path)
-    if not is_pretrained(arguments) or isinstance(found.source, HeadInputs):
+    if not is_pretrained(arguments) or isinstance(found.source, HeadInputs) or backbones.starts_from_texts(found.model):
         return None
     place = pretrained.find_model(name)
     with pretrained.explained_load(name, found.task.auto_class):

@@ -217,7 +217,7 @@ def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tr
         stages += [dataclasses.replace(last, name=f"{last.name}{_RUN}{run}") for run in runs]
     for name, value in plan.settings.items():
         setattr(arguments, name, value)
-    arguments.num_train_epochs = stages[-1].epochs
+    arguments.num_train_epochs = stages[-1].epochs or None  # of a stage that only scores there are none to repeat
     if arguments.eval_strategy == "epoch":
         arguments.eval_epochs = arguments.eval_epochs or epochs_between_evaluations(stages[-1])
     if arguments.average == "swa" and "lr_scheduler_type" not in arguments.given:
@@ -390,6 +390,8 @@ def _announcement(
     how = f"{length}, rate {stage.learning_rate:.2g}, head {stage.head_learning_rate:.2g}"
     if kept is not None and kept.solved:
         how = "solved on the features"
+    if not stage.trainable:
+        return f"stage{number}: {stage.name}, none of {total:,} parameters train"
     return f"stage{number}: {stage.name}, {trained:,} of {total:,} parameters train ({trained / total:.1%}), {how}"
 
 
@@ -475,6 +477,8 @@ def _stage_record(
     """Solve the head or train the stage; what metrics.json says of it."""
     if kept is not None and kept.solved:
         return _solve_stage(task, trainer, kept)
+    if not stage.trainable:
+        return _score_stage(trainer, stage)
     return _train_stage(trainer, stage, task.arguments.resume, pretrained)
 
 
@@ -535,6 +539,24 @@ def _solve_stage(task: ClassificationTask, trainer: TransferTrainer, kept: KeptF
         **({} if solution.temperature is None else {"temperature": solution.temperature}),
         **({} if kept.probe is None else {"probe": kept.probe.settings}),
         "best_metric": scores[f"eval_{trainer.args.metric_for_best_model}"],
+        **_parameters(trainer),
+    }
+
+
+def _score_stage(trainer: TransferTrainer, stage: Stage) -> dict[str, Any]:
+    """Nothing trains: the model is scored on validation as it is."""
+    started = time.perf_counter()
+    score, _ = trainer.validate()
+    seconds = time.perf_counter() - started
+    scores = (trainer.chosen_evaluation.metrics or {}).items()
+    trainer.log({name.replace("validation_", "eval_", 1): value for name, value in scores} | {"seconds": seconds})
+    return {
+        "name": stage.name,
+        "seconds": seconds,
+        "samples_per_second": len(trainer.eval_dataset) / seconds,
+        "steps": 0,
+        "epochs": 0,
+        "best_metric": score,
         **_parameters(trainer),
     }
 

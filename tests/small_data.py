@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
+SHAPES = ("circle", "square")
 
 
 def write_images(folder: Path, splits: dict[str, int], size: int = 40) -> Path:
@@ -22,6 +24,29 @@ def write_images(folder: Path, splits: dict[str, int], size: int = 40) -> Path:
             for index in range(count):
                 pixels = random.normal(colour, 40, (size, size, 3)).clip(0, 255).astype("uint8")
                 Image.fromarray(pixels).save(place / f"{index}.png")
+    return folder
+
+
+def shape_picture(colour: str, shape: str, random: np.random.Generator, size: int = 32) -> Image.Image:
+    """A square or a circle of a colour, anywhere on a noisy ground."""
+    pixels = random.normal(128, 30, (size, size, 3))
+    radius = int(random.integers(6, 10))
+    across, down = random.integers(radius, size - radius, 2)
+    rows, columns = np.abs(np.mgrid[:size, :size] - np.array([down, across])[:, None, None])
+    inside = np.hypot(rows, columns) <= radius if shape == "circle" else np.maximum(rows, columns) <= 0.8 * radius
+    pixels[inside] = random.normal(COLOURS[colour], 15, (int(inside.sum()), 3))
+    return Image.fromarray(pixels.clip(0, 255).astype("uint8"))
+
+
+def write_shapes(folder: Path, splits: dict[str, int], seed: int = 0) -> Path:
+    """Class folders of coloured squares and circles, `red_circle`, …: `splits` gives images a class."""
+    random = np.random.default_rng(seed)
+    for split, count in splits.items():
+        for colour, shape in itertools.product(COLOURS, SHAPES):
+            place = folder / split / f"{colour}_{shape}"
+            place.mkdir(parents=True)
+            for index in range(count):
+                shape_picture(colour, shape, random).save(place / f"{index}.png")
     return folder
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -327,6 +327,66 @@ def write_tiny_image_model(folder: str | Path, kind: str = "vit") -> Path:
         processor = transformers.ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.875)
     processor.save_pretrained(folder)
     return Path(folder)
+
+
+def write_tiny_dual_encoder(folder: str | Path, kind: str = "clip", words: Sequence[str] = (), **sizes: int) -> Path:
+    """Write a random CLIP or SigLIP with its processor, whose tokenizer has `words` as wholes and any other by letters.
+
+    `sizes` are settings of both parts in place of the tiny ones.
+    """
+    torch.manual_seed(0)
+    size = {"height": _VIT["image_size"], "width": _VIT["image_size"]}
+    known = [*dict.fromkeys([*WORDS, *words])]
+    if kind == "clip":
+        tokenizer: Any = _clip_tokenizer(known)
+        pictures: Any = transformers.CLIPImageProcessor(size={"shortest_edge": size["height"]}, crop_size=size)
+    else:
+        tokenizer = _siglip_tokenizer(known)
+        pictures = transformers.SiglipImageProcessor(size=size)
+    name = {"clip": "CLIP", "siglip": "Siglip"}[kind]
+    getattr(transformers, f"{name}Processor")(pictures, tokenizer).save_pretrained(folder)
+    text = {**_TEXT, "vocab_size": len(tokenizer), "max_position_embeddings": 40}
+    text |= {key: getattr(tokenizer, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    vision = {**_VIT, "intermediate_size": 32}
+    config = getattr(transformers, f"{name}Config")(
+        text_config={**text, **sizes},
+        vision_config={**vision, **sizes},
+        **({"projection_dim": 12} if kind == "clip" else {}),
+    )
+    model = transformers.AutoModel.from_config(config)
+    if kind == "siglip":
+        model.logit_scale.data.fill_(2.5)  # random as it is
+    model.save_pretrained(folder)
+    return Path(folder)
+
+
+def _clip_tokenizer(words: Sequence[str]) -> Any:
+    letters = [*LETTERS, *map(str, range(10)), *".,-"]
+    vocabulary, merges = [*letters, *(f"{letter}</w>" for letter in letters)], []
+    for word in words:
+        *others, last = word
+        whole, *rest = [*others, f"{last}</w>"]
+        for piece in rest:
+            merges.append((whole, piece))
+            whole += piece
+            vocabulary.append(whole)
+    vocabulary = [*dict.fromkeys(vocabulary), "<|startoftext|>", "<|endoftext|>"]
+    ids = {piece: number for number, piece in enumerate(vocabulary)}
+    return transformers.CLIPTokenizer(vocab=ids, merges=[*dict.fromkeys(merges)], model_max_length=77)
+
+
+def _siglip_tokenizer(words: Sequence[str]) -> Any:
+    """As SigLIP's: no mask, an end, padding behind it."""
+    pieces = ["<pad>", "</s>", "<unk>", *words, ".", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+    ids = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", ids["</s>"])])
+    special = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=64, model_input_names=["input_ids"], **special
+    )
 
 
 def write_tiny_video_model(folder: str | Path, kind: str = "VideoMAE", frames: int = 4, side: int = 32) -> Path:

@@ -14,7 +14,7 @@ from hftl.arguments import TransferArguments, is_pretrained
 from hftl.errors import UsageError, did_you_mean
 from hftl.loading import import_function
 from hftl.methods.adapters import SHORT_NAMES, add_adapters, peft_settings
-from hftl.methods.parts import frozen, full, lp_ft, partial
+from hftl.methods.parts import frozen, full, lp_ft, partial, zero_shot
 from hftl.methods.plan import Plan, Stage
 from hftl.methods.selected import bitfit, gradual, norm, surgical
 from hftl.pretrained import check_quantisation
@@ -32,6 +32,7 @@ METHODS: dict[str, Callable[[Any, Any], Plan]] = {
     "surgical": surgical,
     "bitfit": bitfit,
     "norm": norm,
+    "zero_shot": zero_shot,
     "auto": frozen,  # the first rung of its ladder, see hftl.auto
 }
 
@@ -61,6 +62,7 @@ METHOD_ARGUMENTS = {
     "surgical": {"learning_rate", "head_learning_rate", "batch_norm", "head_epochs", *_PENALTY},
     "bitfit": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm", *_PENALTY},
     "norm": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm", *_PENALTY},
+    "zero_shot": set(),
     "auto": {"time_budget", "preset"},
 }  # fmt: skip
 
@@ -84,7 +86,7 @@ def build_plan(model: nn.Module, arguments: TransferArguments) -> Plan:
         raise UsageError(f"--method {arguments.method}: the function must return a Plan, not {type(plan).__name__}.")
     plan = replace(plan, stages=tuple(replace(stage, trainable=stage.trainable - fixed) for stage in plan.stages))
     names = {name for name, _ in plan.model.named_parameters()}
-    if not plan.stages or not all(stage.trainable for stage in plan.stages):
+    if not plan.stages or not all(stage.trainable or not stage.epochs for stage in plan.stages):
         raise UsageError(f"--method {arguments.method}: a plan needs stages, and each of them parameters that train.")
     for stage in plan.stages:
         unknown = sorted(stage.trainable - names)
@@ -114,6 +116,13 @@ def check_method(arguments: TransferArguments) -> None:
         return  # a method of the person's own may use any argument
     if arguments.method == "auto" and arguments.finds_learning_rate:
         raise UsageError("--method auto chooses its rates itself: leave out --learning_rate.")
+    if arguments.method == "zero_shot" and not hasattr(arguments, "prompts"):
+        raise UsageError(
+            "--method zero_shot is for image-classification with a model that reads texts too (CLIP, SigLIP): take "
+            "another method."
+        )
+    if arguments.method == "zero_shot" and arguments.finds_learning_rate:
+        raise UsageError("--method zero_shot trains nothing: leave out --learning_rate.")
     known = set().union(*METHOD_ARGUMENTS.values())
     for name in sorted(known - used_here):
         if name in arguments.given and getattr(arguments, name) not in (None, False):
@@ -143,6 +152,7 @@ def _check_pretrained(arguments: TransferArguments) -> None:
         f"--penalty {arguments.penalty}": arguments.penalty in penalties.NEED_REFERENCE,
         "--wise_ft": arguments.wise_ft,
         "--keep_head": arguments.keep_head,
+        "--method zero_shot": arguments.method == "zero_shot",
         "--load_in_8bit": arguments.load_in_8bit,
         "--load_in_4bit": arguments.load_in_4bit,
     }

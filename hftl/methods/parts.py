@@ -9,7 +9,7 @@ from torch import nn
 from hftl import backbones
 from hftl.arguments import TransferArguments, is_pretrained
 from hftl.errors import UsageError
-from hftl.methods.plan import Plan, all_parameters, default_rates, head_stage, make_stage, resolved_rates
+from hftl.methods.plan import Plan, Stage, all_parameters, default_rates, head_stage, make_stage, resolved_rates
 from hftl.methods.reinit import reinitialise
 
 
@@ -32,6 +32,20 @@ def frozen(model: nn.Module, arguments: TransferArguments) -> Plan:
     stage = make_stage(arguments, "head", backbones.head_parameters(model), rate, rate)
     stage = replace(stage, epochs=arguments.num_train_epochs or 5.0, batch_norm="frozen", layer_decay=1.0)
     return Plan(model, (stage,), {"head_learning_rate": rate})
+
+
+def zero_shot(model: nn.Module, arguments: TransferArguments) -> Plan:
+    """Nothing trains: the head of a dual encoder is the texts of its classes (Radford et al. 2021, 3.1).
+
+    Raises:
+        UsageError: the head is another one.
+    """
+    if not backbones.starts_from_texts(model):
+        raise UsageError(
+            f"--method zero_shot: {type(model).__name__} has no head of texts. It is for image-classification with a "
+            "dual encoder: CLIP, SigLIP and their kin."
+        )
+    return Plan(model, (Stage("zero-shot", frozenset(), 0.0, 0.0, epochs=0.0),))
 
 
 def partial(model: nn.Module, arguments: TransferArguments) -> Plan:

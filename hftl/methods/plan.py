@@ -19,7 +19,8 @@ class Stage:
 
     Attributes:
         name: how it is called in messages and folders.
-        trainable: names of the parameters that train; all others stay as they are, and so do their modules.
+        trainable: names of the parameters that train; all others stay as they are, and so do their modules. None do in
+            a stage of 0 epochs, whose model is only scored.
         learning_rate: of the backbone's last block.
         head_learning_rate: of the head.
         epochs: passes over the training rows.

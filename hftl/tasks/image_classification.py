@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,24 +15,43 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
-from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+)
 
 from hftl import images, pretrained
-from hftl.arguments import ImageArguments, has_checkpoint
+from hftl.arguments import NO_PROMPTS, ImageArguments, has_checkpoint
 from hftl.data import Splits
+from hftl.dual_encoder import (
+    DualEncoderConfig,
+    DualEncoderForImageClassification,
+    is_dual_encoder,
+    load_dual_encoder,
+)
 from hftl.errors import UsageError
 from hftl.examples import Shown
 from hftl.explain import grad_cam
 from hftl.image_cache import ImageCache, plan_cache
 from hftl.mixing import MixedImages
 from hftl.modality import IMAGE
+from hftl.problems import SingleLabel
 from hftl.tasks.classification import ClassificationTask, Mixing
 from hftl.tasks.files import FileDataset
 
 #: pictures whose headers are read to see how large they are
 _SAMPLE = 1_000
+_USAGE_OF_DUAL_ENCODER = """import hftl.dual_encoder  # plain transformers does not have this model
+from transformers import pipeline
+classify = pipeline("image-classification", {title})
+print(classify({example}))"""
 #: pictures are drawn larger than they are by this, or more: a smaller size costs little and saves the square of it
 _ENLARGED = 2.0
+#: by which a model is tried
+_ANY_PICTURE = Image.fromarray(np.random.default_rng(0).integers(256, size=(256, 256, 3), dtype=np.uint8))
 
 
 class ImageClassification(ClassificationTask):
@@ -46,14 +66,57 @@ class ImageClassification(ClassificationTask):
     arguments_class = ImageArguments
     arguments: ImageArguments
 
+    def load_splits(self) -> Splits:
+        """As every task; that there are no texts to start from is said before any data is read."""
+        arguments = self.arguments
+        zero_shot = arguments.method == "zero_shot"
+        if zero_shot or arguments.prompts not in (None, NO_PROMPTS):
+            flag = "--method zero_shot" if zero_shot else "--prompts"
+            pretrained.check_model_name(arguments.model_name_or_path, arguments.trust_remote_code)
+            if reason := self._why_no_texts():
+                raise UsageError(f"{flag}: {reason}.")
+        return super().load_splits()
+
+    def _why_no_texts(self) -> str:
+        """What keeps the head from being made of the texts of the classes; empty where nothing does."""
+        arguments = self.arguments
+        for flag, given in {
+            "--prompts none": arguments.prompts == NO_PROMPTS,
+            "--keep_head": arguments.keep_head,
+            "--weights": arguments.weights is not None,
+        }.items():
+            if given:
+                return f"{flag} leaves no head of texts"
+        if arguments.problem_type != SingleLabel.name:
+            return f"a head of texts is for rows of one class each, not for --problem_type {arguments.problem_type}"
+        name = str(arguments.model_name_or_path)
+        if has_checkpoint(arguments):
+            source = pretrained.find_model(name)
+            with pretrained.explained_load(name, self.auto_class):
+                config = AutoConfig.from_pretrained(source, **pretrained.hub_options(arguments, source))
+            if is_dual_encoder(config):
+                return ""
+            if isinstance(config, DualEncoderConfig):
+                return f"{name!r} has its image part alone: --model has to be the dual encoder that it was made from"
+        return f"--model {name!r} reads no texts. It is for dual encoders: CLIP, SigLIP and their kin"
+
     def load_model(self, splits: Splits) -> PreTrainedModel:
         """The model and its image processor, at `--image_size` where that is given."""
         name = str(self.arguments.model_name_or_path)
         if not has_checkpoint(self.arguments):
             return self._random_model(name.partition(":")[2])
         source = pretrained.find_model(self.arguments.model_name_or_path)
-        model = pretrained.load_model(self.auto_class, source, self.label_names, self.arguments)
-        self.load_processor(source)
+        if self._why_no_texts():
+            model = pretrained.load_model(self.auto_class, source, self.label_names, self.arguments)
+            self.load_processor(source)
+            if isinstance(model.config, DualEncoderConfig) and not self.arguments.keep_head:
+                model.config.prompts = None
+        else:
+            self.load_processor(source)
+            pixels = self.plain_transform(_ANY_PICTURE)[None]
+            model = load_dual_encoder(source, self.label_names, pixels, self.arguments)
+        if isinstance(model, DualEncoderForImageClassification):
+            self.auto_class = type(model)
         if self.arguments.image_size is not None:
             shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
             model = _resize(model, self.arguments.image_size)
@@ -97,11 +160,13 @@ class ImageClassification(ClassificationTask):
             raise UsageError(f"--image_size {size}: {type(model).__name__} does not work at this size.") from error
 
     def load_processor(self, source: str | Path) -> None:
-        """Set the image processor of a checkpoint."""
+        """Set the image processor of a checkpoint, and by its model what loads it."""
+        options = pretrained.hub_options(self.arguments, source)
         with pretrained.explained_load(str(source), self.auto_class):
-            self.processor = AutoImageProcessor.from_pretrained(
-                source, **pretrained.hub_options(self.arguments, source)
-            )
+            config = AutoConfig.from_pretrained(source, **options)
+            self.processor = AutoImageProcessor.from_pretrained(source, **options)
+        own = isinstance(config, DualEncoderConfig)
+        self.auto_class = DualEncoderForImageClassification if own else type(self).auto_class
 
     def dataset(self, rows: Any, training: bool) -> Dataset[dict[str, Any]]:
         """Images decoded when they are asked for; in training perhaps once and kept, see `--image_cache`."""
@@ -210,6 +275,12 @@ class ImageClassification(ClassificationTask):
         hint += "and faster (hftl rank with MODEL@SIDE tells)"
         words = f"pictures of {width} x {height} (median), read at {side}"
         return words, hint if larger >= _ENLARGED else ""
+
+    def usage(self, title: str) -> str:
+        """Plain transformers, for a dual encoder with hftl's model."""
+        if self.auto_class is not DualEncoderForImageClassification:
+            return super().usage(title)
+        return _USAGE_OF_DUAL_ENCODER.format(title=json.dumps(title), example=self.modality.example)
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """`pixel_values` of shape (rows, 3, height, width), `labels` of shape (rows,)."""

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from transformers import AutoConfig, PreTrainedModel
 
 from hftl import backbones, data, merging, pretrained
-from hftl.arguments import ImageTextArguments, has_checkpoint, stage_arguments
+from hftl.arguments import NO_PROMPTS, ImageTextArguments, has_checkpoint, stage_arguments
 from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.examples import Shown
@@ -41,6 +41,7 @@ _REFUSED = {
     "text_pair_column": "it reads one text a row",
     "pooling": "it takes the mean of the tokens",
     "weights": "it has two backbones",
+    "prompts": "its head reads images and texts",
     "load_in_4bit": "it is not quantised",
     "load_in_8bit": "it is not quantised",
     "mixup": "pictures would be mixed, and their texts not",
@@ -71,7 +72,7 @@ class ImageTextClassification(ClassificationTask):
                 raise UsageError(f"--{name} is not for {self.name}: {reason}. Leave it out.")
         #: what is read of other columns, see `Table`; None where nothing is
         self.table: dict[str, Any] | None = None
-        self.image = ImageClassification(arguments)
+        self.image = ImageClassification(stage_arguments(arguments, prompts=NO_PROMPTS))
         # The mean of the tokens is taken: what a classifier has behind them would be lost.
         changes = {"model_name_or_path": arguments.text_model, "model_revision": "main", "pooling": "architecture"}
         text: Any = stage_arguments(arguments, **changes)
