@@ -180,6 +180,10 @@ class ReadableProgress(ProgressCallback):
         when = f"epoch {logs.get('epoch', state.epoch or 0):.3g}"
         if "penalty" in logs:
             when = f"solved in {logs['seconds']:.1f} s with penalty {logs['penalty']:.2g}"
+        elif logs.get("head") == "texts":
+            when = f"solved in {logs['seconds']:.1f} s, the texts stay as they are"
+        elif "seconds" in logs:
+            when = f"scored in {logs['seconds']:.1f} s"
         line = f"{self.stage}: {when}, validation {', '.join(parts)}"
         self.training_bar.write(line) if self.training_bar is not None else say(line)
 

@@ -138,7 +138,7 @@ def write_card(
         preparation=f" {task.preparation}" if task.preparation else "",
         results="\n".join(rows), repeats=_repeats(task.problem, metrics, split),
         classes=_classes(splits, plain, split, metrics.get("thresholds")),
-        limits=_limits(splits, plain, split, in_markdown(dataset), licence_of(origin)),
+        limits=_limits(splits, plain, split, in_markdown(dataset), licence_of(origin), metrics["train"]),
         training=_training(metrics["train"]),
         probe=_probe(arguments) if f"ordinary_head_{split}" in metrics else "",
         usage=unmerged if (target / BASE).is_dir() else task.usage(title),
@@ -281,7 +281,9 @@ def _of_licence(licence: str | None) -> str:
     return f"The licence is that of the base model, {licence}{terms}."
 
 
-def _limits(splits: Splits, scores: dict[str, float], split: str, dataset: str, licence: str | None) -> str:
+def _limits(
+    splits: Splits, scores: dict[str, float], split: str, dataset: str, licence: str | None, train: dict[str, Any]
+) -> str:
     """What one should know before relying on the model, as a list."""
     names = list(map(in_markdown, splits.label_names))
     lines = splits.problem.limits(scores, len(splits.scored), split, splits.train_labels, names)
@@ -289,9 +291,9 @@ def _limits(splits: Splits, scores: dict[str, float], split: str, dataset: str, 
         lines.append(
             "There was no test split: the model was chosen by these scores, new data may well give lower ones."
         )
+    learned = f"{len(splits.train):,}" if train["trainable_parameters"] else "no"
     lines.append(
-        f"It has learned from {len(splits.train):,} rows of {dataset}: on data of another origin the scores may be "
-        "far lower."
+        f"It has learned from {learned} rows of {dataset}: on data of another origin the scores may be far lower."
     )
     lines.append(_of_licence(licence))
     return "\n".join(f"- {line}" for line in lines)

@@ -207,8 +207,9 @@ def _refusal(name: str, whole: Any, reason: str) -> str:
 def _image_part(whole: Any, label_names: Sequence[str], prompts: list[str]) -> DualEncoderForImageClassification:
     """The image part, with its weights, and a head to be filled, on the device of the whole."""
     labels = dict(enumerate(label_names))
+    settings = {name: value for name, value in whole.config.to_dict().items() if name != "_name_or_path"}
     config = DualEncoderConfig(
-        dual_encoder=whole.config.to_dict(),
+        dual_encoder=settings,
         hidden_size=whole.vision_model.config.hidden_size,
         prompts=prompts,
         id2label=labels,
@@ -248,11 +249,11 @@ def _tokens(whole: Any, tokenizer: Any, texts: list[str]) -> Any:
         UsageError: a text is longer than that.
     """
     limit = min(whole.config.text_config.max_position_embeddings, tokenizer.model_max_length)
-    inputs = tokenizer(texts, padding="max_length", max_length=limit, return_tensors="pt")
-    if inputs["input_ids"].shape[1] > limit:
-        longest = max(texts, key=lambda text: len(tokenizer(text)["input_ids"]))
-        raise UsageError(f"--prompts: {longest!r} is longer than the {limit} tokens that the model reads. Shorten it.")
-    return inputs.to(whole.device)
+    inputs = tokenizer(texts, padding="max_length", max_length=limit)
+    for text, tokens in zip(texts, inputs["input_ids"], strict=True):
+        if len(tokens) > limit:
+            raise UsageError(f"--prompts: {text!r} is longer than the {limit} tokens that the model reads. Shorten it.")
+    return inputs.convert_to_tensors("pt").to(whole.device)
 
 
 @torch.no_grad()

@@ -555,6 +555,7 @@ class KeptFeatures:
             trainer.compute_loss_func,
             score,
             intercept=layer.bias is not None,
+            start=self._known_layer(trainer),
         )
         with torch.no_grad():
             layer.weight.copy_(solution.weight)
@@ -565,6 +566,13 @@ class KeptFeatures:
         if beside:
             self.probe = self._fit_beside(kind, train, validation, trainer, score)
         return solution
+
+    def _known_layer(self, trainer: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Weight and bias of an output layer that is made of texts; None where it is fresh."""
+        layer: Any = self.source.layer  # type: ignore[union-attr]
+        if not backbones.starts_from_texts(trainer.model):
+            return None
+        return layer.weight.detach().cpu(), None if layer.bias is None else layer.bias.detach().cpu()
 
     def _fit_beside(
         self,

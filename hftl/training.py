@@ -527,15 +527,17 @@ def _solve_stage(task: ClassificationTask, trainer: TransferTrainer, kept: KeptF
     scores = {
         f"eval_{name}": value for name, value in scores_of(task, trainer.compute_loss_func, logits, labels).items()
     }
-    trainer.log({**scores, "penalty": solution.strength, "seconds": seconds})
+    stays = math.isinf(solution.strength)  # no penalty gave a better head than the texts
+    solved: dict[str, Any] = {"head": "texts" if stays else task.arguments.head or task.problem.head}
+    solved |= {} if stays else {"penalty": solution.strength}
+    trainer.log({**scores, **solved, "seconds": seconds})
     return {
         "name": trainer.stage.name,
         "seconds": seconds + kept.seconds,
         "samples_per_second": len(kept.data["train"]) / (seconds + kept.seconds),
         "steps": solution.steps,
         "epochs": 1,
-        "head": task.arguments.head or task.problem.head,
-        "penalty": solution.strength,
+        **solved,
         **({} if solution.temperature is None else {"temperature": solution.temperature}),
         **({} if kept.probe is None else {"probe": kept.probe.settings}),
         "best_metric": scores[f"eval_{trainer.args.metric_for_best_model}"],

@@ -47,6 +47,8 @@ MODELS = {
     "Inception": [*IMAGES, "--model=inception", "--image_size=80"],
     "EfficientNet": [*IMAGES, "--model=efficientnet", "--image_size=32"],
     "ViT": [*IMAGES, "--model=vit"],
+    "CLIP": [*IMAGES, "--model=clip"],
+    "SigLIP": [*IMAGES, "--model=siglip"],
     "GPT": [*TEXTS, "--model=gpt2"],
     "SlowFast": [*VIDEOS, "--model=slowfast", "--frames=8", "--image_size=32"],
 }
@@ -87,6 +89,8 @@ def write(place: Path) -> Path:
     tiny_models.write_timm_folder(place / "inception", "inception_v3")
     tiny_models.write_timm_folder(place / "efficientnet", "tf_efficientnet_lite0")
     tiny_models.write_tiny_image_model(place / "vit")
+    for kind in ("clip", "siglip"):
+        tiny_models.write_tiny_dual_encoder(place / kind, kind)
     tiny_models.write_tiny_text_model(place / "bert")
     tiny_models.write_tiny_text_model(place / "gpt2", kind="gpt2")
     tiny_models.write_tiny_waveform_model(place / "wav2vec2")
@@ -169,7 +173,7 @@ def logits_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def flags_of(words: list[str], method: str) -> list[str]:
     flags = [*words[1:], f"--method={method}", "--save_only_model", *QUICK]
-    flags += [] if method in ("frozen", "auto") else ["--num_train_epochs=1", *UNCHOSEN]
+    flags += [] if method in ("frozen", "auto", "zero_shot") else ["--num_train_epochs=1", *UNCHOSEN]
     flags += ["--head_epochs=1"] if method in ("lp_ft", "surgical") else []
     flags += ["--peft_type=LOKR"] if method == "peft" else []
     flags += ["--unfreeze_blocks=1"] if method == "partial" else []

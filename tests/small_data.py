@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
-SHAPES = ("circle", "square")
+#: sides of squares, in pixels
+SIZES = {"small": 8, "large": 22}
 
 
 def write_images(folder: Path, splits: dict[str, int], size: int = 40) -> Path:
@@ -27,26 +28,24 @@ def write_images(folder: Path, splits: dict[str, int], size: int = 40) -> Path:
     return folder
 
 
-def shape_picture(colour: str, shape: str, random: np.random.Generator, size: int = 32) -> Image.Image:
-    """A square or a circle of a colour, anywhere on a noisy ground."""
-    pixels = random.normal(128, 30, (size, size, 3))
-    radius = int(random.integers(6, 10))
-    across, down = random.integers(radius, size - radius, 2)
-    rows, columns = np.abs(np.mgrid[:size, :size] - np.array([down, across])[:, None, None])
-    inside = np.hypot(rows, columns) <= radius if shape == "circle" else np.maximum(rows, columns) <= 0.8 * radius
-    pixels[inside] = random.normal(COLOURS[colour], 15, (int(inside.sum()), 3))
+def square(size: str, colour: str, random: np.random.Generator, side: int = 32) -> Image.Image:
+    """A small or large square of a colour, anywhere on a noisy ground."""
+    pixels = random.normal(128, 30, (side, side, 3))
+    length = SIZES[size] + int(random.integers(-2, 3))
+    down, across = random.integers(0, side - length + 1, 2)
+    pixels[down : down + length, across : across + length] = random.normal(COLOURS[colour], 15, (length, length, 3))
     return Image.fromarray(pixels.clip(0, 255).astype("uint8"))
 
 
-def write_shapes(folder: Path, splits: dict[str, int], seed: int = 0) -> Path:
-    """Class folders of coloured squares and circles, `red_circle`, …: `splits` gives images a class."""
+def write_squares(folder: Path, splits: dict[str, int], seed: int = 0) -> Path:
+    """Class folders of small and large squares, `large_red_square`, …: `splits` gives images a class."""
     random = np.random.default_rng(seed)
     for split, count in splits.items():
-        for colour, shape in itertools.product(COLOURS, SHAPES):
-            place = folder / split / f"{colour}_{shape}"
+        for size, colour in itertools.product(SIZES, COLOURS):
+            place = folder / split / f"{size}_{colour}_square"
             place.mkdir(parents=True)
             for index in range(count):
-                shape_picture(colour, shape, random).save(place / f"{index}.png")
+                square(size, colour, random).save(place / f"{index}.png")
     return folder
 
 

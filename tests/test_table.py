@@ -12,8 +12,13 @@ from forked import ROOT, run_ranks
 
 from hftl.methods import METHODS
 
+#: models that read texts too
+DUAL_ENCODERS = ("CLIP", "SigLIP")
 #: cells that cannot be, and what is said
 REFUSED = {
+    **{
+        (name, "zero_shot"): "--method zero_shot" for name in (*cells.TASKS, *cells.MODELS) if name not in DUAL_ENCODERS
+    },
     ("likeness", "auto"): "--method auto is for rows of one class each",
     ("words", "auto"): "--method auto is for rows of one class each",
     ("choices", "auto"): "--method auto is for rows of one class each",
@@ -40,6 +45,8 @@ def check(task: str, method: str, record: dict[str, Any], refusals: dict[Any, st
     head = record["blocks"]
     if method == "frozen":
         assert record["trained"] == [head]
+    elif method == "zero_shot":
+        assert record["trained"] == []
     elif method == "partial":
         assert record["trained"] == [head - 1, head]
     if "difference" in record:

@@ -27,6 +27,7 @@ def fit_linear_head(
     loss: CrossEntropyLoss,
     score: Callable[[torch.Tensor, torch.Tensor], float],
     intercept: bool = True,
+    start: tuple[torch.Tensor, torch.Tensor | None] | None = None,
 ) -> LinearHead:
     """An output layer of one of these kinds, its penalty chosen on validation as in `solve_linear_head`.
 
@@ -50,6 +51,7 @@ def fit_linear_head(
         loss: logistic and least squares minimise it; its class weights go to svm and ridge too.
         score: of logits of shape (rows, classes) and class ids; more is better.
         intercept: whether the layer has a bias.
+        start: a layer that knows the classes, for logistic.
 
     Raises:
         UsageError: a class has no training row, of which svm, ridge and nearest_mean have nothing to say.
@@ -58,7 +60,7 @@ def fit_linear_head(
     if kind == "discriminant":
         return solve_discriminant(train, validation, classes, score, intercept)
     if kind in ("logistic", "least squares"):
-        return solve_linear_head(train, validation, classes, loss, score, intercept)
+        return solve_linear_head(train, validation, classes, loss, score, intercept, start)
     features, labels = train[0].double(), train[1].numpy()
     check_every_class(kind, train[1], label_names)
     mean, scale = standardisation(features, intercept)

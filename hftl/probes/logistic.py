@@ -15,6 +15,8 @@ from hftl.losses import RowLoss
 #: 1 / (λ rows), so that for a thousand rows this covers C = 0.001 to 100, as linear evaluations of features use
 #: (Radford et al. 2021, appendix A.3, sweep as widely)
 STRENGTHS = tuple(10.0 ** (-half / 2) for half in range(11))
+#: before them, where the penalty pulls to a layer that knows the classes, which a few rows should hardly move
+_NEAR_START = tuple(10.0 ** (half / 2) for half in range(4, 0, -1))
 #: the path ends when validation loss was worse than before so many penalties in a row
 WORSE = 3
 #: below so many products a pass, threads wait for each other longer than they work (1,007 rows of 1,280 features, two
@@ -38,7 +40,7 @@ class LinearHead:
     Attributes:
         weight: shape (classes, features); standardisation is folded in.
         bias: shape (classes,), or None for a layer without.
-        strength: the λ that validation chose.
+        strength: the λ that validation chose; infinite where it is the layer that the search started from.
         path: λ, validation score and validation log loss of every candidate.
         steps: evaluations of the loss over all rows, or fits, for the whole path.
         temperature: what the scores were divided by to become log probabilities; None where they were made as such.
@@ -59,11 +61,14 @@ def solve_linear_head(
     loss: RowLoss,
     score: Callable[[torch.Tensor, torch.Tensor], float],
     intercept: bool = True,
+    start: tuple[torch.Tensor, torch.Tensor | None] | None = None,
 ) -> LinearHead:
     """The output layer of least penalised loss by L-BFGS (Liu and Nocedal 1989), its penalty chosen on validation.
 
     The penalties form a path from strong to weak, each solved from the one before. The best by `score` is taken, of
     equal ones that with the lowest validation loss. Features are standardised within the weights, not in a copy.
+    A layer that knows the classes already is a candidate too, and what the penalty pulls to in the place of zero (L2-SP,
+    Li et al. 2018), so that a few rows move it only as far as validation finds it better.
     Memory: the features as they are given, and a piece of them and of the logits.
 
     Args:
@@ -73,20 +78,22 @@ def solve_linear_head(
         loss: smooth and convex in the logits: multinomial logistic regression is that of cross entropy.
         score: of logits of shape (rows, classes) and labels; more is better.
         intercept: whether the layer has a bias.
+        start: weight and bias of a layer that knows the classes; None where there is none.
     """
     features, labels = train
     dtype = torch.float64 if features.numel() < _DOUBLE else torch.float32
     features = features.to(dtype) if features.numel() < _HELD else features
     mean, scale = (value.to(dtype) for value in standardisation(features, intercept))
     held_out = validation[0].to(dtype)
-    problem = _Problem(features, labels, loss, (mean, scale), intercept)
+    problem = _Problem(features, labels, loss, (mean, scale), intercept, start)
     parameters = torch.zeros(classes, features.shape[1] + intercept, dtype=dtype)
     path, best, best_key = [], parameters, (-math.inf, -math.inf)
     chosen = STRENGTHS[0]
-    for strength in STRENGTHS:
-        with _one_thread_if(features.numel() * classes < _SMALL):
-            parameters = problem.solve(parameters, strength)
-        weight, bias = unscaled(parameters, mean, scale, intercept)
+    for strength in STRENGTHS if start is None else (math.inf, *_NEAR_START, *STRENGTHS):
+        if math.isfinite(strength):
+            with _one_thread_if(features.numel() * classes < _SMALL):
+                parameters = problem.solve(parameters, strength)
+        weight, bias = problem.layer(parameters)
         logits = held_out @ weight.T + (0.0 if bias is None else bias)
         found = score(logits, validation[1])
         # A metric that is no number (one class alone in validation, say) chooses nothing.
@@ -96,7 +103,7 @@ def solve_linear_head(
             best, best_key, chosen = parameters, key, strength
         if len(path) > WORSE and all(loss > path[-WORSE - 1][2] for _, _, loss in path[-WORSE:]):
             break  # weaker penalties overfit more, and take the longest
-    weight, bias = unscaled(best, mean, scale, intercept)
+    weight, bias = problem.layer(best)
     return LinearHead(weight.float(), None if bias is None else bias.float(), chosen, tuple(path), problem.steps)
 
 
@@ -139,10 +146,19 @@ class _Problem:
         loss: RowLoss,
         standardised: tuple[torch.Tensor, torch.Tensor],
         intercept: bool,
+        start: tuple[torch.Tensor, torch.Tensor | None] | None,
     ) -> None:
         self.features, self.labels, self.loss = features, labels, loss
-        self.standardised, self.intercept = standardised, intercept
+        self.standardised, self.intercept, self.start = standardised, intercept, start
         self.steps = 0
+
+    def layer(self, parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias for features as they are; zero parameters are the layer to start from."""
+        weight, bias = unscaled(parameters, *self.standardised, self.intercept)
+        if self.start is None:
+            return weight, bias
+        known, own = self.start
+        return weight + known.to(weight), None if bias is None or own is None else bias + own.to(bias)
 
     def solve(self, start: torch.Tensor, strength: float) -> torch.Tensor:
         """The parameters (classes, features [+ 1]) of least loss, searched from `start`."""
@@ -168,7 +184,7 @@ class _Problem:
         piece = max(1, min(_LOGITS // len(parameters), _PIECE // width))
         for start in range(0, rows, piece):
             part = slice(start, start + piece)
-            weight, bias = unscaled(parameters, *self.standardised, self.intercept)
+            weight, bias = self.layer(parameters)
             logits = self.features[part].to(parameters.dtype) @ weight.T
             logits = logits if bias is None else logits + bias
             loss = self.loss({"logits": logits}, self.labels[part], rows)
