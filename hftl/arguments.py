@@ -282,7 +282,9 @@ class TransferArguments(TrainingArguments):
     )
     ema_decay: float | None = _argument(None, "ema: what is left of the average at each step (default 0.999).")
     wise_ft: bool = _argument(
-        False, "Mix the pretrained and the fine-tuned backbone as is best on validation; goes well with lp_ft."
+        False,
+        "Mix the pretrained and the fine-tuned backbone as is best on validation; goes well with lp_ft. Of CLIP and SigLIP"
+        " also the head.",
     )
     early_stopping_patience: int | None = _argument(None, "Stop after so many evaluations without a better one.")
     metrics: list[str] | None = _argument(None, "Further metrics for evaluate.load: a Hub id or a local folder.")

@@ -207,9 +207,8 @@ def _refusal(name: str, whole: Any, reason: str) -> str:
 def _image_part(whole: Any, label_names: Sequence[str], prompts: list[str]) -> DualEncoderForImageClassification:
     """The image part, with its weights, and a head to be filled, on the device of the whole."""
     labels = dict(enumerate(label_names))
-    settings = {name: value for name, value in whole.config.to_dict().items() if name != "_name_or_path"}
     config = DualEncoderConfig(
-        dual_encoder=settings,
+        dual_encoder=pretrained.settings_of(whole.config),
         hidden_size=whole.vision_model.config.hidden_size,
         prompts=prompts,
         id2label=labels,

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hftl.errors import UsageError
 from hftl.joined import mean_of_positions
+from hftl.pretrained import settings_of
 
 #: values of a category that are told apart, the most frequent
 _MOST_VALUES = 100
@@ -199,8 +200,8 @@ class FusionModel(PreTrainedModel):
             ids = torch.ones(1, 4, dtype=torch.long)
             tokens = _tried(bodies[1], lambda body: body(input_ids=ids).last_hidden_state)
         config = FusionConfig(
-            image=image.config.to_dict(),
-            text=text.config.to_dict(),
+            image=settings_of(image.config),
+            text=settings_of(text.config),
             feature_sizes=(pictures.shape[-1], tokens.shape[-1], *([Table(table).width] if table else [])),
             table=table,
             id2label=labels,

@@ -268,6 +268,11 @@ def reset_head(model: PreTrainedModel) -> None:
                 module.reset_parameters()
 
 
+def settings_of(config: Any) -> dict[str, Any]:
+    """A configuration as a dictionary, for another one to hold, without the place that it was loaded from."""
+    return {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+
+
 def save_model(model: PreTrainedModel, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """Save a model, or another state of it, so that transformers, and timm for its own models, load it."""
     model.save_pretrained(folder, state_dict=state)

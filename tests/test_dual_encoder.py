@@ -14,13 +14,15 @@ import pytest
 import small_data
 import tiny_models
 import torch
+import transformers
+from peft import PeftModel
 from refusal import refused
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoProcessor, CLIPForImageClassification
+from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPForImageClassification
 
 import hftl
 from hftl import backbones, cli
-from hftl.dual_encoder import PROMPTS
+from hftl.dual_encoder import PROMPTS, DualEncoderForImageClassification, is_dual_encoder
 from hftl.losses import CrossEntropyLoss
 from hftl.probes import solve_linear_head
 
@@ -100,6 +102,27 @@ def test_logits_are_those_of_the_dual_encoder(place: Path, tmp_path: Path, kind:
         own = whole(**inputs).logits_per_image - (whole.logit_bias if kind == "siglip" else 0.0)
     assert float((torch.from_numpy(run.logits(rows)) - own).abs().max()) < 1e-4
     assert float(own.std(dim=0).max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "found"),
+    [
+        ("CLIP", "CLIPModel", True),
+        ("CLIP", None, True),
+        ("CLIP", "CLIPForImageClassification", False),
+        ("Siglip", "SiglipModel", True),
+        ("ChineseCLIP", "ChineseCLIPModel", True),
+        ("CLIPSeg", "CLIPSegForImageSegmentation", False),
+        ("OwlViT", "OwlViTForObjectDetection", False),
+        ("CLIPVision", "CLIPVisionModel", False),
+        ("XCLIP", "XCLIPModel", False),
+        ("Clap", "ClapModel", False),
+        ("ViT", "ViTModel", False),
+    ],
+)
+def test_a_dual_encoder_is_known_by_its_parts(kind: str, architecture: str | None, found: bool) -> None:
+    config = getattr(transformers, f"{kind}Config")(architectures=architecture and [architecture])
+    assert is_dual_encoder(config) is found
 
 
 def test_several_prompts_are_averaged_on_the_sphere(place: Path) -> None:
@@ -189,6 +212,17 @@ def test_methods_start_from_the_texts(place: Path, tmp_path: Path, kind: str, me
     near = float((after["head.weight"] - model.head.weight.detach()).abs().max())
     assert near > 0
     assert (near < 0.1) == (method != "frozen")
+
+
+def test_an_adapter_goes_on_the_checkpoint_it_was_trained_from(place: Path, tmp_path: Path) -> None:
+    run = train(place, tmp_path / "run", "trained", "--method=lora", "--num_train_epochs=1")
+    config = AutoConfig.from_pretrained(run.folder / "adapter")
+    base = DualEncoderForImageClassification.from_pretrained(place / "trained", config=config)
+    model = PeftModel.from_pretrained(base, run.folder / "adapter").eval()
+    pixels = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        logits = [either(pixel_values=pixels).logits for either in (model, run.model.eval())]
+    assert torch.allclose(*logits, atol=1e-4)
 
 
 def test_the_head_is_solved_from_the_texts(place: Path, tmp_path: Path, zero_shot: hftl.Run) -> None:

@@ -95,6 +95,7 @@ def test_a_run_reloads_with_equal_logits_and_its_backbones_are_plain_models(plac
     for number, answer in enumerate(run.predict(inputs)):
         for name, probability in answer.probabilities.items():
             assert probability == pytest.approx(float(answers[str(number)][f"probability_{name}"]), abs=1e-5)
+    assert str(place) not in (run.folder / "config.json").read_text(encoding="utf-8")
     image = AutoModel.from_pretrained(run.folder / "image").eval()
     text = AutoModel.from_pretrained(run.folder / "text", add_pooling_layer=False).eval()
     picture = AutoImageProcessor.from_pretrained(run.folder / "image")

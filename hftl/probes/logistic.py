@@ -67,8 +67,8 @@ def solve_linear_head(
 
     The penalties form a path from strong to weak, each solved from the one before. The best by `score` is taken, of
     equal ones that with the lowest validation loss. Features are standardised within the weights, not in a copy.
-    A layer that knows the classes already is a candidate too, and what the penalty pulls to in the place of zero (L2-SP,
-    Li et al. 2018), so that a few rows move it only as far as validation finds it better.
+    A layer that knows the classes already is a candidate too, and the penalty pulls to it and not to zero (L2-SP, Li et
+    al. 2018), so that a few rows move it only as far as validation finds it better.
     Memory: the features as they are given, and a piece of them and of the logits.
 
     Args:
