@@ -283,8 +283,8 @@ class TransferArguments(TrainingArguments):
     ema_decay: float | None = _argument(None, "ema: what is left of the average at each step (default 0.999).")
     wise_ft: bool = _argument(
         False,
-        "Mix the pretrained and the fine-tuned backbone as is best on validation; goes well with lp_ft. Of CLIP and SigLIP"
-        " also the head.",
+        "Mix the pretrained and the fine-tuned backbone (of CLIP and SigLIP the head too) as is best on validation; "
+        "goes well with lp_ft.",
     )
     early_stopping_patience: int | None = _argument(None, "Stop after so many evaluations without a better one.")
     metrics: list[str] | None = _argument(None, "Further metrics for evaluate.load: a Hub id or a local folder.")

@@ -188,20 +188,16 @@ def load_dual_encoder(
             model.head.weight.copy_(weight)
             model.head.bias.zero_()
         difference = _difference(whole, model, tokenizer, words, prompts[0], pixels)
+        if not difference <= _TOLERANCE:
+            raise ValueError(f"its own logits are others, by {difference:.2g} of the largest")
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UsageError(_refusal(name, whole, f"it is not built as CLIP and SigLIP are ({reason})")) from error
-    if not difference <= _TOLERANCE:
-        raise UsageError(_refusal(name, whole, f"its own logits are others, by {difference:.2g} of the largest"))
+        raise UsageError(
+            f"--model {name!r} ({type(whole).__name__}) cannot get a head of texts, since it is not built as CLIP and "
+            f"SigLIP are ({reason}). --prompts none leaves them out, where transformers has a classifier of it."
+        ) from error
     say(f"head: the texts of the classes, {len(prompts)} of each ({prompts[0].format(label=words[0])!r}, …)")
     return model.to("cpu")
-
-
-def _refusal(name: str, whole: Any, reason: str) -> str:
-    return (
-        f"--model {name!r} ({type(whole).__name__}) cannot get a head of texts: {reason}. --prompts none leaves them "
-        "out, where transformers has a classifier of it."
-    )
 
 
 def _image_part(whole: Any, label_names: Sequence[str], prompts: list[str]) -> DualEncoderForImageClassification:

@@ -18,7 +18,7 @@ import transformers
 from peft import PeftModel
 from refusal import refused
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPForImageClassification
+from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPForImageClassification, CLIPModel
 
 import hftl
 from hftl import backbones, cli
@@ -335,6 +335,22 @@ def test_what_cannot_be_is_refused_in_a_line(
     error = refused(["train", *words], capsys)
     assert all(part in error for part in said), error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_compares_in_another_way_is_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward = CLIPModel.forward
+
+    def squared(self: Any, *values: Any, **named: Any) -> Any:
+        outputs = forward(self, *values, **named)
+        outputs.logits_per_image = outputs.logits_per_image.square()
+        return outputs
+
+    monkeypatch.setattr(CLIPModel, "forward", squared)
+    error = refused(["train", *words_of(place, "trained"), f"--output_dir={tmp_path / 'run'}"], capsys)
+    assert "(CLIPModel) cannot get a head of texts" in error
+    assert "its own logits are others, by" in error
 
 
 def test_other_tasks_have_no_texts_to_start_from(
