@@ -35,6 +35,7 @@ from hftl.dual_encoder import (
 from hftl.errors import UsageError
 from hftl.examples import Shown
 from hftl.explain import grad_cam
+from hftl.folder import say
 from hftl.image_cache import ImageCache, plan_cache
 from hftl.mixing import MixedImages
 from hftl.modality import IMAGE
@@ -106,11 +107,13 @@ class ImageClassification(ClassificationTask):
         if not has_checkpoint(self.arguments):
             return self._random_model(name.partition(":")[2])
         source = pretrained.find_model(self.arguments.model_name_or_path)
-        if self._why_no_texts():
+        if reason := self._why_no_texts():
             model = pretrained.load_model(self.auto_class, source, self.label_names, self.arguments)
             self.load_processor(source)
             if isinstance(model.config, DualEncoderConfig) and not self.arguments.keep_head:
                 model.config.prompts = None
+            if is_dual_encoder(model.config) and not self.arguments.keep_head:
+                say(f"head: fresh, since {reason}")
         else:
             self.load_processor(source)
             pixels = self.plain_transform(_ANY_PICTURE)[None]
