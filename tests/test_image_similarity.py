@@ -129,6 +129,20 @@ def test_a_solved_projection_finds_classes_that_it_has_not_seen(place: Path, run
     assert np.stack([entry.embedding for entry in run.predict(pictures)]) == pytest.approx(vectors[:4], abs=1e-5)
 
 
+def test_without_training_all_cosines_are_those_of_the_features(place: Path, tmp_path: Path) -> None:
+    run = train(place, tmp_path / "run", "--method=zero_shot", "--embedding_size=32")
+    assert run.metrics["train"]["trainable_parameters"] == 0
+    ids, _, vectors = vectors_of(run)
+    plain = AutoModelForImageClassification.from_pretrained(place / "resnet").eval()
+    plain.timm_model.reset_classifier(0)
+    processor = AutoImageProcessor.from_pretrained(run.folder)
+    pictures = [Image.open(place / "hues" / name) for name in ids]
+    with torch.no_grad():
+        features = normalised(plain(**processor(images=pictures, return_tensors="pt")).logits.numpy())
+    assert features.shape[1] == 32
+    assert vectors @ vectors.T == pytest.approx(features @ features.T, abs=1e-4)
+
+
 def test_a_gallery_is_searched(place: Path, run: hftl.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     queries, gallery = place / "hues" / "test" / "hue 4", place / "hues" / "train"
     out = tmp_path / "found.csv"

@@ -17,7 +17,9 @@ DUAL_ENCODERS = ("CLIP", "SigLIP")
 #: cells that cannot be, and what is said
 REFUSED = {
     **{
-        (name, "zero_shot"): "--method zero_shot" for name in (*cells.TASKS, *cells.MODELS) if name not in DUAL_ENCODERS
+        (name, "zero_shot"): "--method zero_shot"
+        for name in (*cells.TASKS, *cells.MODELS)
+        if name not in (*DUAL_ENCODERS, "likeness")
     },
     ("likeness", "auto"): "--method auto is for rows of one class each",
     ("words", "auto"): "--method auto is for rows of one class each",

@@ -118,8 +118,8 @@ def check_method(arguments: TransferArguments) -> None:
         raise UsageError("--method auto chooses its rates itself: leave out --learning_rate.")
     if arguments.method == "zero_shot" and not hasattr(arguments, "prompts"):
         raise UsageError(
-            "--method zero_shot is for image-classification with a model that reads texts too (CLIP, SigLIP): take "
-            "another method."
+            "--method zero_shot is for image-classification with a model that reads texts too (CLIP, SigLIP), and for "
+            "image-similarity: take another method."
         )
     if arguments.method == "zero_shot" and arguments.finds_learning_rate:
         raise UsageError("--method zero_shot trains nothing: leave out --learning_rate.")

@@ -37,10 +37,12 @@ def frozen(model: nn.Module, arguments: TransferArguments) -> Plan:
 def zero_shot(model: nn.Module, arguments: TransferArguments) -> Plan:
     """Nothing trains: the head of a dual encoder is the texts of its classes (Radford et al. 2021, 3.1).
 
+    Vectors to search by need no head that knows classes: they are the pretrained features, turned.
+
     Raises:
         UsageError: the head is another one.
     """
-    if not backbones.starts_from_texts(model):
+    if not backbones.starts_from_texts(model) and arguments.problem_type != "similarity":
         raise UsageError(
             f"--method zero_shot: {type(model).__name__} has no head of texts. It is for image-classification with a "
             "dual encoder: CLIP, SigLIP and their kin."

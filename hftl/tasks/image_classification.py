@@ -39,7 +39,7 @@ from hftl.folder import say
 from hftl.image_cache import ImageCache, plan_cache
 from hftl.mixing import MixedImages
 from hftl.modality import IMAGE
-from hftl.problems import SingleLabel
+from hftl.problems import Similarity, SingleLabel
 from hftl.tasks.classification import ClassificationTask, Mixing
 from hftl.tasks.files import FileDataset
 
@@ -70,7 +70,7 @@ class ImageClassification(ClassificationTask):
     def load_splits(self) -> Splits:
         """As every task; that there are no texts to start from is said before any data is read."""
         arguments = self.arguments
-        zero_shot = arguments.method == "zero_shot"
+        zero_shot = arguments.method == "zero_shot" and arguments.problem_type != Similarity.name
         if zero_shot or arguments.prompts not in (None, NO_PROMPTS):
             flag = "--method zero_shot" if zero_shot else "--prompts"
             pretrained.check_model_name(arguments.model_name_or_path, arguments.trust_remote_code)
