@@ -17,7 +17,18 @@ import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+    AutoModelForMultipleChoice,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoModelForVideoClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from hftl import backbones
 from hftl.arguments import TransferArguments
@@ -102,7 +113,7 @@ def explained_load(name: str, auto_class: type) -> Iterator[None]:
         ):
             raise UsageError(
                 f"--model {name!r} is not a model for {_kind(auto_class)[0]} ({auto_class.__name__} does not take it): "
-                f"choose another model, or the recipe of its own task."
+                f"choose another.{tasks_of(name)}"
             ) from error
         local = Path(os.path.expanduser(name))
         if "file named model.safetensors" in reason and (not local.is_dir() or any(local.glob("*.bin"))):
@@ -122,6 +133,25 @@ def explained_load(name: str, auto_class: type) -> Iterator[None]:
                 f"{did_you_mean(name, map(str, Path(name).parent.glob('*')))}"
             ) from error
         raise UsageError(f"--model {name!r} cannot be loaded: {reason[:400]}") from error
+
+
+def tasks_of(name: str) -> str:
+    """A sentence with the tasks that a checkpoint fits, for messages; nothing where its architecture is not known."""
+    settings, _ = PreTrainedConfig.get_config_dict(find_model(name))
+    kind = settings.get("model_type")
+    config_class = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None
+    fitting = {
+        "image-classification": AutoModelForImageClassification,
+        "image-similarity": AutoModelForImageClassification,
+        "audio-classification, as pictures of sounds": AutoModelForImageClassification,
+        "audio-classification": AutoModelForAudioClassification,
+        "video-classification": AutoModelForVideoClassification,
+        "text-classification": AutoModelForSequenceClassification,
+        "token-classification": AutoModelForTokenClassification,
+        "multiple-choice": AutoModelForMultipleChoice,
+    }
+    found = [task for task, auto_class in fitting.items() if config_class in auto_class._model_mapping]
+    return f" It is for {'; '.join(found)}." if found else ""
 
 
 def _kind(auto_class: Any) -> tuple[str, str]:

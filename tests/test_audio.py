@@ -42,6 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small_data.write_sounds(folder / "sounds", {"train": 8, "val": 3, "test": 3})
     tiny_models.write_tiny_cnn(folder / "cnn")
     tiny_models.write_tiny_waveform_model(folder / "wav2vec2")
+    tiny_models.write_tiny_text_model(folder / "bert")
     return folder
 
 
@@ -128,7 +129,11 @@ def test_a_bad_recording_ends_the_command_or_is_left_out(
 @pytest.mark.parametrize(
     ("model", "flags", "words"),
     [
-        ("bert", [], ("is a model neither of waveforms nor of images",)),
+        (
+            "bert",
+            [],
+            ("is a model neither of waveforms nor of images", "It is for text-classification; token-classification; multi"),
+        ),
         ("wav2vec2", ["--mixup=0.2"], ("--mixup mixes pictures",)),
         ("cnn", ["--clip_seconds=0"], ("--clip_seconds must be above 0",)),
         ("cnn", ["--test_time_windows=0"], ("--test_time_windows must be above 0",)),
@@ -143,13 +148,22 @@ def test_a_bad_recording_ends_the_command_or_is_left_out(
 def test_one_line_for_what_does_not_fit(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, flags: list[str], words: tuple[str]
 ) -> None:
-    if model == "bert" and not (place / "bert").is_dir():
-        tiny_models.write_tiny_text_model(place / "bert")
     command = [f"--model={place / model}", f"--dataset={place / 'sounds'}", f"--output_dir={tmp_path / 'run'}"]
     error = refused(["train", "audio-classification", *command, *QUICK, *flags], capsys)
     for word in words:
         assert word in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "side"), [("wav2vec2", "Wav2Vec2", None), ("vit", "ViT", (224, 224)), ("resnet10t", "Timm", (176, 176))]
+)
+def test_architectures_without_weights(place: Path, tmp_path: Path, name: str, kind: str, side: Any) -> None:
+    words = [f"--model=random:{name}", f"--dataset={place / 'sounds'}", f"--output_dir={tmp_path / 'run'}"]
+    task = hftl.AudioClassification(hftl.parse(hftl.AudioArguments, words))
+    model = task.build_model(task.load_splits())
+    assert type(model).__name__.startswith(kind)
+    assert task.side == side
 
 
 KINDS = [("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("AIFF", "PCM_16"), ("CAF", "ALAC_16"), ("WAV", "GSM610")]

@@ -132,9 +132,9 @@ class AudioClassification(ClassificationTask):
         return model
 
     def _cut_in_words(self, lengths: np.ndarray[Any, Any]) -> str:
-        """What part of the recordings is longer than the window, and what becomes of it; nothing where all fit."""
+        """What part of the recordings is longer than the window, and what becomes of it; of few nothing."""
         cut, windows = float(np.mean(lengths > self.processor.clip_seconds)), self.arguments.test_time_windows
-        if not cut:
+        if cut <= _CUT:
             return ""
         longer = f"{cut:.0%} of the recordings are longer"
         if windows > 1:
@@ -142,11 +142,11 @@ class AudioClassification(ClassificationTask):
         return f"{longer}, and their beginning alone makes a final answer: --test_time_windows 3 reads more"
 
     def _random_model(self, architecture: str) -> PreTrainedModel:
-        config_class = CONFIG_MAPPING.get(architecture, None)
-        if config_class is None:
+        if architecture not in CONFIG_MAPPING:
             source = pretrained.random_timm_folder(architecture, None)
             self._choose_route(source)
             return pretrained.load_model(self.auto_class, source, self.label_names, self.arguments)
+        config_class = CONFIG_MAPPING[architecture]  # its `get` would give None for all that were not asked for before
         hears = config_class in MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING
         auto_class = AutoModelForAudioClassification if hears else AutoModelForImageClassification
         config = pretrained.random_config(architecture, auto_class, self.label_names)
@@ -167,9 +167,10 @@ class AudioClassification(ClassificationTask):
     def _set_route(self, config: Any) -> None:
         hears = type(config) in MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING
         if not hears and type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+            name = str(self.arguments.model_name_or_path)
             raise UsageError(
-                f"--model {str(self.arguments.model_name_or_path)!r} ({config.model_type}) is a model neither of "
-                "waveforms nor of images: choose another, or the recipe of its own task."
+                f"--model {name!r} ({config.model_type}) is a model neither of waveforms nor of images: choose another."
+                f"{pretrained.tasks_of(name)}"
             )
         self.auto_class = AutoModelForAudioClassification if hears else AutoModelForImageClassification
         self.side = None if hears else picture_side(config)
@@ -343,8 +344,8 @@ class AudioClassification(ClassificationTask):
         middle, long = np.percentile(lengths, [50, 95])
         heard = self.processor.clip_seconds
         words = f"recordings of {middle:.1f} s (median), 95 % up to {long:.1f}; heard up to {heard:g}"
-        is_much = self.arguments.test_time_windows == 1 and float(np.mean(lengths > heard)) > _CUT
-        return words, f"{self._cut_in_words(lengths)}, --clip_seconds takes longer windows" if is_much else ""
+        cut = self._cut_in_words(lengths) if self.arguments.test_time_windows == 1 else ""
+        return words, cut and f"{cut}, --clip_seconds takes longer windows"
 
     def usage(self, title: str) -> str:
         """Plain transformers on either route."""

@@ -147,9 +147,10 @@ class VideoClassification(ClassificationTask):
     def _other_inputs(self, config: Any) -> UsageError:
         known = type(config) in AutoModelForVideoClassification._model_mapping
         what = "reads videos in a way that hftl does not know" if known else "is not a model for videos"
+        name = str(self.arguments.model_name_or_path)
         return UsageError(
-            f"--model {str(self.arguments.model_name_or_path)!r} ({config.model_type}) {what}: choose another, such as "
-            "MCG-NJU/videomae-base or torchvision:r3d_18."
+            f"--model {name!r} ({config.model_type}) {what}: choose another, such as MCG-NJU/videomae-base or "
+            f"torchvision:r3d_18.{'' if known else pretrained.tasks_of(name)}"
         )
 
     def load_processor(self, source: str | Path) -> None:
