@@ -132,7 +132,10 @@ def test_a_bad_recording_ends_the_command_or_is_left_out(
         (
             "bert",
             [],
-            ("is a model neither of waveforms nor of images", "It is for text-classification; token-classification; multi"),
+            (
+                "is a model neither of waveforms nor of images",
+                "It is for text-classification; token-classification; multi",
+            ),
         ),
         ("wav2vec2", ["--mixup=0.2"], ("--mixup mixes pictures",)),
         ("cnn", ["--clip_seconds=0"], ("--clip_seconds must be above 0",)),
@@ -156,7 +159,8 @@ def test_one_line_for_what_does_not_fit(
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "side"), [("wav2vec2", "Wav2Vec2", None), ("vit", "ViT", (224, 224)), ("resnet10t", "Timm", (176, 176))]
+    ("name", "kind", "side"),
+    [("wav2vec2", "Wav2Vec2", None), ("vit", "ViT", (224, 224)), ("resnet10t", "Timm", (176, 176))],
 )
 def test_architectures_without_weights(place: Path, tmp_path: Path, name: str, kind: str, side: Any) -> None:
     words = [f"--model=random:{name}", f"--dataset={place / 'sounds'}", f"--output_dir={tmp_path / 'run'}"]

@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from benchmark import jobs, prepare, quality, ranking, report, scaling  # noqa: E402
+from benchmark import by_hand, common, jobs, prepare, quality, ranking, report, scaling  # noqa: E402
 from benchmark.comparisons import Comparison, summarise  # noqa: E402
 
 from hftl.arguments import ImageArguments, TextArguments, flag_names  # noqa: E402
@@ -215,6 +215,28 @@ def test_steps_against_a_bare_trainer(tmp_path: Path) -> None:
     assert result["hftl"]["steps"] == result["bare"]["steps"] == 2
     assert result["hftl"]["min_s"] > 0
     assert result["ratio"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["image", "text", "audio", "image-text"])
+def test_a_bare_loop_has_a_model_of_its_own_in_the_end(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_models.write_tiny_text_model(tmp_path / "bert")
+    tiny_models.write_tiny_cnn(tmp_path / "cnn")
+    small_data.write_images(tmp_path / "images", {"train": 4, "val": 2, "test": 2})
+    files = sorted((tmp_path / "images" / "train").rglob("*.png"))
+    rows = {"image": [(str(file), file.parent.name) for file in files], "text": [("a film", "good"), ("a day", "bad")]}
+    (tmp_path / "data").mkdir()
+    for split in prepare.SPLITS if task in rows else ():
+        prepare._write_table(tmp_path / "data" / f"{split}.csv", task, rows[task])
+    flags = [f"--model={tmp_path / ('bert' if task == 'text' else 'cnn')}", "--dataset=none", "--method=full"]
+    flags += [f"--text_model={tmp_path / 'bert'}"] if task == "image-text" else []
+    settings = {"task": task, "data": str(tmp_path / "data"), "output": str(tmp_path / "output"), "flags": flags}
+    monkeypatch.setenv("BENCHMARK_STARTED", "0")
+    found = by_hand.bare_loop({**settings, "epochs": 1, "max_steps": 1, "precision": "no"}, common.Clock())
+    assert 0 <= found["accuracy"] <= 1
+    assert (tmp_path / "output" / "model.safetensors").is_file()
 
 
 def test_quality_repeats_nothing_that_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
