@@ -175,11 +175,12 @@ def _window(length: int, rate: int, seconds: float | None, place: float) -> tupl
 
 
 def _skip(file: Any, frames: int) -> None:
-    if frames and file.seekable():
+    """Go on to a sample; where a format cannot seek (GSM 6.10 of telephones) by reading all before it."""
+    if file.seekable():
         file.seek(frames)
-        return
-    for _ in _blocks(file, frames):  # telephones' GSM 6.10, for one, is read from the beginning on
-        pass
+    else:
+        for _ in _blocks(file, frames):
+            pass
 
 
 def _blocks(file: Any, frames: int) -> Iterator[npt.NDArray[np.float32]]:

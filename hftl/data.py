@@ -626,6 +626,11 @@ def _take_validation(
         raise UsageError(f"--validation_fraction {fraction}: it must lie between 0 and 1")
     if found := problem.held_out(labels_of(train), fraction, seed):
         taken, share = found
+        if not len(taken):
+            raise UsageError(
+                f"no class has four rows and no four have two (classes by {column!r}), so no validation part can be "
+                "taken: add rows or a validation split, or name another --label_column"
+            )
         return _parted(train, taken, share, seed, notes)
     labels = problem.strata(labels_of(train))
     if len(labels) == 1:
@@ -693,7 +698,7 @@ def _limited(part: datasets.Dataset, problem: Problem, limit: int | None, seed: 
         return part
     if limit < 1:
         raise UsageError(f"{limit} samples cannot be taken: --max_train_samples and --max_eval_samples start at 1")
-    return part.select(stratified_part(problem.strata(labels_of(part)), limit, seed))
+    return part.select(problem.part(labels_of(part), limit, seed))
 
 
 def stratified_part(labels: np.ndarray, count: int, seed: int, leave_one: bool = False) -> np.ndarray:

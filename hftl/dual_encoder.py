@@ -142,7 +142,11 @@ def is_dual_encoder(config: Any) -> bool:
 
 
 def load_dual_encoder(
-    source: str, label_names: Sequence[str], pixels: torch.Tensor, arguments: TransferArguments
+    source: str,
+    label_names: Sequence[str],
+    pixels: torch.Tensor,
+    prompts: Sequence[str] | None,
+    arguments: TransferArguments,
 ) -> DualEncoderForImageClassification:
     """The image part of a checkpoint with a head made of the texts of the classes, in float32.
 
@@ -152,7 +156,8 @@ def load_dual_encoder(
         source: what `pretrained.find_model` gave.
         label_names: name of each class id; underscores become spaces.
         pixels: any picture as the model takes it, shape (1, 3, height, width).
-        arguments: for `prompts`, the device, the revision and what may be read.
+        prompts: texts with `{label}` in them; None leaves the head fresh.
+        arguments: for the device, the revision and what may be read.
 
     Raises:
         UsageError: the checkpoint cannot be loaded, or is of a kind that another head would be wrong for.
@@ -176,18 +181,21 @@ def load_dual_encoder(
             f"--model {name!r}: its weights fill not all of {type(whole).__name__} (first missing: {missing[0]}), and "
             "texts need all of it. --prompts none starts from a fresh head."
         )
-    prompts = list(getattr(arguments, "prompts", None) or PROMPTS)
-    words = [label.replace("_", " ") for label in label_names]
-    if without := [word for word in words if not re.search(r"[^\W\d]", word)]:
-        say(f"prompts: {without[0]!r} is the name of a class and no word: texts can only tell what their words mean")
+    words, texts = ["cat", "dog"], list(prompts or PROMPTS)
+    if prompts is not None:
+        words = [label.replace("_", " ") for label in label_names]
+        if without := [word for word in words if not re.search(r"[^\W\d]", word)]:
+            say(
+                f"prompts: {without[0]!r} is the name of a class and no word: texts can only tell what their words mean"
+            )
     whole = whole.to(arguments.device).eval()
     try:
-        weight = _of_texts(whole, tokenizer, words, prompts)
         model = _image_part(whole, label_names, prompts)
-        with torch.no_grad():
-            model.head.weight.copy_(weight)
-            model.head.bias.zero_()
-        difference = _difference(whole, model, tokenizer, words, prompts[0], pixels)
+        if prompts is not None:
+            with torch.no_grad():
+                model.head.weight.copy_(_of_texts(whole, tokenizer, words, texts))
+                model.head.bias.zero_()
+        difference = _difference(whole, model, tokenizer, words, texts[0], pixels)
         if not difference <= _TOLERANCE:
             raise ValueError(f"its own logits are others, by {difference:.2g} of the largest")
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
@@ -196,17 +204,20 @@ def load_dual_encoder(
             f"--model {name!r} ({type(whole).__name__}) cannot get a head of texts, since it is not built as CLIP and "
             f"SigLIP are ({reason}). --prompts none leaves them out, where transformers has a classifier of it."
         ) from error
-    say(f"head: the texts of the classes, {len(prompts)} of each ({prompts[0].format(label=words[0])!r}, …)")
+    if prompts is not None:
+        say(f"head: the texts of the classes, {len(texts)} of each ({texts[0].format(label=words[0])!r}, …)")
     return model.to("cpu")
 
 
-def _image_part(whole: Any, label_names: Sequence[str], prompts: list[str]) -> DualEncoderForImageClassification:
+def _image_part(
+    whole: Any, label_names: Sequence[str], prompts: Sequence[str] | None
+) -> DualEncoderForImageClassification:
     """The image part, with its weights, and a head to be filled, on the device of the whole."""
     labels = dict(enumerate(label_names))
     config = DualEncoderConfig(
         dual_encoder=pretrained.settings_of(whole.config),
         hidden_size=whole.vision_model.config.hidden_size,
-        prompts=prompts,
+        prompts=None if prompts is None else list(prompts),
         id2label=labels,
         label2id={name: number for number, name in labels.items()},
     )
@@ -235,20 +246,33 @@ def _of_texts(whole: Any, tokenizer: Any, words: Sequence[str], prompts: Sequenc
 
 
 def _tokens(whole: Any, tokenizer: Any, texts: list[str]) -> Any:
-    """Texts as the text part reads them, padded to all of its positions.
+    """Texts as the text part reads them.
 
-    SigLIP was trained so, and reads the last position, padding or not. To CLIP it makes no difference: it reads the end
-    of the text, and nothing before that sees what comes behind. Others mask the padding.
+    SigLIP was trained on texts padded to all of its positions, and reads the last of them, padding or not. To others
+    it makes no difference: CLIP reads the end of the text, and nothing before that sees what comes behind; the rest
+    mask the padding. Which it is, a short text tells: all positions can cost twenty times as much (BERT's 512).
 
     Raises:
         UsageError: a text is longer than that.
     """
     limit = min(whole.config.text_config.max_position_embeddings, tokenizer.model_max_length)
-    inputs = tokenizer(texts, padding="max_length", max_length=limit)
+    padding = "max_length" if _minds_padding(whole, tokenizer, texts[0], limit) else "longest"
+    inputs = tokenizer(texts, padding=padding, max_length=limit)
     for text, tokens in zip(texts, inputs["input_ids"], strict=True):
         if len(tokens) > limit:
             raise UsageError(f"--prompts: {text!r} is longer than the {limit} tokens that the model reads. Shorten it.")
     return inputs.convert_to_tensors("pt").to(whole.device)
+
+
+@torch.no_grad()
+def _minds_padding(whole: Any, tokenizer: Any, text: str, limit: int) -> bool:
+    """Whether the vector of a text depends on the padding behind it."""
+    settings = {"max_length": limit, "truncation": True, "return_tensors": "pt"}
+    padded, plain = (
+        whole.get_text_features(**tokenizer([text], padding=padding, **settings).to(whole.device)).pooler_output
+        for padding in ("max_length", False)
+    )
+    return not torch.allclose(padded, plain, rtol=_TOLERANCE, atol=_TOLERANCE * float(padded.abs().max()))
 
 
 @torch.no_grad()

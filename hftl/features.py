@@ -537,7 +537,8 @@ class KeptFeatures:
         words = [sum(tag >= 0 for tag in own) for own in self.data["validation"].labels] if self.source.ragged else []
 
         def score(logits: torch.Tensor, labels: torch.Tensor) -> float:
-            scores = {"loss": float(trainer.compute_loss_func({"logits": logits}, labels))}
+            chooses = self.task.arguments.metric_for_best_model == "loss"
+            scores = {"loss": float(trainer.compute_loss_func({"logits": logits}, labels))} if chooses else {}
             if words:
                 logits, labels = (as_rows(values.split(words)) for values in (logits, labels))
             return sign * self.task.choosing_score(scores | self.task.score(logits.numpy(), labels.numpy()))
@@ -659,7 +660,7 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
 def _check_untrained(arguments: TransferArguments) -> None:
     """Refuse what is for a training, where nothing trains."""
     defaults = {name: field.default for name, field in type(arguments).__dataclass_fields__.items()}
-    for name in (*_OF_ANY_TRAINING, *OF_KEPT_FEATURES):
+    for name in sorted({*_OF_TRAINING, *_OF_ANY_TRAINING, *OF_KEPT_FEATURES} - {"learning_rate", "head_learning_rate"}):
         if name in defaults and getattr(arguments, name) != defaults[name]:
             raise UsageError(f"--{name}: --method {arguments.method} trains nothing. Leave it out.")
 
@@ -758,11 +759,11 @@ def _insists(arguments: TransferArguments, fits_head: bool) -> list[tuple[str, A
 _OF_TRAINING = {"num_train_epochs", "learning_rate", "head_learning_rate", "weight_decay", "lr_scheduler_type", "optim"}
 
 
-#: what matters to no method that trains nothing
-_OF_ANY_TRAINING = (
-    "num_train_epochs", "max_steps", "weight_decay", "average", "soup_runs", "wise_ft", "sampler",
-    "early_stopping_patience", "augmentation", "random_erasing", "mixup", "cutmix", "head_solver", "feature_cache",
-)  # fmt: skip
+#: what changes nothing where nothing trains, beside those and the rates, which no such method takes
+_OF_ANY_TRAINING = {
+    "max_steps", "warmup_steps", "average", "soup_runs", "wise_ft", "sampler", "early_stopping_patience",
+    "augmentation", "random_erasing", "mixup", "cutmix", "head_solver", "feature_cache",
+}  # fmt: skip
 
 
 def _of_training(alone: bool) -> set[str]:

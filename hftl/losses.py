@@ -148,7 +148,11 @@ class ContrastiveLoss:
     def __call__(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Of vectors of shape (rows, size) in `outputs["logits"]` and class ids of shape (rows,)."""
+        """Of vectors of shape (rows, size) in `outputs["logits"]` and class ids of shape (rows,).
+
+        The sum over rows (0 of one that is like no other), divided by how many there are, or by `num_items_in_batch`,
+        those of the whole step.
+        """
         vectors = nn.functional.normalize(outputs["logits"].float(), dim=1)
         pieces = torch.arange(len(labels), device=labels.device).split(max(1, self.piece // len(labels)))
         total = torch.stack([self._total(vectors, labels, rows) for rows in pieces]).sum()

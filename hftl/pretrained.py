@@ -37,6 +37,8 @@ from hftl.folder import read_json, say
 from hftl.hub import check_hub
 from hftl.weights import LEAST_LOADED
 
+# Else transformers would ask a service to convert a model that has pickles alone, and propose that to its authors.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 #: what the libraries raise for files that are not there, torn, or of another kind
 LOAD_ERRORS = (
     OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError, pickle.UnpicklingError,
@@ -139,7 +141,7 @@ def tasks_of(name: str) -> str:
     """A sentence with the tasks that a checkpoint fits, for messages; nothing where its architecture is not known."""
     settings, _ = PreTrainedConfig.get_config_dict(find_model(name))
     kind = settings.get("model_type")
-    config_class = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None
+    config_class = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None  # noqa: SIM401 - its `get` knows none
     fitting = {
         "image-classification": AutoModelForImageClassification,
         "image-similarity": AutoModelForImageClassification,
@@ -169,8 +171,6 @@ def hub_options(arguments: TransferArguments, source: str | Path) -> dict[str, A
 
 def weight_options(arguments: TransferArguments) -> dict[str, Any]:
     """Which files weights are read from: a pickle may run code, so that only a flag allows it, and tensors alone."""
-    # Else transformers would ask a service to convert a model that has pickles alone, and propose that to its authors.
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     return {"use_safetensors": not arguments.allow_pickle or None, "weights_only": True}
 
 

@@ -269,13 +269,18 @@ class Run(Finished):
             columns: as `predict`.
 
         Raises:
-            UsageError: the run is another one, or an input cannot be read.
+            UsageError: the run is another one, or an input cannot be read; the gallery before stays.
         """
         problem = self.task.problem
         if not isinstance(problem, Similarity):
             raise UsageError(f"A gallery is searched by runs of image-similarity, not of {self.task.name}.")
-        problem.gallery = None
-        found = self.predict(inputs, batch_size, skip_bad_files, **columns)
+        if neighbours < 1:
+            raise UsageError(f"neighbours must be above 0, not {neighbours}.")
+        before, problem.gallery = problem.gallery, None
+        try:
+            found = self.predict(inputs, batch_size, skip_bad_files, **columns)
+        finally:
+            problem.gallery = before
         if not found:
             raise UsageError("The gallery is empty: there is nothing to find.")
         embeddings = np.stack([one.embedding for one in found])

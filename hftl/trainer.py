@@ -28,7 +28,7 @@ from hftl.errors import Diverged, UsageError
 from hftl.methods import Stage
 from hftl.methods.plan import prepare_modules
 
-#: rows of a class that stand together: M of the "M per class" of Musgrave et al. 2020
+#: rows of a class that stand together at most: M of the "M per class" of Musgrave et al. 2020
 _GROUP = 4
 
 
@@ -490,7 +490,8 @@ class EpochSampler(Sampler[int]):
     the lengths do not fall within each piece).
 
     With labels, as many rows are drawn as there are, of each class equally many: of frequent classes others each epoch,
-    of rare ones every row before any is repeated. Or, grouped, each row once, four of a class behind each other.
+    of rare ones every row before any is repeated. Or, grouped, each row once, up to four of a class behind each other
+    and none alone that is not the only one of its class.
     """
 
     def __init__(
@@ -532,8 +533,8 @@ class EpochSampler(Sampler[int]):
             np.argsort(self.labels, kind="stable"), np.cumsum(np.unique(self.labels, return_counts=True)[1])[:-1]
         )
         if self.grouped:
-            mixed = [random.permutation(rows) for rows in members]
-            groups = [rows[start : start + _GROUP] for rows in mixed for start in range(0, len(rows), _GROUP)]
+            parts = (np.array_split(random.permutation(rows), -(-len(rows) // _GROUP)) for rows in members)
+            groups = [*itertools.chain.from_iterable(parts)]
             return np.concatenate([groups[place] for place in random.permutation(len(groups))])
         counts = np.full(len(members), self.rows // len(members))
         counts[random.permutation(len(members))[: self.rows % len(members)]] += 1

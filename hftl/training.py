@@ -447,7 +447,9 @@ def _stage_trainer(
         preprocess_logits_for_metrics=_first,
         callbacks=callbacks,
     )
-    if validation is not data["validation"]:  # it has more of a row, by which the best weights are chosen too
+    # Windows are other parts of a row, without which the best weights would be chosen blindly; a mirror image shows the
+    # same, and would double each evaluation for little.
+    if validation is not data["validation"]:
         trainer.test_views = task.test_views
     return trainer
 
@@ -617,8 +619,9 @@ def _evaluate_views(
     task: ClassificationTask, trainer: TransferTrainer, data: dict[str, Any]
 ) -> dict[str, tuple[Any, Any, dict[str, float]]]:
     """As `_evaluate`, of several views of each row, which need the whole model and the inputs."""
+    if trainer.test_views != task.test_views:  # what was evaluated is of one view
+        trainer.evaluations, trainer.chosen_evaluation = {}, None
     trainer.cut, trainer.data_collator, trainer.test_views = None, task.collate, task.test_views
-    trainer.evaluations, trainer.chosen_evaluation = {}, None
     return _evaluate(task, trainer, {name: task.test_data(dataset) for name, dataset in data.items()}, None)
 
 

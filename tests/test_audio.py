@@ -40,6 +40,7 @@ QUICK = [
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("audio")
     small_data.write_sounds(folder / "sounds", {"train": 8, "val": 3, "test": 3})
+    torch.manual_seed(0)
     tiny_models.write_tiny_cnn(folder / "cnn")
     tiny_models.write_tiny_waveform_model(folder / "wav2vec2")
     tiny_models.write_tiny_text_model(folder / "bert")
@@ -310,9 +311,11 @@ def test_training_hears_a_random_place_of_a_long_recording(place: Path, tmp_path
     places.clear()
     for plain in (*task.views(splits.train, 1, rows), task.dataset(splits.validation, training=False)):
         plain[0]
+    assert places == [0, 0]
     task.processor.clip_seconds = 2.0  # nothing is longer
-    rows[0]
-    assert places == [0, 0, 0]
+    whole = audio.open_audio(splits.train[0]["audio"], 8_000)
+    for place_of_it in (0.0, 0.7):
+        np.testing.assert_array_equal(task.waveform(splits.train[0]["audio"], place_of_it), whole)
 
 
 @pytest.mark.parametrize(("rates", "rate", "filled"), [([8_000] * 9, 8_000, 100), ([8_000, 44_100], 16_000, 128)])
@@ -369,7 +372,9 @@ def test_answers_are_means_over_the_windows(place: Path, tmp_path: Path, model: 
     data = small_data.write_late_sounds(tmp_path / "sounds", {"train": 4, "val": 2, "test": 3})
     for split in ("train", "val", "test"):
         soundfile.write(data / split / "low" / "short.wav", tone(8_000, 0.4), 8_000)
-    flags = [f"--dataset={data}", f"--method={method}", *([] if method == "frozen" else ["--max_steps=2"])]
+    # Weights of hundreds, which a head solved on a random network may have, magnify rounding.
+    flags = [f"--dataset={data}", f"--method={method}"]
+    flags += ["--head_solver=sgd", "--num_train_epochs=3"] if method == "frozen" else ["--max_steps=2"]
     flags += ["--augmentation=none"] if method == "full" else []
     plain = trained(place, model, tmp_path / "plain", *flags)
     run = trained(place, model, tmp_path / "run", *flags, "--test_time_windows=3")

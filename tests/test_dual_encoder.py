@@ -362,3 +362,27 @@ def test_other_tasks_have_no_texts_to_start_from(
 ) -> None:
     words = ["train", "text-classification", f"--model={place / 'bert'}", "--dataset=any", "--method=zero_shot"]
     assert "--method zero_shot is for image-classification" in refused(words, capsys)
+
+
+def test_of_similarity_the_vector_is_the_one_that_texts_are_compared_with(place: Path, tmp_path: Path) -> None:
+    whole = AutoModel.from_pretrained(place / "trained").eval()
+    words = words_of(place, "trained", "--method=zero_shot", f"--embedding_size={whole.config.projection_dim}")
+    cli._run(
+        [
+            "train",
+            "image-similarity",
+            *words[1:],
+            "--report_to=none",
+            "--precision=fp32",
+            f"--output_dir={tmp_path / 'run'}",
+        ]
+    )
+    run = hftl.load_run(tmp_path / "run")
+    files = sorted((place / "squares" / "test").rglob("*.png"))[::10]
+    vectors = torch.stack([torch.from_numpy(one.embedding) for one in run.predict([*map(str, files)])])
+    processor = AutoProcessor.from_pretrained(place / "trained")
+    pixels = processor(images=[small_data.Image.open(file) for file in files], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(whole.get_image_features(pixel_values=pixels).pooler_output, dim=1)
+    torch.testing.assert_close(vectors @ vectors.T, expected @ expected.T, atol=1e-4, rtol=0)
+    assert "import hftl.dual_encoder" in (run.folder / "README.md").read_text()

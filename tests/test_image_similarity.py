@@ -216,13 +216,15 @@ def test_the_loss_is_that_of_the_paper() -> None:
 
 
 def test_rows_of_a_class_come_in_groups() -> None:
-    labels = np.repeat([0, 1, 2, 3], [9, 4, 1, 6])
+    labels = np.repeat([0, 1, 2, 3, 4], [9, 4, 1, 6, 5])
     labels = labels[np.random.default_rng(0).permutation(len(labels))]
     sampler = EpochSampler(len(labels), seed=0, labels=labels.tolist(), grouped=True)
     order = [*sampler]
     assert sorted(order) == [*range(len(labels))]
-    runs = np.flatnonzero(np.diff(labels[order], prepend=-1))
-    assert len(runs) <= 3 + 1 + 1 + 2
+    starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
+    assert len(starts) <= 3 + 1 + 1 + 2 + 2
+    sizes = np.diff(starts, append=len(order))
+    assert [label for label, size in zip(labels[order][starts], sizes, strict=True) if size == 1] == [2]
     sampler.set_epoch(1)
     assert [*sampler] != order
 
@@ -278,6 +280,67 @@ def test_what_validates_are_whole_classes_where_test_has_others(place: Path, tmp
     assert len(set(splits.validation["label"])) == 3  # a tenth of 48 rows
 
 
+def cells(sizes: list[int]) -> np.ndarray[Any, Any]:
+    return np.repeat(np.arange(len(sizes)), sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fraction", "are_new", "most"),
+    [
+        ([1000] + [5] * 24, 0.1, False, 112),
+        ([300, 2, 2, 2], 0.1, True, 4),
+        ([5] * 40, 0.1, False, 20),
+        ([3] * 15, 0.1, False, 6),
+        ([4, 4], 0.9, False, 4),
+        ([4] + [3] * 18, 0.1, False, 10),
+        ([50] * 10, 0.1, False, 50),
+    ],
+)
+def test_enough_is_left_to_learn_from(sizes: list[int], fraction: float, are_new: bool, most: int) -> None:
+    problem, labels = Similarity(8), cells(sizes)
+    problem.class_names = [str(number) for number in range(len(sizes) + are_new)]
+    problem._trained = len(sizes)
+    for seed in range(5):
+        found = problem.held_out(labels, fraction, seed)
+        assert found is not None
+        taken = labels[found[0]]
+        left = np.delete(labels, found[0])
+        assert 4 <= len(taken) <= most
+        for part in (taken, left):
+            assert len(np.unique(part)) >= 2
+            problem.require_enough(part, [], "the part")
+
+
+def test_a_part_of_the_rows_has_some_that_are_alike(place: Path) -> None:
+    problem = Similarity(8)
+    for sizes, count in (([5] * 40, 30), ([5] * 40, 200), ([300] * 10, 20), ([1] * 30 + [3] * 4, 9), ([50] * 5, 40)):
+        labels = cells(sizes)
+        taken = problem.part(labels, count, 0)
+        assert count - 5 <= len(taken) <= max(count, 10)
+        assert len(np.unique(taken)) == len(taken)
+        problem.require_enough(labels[taken], [], "the part")
+    splits = splits_of(place / "hues", max_train_samples=6, max_eval_samples=5)
+    assert len(np.unique(splits.test["label"])) < len(splits.test)
+
+
+def test_copies_have_a_projection_too() -> None:
+    rows = torch.eye(3).repeat_interleave(2, dim=0), torch.tensor([0, 0, 1, 1, 2, 2])
+    for features in (rows[0], torch.ones(6, 3)):
+        head = solve_discriminant((features, rows[1]), rows, 4, lambda vectors, _: 1.0)
+        assert torch.isfinite(head.weight).all()
+
+
+def test_a_gallery_that_cannot_be_read_leaves_the_one_before(place: Path, run: hftl.Run) -> None:
+    fresh = hftl.load_run(run.folder)
+    fresh.use_gallery(place / "hues" / "train", neighbours=2)
+    with pytest.raises(UsageError, match="no such file"):
+        fresh.use_gallery(place / "nothing")
+    with pytest.raises(UsageError, match="neighbours must be above 0"):
+        fresh.use_gallery(place / "hues" / "train", neighbours=0)
+    (answer,) = fresh.predict(str(next((place / "hues" / "test").rglob("*.png"))))
+    assert len(answer.neighbours) == 2
+
+
 def test_the_page_names_rows_that_are_near_to_another_class(place: Path, tmp_path: Path) -> None:
     test = tmp_path / "hues" / "test"
     shutil.copytree(place / "hues", tmp_path / "hues")
@@ -310,7 +373,7 @@ def test_the_page_names_rows_that_are_near_to_another_class(place: Path, tmp_pat
     [
         (["--method=auto"], "--method auto is for rows of one class each"),
         (["--mixup=0.2"], "--mixup is for rows of one class each"),
-        (["--class_weights=balanced"], "--class_weights is for answers that are labels"),
+        (["--class_weights=balanced"], "--class_weights is for classes, not for rows that are alike or not"),
         (["--metrics=f1"], "--metrics is for answers that are labels"),
         (["--loss=focal"], "Unknown loss 'focal'"),
         (["--embedding_size=0"], "--embedding_size must be above 0"),

@@ -28,8 +28,8 @@ def solve_discriminant(
 ) -> LinearHead:
     """An output layer under which rows of a class are near to each other, and far from the rest (Fisher 1936).
 
-    The directions in which all rows vary most for how little those of a class do: v of Sₜ v = μ (Sᵥ + λI) v with the
-    largest μ, Sₜ being the covariance of the rows, Sᵥ that around the means of their classes, and λ in units of its
+    The directions in which all rows vary most for how little those of a class do: x of S_t x = μ (S_w + λI) x with the
+    largest μ, S_t being the covariance of the rows, S_w that around the means of their classes, and λ in units of its
     mean variance (Friedman 1989, "Regularized Discriminant Analysis"). Their features less the mean, turned so, are the
     vectors. Validation chooses λ and how many directions there are; further outputs are 0.
 
@@ -49,7 +49,9 @@ def solve_discriminant(
     largest = min(size, len(mean))
     classes = len(train[1].unique())
     counts = sorted({min(count, largest) for count in (classes - 1, *_DIRECTIONS, size)})
-    unit = torch.eye(len(mean), dtype=torch.float64) * within.trace() / len(mean)
+    # Where the rows of a class are all the same, or all rows are, something has to be added all the same.
+    variance = max(float(within.trace()), 1e-6 * float(total.trace()), 1e-12) / len(mean)
+    unit = variance * torch.eye(len(mean), dtype=torch.float64)
     path: list[tuple[float, float, float]] = []
     best, best_score = None, -math.inf
     for strength in _STRENGTHS:

@@ -41,7 +41,7 @@ class LinearHead:
         weight: shape (classes, features); standardisation is folded in.
         bias: shape (classes,), or None for a layer without.
         strength: the λ that validation chose; infinite where it is the layer that the search started from.
-        path: λ, validation score and validation log loss of every candidate.
+        path: λ, validation score and validation log loss of every candidate; no number where there is no such loss.
         steps: evaluations of the loss over all rows, or fits, for the whole path.
         temperature: what the scores were divided by to become log probabilities; None where they were made as such.
     """
@@ -149,16 +149,19 @@ class _Problem:
         start: tuple[torch.Tensor, torch.Tensor | None] | None,
     ) -> None:
         self.features, self.labels, self.loss = features, labels, loss
-        self.standardised, self.intercept, self.start = standardised, intercept, start
+        self.standardised, self.intercept = standardised, intercept
+        dtype = standardised[0].dtype
+        self.known = None if start is None else (start[0].to(dtype), None if start[1] is None else start[1].to(dtype))
         self.steps = 0
 
     def layer(self, parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias for features as they are; zero parameters are the layer to start from."""
         weight, bias = unscaled(parameters, *self.standardised, self.intercept)
-        if self.start is None:
+        if self.known is None:
             return weight, bias
-        known, own = self.start
-        return weight + known.to(weight), None if bias is None or own is None else bias + own.to(bias)
+        known, own = self.known
+        assert (bias is None) == (own is None)
+        return weight + known, None if bias is None or own is None else bias + own
 
     def solve(self, start: torch.Tensor, strength: float) -> torch.Tensor:
         """The parameters (classes, features [+ 1]) of least loss, searched from `start`."""

@@ -118,6 +118,12 @@ class Problem:
         for name in ("label_separator", "label_columns") if self.name != _SEVERAL else ():
             if getattr(arguments, name) is not None:
                 raise UsageError(f"--{name} is for several labels a row: say --problem_type {_SEVERAL} too.")
+        for flag, given in {
+            "--class_weights": arguments.class_weights != "none",
+            "--label_smoothing_factor": bool(arguments.label_smoothing_factor),
+        }.items():
+            if given and not self.has_class_scores:
+                raise UsageError(f"{flag} is for classes, not for {self.words}. Leave it out.")
         for flag, given in _of_one_class(arguments).items():
             if given and not self.is_one_of_several:
                 raise UsageError(f"{flag} is for rows of one class each, not for {self.words}. Leave it out.")
@@ -168,6 +174,12 @@ class Problem:
     ) -> tuple[npt.NDArray[np.int64], str] | None:
         """Places of the training rows to validate on, and what they are; None where they are drawn by `strata`."""
         return None
+
+    def part(self, labels: npt.NDArray[Any], count: int, seed: int) -> npt.NDArray[np.int64]:
+        """Sorted places of about so many rows, fewer than there are."""
+        from hftl.data import stratified_part
+
+        return stratified_part(self.strata(labels), count, seed)
 
     def strata(self, labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         """A number a row, shape (rows,): a part of the rows is drawn with each number in proportion."""
@@ -245,8 +257,15 @@ class Problem:
         return max(1.0, float(logits.abs().max()))
 
     def unsure(self, logits: torch.Tensor, rounding: float) -> torch.Tensor:
-        """Whether an answer may be another one where each logit is off by `rounding`, shape (rows,)."""
-        raise NotImplementedError
+        """Whether an answer may be another one where each logit is off by `rounding`, shape (rows,).
+
+        Of `is_exact` all of them: half precision gives three digits.
+        """
+        import torch
+
+        if not self.is_exact:
+            raise NotImplementedError
+        return torch.ones(len(logits), dtype=torch.bool)
 
     def comparable(
         self, logits: npt.NDArray[Any], labels: npt.NDArray[Any]

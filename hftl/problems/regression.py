@@ -79,12 +79,8 @@ class Regression(Problem):
     unit: float = 1.0
 
     def check(self, arguments: TransferArguments) -> None:
-        """Refuse what weighs or smooths classes, and what would share a model in another unit."""
+        """Refuse what would share a model in another unit."""
         super().check(arguments)
-        if arguments.class_weights != "none":
-            raise UsageError(f"--class_weights is for classes, not for {self.words}. Leave it out.")
-        if arguments.label_smoothing_factor:
-            raise UsageError(f"--label_smoothing_factor is for classes, not for {self.words}. Leave it out.")
         if arguments.push_to_hub and arguments.hub_strategy == "every_save":
             raise UsageError(
                 "--hub_strategy every_save: until its end the training knows the number in another unit. Use "
@@ -242,12 +238,6 @@ class Regression(Problem):
     def scale_of(self, logits: torch.Tensor) -> float:
         """The deviation of the training labels; of numbers far from zero what float32 can tell apart."""
         return max(self.unit, 0.01 * float(logits.abs().max()))
-
-    def unsure(self, logits: torch.Tensor, rounding: float) -> torch.Tensor:
-        """All of them: half precision gives three digits."""
-        import torch
-
-        return torch.ones(len(logits), dtype=torch.bool)
 
     def answers(
         self, rows: Sequence[Mapping[str, Any]], logits: npt.NDArray[Any], names: Sequence[str]

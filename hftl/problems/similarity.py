@@ -17,16 +17,17 @@ from hftl.problems.single_label import SingleLabel, in_order
 from hftl.tables import aligned
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from hftl.arguments import TransferArguments
     from hftl.losses import Loss
 
-#: classes from which on whole ones are held out to validate, as those to search will be new; and where those of test
-#: are: two to tell apart, and two to learn from
-_CLASSES_TO_HOLD_OUT, _FEWEST_TO_HOLD_OUT = 20, 4
-#: queries whose cosines with a gallery are held at once, in numbers
+#: classes with two rows from which on whole ones are held out to validate, as those to search will be new; and where
+#: those of test are, or none has rows to spare: two to tell apart, and two to learn from
+_MANY, _FEWEST = 20, 4
+#: below so many rows of each class, a part of the rows is one of the classes
+_ROWS_OF_A_CLASS = 4
+#: cosines of queries with a gallery that are held at once
 _PIECE = 2**24
 
 
@@ -94,15 +95,41 @@ class Gallery:
 
     def nearest(self, embeddings: npt.NDArray[np.float32]) -> list[list[Neighbour]]:
         """Of each of some embeddings of length 1, shape (rows, size), the nearest rows."""
-        found = []
-        piece = max(1, _PIECE // len(self.ids))
-        for start in range(0, len(embeddings), piece):
-            cosines = embeddings[start : start + piece] @ self.embeddings.T
-            for row in cosines:
-                first = np.argpartition(-row, self.count - 1)[: self.count]
-                order = first[np.argsort(-row[first], kind="stable")]
-                found.append([Neighbour(self.ids[place], float(row[place])) for place in order])
-        return found
+        places, cosines = nearest(embeddings, self.embeddings, self.count)
+        return [
+            [Neighbour(self.ids[place], cosine) for place, cosine in zip(*row, strict=True)]
+            for row in zip(places.tolist(), cosines.tolist(), strict=True)
+        ]
+
+
+def nearest(
+    queries: npt.NDArray[np.float32], gallery: npt.NDArray[np.float32], count: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Places of the nearest rows of a gallery, the nearest first, and their cosines, each of shape (queries, count).
+
+    Args:
+        queries: of length 1, shape (queries, size).
+        gallery: of length 1, shape (rows, size).
+        count: at most as many as there are rows.
+    """
+    import torch
+
+    searched = torch.from_numpy(gallery).T
+    pieces = torch.from_numpy(queries).split(max(1, _PIECE // len(gallery)))
+    found = [(piece @ searched).topk(count) for piece in pieces]
+    if not found:
+        return np.zeros((0, count), np.int64), np.zeros((0, count), np.float32)
+    return (torch.cat([one.indices for one in found]).numpy(), torch.cat([one.values for one in found]).numpy())
+
+
+def _drawn(
+    labels: npt.NDArray[Any], classes: npt.NDArray[Any], sizes: npt.NDArray[Any], random: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Sorted places of so many rows of each of some classes."""
+    each = [
+        random.permutation(np.flatnonzero(labels == label))[:size] for label, size in zip(classes, sizes, strict=True)
+    ]
+    return np.sort(np.concatenate(each))
 
 
 class Similarity(Problem):
@@ -138,15 +165,10 @@ class Similarity(Problem):
         self.gallery: Gallery | None = None
 
     def check(self, arguments: TransferArguments) -> None:
-        """Refuse what weighs or smooths classes, and scores of labels, of which none are answered."""
+        """Refuse scores of labels, of which none are answered."""
         super().check(arguments)
-        for flag, given in {
-            "--class_weights": arguments.class_weights != "none",
-            "--label_smoothing_factor": bool(arguments.label_smoothing_factor),
-            "--metrics": bool(arguments.metrics),
-        }.items():
-            if given:
-                raise UsageError(f"{flag} is for answers that are labels, not for {self.words}. Leave it out.")
+        if arguments.metrics:
+            raise UsageError(f"--metrics is for answers that are labels, not for {self.words}. Leave it out.")
 
     def read(self, cells: LabelCells) -> list[str | None]:
         """The label of each row as its name; None where it is missing."""
@@ -186,20 +208,30 @@ class Similarity(Problem):
         """Whole classes to validate on, where they are many or those to test are others; else some rows of each."""
         random = np.random.default_rng(seed)
         classes, counts = np.unique(labels, return_counts=True)
-        are_new = len(self.class_names) > self._trained
-        if len(classes) >= (_FEWEST_TO_HOLD_OUT if are_new else _CLASSES_TO_HOLD_OUT):
-            order = random.permutation(len(classes))
-            pairs, rows = np.cumsum(counts[order] > 1), np.cumsum(counts[order])
-            found = (pairs >= 2) & (rows >= fraction * len(labels))
-            enough = int(np.argmax(found)) + 1 if found.any() else len(classes) // 2
-            taken = np.flatnonzero(np.isin(labels, classes[order[:enough]]))
-            return taken, f"all of {enough} of {len(classes)} classes"
-        shares = np.where(counts > 3, np.maximum(2, np.rint(fraction * counts)), 0).astype(int)
-        drawn = [
-            random.permutation(np.flatnonzero(labels == label))[:share]
-            for label, share in zip(classes, shares, strict=True)
-        ]
-        return np.sort(np.concatenate(drawn)), "two or more of each class with four"
+        pairs = np.flatnonzero(counts > 1)  # of other classes nothing can be found
+        are_new, to_spare = len(self.class_names) > self._trained, counts > 3
+        if len(pairs) >= (_FEWEST if are_new or to_spare.sum() < 2 else _MANY):
+            wanted = fraction * len(labels)
+            # What is larger than that, or than most, is to learn from; so is a half of all.
+            fitting = pairs[counts[pairs] <= max(wanted, np.median(counts[pairs]))]
+            drawn = random.permutation(fitting)[: len(pairs) // 2]
+            enough = max(2, int(np.searchsorted(np.cumsum(counts[drawn]), wanted)) + 1)
+            chosen = classes[drawn[:enough]]
+            return np.flatnonzero(np.isin(labels, chosen)), f"all of {len(chosen)} of {len(classes)} classes"
+        shares = np.where(to_spare, np.clip(np.rint(fraction * counts), 2, counts - 2), 0).astype(int)
+        return _drawn(labels, classes, shares, random), "two or more of each class with four"
+
+    def part(self, labels: npt.NDArray[Any], count: int, seed: int) -> npt.NDArray[np.int64]:
+        """Sorted places of about so many rows: of each class in proportion, or all of some where that would be few."""
+        classes, counts = np.unique(labels, return_counts=True)
+        if count >= _ROWS_OF_A_CLASS * len(classes):
+            return super().part(labels, count, seed)
+        random = np.random.default_rng(seed)
+        sizes = np.minimum(counts, max(2, count // 2))
+        order = random.permutation(len(classes))
+        order = order[np.argsort(counts[order] < 2, kind="stable")]  # what is like no other comes last
+        enough = max(2, int(np.searchsorted(np.cumsum(sizes[order]), count, side="right")))
+        return _drawn(labels, classes[order[:enough]], sizes[order[:enough]], random)
 
     def strata(self, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The classes."""
@@ -227,7 +259,7 @@ class Similarity(Problem):
     def notes(self, train: npt.NDArray[np.int64], names: Sequence[str]) -> list[str]:
         """Classes with a single row, which is like no other."""
         alone = int((np.unique(train, return_counts=True)[1] == 1).sum())
-        return [f"warning: {alone} classes of train have one row, which is like no other"] if alone else []
+        return [f"warning: classes of train with one row, which is like no other: {alone}"] if alone else []
 
     def prepare(self, model: nn.Module, labels: npt.NDArray[np.int64], keeps_head: bool) -> None:
         """Let a fresh output layer keep angles as far as so many numbers can: begin with features as they are."""
@@ -268,19 +300,13 @@ class Similarity(Problem):
         """Take the classes."""
         self.class_names, self.size = [str(name) for name in metrics["classes"]], len(names)
 
-    def unsure(self, logits: torch.Tensor, rounding: float) -> torch.Tensor:
-        """All of them: half precision gives three digits."""
-        import torch
-
-        return torch.ones(len(logits), dtype=torch.bool)
-
     def answers(self, rows: Sequence[Mapping[str, Any]], logits: npt.NDArray[Any], names: Sequence[str]) -> list[Any]:
         """The vector of each row, or what of the gallery is nearest to it."""
         embeddings = normalised(logits)
         if self.gallery is None:
             return [EmbeddingPrediction(row["id"], vector) for row, vector in zip(rows, embeddings, strict=True)]
-        nearest = self.gallery.nearest(embeddings)
-        return [NeighboursPrediction(row["id"], found) for row, found in zip(rows, nearest, strict=True)]
+        neighbours = self.gallery.nearest(embeddings)
+        return [NeighboursPrediction(row["id"], found) for row, found in zip(rows, neighbours, strict=True)]
 
     def answer_columns(self, names: Sequence[str]) -> list[str]:
         """The vector in one cell; or the neighbours in one, and how like they are in others."""

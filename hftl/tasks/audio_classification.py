@@ -68,7 +68,7 @@ _GAIN, _NOISE = 6.0, (10.0, 40.0)
 _SHORTEST = 1_600
 #: part of the recordings that may be cut without a word
 _CUT = 0.05
-#: in an example or a batch: what is made of each window of a recording
+#: in an example: what is made of each window of a recording
 _VIEWS = "views"
 _OF_WAVEFORMS = """import soundfile
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
@@ -127,8 +127,8 @@ class AudioClassification(ClassificationTask):
                 raise UsageError("--mixup mixes pictures of sounds, which this model of waveforms does not take.")
         self.processor.clip_seconds = seconds  # it is saved with the others
         pictures = "" if self.side is None else f", as log-mel pictures of {self.side[0]} x {self.side[1]}"
-        cut = self._cut_in_words(lengths)
-        say(f"sound: {seconds:g} s of a recording at {self.processor.sampling_rate:,} Hz{pictures}{cut and f'; {cut}'}")
+        taken = f"sound: {seconds:g} s of a recording at {self.processor.sampling_rate:,} Hz{pictures}"
+        say("; ".join(filter(None, [taken, self._cut_in_words(lengths)])))
         return model
 
     def _cut_in_words(self, lengths: np.ndarray[Any, Any]) -> str:
@@ -256,7 +256,7 @@ class AudioClassification(ClassificationTask):
             augmentation: none, light or strong; but for none the place is random too.
             place: as `waveform` takes it.
         """
-        if augmentation != "none" and self._is_longer(value):
+        if augmentation != "none":
             place = float(torch.rand(()))
         wave = self.waveform(value, place)
         if augmentation == "strong":

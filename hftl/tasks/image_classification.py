@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from hftl import images, pretrained
 from hftl.arguments import NO_PROMPTS, ImageArguments, has_checkpoint
 from hftl.data import Splits
 from hftl.dual_encoder import (
+    PROMPTS,
     DualEncoderConfig,
     DualEncoderForImageClassification,
     is_dual_encoder,
@@ -45,10 +45,7 @@ from hftl.tasks.files import FileDataset
 
 #: pictures whose headers are read to see how large they are
 _SAMPLE = 1_000
-_USAGE_OF_DUAL_ENCODER = """import hftl.dual_encoder  # plain transformers does not have this model
-from transformers import pipeline
-classify = pipeline("image-classification", {title})
-print(classify({example}))"""
+_OF_DUAL_ENCODER = "import hftl.dual_encoder  # plain transformers does not have this model\n"
 #: pictures are drawn larger than they are by this, or more: a smaller size costs little and saves the square of it
 _ENLARGED = 2.0
 #: by which a model is tried
@@ -70,8 +67,12 @@ class ImageClassification(ClassificationTask):
     def load_splits(self) -> Splits:
         """As every task; that there are no texts to start from is said before any data is read."""
         arguments = self.arguments
-        zero_shot = arguments.method == "zero_shot" and arguments.problem_type != Similarity.name
-        if zero_shot or arguments.prompts not in (None, NO_PROMPTS):
+        finds = arguments.problem_type == Similarity.name
+        asks = arguments.prompts not in (None, NO_PROMPTS)
+        if asks and finds:
+            raise UsageError(f"--prompts are texts of classes, which {self.name} has not in its head. Leave it out.")
+        zero_shot = arguments.method == "zero_shot" and not finds
+        if zero_shot or asks:
             flag = "--method zero_shot" if zero_shot else "--prompts"
             pretrained.check_model_name(arguments.model_name_or_path, arguments.trust_remote_code)
             if reason := self._why_no_texts():
@@ -79,7 +80,10 @@ class ImageClassification(ClassificationTask):
         return super().load_splits()
 
     def _why_no_texts(self) -> str:
-        """What keeps the head from being made of the texts of the classes; empty where nothing does."""
+        """What keeps a model from being the image part of a dual encoder with a head that goes with it; else nothing.
+
+        Of vectors to search by the head is fresh, but the pretrained vector is the one to start from.
+        """
         arguments = self.arguments
         for flag, given in {
             "--prompts none": arguments.prompts == NO_PROMPTS,
@@ -88,7 +92,7 @@ class ImageClassification(ClassificationTask):
         }.items():
             if given:
                 return f"{flag} leaves no head of texts"
-        if arguments.problem_type != SingleLabel.name:
+        if arguments.problem_type not in (SingleLabel.name, Similarity.name):
             return f"a head of texts is for rows of one class each, not for --problem_type {arguments.problem_type}"
         name = str(arguments.model_name_or_path)
         if has_checkpoint(arguments):
@@ -107,18 +111,19 @@ class ImageClassification(ClassificationTask):
         if not has_checkpoint(self.arguments):
             return self._random_model(name.partition(":")[2])
         source = pretrained.find_model(self.arguments.model_name_or_path)
+        self.load_processor(source)
         if reason := self._why_no_texts():
             model = pretrained.load_model(self.auto_class, source, self.label_names, self.arguments)
-            self.load_processor(source)
             if isinstance(model.config, DualEncoderConfig) and not self.arguments.keep_head:
                 model.config.prompts = None
-            if is_dual_encoder(model.config) and not self.arguments.keep_head:
+            asked = {"prompts", "weights", "problem_type"} & self.arguments.given
+            if asked and is_dual_encoder(model.config):
                 say(f"head: fresh, since {reason}")
         else:
-            self.load_processor(source)
             pixels = self.plain_transform(_ANY_PICTURE)[None]
-            model = load_dual_encoder(source, self.label_names, pixels, self.arguments)
-        if isinstance(model, DualEncoderForImageClassification):
+            prompts = self.arguments.prompts or PROMPTS
+            texts = None if self.arguments.problem_type == Similarity.name else prompts
+            model = load_dual_encoder(source, self.label_names, pixels, texts, self.arguments)
             self.auto_class = type(model)
         if self.arguments.image_size is not None:
             shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
@@ -281,9 +286,12 @@ class ImageClassification(ClassificationTask):
 
     def usage(self, title: str) -> str:
         """Plain transformers, for a dual encoder with hftl's model."""
-        if self.auto_class is not DualEncoderForImageClassification:
-            return super().usage(title)
-        return _USAGE_OF_DUAL_ENCODER.format(title=json.dumps(title), example=self.modality.example)
+        own = self.auto_class is DualEncoderForImageClassification
+        return (_OF_DUAL_ENCODER if own else "") + self._usage(title)
+
+    def _usage(self, title: str) -> str:
+        """The lines behind that."""
+        return super().usage(title)
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """`pixel_values` of shape (rows, 3, height, width), `labels` of shape (rows,)."""

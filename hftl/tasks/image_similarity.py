@@ -32,6 +32,6 @@ class ImageSimilarity(ImageClassification):
     arguments_class = SimilarityArguments
     arguments: SimilarityArguments
 
-    def usage(self, title: str) -> str:
-        """The lines of Python that compare two images by the saved model; transformers has no pipeline for it."""
+    def _usage(self, title: str) -> str:
+        """The lines that compare two images; transformers has no pipeline for it."""
         return _USAGE.format(title=json.dumps(title))
