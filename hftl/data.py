@@ -30,6 +30,7 @@ from hftl.errors import UsageError, did_you_mean
 from hftl.hub import check_hub
 from hftl.modality import FILES, TEXT, Modality, is_missing
 from hftl.problems import LabelCells, Problem, SingleLabel
+from hftl.problems.base import stratified_part
 from hftl.sources import file_key, source_of
 from hftl.tables import TABLE_SUFFIXES, decoded, read_columns
 from hftl.words import CONLL_SUFFIXES, as_words, is_tagged, joined, lines, read_conll, split_words
@@ -699,29 +700,6 @@ def _limited(part: datasets.Dataset, problem: Problem, limit: int | None, seed: 
     if limit < 1:
         raise UsageError(f"{limit} samples cannot be taken: --max_train_samples and --max_eval_samples start at 1")
     return part.select(problem.part(labels_of(part), limit, seed))
-
-
-def stratified_part(labels: np.ndarray, count: int, seed: int, leave_one: bool = False) -> np.ndarray:
-    """Sorted positions of about `count` rows with each class in proportion; `leave_one` keeps a row of each back.
-
-    Every class gets at least one row where `count` allows it.
-    """
-    classes, sizes = np.unique(labels, return_counts=True)
-    limits = sizes - 1 if leave_one else sizes
-    exact = np.minimum(sizes * count / len(labels), limits)
-    takes = np.floor(exact).astype(int)
-    if count >= len(classes):
-        takes = np.minimum(np.maximum(takes, 1), limits)
-    while takes.sum() < min(count, limits.sum()):
-        takes[np.argmax(np.where(takes < limits, exact - takes, -np.inf))] += 1
-    while takes.sum() > count:
-        takes[np.argmax(np.where(takes > 1, takes - exact, -np.inf))] -= 1
-    generator = np.random.default_rng(seed)
-    parts = [
-        generator.permutation(np.flatnonzero(labels == value))[:take]
-        for value, take in zip(classes, takes, strict=True)
-    ]
-    return np.sort(np.concatenate(parts))
 
 
 # ---- reading files in folders --------------------------------------------------------------------------------------

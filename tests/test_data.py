@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from hftl.data import load_inputs, load_labelled, load_splits, stratified_part
+from hftl.data import load_inputs, load_labelled, load_splits
 from hftl.errors import UsageError
 from hftl.images import open_image
 from hftl.modality import IMAGE, TEXT
+from hftl.problems.base import stratified_part
 
 MODALITIES = {"image": IMAGE, "text": TEXT}
 

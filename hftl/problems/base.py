@@ -177,8 +177,6 @@ class Problem:
 
     def part(self, labels: npt.NDArray[Any], count: int, seed: int) -> npt.NDArray[np.int64]:
         """Sorted places of about so many rows, fewer than there are."""
-        from hftl.data import stratified_part
-
         return stratified_part(self.strata(labels), count, seed)
 
     def strata(self, labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -342,3 +340,29 @@ def class_notes(train: Sequence[int], names: Sequence[str]) -> list[str]:
             more = f" and {len(few) - 5} more" if len(few) > 5 else ""
             lines.append(f"warning: {what} in train for: {', '.join(few[:5])}{more}")
     return lines
+
+
+def stratified_part(labels: npt.NDArray[Any], count: int, seed: int, leave_one: bool = False) -> npt.NDArray[np.int64]:
+    """Sorted positions of about `count` rows with each class in proportion; `leave_one` keeps a row of each back.
+
+    Every class gets at least one row where `count` allows it.
+    """
+    classes, sizes = np.unique(labels, return_counts=True)
+    limits = sizes - 1 if leave_one else sizes
+    exact = np.minimum(sizes * count / len(labels), limits)
+    takes = np.floor(exact).astype(int)
+    if count >= len(classes):
+        takes = np.minimum(np.maximum(takes, 1), limits)
+    while takes.sum() < min(count, limits.sum()):
+        takes[np.argmax(np.where(takes < limits, exact - takes, -np.inf))] += 1
+    while takes.sum() > count:
+        takes[np.argmax(np.where(takes > 1, takes - exact, -np.inf))] -= 1
+    return drawn(labels, classes, takes, np.random.default_rng(seed))
+
+
+def drawn(
+    labels: npt.NDArray[Any], classes: npt.NDArray[Any], sizes: npt.NDArray[Any], random: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Sorted positions of so many rows of each of some classes."""
+    each = zip(classes, sizes, strict=True)
+    return np.sort(np.concatenate([random.permutation(np.flatnonzero(labels == name))[:size] for name, size in each]))

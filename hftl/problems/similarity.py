@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from hftl.errors import UsageError
 from hftl.metrics import SIMILARITY_METRICS, normalised, share_interval, similarity_metrics
-from hftl.problems.base import LabelCells, Problem
+from hftl.problems.base import LabelCells, Problem, drawn
 from hftl.problems.single_label import SingleLabel, in_order
 from hftl.tables import aligned
 
@@ -122,16 +122,6 @@ def nearest(
     return (torch.cat([one.indices for one in found]).numpy(), torch.cat([one.values for one in found]).numpy())
 
 
-def _drawn(
-    labels: npt.NDArray[Any], classes: npt.NDArray[Any], sizes: npt.NDArray[Any], random: np.random.Generator
-) -> npt.NDArray[np.int64]:
-    """Sorted places of so many rows of each of some classes."""
-    each = [
-        random.permutation(np.flatnonzero(labels == label))[:size] for label, size in zip(classes, sizes, strict=True)
-    ]
-    return np.sort(np.concatenate(each))
-
-
 class Similarity(Problem):
     """A label says which rows are alike; those of the rows to score may be other ones than those learned from.
 
@@ -214,12 +204,12 @@ class Similarity(Problem):
             wanted = fraction * len(labels)
             # What is larger than that, or than most, is to learn from; so is a half of all.
             fitting = pairs[counts[pairs] <= max(wanted, np.median(counts[pairs]))]
-            drawn = random.permutation(fitting)[: len(pairs) // 2]
-            enough = max(2, int(np.searchsorted(np.cumsum(counts[drawn]), wanted)) + 1)
-            chosen = classes[drawn[:enough]]
+            order = random.permutation(fitting)[: len(pairs) // 2]
+            enough = max(2, int(np.searchsorted(np.cumsum(counts[order]), wanted)) + 1)
+            chosen = classes[order[:enough]]
             return np.flatnonzero(np.isin(labels, chosen)), f"all of {len(chosen)} of {len(classes)} classes"
         shares = np.where(to_spare, np.clip(np.rint(fraction * counts), 2, counts - 2), 0).astype(int)
-        return _drawn(labels, classes, shares, random), "two or more of each class with four"
+        return drawn(labels, classes, shares, random), "two or more of each class with four"
 
     def part(self, labels: npt.NDArray[Any], count: int, seed: int) -> npt.NDArray[np.int64]:
         """Sorted places of about so many rows: of each class in proportion, or all of some where that would be few."""
@@ -231,7 +221,7 @@ class Similarity(Problem):
         order = random.permutation(len(classes))
         order = order[np.argsort(counts[order] < 2, kind="stable")]  # what is like no other comes last
         enough = max(2, int(np.searchsorted(np.cumsum(sizes[order]), count, side="right")))
-        return _drawn(labels, classes[order[:enough]], sizes[order[:enough]], random)
+        return drawn(labels, classes[order[:enough]], sizes[order[:enough]], random)
 
     def strata(self, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The classes."""

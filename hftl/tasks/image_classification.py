@@ -111,15 +111,16 @@ class ImageClassification(ClassificationTask):
         if not has_checkpoint(self.arguments):
             return self._random_model(name.partition(":")[2])
         source = pretrained.find_model(self.arguments.model_name_or_path)
-        self.load_processor(source)
         if reason := self._why_no_texts():
             model = pretrained.load_model(self.auto_class, source, self.label_names, self.arguments)
+            self.load_processor(source)
             if isinstance(model.config, DualEncoderConfig) and not self.arguments.keep_head:
                 model.config.prompts = None
             asked = {"prompts", "weights", "problem_type"} & self.arguments.given
             if asked and is_dual_encoder(model.config):
                 say(f"head: fresh, since {reason}")
         else:
+            self.load_processor(source)
             pixels = self.plain_transform(_ANY_PICTURE)[None]
             prompts = self.arguments.prompts or PROMPTS
             texts = None if self.arguments.problem_type == Similarity.name else prompts
