@@ -1027,12 +1027,8 @@ def _check_prompts(arguments: TransferArguments) -> None:
     if not prompts:
         raise UsageError("--prompts is empty: name texts with {label} in them, or leave it out.")
     for prompt in prompts:
-        fits = _places_in(prompt, "--prompts") == {"label"}
-        try:
-            fits = fits and bool(prompt.format(label="a"))
-        except (ValueError, LookupError):  # {label:d}, {label:{width}}
-            fits = False
-        if not fits:
+        names = _places_in(prompt, "--prompts")
+        if names != {"label"} or re.search(r"\{label[^}]", prompt):  # {label:d}, {label!r}
             raise UsageError(
                 f"--prompts: {prompt!r} must hold {{label}}, for the name of a class, and nothing else in braces."
             )

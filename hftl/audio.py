@@ -47,7 +47,7 @@ def open_audio(value: Any, rate: int, seconds: float | None = None, place: float
     if given is not None:
         wave, found = _one_channel(given[0]), given[1]
         start, frames = _window(len(wave), found, seconds, place)
-        return _resampled(wave[start : start + frames], found, rate)
+        return _resampled(_of_numbers(wave[start : start + frames], "a recording"), found, rate)
     with _opened(value) as file:
         found = file.samplerate
         start, frames = _window(file.frames, found, seconds, place)
@@ -58,7 +58,18 @@ def open_audio(value: Any, rate: int, seconds: float | None = None, place: float
             f"{_source(value)[1]} cannot be read as a recording: it "
             f"{'holds less than its head says' if start else 'is empty'}"
         )
-    return _resampled(samples.mean(axis=1), found, rate)
+    return _resampled(_of_numbers(samples.mean(axis=1), _source(value)[1]), found, rate)
+
+
+def _of_numbers(wave: Waveform, name: str) -> Waveform:
+    """The same.
+
+    Raises:
+        UsageError: it holds infinities or what is no number.
+    """
+    if not np.isfinite(wave).all():
+        raise UsageError(f"{name} cannot be read as a recording: its samples are no numbers")
+    return wave
 
 
 def is_longer(value: Any, rate: int, seconds: float) -> bool:

@@ -180,8 +180,8 @@ class ReadableProgress(ProgressCallback):
         when = f"epoch {logs.get('epoch', state.epoch or 0):.3g}"
         if "penalty" in logs:
             when = f"solved in {logs['seconds']:.1f} s with penalty {logs['penalty']:.2g}"
-        elif logs.get("head") == "texts":
-            when = f"solved in {logs['seconds']:.1f} s, the texts stay as they are"
+        elif logs.get("head") == "as it was":
+            when = f"solved in {logs['seconds']:.1f} s, the head stays as it was"
         elif "seconds" in logs:
             when = f"scored in {logs['seconds']:.1f} s"
         line = f"{self.stage}: {when}, validation {', '.join(parts)}"

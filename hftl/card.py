@@ -127,8 +127,8 @@ def write_card(
         rows.append("\nOf each image and its mirror image (`--test_time_flip`); plain transformers takes it alone.")
     if (windows := getattr(arguments, "test_time_windows", 1)) > 1:
         rows.append(
-            f"\nOf {windows} windows of each longer recording (`--test_time_windows`); the lines below take its "
-            "beginning alone."
+            f"\nOf {windows} windows of each longer recording (`--test_time_windows`); the lines of Python below "
+            "take its beginning alone."
         )
     module = "transformers" if plain_library else task.auto_class.__module__
     unmerged = _UNMERGED.format(title=json.dumps(title), auto_class=task.auto_class.__name__, module=module)

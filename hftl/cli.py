@@ -30,10 +30,15 @@ if TYPE_CHECKING:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors as `UsageError`."""
+    """Errors as `UsageError`; no flag stands for a longer one."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message[0].upper()}{message[1:]}. See hftl --help.")
+        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0].partition("=")[0]
+        near = did_you_mean(unknown, self._option_string_actions) if unknown.startswith("--") else ""
+        raise UsageError(f"{message[0].upper()}{message[1:]}.{near} See hftl --help.")
 
 
 def _positive(text: str) -> int:

@@ -7,6 +7,7 @@ with. Here the vector is the one that the checkpoint compares, so that a class i
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -205,8 +206,18 @@ def load_dual_encoder(
             f"SigLIP are ({reason}). --prompts none leaves them out, where transformers has a classifier of it."
         ) from error
     if prompts is not None:
+        if same := _same(model.head.weight):
+            first, second = (label_names[row] for row in same)
+            say(f"prompts: of {first!r} and {second!r} the texts say the same: none tells them apart")
         say(f"head: the texts of the classes, {len(texts)} of each ({texts[0].format(label=words[0])!r}, …)")
     return model.to("cpu")
+
+
+def _same(weight: torch.Tensor) -> tuple[int, int] | None:
+    """Two rows that are the same, if any are."""
+    rows = nn.functional.normalize(weight.detach(), dim=1)
+    found = ((rows @ rows.T).triu(1) > 1 - 1e-5).nonzero().tolist()
+    return (found[0][0], found[0][1]) if found else None
 
 
 def _image_part(
@@ -260,7 +271,10 @@ def _tokens(whole: Any, tokenizer: Any, texts: list[str]) -> Any:
     inputs = tokenizer(texts, padding=padding, max_length=limit)
     for text, tokens in zip(texts, inputs["input_ids"], strict=True):
         if len(tokens) > limit:
-            raise UsageError(f"--prompts: {text!r} is longer than the {limit} tokens that the model reads. Shorten it.")
+            raise UsageError(
+                f"{textwrap.shorten(text, 60)!r}, a prompt with the name of a class, is longer than the {limit} tokens "
+                "that the model reads: shorten the name, or the --prompts."
+            )
     return inputs.convert_to_tensors("pt").to(whole.device)
 
 

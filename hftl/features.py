@@ -569,9 +569,9 @@ class KeptFeatures:
         return solution
 
     def _known_layer(self, trainer: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Weight and bias of an output layer that is made of texts; None where it is fresh."""
+        """Weight and bias of an output layer that knows the classes, from texts or before; None where it is fresh."""
         layer: Any = self.source.layer  # type: ignore[union-attr]
-        if not backbones.starts_from_texts(trainer.model):
+        if not (backbones.starts_from_texts(trainer.model) or self.task.arguments.keep_head):
             return None
         return layer.weight.detach().cpu(), None if layer.bias is None else layer.bias.detach().cpu()
 
@@ -676,6 +676,8 @@ def _check_head(arguments: TransferArguments) -> None:
     for name, value in (("head_solver", "sgd"), ("feature_cache", "off")):
         if getattr(arguments, name) == value:
             raise UsageError(f"{head} is fitted on kept features: leave out --{name} {value}.")
+    if arguments.keep_head and kind != "logistic":
+        raise UsageError(f"{head} is fitted to the training rows alone: leave out --keep_head.")
     for name in sorted(_of_training(alone=True) & arguments.given if arguments.head_solver == "auto" else ()):
         raise UsageError(f"{head} is fitted, not trained: leave out --{name}.")
     if (kind in BESIDE or joined) and (views := averaged_views(arguments)):
@@ -788,6 +790,7 @@ def _unsolved(arguments: TransferArguments, last: bool) -> list[str]:
     """Settings under which a head is trained rather than solved, in the last stage or before it."""
     found = [] if LOSSES.get(arguments.loss) else [f"--loss {arguments.loss}"]
     found += ["--sampler balanced"] if arguments.sampler == "balanced" else []
+    found += ["--keep_head"] if arguments.keep_head and arguments.loss == "contrastive" else []
     return found + ([f"--average {arguments.average}"] if last and arguments.average != "none" else [])
 
 

@@ -200,7 +200,7 @@ class FusionModel(PreTrainedModel):
             ids = torch.ones(1, 4, dtype=torch.long)
             tokens = _tried(bodies[1], lambda body: body(input_ids=ids).last_hidden_state)
         config = FusionConfig(
-            image=settings_of(image.config),
+            image=settings_of(_own_config(image)),
             text=settings_of(text.config),
             feature_sizes=(pictures.shape[-1], tokens.shape[-1], *([Table(table).width] if table else [])),
             table=table,
@@ -282,15 +282,21 @@ def _body(config: Any) -> Any:
     return body
 
 
+def _own_config(model: Any) -> Any:
+    """The configuration of a classifier's backbone; of CLIP's and SigLIP's that of their image part."""
+    return model.config.vision_config if hasattr(model.config, "text_config") else model.config
+
+
 def _body_of(model: Any) -> Any:
     """The backbone of a classifier, with its weights.
 
     Raises:
         UsageError: the classifier is more than a backbone with a head.
     """
-    body = _body(model.config)
+    body = _body(_own_config(model))
     prefix = "timm_model." if hasattr(body, "timm_model") else ""
-    inside = {f"{prefix}{name}": value for name, value in model.base_model.state_dict().items()}
+    part = model.base_model if _own_config(model) is model.config else model.vision_model
+    inside = {f"{prefix}{name}": value for name, value in part.state_dict().items()}
     if missing := body.state_dict().keys() - inside.keys():
         raise UsageError(
             f"{type(model).__name__} cannot be a part of an image-text model: it has no {min(missing)}, unlike "

@@ -281,6 +281,7 @@ def similarity_metrics(embeddings: npt.NDArray[Any], labels: npt.NDArray[Any], p
     recall@k is the part of the rows that have one of them among the k nearest; MAP@R the mean over the R nearest, R
     being how many there are, of the precision up to each that is right (Musgrave et al. 2020, "A Metric Learning
     Reality Check", 3.2). A row without another of its label is searched through, and no query; `queries` counts those.
+    Of rows that are equally near, to five digits, those of other labels come first: copies must not be right by chance.
 
     Args:
         embeddings: shape (rows, size), of any length but 0.
@@ -299,9 +300,10 @@ def similarity_metrics(embeddings: npt.NDArray[Any], labels: npt.NDArray[Any], p
     places = torch.arange(1, most + 1)
     found: list[torch.Tensor] = []
     for rows in queries.split(max(1, piece // len(vectors))):
-        cosines = vectors[rows] @ vectors.T
+        alike = wanted == wanted[rows, None]
+        cosines = (vectors[rows] @ vectors.T).round(decimals=5) - 5e-6 * alike
         cosines[torch.arange(len(rows)), rows] = -torch.inf  # not itself
-        right = wanted[cosines.topk(most).indices] == wanted[rows, None]
+        right = alike.gather(1, cosines.topk(most).indices)
         precision = right.cumsum(1) / places
         average = (precision * right * (places <= others[rows, None])).sum(1) / others[rows]
         found.append(torch.stack([average, *(right[:, :count].any(1) for count in (1, 5, 10))], dim=1).double())

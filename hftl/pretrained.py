@@ -265,6 +265,11 @@ def _check_kept_labels(config: Any, label_names: Sequence[str], name: str) -> No
     kept = [str(label) for _, label in sorted(config.id2label.items())]
     if config.problem_type == "regression" and len(kept) == len(label_names) == 1:
         return  # a number has no name of its own
+    if len(kept) != len(label_names):
+        raise UsageError(
+            f"--keep_head: {name!r} has {len(kept)} outputs ({', '.join(kept[:8])}), and {len(label_names)} are wanted "
+            f"({', '.join(label_names[:8])}). Leave it out for a fresh head."
+        )
     if kept != list(label_names):
         raise UsageError(
             f"--keep_head: the classes of {name!r} ({', '.join(kept[:8])}) are not those of the data "

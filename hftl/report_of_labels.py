@@ -254,11 +254,10 @@ def _of_vectors(run: Finished, rows: Sequence[Sequence[str]], shared: bool) -> d
         apart = np.where(same, -np.inf, cosines)
         other[part], cosine[part] = apart.argmax(axis=1), apart.max(axis=1)
     queries = np.flatnonzero(np.isfinite(alike))
-    wrong = queries[cosine[queries] > alike[queries] + _EQUAL]
-    # Of two that are equally near, such as copies, the run may have taken either.
-    sure = 1 - float(np.mean(cosine[queries] >= alike[queries] - _EQUAL)) if len(queries) else 0.0
-    found = 1 - len(wrong) / max(1, len(queries))
-    _check_fit(run, "recall_at_1", min(max(run.scores["recall_at_1"], sure), found))
+    wrong = queries[cosine[queries] >= alike[queries] - _EQUAL]  # of two that are equally near the run took this one
+    near = np.abs(cosine[queries] - alike[queries]) <= 2 * _EQUAL  # but for rounding
+    low, most = 1 - len(wrong) / max(1, len(queries)), float(near.sum()) / max(1, len(queries))
+    _check_fit(run, "recall_at_1", float(np.clip(run.scores["recall_at_1"], low - most, low + most)))
     order = wrong[np.argsort(-cosine[wrong], kind="stable")][:_LINES].tolist()
     return {
         "wrong_rows": len(wrong),
@@ -304,5 +303,5 @@ def _check_fit(run: Finished, name: str, found: float) -> None:
     if not abs(found - before) <= _SAME * max(abs(before), 1e-3):
         raise UsageError(
             f"{str(run.folder / PREDICTIONS)!r} does not fit {METRICS}: its {name} is {found:.4g}, and the run had "
-            f"{before:.4g}."
+            f"{before:.4g}. Train again, or take both of a copy."
         )

@@ -21,7 +21,7 @@ from hftl.errors import UsageError, did_you_mean
 from hftl.finished import Finished, explained_damage, find_run
 from hftl.folder import METRICS, RECIPE, say, scored_split
 from hftl.joined import as_flags, wished
-from hftl.metrics import written
+from hftl.metrics import normalised, written
 from hftl.pretrained import LOAD_ERRORS
 from hftl.probes.beside import FOLDER as PROBE
 from hftl.probes.beside import Probe, load_probe
@@ -274,17 +274,14 @@ class Run(Finished):
         problem = self.task.problem
         if not isinstance(problem, Similarity):
             raise UsageError(f"A gallery is searched by runs of image-similarity, not of {self.task.name}.")
-        if neighbours < 1:
-            raise UsageError(f"neighbours must be above 0, not {neighbours}.")
-        before, problem.gallery = problem.gallery, None
-        try:
-            found = self.predict(inputs, batch_size, skip_bad_files, **columns)
-        finally:
-            problem.gallery = before
-        if not found:
+        if not isinstance(neighbours, int) or neighbours < 1:
+            raise UsageError(f"neighbours must be a whole number above 0, not {neighbours!r}.")
+        rows = list(self.task.iter_inputs(inputs, columns))
+        kept, logits = self._logits(rows, batch_size, skip_bad_files)
+        if not kept:
             raise UsageError("The gallery is empty: there is nothing to find.")
-        embeddings = np.stack([one.embedding for one in found])
-        problem.gallery = Gallery([one.id for one in found], embeddings, min(neighbours, len(found)))
+        ids = [_name_of(rows[row], self.task.modality.name) for row in kept]
+        problem.gallery = Gallery(ids, normalised(logits), min(neighbours, len(ids)))
 
     def predict_batches(
         self,
@@ -373,6 +370,12 @@ class Run(Finished):
         from hftl.push import push
 
         return push(self, repository, **options)
+
+
+def _name_of(row: dict[str, Any], column: str) -> str:
+    """What a row is called: one of a table by its file, which says more than a number."""
+    value = row[column]
+    return value if row["id"].isdecimal() and isinstance(value, str) else row["id"]
 
 
 def load_saved(auto_class: Any, folder: Path, trust_remote_code: bool = False) -> Any:

@@ -529,8 +529,8 @@ def _solve_stage(task: ClassificationTask, trainer: TransferTrainer, kept: KeptF
     scores = {
         f"eval_{name}": value for name, value in scores_of(task, trainer.compute_loss_func, logits, labels).items()
     }
-    stays = math.isinf(solution.strength)  # no penalty gave a better head than the texts
-    solved: dict[str, Any] = {"head": "texts" if stays else task.arguments.head or task.problem.head}
+    stays = math.isinf(solution.strength)  # no penalty gave a better head than the one that knew the classes
+    solved: dict[str, Any] = {"head": "as it was" if stays else task.arguments.head or task.problem.head}
     solved |= {} if stays else {"penalty": solution.strength}
     trainer.log({**scores, **solved, "seconds": seconds})
     return {

@@ -175,6 +175,7 @@ def flags_of(words: list[str], method: str) -> list[str]:
     flags = [*words[1:], f"--method={method}", "--save_only_model", *QUICK]
     flags += [] if method in ("frozen", "auto", "zero_shot") else ["--num_train_epochs=1", *UNCHOSEN]
     flags += ["--head_epochs=1"] if method in ("lp_ft", "surgical") else []
+    flags += ["--per_device_train_batch_size=8"] if words[0] == "image-similarity" else []
     flags += ["--peft_type=LOKR"] if method == "peft" else []
     flags += ["--unfreeze_blocks=1"] if method == "partial" else []
     return [*flags, "--time_budget=30s"] if method == "auto" else flags

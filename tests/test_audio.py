@@ -194,6 +194,15 @@ def test_a_window_is_that_part_of_the_recording(
     assert not audio.is_longer(value, 16_000, seconds)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_samples_that_are_no_numbers_are_refused_in_prediction_too(value: float) -> None:
+    wave = tone(8_000)
+    wave[5] = value
+    for given in (wave, {"array": wave, "sampling_rate": 8_000}, recorded(wave, subtype="FLOAT")):
+        with pytest.raises(UsageError, match="its samples are no numbers"):
+            audio.open_audio(given, 8_000, 2.0)
+
+
 def test_of_a_long_recording_a_window_is_in_memory(tmp_path: Path) -> None:
     hour = np.random.default_rng(0).normal(0, 0.1, 100 * 3_600)
     soundfile.write(tmp_path / "long.flac", np.tile(hour, 6), 100)

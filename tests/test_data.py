@@ -690,3 +690,8 @@ def test_open_image_errors(tmp_path):
     ]:
         with pytest.raises(UsageError, match=expected):
             open_image(value)
+
+
+def test_classes_of_several_a_row_need_their_problem_type():
+    with pytest.raises(UsageError, match=r"holds list values where a label should be.*multi_label_classification"):
+        load_splits({"dataset_name": "builtin:several-digits"}, IMAGE)

@@ -386,3 +386,31 @@ def test_of_similarity_the_vector_is_the_one_that_texts_are_compared_with(place:
         expected = torch.nn.functional.normalize(whole.get_image_features(pixel_values=pixels).pooler_output, dim=1)
     torch.testing.assert_close(vectors @ vectors.T, expected @ expected.T, atol=1e-4, rtol=0)
     assert "import hftl.dual_encoder" in (run.folder / "README.md").read_text()
+
+
+def test_it_is_a_part_of_other_tasks(place: Path, tmp_path: Path) -> None:
+    small_data.write_sounds(tmp_path / "sounds", {"train": 6, "test": 3})
+    small_data.write_pairs(tmp_path / "both", {"train": 6, "test": 2})
+    for task, *flags in (
+        ("audio-classification", f"--dataset={tmp_path / 'sounds'}", "--clip_seconds=0.5"),
+        ("image-text-classification", f"--dataset={tmp_path / 'both'}", f"--text_model={place / 'bert'}"),
+    ):
+        words = [f"--model={place / 'clip'}", "--method=full", "--max_steps=1", *flags, *cells.QUICK]
+        cli._run(["train", task, *words, f"--output_dir={tmp_path / task}"])
+        run = hftl.load_run(tmp_path / task)
+        assert 0 <= run.metrics["test"]["accuracy"] <= 1
+    image = AutoModel.from_pretrained(tmp_path / "image-text-classification" / "image")
+    assert type(image).__name__ == "CLIPVisionModel"
+
+
+def test_classes_that_read_the_same_are_named(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, name in enumerate(("a_b", "a b", "red square")):
+        for split in ("train", "test"):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for index in range(3):
+                pixels = small_data.np.random.default_rng(9 * number + index).integers(256, size=(32, 32, 3))
+                small_data.Image.fromarray(pixels.astype("uint8")).save(folder / f"{split}{index}.png")
+    words = [f"--dataset={tmp_path / 'data'}", f"--model={place / 'clip'}", "--method=zero_shot", *cells.QUICK]
+    cli._run(["train", "image-classification", *words, f"--output_dir={tmp_path / 'run'}"])
+    assert "prompts: of 'a b' and 'a_b' the texts say the same" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -323,6 +324,48 @@ def test_a_part_of_the_rows_has_some_that_are_alike(place: Path) -> None:
     assert len(np.unique(splits.test["label"])) < len(splits.test)
 
 
+def test_copies_of_another_class_are_found_before_those_of_the_own() -> None:
+    vectors, labels = np.ones((4, 2)), np.array([0, 0, 1, 1])
+    assert similarity_metrics(vectors, labels)["recall_at_1"] == 0
+    vectors = np.array([[1, 0], [1, 1e-9], [0, 1], [0, 1]])
+    assert similarity_metrics(vectors, labels)["recall_at_1"] == 1
+
+
+@pytest.mark.parametrize("flags", [["--method=zero_shot"], ["--method=frozen", "--embedding_size=1"]])
+def test_a_run_whose_rows_are_copies_has_a_page(place: Path, tmp_path: Path, flags: list[str]) -> None:
+    source = Image.open(place / "hues" / "train" / "hue 0" / "0.png")
+    for split, number in itertools.product(("train", "test"), range(20)):
+        folder = tmp_path / "hues" / split / f"{number}"
+        folder.mkdir(parents=True)
+        for index in range(4):
+            source.save(folder / f"{index}.png")
+    run = train(tmp_path, tmp_path / "run", f"--model={place / 'resnet'}", *flags)
+    assert run.metrics["test"]["recall_at_1"] < 0.5
+    assert (run.folder / "report.html").is_file()
+
+
+def test_a_gallery_of_a_table_is_named_by_its_files(place: Path, run: hftl.Run, tmp_path: Path) -> None:
+    files = sorted((place / "hues" / "train").rglob("*.png"))[:9]
+    (tmp_path / "a.csv").write_text("\n".join(["image", *map(str, files)]))
+    fresh = hftl.load_run(run.folder)
+    fresh.use_gallery(str(tmp_path / "a.csv"), neighbours=1)
+    (answer,) = fresh.predict(str(files[4]))
+    assert answer.neighbours[0].id == str(files[4])
+
+
+def test_a_projection_is_trained_on(place: Path, run: hftl.Run, tmp_path: Path) -> None:
+    before = every_tensor(AutoModelForImageClassification.from_pretrained(run.folder))
+    flags = [f"--model={run.folder}", "--keep_head", "--method=frozen", "--learning_rate=1e-7", "--num_train_epochs=1"]
+    again = train(place, tmp_path / "run", *flags)
+    after = every_tensor(AutoModelForImageClassification.from_pretrained(again.folder))
+    moved = {name for name, value in after.items() if not value.equal(before[name])}
+    assert moved
+    assert all("fc" in name for name in moved)
+    assert all(torch.allclose(after[name], before[name], atol=1e-4) for name in moved)
+    with pytest.raises(UsageError, match=r"has 8 outputs .*, and 9 are wanted"):
+        train(place, tmp_path / "other", f"--model={run.folder}", "--keep_head", "--embedding_size=9")
+
+
 def test_copies_have_a_projection_too() -> None:
     rows = torch.eye(3).repeat_interleave(2, dim=0), torch.tensor([0, 0, 1, 1, 2, 2])
     for features in (rows[0], torch.ones(6, 3)):
@@ -335,8 +378,9 @@ def test_a_gallery_that_cannot_be_read_leaves_the_one_before(place: Path, run: h
     fresh.use_gallery(place / "hues" / "train", neighbours=2)
     with pytest.raises(UsageError, match="no such file"):
         fresh.use_gallery(place / "nothing")
-    with pytest.raises(UsageError, match="neighbours must be above 0"):
-        fresh.use_gallery(place / "hues" / "train", neighbours=0)
+    for neighbours in (0, -1, 1.5, "3"):
+        with pytest.raises(UsageError, match="neighbours must be a whole number above 0"):
+            fresh.use_gallery(place / "hues" / "train", neighbours=neighbours)  # type: ignore[arg-type]
     (answer,) = fresh.predict(str(next((place / "hues" / "test").rglob("*.png"))))
     assert len(answer.neighbours) == 2
 
@@ -378,6 +422,9 @@ def test_the_page_names_rows_that_are_near_to_another_class(place: Path, tmp_pat
         (["--loss=focal"], "Unknown loss 'focal'"),
         (["--embedding_size=0"], "--embedding_size must be above 0"),
         (["--temperature=0"], "--temperature must be above 0"),
+        (["--per_device_train_batch_size=4"], "take 8 rows or more"),
+        (["--auto_find_batch_size"], "--auto_find_batch_size: the contrastive loss compares the rows of a batch"),
+        (["--prompts=a {label}"], "--prompts are texts of classes, which image-similarity has not"),
         (["--metric_for_best_model=recall_at_2"], "Did you mean"),
     ],
 )

@@ -19,6 +19,7 @@ import tiny_models
 import torch
 from forked import LAUNCH, ROOT, Command, run_command, run_ranks
 from PIL import Image
+from refusal import refused
 
 import hftl
 from hftl import batches, cli
@@ -274,3 +275,8 @@ def test_memory_does_not_grow_with_the_folder(place: Path, text_run: hftl.Run) -
     assert (few, lots) == (256, 1280)
     kilobytes = 1024 if sys.platform == "darwin" else 1
     assert (after - before) / kilobytes < 30_000
+
+
+def test_flags_are_suggested_and_not_shortened(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Did you mean '--gallery'?" in refused(["predict", "run", "a.jpg", "--gallry", "b"], capsys)
+    assert "Did you mean '--skip_bad_files'?" in refused(["predict", "run", "a.jpg", "--skip_bad_file"], capsys)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _MANY, _FEWEST = 20, 4
 #: below so many rows of each class, a part of the rows is one of the classes
 _ROWS_OF_A_CLASS = 4
+#: of a batch, in which rows are compared
+_FEWEST_ROWS = 8
 #: cosines of queries with a gallery that are held at once
 _PIECE = 2**24
 
@@ -155,10 +157,17 @@ class Similarity(Problem):
         self.gallery: Gallery | None = None
 
     def check(self, arguments: TransferArguments) -> None:
-        """Refuse scores of labels, of which none are answered."""
+        """Refuse scores of labels, of which none are answered, and batches in which there is little to compare."""
         super().check(arguments)
         if arguments.metrics:
             raise UsageError(f"--metrics is for answers that are labels, not for {self.words}. Leave it out.")
+        rows = arguments.per_device_train_batch_size or _FEWEST_ROWS
+        flag = "auto_find_batch_size" if arguments.auto_find_batch_size else f"per_device_train_batch_size {rows}"
+        if arguments.loss == "contrastive" and (arguments.auto_find_batch_size or rows < _FEWEST_ROWS):
+            raise UsageError(
+                f"--{flag}: the contrastive loss compares the rows of a batch, and needs two groups of four: take "
+                f"{_FEWEST_ROWS} rows or more; --activation_checkpointing saves memory."
+            )
 
     def read(self, cells: LabelCells) -> list[str | None]:
         """The label of each row as its name; None where it is missing."""

@@ -65,9 +65,9 @@ class SingleLabel(Problem):
         """The label of each row as its name; None where it is missing."""
         if cells.are_folders:
             return cells.values
-        if cells.declared is not None:
-            return [None if value is None or value < 0 else cells.declared[value] for value in cells.values]
-        return [label_name(value, cells) for value in cells.values]
+        if cells.declared is None or any(isinstance(value, list) for value in cells.values):
+            return [label_name(value, cells) for value in cells.values]
+        return [None if value is None or value < 0 else cells.declared[value] for value in cells.values]
 
     def names(self, found: Sequence[str | None], cells: LabelCells) -> list[str]:
         """The classes: as the data set declares them, else those of the training rows, by number or by name."""

@@ -398,7 +398,7 @@ def picture_side(config: Any) -> tuple[int, int]:
     if config.model_type == "timm_wrapper":
         height, width = config.pretrained_cfg["input_size"][1:]
         return int(height), int(width)
-    side = getattr(config, "image_size", 224)
+    side = getattr(getattr(config, "vision_config", config), "image_size", 224)  # CLIP's stands there
     return (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
 
 

@@ -71,6 +71,8 @@ class ImageClassification(ClassificationTask):
         asks = arguments.prompts not in (None, NO_PROMPTS)
         if asks and finds:
             raise UsageError(f"--prompts are texts of classes, which {self.name} has not in its head. Leave it out.")
+        if asks and arguments.head not in (None, "logistic", "tip"):
+            raise UsageError(f"--prompts: --head {arguments.head} knows the training rows alone. Leave one out.")
         zero_shot = arguments.method == "zero_shot" and not finds
         if zero_shot or asks:
             flag = "--method zero_shot" if zero_shot else "--prompts"
