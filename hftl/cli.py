@@ -356,7 +356,6 @@ def _rank(argv: list[str]) -> None:
     parser = _Parser(
         prog="hftl rank",
         description="Which model suits the data, before any is trained. Other flags: as for hftl train.",
-        allow_abbrev=False,
     )
     parser.add_argument("--task", required=True, choices=tuple(TASKS))
     parser.add_argument(
@@ -428,7 +427,6 @@ def _training_parser(command: str, description: str) -> _Parser:
     return _Parser(
         prog=f"hftl {command} TASK",
         description=f"{description} Other flags: those of hftl train TASK, see hftl train TASK --help.",
-        allow_abbrev=False,
     )
 
 

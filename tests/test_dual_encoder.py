@@ -307,7 +307,11 @@ def test_names_that_are_no_words_are_said(place: Path, tmp_path: Path, capsys: p
         ("clip", ["--prompts=a photo"], ("--prompts: 'a photo' must hold {label}",)),
         ("clip", ["--prompts=a {colour} {label}"], ("must hold {label}", "nothing else in braces")),
         ("clip", ["--prompts=a {label"], ("--prompts: expected '}'", "is doubled")),
-        ("clip", ["--prompts=" + "very " * 30 + "{label}"], ("is longer than the 40 tokens", "Shorten it")),
+        (
+            "clip",
+            ["--prompts=" + "very " * 30 + "{label}"],
+            ("is longer than the 40 tokens", "shorten the name, or the --prompts"),
+        ),
         ("clip", ["--method=zero_shot", "--prompts=none"], ("--method zero_shot: --prompts none leaves no head",)),
         ("clip", ["--method=zero_shot", "--keep_head"], ("--keep_head leaves no head of texts",)),
         ("clip", ["--method=zero_shot", "--num_train_epochs=2"], ("--num_train_epochs", "trains nothing")),
