@@ -13,6 +13,7 @@ import small_data
 import tiny_models
 import torch
 import transformers
+from refusal import refused
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
@@ -426,6 +427,26 @@ def test_a_linear_head_is_the_models_ordinary_one(place: Path, tmp_path: Path, m
     cli._run(["train", f"--config={run.folder / 'recipe.yaml'}", f"--output_dir={tmp_path / 'again'}"])
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert all(value.equal(after[name]) for name, value in again.items())
+
+
+def test_a_kept_head_is_what_a_solved_one_starts_from(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def weight(run: str) -> torch.Tensor:
+        return load_file(tmp_path / run / "model.safetensors")["fc.weight"]
+
+    first = command(place, "cnn", tmp_path / "first")
+    cli._run(first)
+    again = [f"--model={tmp_path / 'first'}", "--max_train_samples=6"]
+    cli._run([*command(place, "cnn", tmp_path / "fresh"), *again])
+    monkeypatch.setattr(logistic, "STRENGTHS", (10.0,))
+    monkeypatch.setattr(logistic, "_NEAR_START", ())
+    cli._run([*command(place, "cnn", tmp_path / "kept"), *again, "--keep_head"])
+    assert (weight("kept") - weight("first")).norm() < 0.5 * (weight("fresh") - weight("first")).norm()
+    kept = hftl.load_run(tmp_path / "kept").metrics["train"]["stages"][0]
+    assert kept["head"] == "as it was" or kept["penalty"] == 10.0
+    words = [*command(place, "cnn", tmp_path / "svm"), *again, "--keep_head", "--head=svm"]
+    assert "--head svm is fitted to the training rows alone: leave out --keep_head" in refused(words, capsys)
 
 
 @pytest.mark.parametrize(("model", "kind"), [("cnn", "knn"), ("bert", "mlp"), ("gpt2", "tip")])
