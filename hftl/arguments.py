@@ -536,6 +536,9 @@ class TextArguments(ReadingArguments):
 class ImageTextArguments(ImageArguments, TextArguments):
     """Arguments of tasks of images with texts; `--model` names the image backbone."""
 
+    #: what is told by both together alone is learned late: of the builtin captions 0.917 in three epochs, 1.000 in five
+    usual_epochs: ClassVar[float] = 5.0
+
     task: str = _argument("image-text-classification", "Name of the task.")
     text_model: str | None = _argument(
         None, "The text backbone, as --model names the image backbone; none where --model is a run of this task."
