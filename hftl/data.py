@@ -30,7 +30,6 @@ from hftl.errors import UsageError, did_you_mean
 from hftl.hub import check_hub
 from hftl.modality import FILES, TEXT, Modality, is_missing
 from hftl.problems import LabelCells, Problem, SingleLabel
-from hftl.problems.base import stratified_part
 from hftl.sources import file_key, source_of
 from hftl.tables import TABLE_SUFFIXES, decoded, read_columns
 from hftl.words import CONLL_SUFFIXES, as_words, is_tagged, joined, lines, read_conll, split_words
@@ -625,36 +624,21 @@ def _take_validation(
 ) -> dict:
     if not 0 < fraction < 1:
         raise UsageError(f"--validation_fraction {fraction}: it must lie between 0 and 1")
-    if found := problem.held_out(labels_of(train), fraction, seed):
-        taken, share = found
-        if not len(taken):
-            raise UsageError(
-                f"no class has four rows and no four have two (classes by {column!r}), so no validation part can be "
-                "taken: add rows or a validation split, or name another --label_column"
-            )
-        return _parted(train, taken, share, seed, notes)
-    labels = problem.strata(labels_of(train))
+    labels = labels_of(train)
     if len(labels) == 1:
         raise UsageError(
             "train has a single row, and no validation part can be taken of it: add rows or a validation split (in "
             "CoNLL files an empty line ends a row)"
         )
-    # A class that validation does not have would not count in choosing the best checkpoint.
-    count = max(len(np.unique(labels)) if problem.is_one_of_several else 1, round(len(labels) * fraction))
-    taken = stratified_part(labels, count, seed, leave_one=True)
+    taken, share = problem.held_out(labels, fraction, seed)
     if not len(taken):
         raise UsageError(
-            f"no class has two rows (classes by {column!r}), so no validation part can be taken: add rows or a "
+            f"{problem.nothing_to_spare} (classes by {column!r}), so no validation part can be taken: add rows or a "
             "validation split, or name another --label_column"
         )
-    share = problem.share if count == round(len(labels) * fraction) else "some of each class"
-    return _parted(train, taken, share, seed, notes)
-
-
-def _parted(train: datasets.Dataset, taken: np.ndarray, share: str, seed: int, notes: list[str]) -> dict:
-    """Train without the rows that validate, and these."""
-    notes.append(f"validation: {len(taken)} of {len(train)} train rows, {share} (seed {seed})")
-    return {"train": train.select(np.setdiff1d(np.arange(len(train)), taken)), "validation": train.select(taken)}
+    kept = np.setdiff1d(np.arange(len(labels)), taken)
+    notes.append(f"validation: {len(taken)} of {len(labels)} train rows, {share} (seed {seed})")
+    return {"train": train.select(kept), "validation": train.select(taken)}
 
 
 def _take_shots(

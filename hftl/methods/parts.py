@@ -11,6 +11,7 @@ from hftl.arguments import TransferArguments, is_pretrained
 from hftl.errors import UsageError
 from hftl.methods.plan import Plan, Stage, all_parameters, default_rates, head_stage, make_stage, resolved_rates
 from hftl.methods.reinit import reinitialise
+from hftl.problems import problem_of
 
 
 def full(model: nn.Module, arguments: TransferArguments) -> Plan:
@@ -42,7 +43,7 @@ def zero_shot(model: nn.Module, arguments: TransferArguments) -> Plan:
     Raises:
         UsageError: the head is another one.
     """
-    if not backbones.starts_from_texts(model) and arguments.problem_type != "similarity":
+    if not backbones.starts_from_texts(model) and not problem_of(arguments).answers_untrained:
         raise UsageError(
             f"--method zero_shot: {type(model).__name__} has no head of texts. It is for image-classification with a "
             "dual encoder: CLIP, SigLIP and their kin."

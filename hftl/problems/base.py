@@ -81,6 +81,10 @@ class Problem:
     in_transformers: ClassVar[bool] = True
     #: what messages call it
     words: ClassVar[str]
+    #: why no row may be spared to validate on
+    nothing_to_spare: ClassVar[str] = "no class has two rows"
+    #: whether a model whose head is fresh gives answers already
+    answers_untrained: ClassVar[bool] = False
     #: how a part of the rows is drawn, in words
     share: ClassVar[str]
     #: the scores that it always gives, for `--metric_for_best_model`
@@ -169,11 +173,13 @@ class Problem:
             UsageError: as said.
         """
 
-    def held_out(
-        self, labels: npt.NDArray[Any], fraction: float, seed: int
-    ) -> tuple[npt.NDArray[np.int64], str] | None:
-        """Places of the training rows to validate on, and what they are; None where they are drawn by `strata`."""
-        return None
+    def held_out(self, labels: npt.NDArray[Any], fraction: float, seed: int) -> tuple[npt.NDArray[np.int64], str]:
+        """Sorted places of the training rows to validate on, and what they are; none where none can be spared."""
+        strata, count = self.strata(labels), round(len(labels) * fraction)
+        # A class that validation does not have would not count in choosing the best checkpoint.
+        enough = max(len(np.unique(strata)) if self.is_one_of_several else 1, count)
+        share = self.share if enough == count else "some of each class"
+        return stratified_part(strata, enough, seed, leave_one=True), share
 
     def part(self, labels: npt.NDArray[Any], count: int, seed: int) -> npt.NDArray[np.int64]:
         """Sorted places of about so many rows, fewer than there are."""

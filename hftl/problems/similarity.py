@@ -137,6 +137,8 @@ class Similarity(Problem):
     name = "similarity"
     in_transformers = False
     words = "rows that are alike or not"
+    nothing_to_spare = "no class has four rows, and no four have two"
+    answers_untrained = True
     share = "rows of each class"
     metric_names = SIMILARITY_METRICS
     headline = (("recall_at_1", "recall@1"), ("map_at_r", "MAP@R"))
@@ -201,9 +203,7 @@ class Similarity(Problem):
                 "right column with --label_column, or add rows"
             )
 
-    def held_out(
-        self, labels: npt.NDArray[np.int64], fraction: float, seed: int
-    ) -> tuple[npt.NDArray[np.int64], str] | None:
+    def held_out(self, labels: npt.NDArray[np.int64], fraction: float, seed: int) -> tuple[npt.NDArray[np.int64], str]:
         """Whole classes to validate on, where they are many or those to test are others; else some rows of each."""
         random = np.random.default_rng(seed)
         classes, counts = np.unique(labels, return_counts=True)

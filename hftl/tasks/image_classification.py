@@ -39,7 +39,6 @@ from hftl.folder import say
 from hftl.image_cache import ImageCache, plan_cache
 from hftl.mixing import MixedImages
 from hftl.modality import IMAGE
-from hftl.problems import Similarity, SingleLabel
 from hftl.tasks.classification import ClassificationTask, Mixing
 from hftl.tasks.files import FileDataset
 
@@ -67,7 +66,7 @@ class ImageClassification(ClassificationTask):
     def load_splits(self) -> Splits:
         """As every task; that there are no texts to start from is said before any data is read."""
         arguments = self.arguments
-        finds = arguments.problem_type == Similarity.name
+        finds = self.problem.answers_untrained
         asks = arguments.prompts not in (None, NO_PROMPTS)
         if asks and finds:
             raise UsageError(f"--prompts are texts of classes, which {self.name} has not in its head. Leave it out.")
@@ -94,7 +93,7 @@ class ImageClassification(ClassificationTask):
         }.items():
             if given:
                 return f"{flag} leaves no head of texts"
-        if arguments.problem_type not in (SingleLabel.name, Similarity.name):
+        if not (self.problem.is_one_of_several or self.problem.answers_untrained):
             return f"a head of texts is for rows of one class each, not for --problem_type {arguments.problem_type}"
         name = str(arguments.model_name_or_path)
         if has_checkpoint(arguments):
@@ -125,7 +124,7 @@ class ImageClassification(ClassificationTask):
             self.load_processor(source)
             pixels = self.plain_transform(_ANY_PICTURE)[None]
             prompts = self.arguments.prompts or PROMPTS
-            texts = None if self.arguments.problem_type == Similarity.name else prompts
+            texts = None if self.problem.answers_untrained else prompts
             model = load_dual_encoder(source, self.label_names, pixels, texts, self.arguments)
             self.auto_class = type(model)
         if self.arguments.image_size is not None:
