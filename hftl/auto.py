@@ -159,10 +159,10 @@ class Ladder:
         epoch = training * len(self.splits.train) + prediction * len(self.splits.validation)
         say(f"auto: an epoch of the whole model takes about {epoch:.0f} s, {max(0, self.budget.left):.0f} s are left")
         method, factor = self._most_promising(self.left / epoch)
-        runs, epochs = _shape(self.left / epoch)
+        runs, epochs = _shape(self.left / epoch, _later(self.arguments))
         if epochs >= _LEAST_FOR_SOUP:  # whose ingredients are scored one by one
             self.reserve += 1.2 * prediction * INGREDIENTS * len(self.splits.validation)
-            runs, epochs = _shape(self.left / epoch)
+            runs, epochs = _shape(self.left / epoch, _later(self.arguments))
         if epochs >= _LEAST_EPOCHS:
             self._train("final", method, factor, epochs, runs)
         elif self.left > _PARTIAL_COSTS * self._of("probe")[0].seconds:
@@ -287,7 +287,7 @@ class Ladder:
         model = copy.deepcopy(self.model).to(self.arguments.device).train()
         batch = compute.typical_batch(self.task.dataset(self.splits.train, training=True), self.task.collate)
         batch = {name: value.to(self.arguments.device) for name, value in batch.items()}
-        rows = _MOST_RUNS * _MOST_EPOCHS * len(self.splits.train)
+        rows = _MOST_RUNS * (_MOST_EPOCHS + _later(self.arguments)) * len(self.splits.train)
         loss = self.task.loss(self.splits)
         precision = compute.choose_precision(model, batch, loss, training=True, rows=rows, arguments=self.arguments)
         if precision != self.arguments.precision:
@@ -296,13 +296,22 @@ class Ladder:
         return training, compute.seconds_a_row(model.eval(), batch, loss, False, precision)
 
 
-def _shape(epochs: float) -> tuple[int, float]:
+def _later(arguments: TransferArguments) -> float:
+    """Epochs that a task has by default beyond what most have: it learns that much later."""
+    return arguments.usual_epochs - TransferArguments.usual_epochs
+
+
+def _shape(epochs: float, later: float = 0.0) -> tuple[int, float]:
     """How many runs of how many epochs the last training has, where so many epochs fit in all.
 
     Whole epochs: a part of one at the end would see some rows more often than others.
+
+    Args:
+        epochs: that fit.
+        later: how many more than usual a run needs, see `_later`.
     """
-    runs = int(min(max(epochs // _EPOCHS_OF_RUN, 1), _MOST_RUNS))
-    epochs = min(_MOST_EPOCHS, epochs / runs)
+    runs = int(min(max(epochs // (_EPOCHS_OF_RUN + later), 1), _MOST_RUNS))
+    epochs = min(_MOST_EPOCHS + later, epochs / runs)
     return runs, math.floor(epochs) if epochs >= 2 else round(epochs, 2)
 
 

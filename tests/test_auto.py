@@ -50,6 +50,15 @@ def test_time_for_more_epochs_goes_into_further_runs(epochs: float, shape: tuple
     assert auto._shape(epochs) == shape
 
 
+@pytest.mark.parametrize(
+    ("epochs", "shape"), [(5.4, (1, 5)), (7.5, (1, 7)), (11.9, (1, 8)), (12, (2, 6)), (99, (3, 8))]
+)
+def test_a_task_that_learns_late_has_longer_runs(epochs: float, shape: tuple[int, float]) -> None:
+    later = auto._later(hftl.parse(hftl.AudioArguments, ["--model=a", "--dataset=b"]))
+    assert later == 3
+    assert auto._shape(epochs, later) == shape
+
+
 def test_the_whole_ladder(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
