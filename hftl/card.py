@@ -286,12 +286,14 @@ def _limits(
 ) -> str:
     """What one should know before relying on the model, as a list."""
     names = list(map(in_markdown, splits.label_names))
-    lines = splits.problem.limits(scores, len(splits.scored), split, splits.train_labels, names)
+    trained = train["trainable_parameters"] > 0
+    labels = splits.train_labels if trained else splits.train_labels[:0]
+    lines = splits.problem.limits(scores, len(splits.scored), split, labels, names)
     if split == "validation":
         lines.append(
             "There was no test split: the model was chosen by these scores, new data may well give lower ones."
         )
-    learned = f"{len(splits.train):,}" if train["trainable_parameters"] else "no"
+    learned = f"{len(splits.train):,}" if trained else "no"
     lines.append(
         f"It has learned from {learned} rows of {dataset}: on data of another origin the scores may be far lower."
     )

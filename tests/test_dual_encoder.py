@@ -175,6 +175,7 @@ def test_a_run_without_training_is_a_run(
     assert (again / "predictions.csv").read_bytes() == (zero_shot.folder / "predictions.csv").read_bytes()
     card = (zero_shot.folder / "README.md").read_text(encoding="utf-8")
     assert "It has learned from no rows of squares" in card
+    assert "Fewer than" not in card
     assert "library_name: hftl" in card
     config = (zero_shot.folder / "config.json").read_text(encoding="utf-8")
     assert str(place) not in config

@@ -298,7 +298,7 @@ class Problem:
             scores: of the rows that were scored.
             rows: how many they are.
             split: where they are from.
-            labels: of the training rows.
+            labels: of the rows that it has learned from; none where nothing was trained.
             names: of the outputs, as they may stand in Markdown.
         """
         raise NotImplementedError

@@ -163,10 +163,11 @@ class SingleLabel(Problem):
         """The interval of the accuracy, rare classes, and how far probabilities are off."""
         low, high = share_interval(round(scores["accuracy"] * rows), rows)
         lines = [f"Accuracy on {rows:,} rows of {split}: with 95 % confidence between {low:.3f} and {high:.3f}."]
-        counts = self.counts(labels, names)
-        lines += few_rows(counts, names)
-        if is_uneven(counts):
-            lines.append("The classes are unevenly frequent in training: look at each, not at the accuracy alone.")
+        if len(labels):
+            counts = self.counts(labels, names)
+            lines += few_rows(counts, names)
+            if is_uneven(counts):
+                lines.append("The classes are unevenly frequent in training: look at each, not at the accuracy alone.")
         error = scores.get("expected_calibration_error", 0.0)
         if error > _UNCALIBRATED:
             lines.append(f"Its probabilities are off by {error:.0%} on average: it is not as right as it is sure.")
