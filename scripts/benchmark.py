@@ -256,7 +256,9 @@ def _runner(options: argparse.Namespace, work: Path, *models: str) -> Runner:
     home = work / "home"
     command = [sys.executable, "-m", "hftl.builtin", *models]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HFTL_HOME": str(home)}
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    code = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
+    if code:
+        sys.exit(code)  # it has said why
     return Runner(work / "jobs", home, options.gpu)
 
 

