@@ -6,7 +6,9 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -388,6 +390,26 @@ def test_adapters_in_the_last_blocks_train_on_kept_activations(
     adapter = load_file(tmp_path / "kept" / "adapter" / "adapter_model.safetensors")
     blocks = {name.split(".layer.")[1].split(".")[0] for name in adapter if ".layer." in name}
     assert len(blocks) == 1
+
+
+@pytest.mark.parametrize("slow", [0.0, float("inf")])
+def test_files_that_come_slowly_are_read_by_threads(slow: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    readers = []
+
+    class Rows:
+        def __len__(self) -> int:
+            return 9
+
+        def key(self, index: int, full: bool) -> int:
+            readers.append(threading.current_thread() is threading.main_thread())
+            return 2**63 + index * (2 if full else 1)
+
+    monkeypatch.setattr(features, "_TRIED", 4)
+    monkeypatch.setattr(features, "_SLOW", slow)
+    keys = features._keys(Rows(), SimpleNamespace(feature_cache_hash="full"))
+    assert keys.tolist() == [2**63 + 2 * index for index in range(9)]
+    assert readers[:4] == [True] * 4
+    assert readers[4:] == [slow > 0] * 5
 
 
 @pytest.mark.slow
