@@ -10,13 +10,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
@@ -30,7 +28,7 @@ from hftl.errors import UsageError, did_you_mean
 from hftl.hub import check_hub
 from hftl.modality import FILES, TEXT, Modality, is_missing
 from hftl.problems import LabelCells, Problem, SingleLabel
-from hftl.sources import file_key, source_of
+from hftl.sources import AT_ONCE, file_key, in_threads, source_of
 from hftl.tables import TABLE_SUFFIXES, decoded, read_columns
 from hftl.words import CONLL_SUFFIXES, as_words, is_tagged, joined, lines, read_conll, split_words
 
@@ -64,12 +62,9 @@ JOINED = {"label": "label_columns", "choices": "choice_columns"}
 CHOICES_COLUMNS = ("choices", "endings", "options", "answers", "candidates", "alternatives", "solutions")
 
 PathType = TypeVar("PathType", str, Path)
-Result = TypeVar("Result")
 
 _IN_TABLES = ("text", "text_pair", "choices", "numbers", "categories")  # inputs that are no files
 FULL_DECODE_LIMIT = 5000  # above so many files reading all of them whole takes minutes: headers only
-_AT_ONCE = 256  # files that are in memory, where a data set holds them
-_PIECE = 16  # of them for a thread: to hand over one alone takes longer than to hash it
 
 
 @dataclass
@@ -141,7 +136,7 @@ class Splits:
         files = [name for name in names if name not in _IN_TABLES]
         if not files:
             return written
-        keys = _in_threads(_undated_key, column_of(part, files[0]))
+        keys = in_threads(_undated_key, column_of(part, files[0]))
         return [key.hex() + text for key, text in zip(keys, written, strict=True)]
 
     def fingerprint(self, *parts: datasets.Dataset) -> str:
@@ -1257,20 +1252,8 @@ def column_of(rows: Any, column: str) -> Iterator[Any]:
         yield from repeat("", len(rows))
     else:
         part = rows.select_columns([column])
-        for start in range(0, len(part), _AT_ONCE):
-            yield from part[start : start + _AT_ONCE][column]
-
-
-def _in_threads(function: Callable[[Any], Result], values: Iterable[Any]) -> list[Result]:
-    """What a function says of each value, in order; of few values at a time, for what they hold."""
-    results: list[Result] = []
-    values = iter(values)
-    with ThreadPoolExecutor(_threads()) as pool:
-        while several := list(itertools.islice(values, _AT_ONCE)):
-            pieces = [several[start : start + _PIECE] for start in range(0, len(several), _PIECE)]
-            for found in pool.map(lambda piece: [function(value) for value in piece], pieces):
-                results += found
-    return results
+        for start in range(0, len(part), AT_ONCE):
+            yield from part[start : start + AT_ONCE][column]
 
 
 def _embedded(part: datasets.Dataset, column: str) -> bool:
@@ -1279,7 +1262,7 @@ def _embedded(part: datasets.Dataset, column: str) -> bool:
 
 def _problems(part: datasets.Dataset, modality: Modality, full: bool) -> list[str | None]:
     """Why the file of a row cannot be read, or that the row has neither a file nor a text; None where all is well."""
-    problems = _in_threads(lambda value: modality.problem(value, full), column_of(part, modality.name))
+    problems = in_threads(lambda value: modality.problem(value, full), column_of(part, modality.name))
     if not modality.has_texts:
         return problems
     gone = map(is_missing, column_of(part, modality.name))
@@ -1322,10 +1305,6 @@ def _check_files(
     elif not full:
         notes.append(f"{plural}: {total}, only their headers checked (--skip_bad_files reads them whole)")
     return kept
-
-
-def _threads() -> int:
-    return min(8, os.cpu_count() or 1)
 
 
 def _content_notes(parts: dict[str, datasets.Dataset], modality: Modality) -> list[str]:
@@ -1381,7 +1360,7 @@ def _file_keys(parts: dict[str, datasets.Dataset], column: str) -> dict[str, lis
     if any(_embedded(part, column) for part in parts.values()):
         if sum(len(part) for part in parts.values()) > FULL_DECODE_LIMIT:
             return None
-        return {role: _in_threads(_content_digest, column_of(part, column)) for role, part in parts.items()}
+        return {role: in_threads(_content_digest, column_of(part, column)) for role, part in parts.items()}
     paths = {role: part[column][:] for role, part in parts.items()}
     sizes = {role: [os.path.getsize(path) if path else 0 for path in paths[role]] for role in parts}
     splits_with = Counter(size for role in parts for size in set(sizes[role]))
@@ -1389,7 +1368,7 @@ def _file_keys(parts: dict[str, datasets.Dataset], column: str) -> dict[str, lis
         role: [path if splits_with[size] > 1 else None for path, size in zip(paths[role], sizes[role], strict=True)]
         for role in parts
     }
-    return {role: _in_threads(_digest, wanted[role]) for role in parts}
+    return {role: in_threads(_digest, wanted[role]) for role in parts}
 
 
 def _undated_key(value: Any) -> bytes:

@@ -14,13 +14,11 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
-import itertools
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +40,13 @@ from hftl.methods import Plan, Stage
 from hftl.methods.plan import prepare_modules
 from hftl.probes import BESIDE, LinearHead, Probe, check_every_class, fit_linear_head, fit_probe, linear_probe
 from hftl.shards import DTYPES, NotKept, Shards
+from hftl.sources import in_threads
 
 #: examples on which it is tried how the activations can be kept
 _ROWS = 32
 #: a shard is published when it holds so many bytes, or after so many seconds: what an interruption can lose
 _SHARD_BYTES = 32_000_000
 _SECONDS_BETWEEN_SHARDS = 30.0
-#: rows whose files are read one after another, and the seconds a row from which on several threads read the rest:
-#: faster ones wait for each other's interpreter lock longer than for the disk (0.06 ms a row by one, 0.2 by eight)
-_TRIED, _SLOW = 64, 1e-3
 #: the settings of kept features, which a method that keeps none does not use, and their defaults
 OF_KEPT_FEATURES = {
     name: TransferArguments.__dataclass_fields__[name].default
@@ -463,18 +459,9 @@ class _Extraction:
 
 
 def _keys(dataset: Any, arguments: Any) -> np.ndarray[Any, Any]:
-    """64 bits for the content of each row; files that come slowly are read by several threads."""
-
-    def key(index: int) -> int:
-        return int(dataset.key(index, arguments.feature_cache_hash == "full"))
-
-    started, count = time.monotonic(), len(dataset)
-    first = [key(index) for index in range(min(_TRIED, count))]
-    rest = range(len(first), count)
-    if time.monotonic() - started < _SLOW * len(first):
-        return np.fromiter(itertools.chain(first, map(key, rest)), dtype=np.uint64, count=count)
-    with ThreadPoolExecutor(8) as pool:
-        return np.fromiter(itertools.chain(first, pool.map(key, rest)), dtype=np.uint64, count=count)
+    """64 bits for the content of each row."""
+    full = arguments.feature_cache_hash == "full"
+    return np.array(in_threads(lambda index: dataset.key(index, full), range(len(dataset))), dtype=np.uint64)
 
 
 @contextlib.contextmanager

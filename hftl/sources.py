@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
-from typing import Any
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from hftl.errors import UsageError
 
 #: how much of a file's beginning and end stands for its content
 _PART = 65_536
+#: files that are in memory at once, where a data set holds them
+AT_ONCE = 256
+#: of them for a thread: to hand over one alone takes longer than to hash it
+_PIECE = 16
+#: files that are looked at one after another first, and the seconds for one from which on threads pay: below, they wait
+#: for each other longer than for the disk (small files, two cores: 0.06 ms one by one and 0.16 by threads; photographs
+#: that are decoded 0.59 and 0.40)
+_TRIED, _SLOW = 64, 2.5e-4
+Value = TypeVar("Value")
+Result = TypeVar("Result")
 
 
 def source_of(value: Any, kind: str, otherwise: str) -> tuple[str | bytes | None, str]:
@@ -75,3 +89,22 @@ def file_key(source: str | bytes, name: str, full: bool = False, dated: bool = T
     except OSError as error:
         raise UsageError(f"{name} cannot be read: {error.strerror}") from error
     return digest.digest()
+
+
+def in_threads(function: Callable[[Value], Result], values: Iterable[Value]) -> list[Result]:
+    """What a function says of each file, in order; by several threads where the first ones take long.
+
+    Args:
+        function: reads a file.
+        values: files, of which `AT_ONCE` are held at a time.
+    """
+    values, started = iter(values), time.monotonic()
+    results = [function(value) for value in itertools.islice(values, _TRIED)]
+    if time.monotonic() - started < _SLOW * len(results):
+        return results + [function(value) for value in values]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        while several := list(itertools.islice(values, AT_ONCE)):
+            pieces = [several[start : start + _PIECE] for start in range(0, len(several), _PIECE)]
+            for found in pool.map(lambda piece: [function(value) for value in piece], pieces):
+                results += found
+    return results

@@ -22,7 +22,7 @@ from tiny_models import TINY, tiny_inputs
 from tiny_training import tiny_arguments
 
 import hftl
-from hftl import batches, cli, features, methods
+from hftl import batches, cli, features, methods, sources
 from hftl.cut import Cut, NoCut
 from hftl.methods.plan import prepare_modules
 from hftl.shards import NotKept, Shards
@@ -404,8 +404,8 @@ def test_files_that_come_slowly_are_read_by_threads(slow: float, monkeypatch: py
             readers.append(threading.current_thread() is threading.main_thread())
             return 2**63 + index * (2 if full else 1)
 
-    monkeypatch.setattr(features, "_TRIED", 4)
-    monkeypatch.setattr(features, "_SLOW", slow)
+    monkeypatch.setattr(sources, "_TRIED", 4)
+    monkeypatch.setattr(sources, "_SLOW", slow)
     keys = features._keys(Rows(), SimpleNamespace(feature_cache_hash="full"))
     assert keys.tolist() == [2**63 + 2 * index for index in range(9)]
     assert readers[:4] == [True] * 4
