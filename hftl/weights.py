@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -27,6 +28,10 @@ _INSIDE = ("state_dict", "model_state_dict", "model_state", "model_ema", "teache
 _PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".th")
 #: segments that may stand before the names that two libraries share
 _MOST_SEGMENTS = 3
+#: a head has two tensors, one more block of a deeper model has more
+_LEAST_OF_A_BLOCK = 3
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 State = dict[str, torch.Tensor]
 
@@ -55,7 +60,7 @@ def fill(model: nn.Module, name: str) -> None:
     """Fill the backbone of a model from a file; the head stays as it is.
 
     Raises:
-        UsageError: the file cannot be read, or fills less than `LEAST_LOADED` of the backbone's tensors.
+        UsageError: the file cannot be read, or as `fill_from`.
     """
     count, total = fill_from(model, _read(name), f"--weights {name!r}")
     say(f"weights: {count} of the {total} tensors of the backbone are those of {Path(name).name}")
@@ -70,7 +75,7 @@ def fill_from(model: nn.Module, state: Mapping[str, object], name: str) -> tuple
         name: what messages call them.
 
     Raises:
-        UsageError: they fill less than `LEAST_LOADED` of the backbone's tensors.
+        UsageError: they fill less than `LEAST_LOADED` of the backbone's tensors, or hold more blocks than it has.
     """
     head = backbones.structure(model).trained_head
     target = {
@@ -86,7 +91,12 @@ def fill_from(model: nn.Module, state: Mapping[str, object], name: str) -> tuple
             f"{name} fills {len(found)} of the {len(target)} tensors of the backbone (first missing: {first}): it is "
             "of another architecture."
         )
-    model.load_state_dict(found, strict=False)
+    if left := _further_blocks(source.keys(), set(found.values())):
+        block, count = left.most_common(1)[0]
+        raise UsageError(
+            f"{name}: {count} tensors of {block} and its like are not in the architecture: it is of a larger model."
+        )
+    model.load_state_dict({key: source[own] for key, own in found.items()}, strict=False)
     return len(found), len(target)
 
 
@@ -116,14 +126,18 @@ def _tensors(state: Mapping[str, object]) -> State:
     }
 
 
-def _by_name(source: State, target: State) -> State:
-    """The tensors of the same name and shape, once what stands before the names on both sides is exchanged."""
-    best: State = {}
+def _by_name(source: State, target: State) -> dict[str, str]:
+    """Tensors of the same name and shape, once what stands before the names on both sides is exchanged.
+
+    Returns:
+        For each name in the target the one in the source.
+    """
+    best: dict[str, str] = {}
     for strip in _prefixes(source):
-        named = {key[len(strip) :]: value for key, value in source.items() if key.startswith(strip)}
+        named = [key for key in source if key.startswith(strip)]
         for add in _prefixes(target):
-            pairs = ((f"{add}{key}", value) for key, value in named.items())
-            found = {key: value for key, value in pairs if key in target and target[key].shape == value.shape}
+            pairs = ((f"{add}{key[len(strip) :]}", key) for key in named)
+            found = {key: own for key, own in pairs if key in target and target[key].shape == source[own].shape}
             best = found if len(found) > len(best) else best
     return best
 
@@ -137,8 +151,16 @@ def _prefixes(names: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def _by_order(source: State, target: State) -> State:
-    """The tensors one after the other, where all shapes agree; what is left in the file is its head."""
-    pairs = list(zip(source.values(), target.items(), strict=False))
-    agree = len(source) >= len(target) and all(value.shape == wanted.shape for value, (_, wanted) in pairs)
-    return {key: value for value, (key, _) in pairs} if agree else {}
+def _by_order(source: State, target: State) -> dict[str, str]:
+    """The names one after the other, where all shapes agree; what is left in the file is its head."""
+    pairs = list(zip(target, source, strict=False))
+    agree = len(source) >= len(target) and all(source[own].shape == target[key].shape for key, own in pairs)
+    return dict(pairs) if agree else {}
+
+
+def _further_blocks(names: Iterable[str], used: set[str]) -> Counter[str]:
+    """Blocks that are named as those in use but for their number, and how many tensors of each are not in use."""
+    shapes = {_NUMBER.sub("*", name) for name in used}
+    left = (name for name in names if name not in used and _NUMBER.sub("*", name) in shapes)
+    blocks = Counter(name[: number.end()] for name in left if (number := _NUMBER.search(name)))
+    return Counter({block: count for block, count in blocks.items() if count >= _LEAST_OF_A_BLOCK})

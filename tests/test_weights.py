@@ -96,6 +96,16 @@ def test_a_training_from_the_package_of_lite0_begins_as_the_builtin_does(
     assert hftl.load_run(tmp_path / "run").task.arguments.weights == str(file)
 
 
+@pytest.mark.parametrize("rename", [str, lambda key: f"body.{key.replace('norm', 'ln')}"])
+def test_a_deeper_model_does_not_fill_a_part_of_itself(rename: Any, tmp_path: Path) -> None:
+    """Its first blocks would, by name and by order, and the model would answer all the same."""
+    sizes = {"embed_dim": 16, "num_heads": 2, "img_size": 32}
+    deeper = timms(timm_model("vit_tiny_patch16_224", depth=3, **sizes))
+    torch.save({rename(key): value for key, value in deeper.items()}, tmp_path / "deeper.pth")
+    with pytest.raises(UsageError, match=r"\d+ tensors of (body\.)?blocks\.2 and its like .*: it is of a larger model"):
+        weights.fill(timm_model("vit_tiny_patch16_224", depth=2, **sizes), str(tmp_path / "deeper.pth"))
+
+
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     torch.save({"a.weight": torch.zeros(3)}, tmp_path / "other.pth")
     torch.save([1, 2], tmp_path / "list.pth")
