@@ -12,7 +12,8 @@ means about the same share of any of them. Every parameter belongs to the head o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,10 +64,29 @@ def structure(model: nn.Module) -> Structure:
 
     For a PEFT model the names are those of the model it wraps, as they were before PEFT.
 
+    It is found anew only where modules or parameters are others than before: a training asks for it some twenty times,
+    which for a network of a few hundred layers would take a second.
+
     Raises:
         UsageError: no output layer is found, or nothing else.
     """
     plain = without_adapters(model)
+    parts = (
+        tuple((name, type(module)) for name, module in plain.named_modules()),
+        tuple((name, weight.shape) for name, weight in plain.named_parameters()),
+    )
+    before, found = _FOUND.get(plain, (None, None))
+    if found is None or before != parts:
+        found = _structure(plain)
+        _FOUND[plain] = parts, found
+    return found
+
+
+#: what a model was made of when its structure was found, and the structure
+_FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, Structure]] = weakref.WeakKeyDictionary()
+
+
+def _structure(plain: nn.Module) -> Structure:
     if towers := _towers(plain):
         head = tuple(name for name, child in plain.named_children() if child not in towers.values())
         return Structure(head, _beside_each_other(towers))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import functools
 import os
 import platform
 import time
 from collections import Counter
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,10 @@ _LOSS_TOLERANCE, _LEAST_LOSS = 0.01, 0.1
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
 #: how far folding may move the outputs, relative to the largest: rounding of one more product a layer
 _FOLDING_TOLERANCE = 1e-4
+
+
+#: of an installed package; to read what it says of itself takes hundredths of a second
+version_of = functools.cache(version)
 
 
 # --- threads and memory ----------------------------------------------------------------------------------------------

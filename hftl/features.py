@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import inspect
 import json
 import os
@@ -71,7 +70,7 @@ def fingerprint(task: Any, model: nn.Module, source: Source, precision: str) -> 
     config = plain.config.to_dict() if hasattr(plain, "config") else {}
     config = {name: value for name, value in config.items() if name not in _NOT_THE_BODY}
     libraries = ("torch", "transformers", "timm", "torchvision", "pillow")
-    versions = [__version__, *map(importlib.metadata.version, libraries)]
+    versions = [__version__, *map(compute.version_of, libraries)]
     kinds = [kind for kind in (*type(task).__mro__, type(plain)) if kind.__module__ != "builtins"]
     try:
         sources = sorted({Path(inspect.getfile(kind)).read_bytes() for kind in kinds})

@@ -194,7 +194,10 @@ def _find_run(path: Path) -> Finished:
                 state += f"; the run that was to be replaced lies in its folder {REPLACED}"
             raise UsageError(f"{str(path)!r} is no finished run: the folder {state}.")
     _check_version(path)
-    return Finished(path, str(read_yaml(path / RECIPE).get("task")), _label_names(path))
+    recipe = read_yaml(path / RECIPE)
+    found = Finished(path, str(recipe.get("task")), _label_names(path))
+    found.recipe = recipe  # a hundred lines, read once
+    return found
 
 
 def _label_names(folder: Path) -> list[str]:

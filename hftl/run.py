@@ -426,4 +426,6 @@ def load_run(
     except (AttributeError, *LOAD_ERRORS) as error:  # its files hold other things than they should
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"The run in {str(path)!r} is damaged, its processor cannot be loaded: {reason}") from error
-    return Run(path, task)
+    run = Run(path, task)
+    run.recipe = recipe
+    return run

@@ -6,7 +6,6 @@ import platform
 import resource
 import shutil
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +165,8 @@ def _logits(model: Any, batch: dict[str, torch.Tensor], device: torch.device) ->
 def _versions() -> dict[str, str]:
     """Of what may make a difference."""
     names = ("torch", "transformers", "timm", "peft", "accelerate", "datasets", "scikit-learn")
-    return {"hftl": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
+    found = {name: compute.version_of(name) for name in names}
+    return {"hftl": __version__, "python": platform.python_version(), **found}
 
 
 def _peak_memory_mb() -> float:

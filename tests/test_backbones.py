@@ -486,3 +486,15 @@ def test_tiny_image_folder_is_an_ordinary_checkpoint(kind: str, tmp_path) -> Non
         torch.zeros(3, 40, 50, dtype=torch.uint8), return_tensors="pt"
     )
     assert AutoModel.from_pretrained(tmp_path).eval()(**pixels).last_hidden_state.shape[0] == 1
+
+
+def test_a_model_that_was_changed_has_another_structure() -> None:
+    model = TINY["bert"]()
+    before = backbones.structure(model)
+    assert backbones.structure(model) is before
+    model.bert.encoder.layer = model.bert.encoder.layer[:2]
+    shorter = backbones.structure(model)
+    assert shorter.blocks == before.blocks[:-1]
+    model.classifier = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 3))
+    model.dropout = nn.LayerNorm(16)
+    assert backbones.structure(model).head == ("dropout", "classifier")
