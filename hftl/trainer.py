@@ -27,6 +27,7 @@ from hftl.cut import Cut
 from hftl.errors import Diverged, UsageError
 from hftl.methods import Stage
 from hftl.methods.plan import prepare_modules
+from hftl.metrics import SHARES, standard_error
 
 #: rows of a class that stand together at most: M of the "M per class" of Musgrave et al. 2020
 _GROUP = 4
@@ -286,6 +287,23 @@ class TransferTrainer(Trainer):
             shares = EvenShares(shard.batch_sampler, self.args.world_size, self.args.process_index, least)
             object.__setattr__(inner, "batch_sampler", shares)  # a DataLoader forbids it; no other way leads there
         return loader
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Trainer's; but of the evaluations that chance cannot tell from the best one, the latest counts as such.
+
+        The one-standard-error rule (Breiman et al. 1984): on a few dozen rows the highest of ten scores is luck, and
+        the weights behind it have seen less, at higher rates, than the later ones. With 16 rows a class to train on and
+        as many to validate (five data sets, `full`, three draws each) test scores are 1.4 ± 0.8 points higher than with
+        the highest score; with 2,000 rows they are the same. Who stops early wants the highest.
+        """
+        best, name = self.state.best_metric, str(self.args.metric_for_best_model).removeprefix("eval_")
+        found = super()._determine_best_metric(metrics, trial)
+        if found or name not in SHARES or self.args.early_stopping_patience:
+            return found
+        alike = metrics[f"eval_{name}"] >= best - standard_error(best, len(self.eval_dataset))
+        if alike:
+            self.state.best_global_step = self.state.global_step
+        return alike
 
     def score(self) -> float:
         """What chooses, on validation, of the weights that training ended with; evaluated where it is not known."""

@@ -89,7 +89,7 @@ def assert_model_is(trainer: TransferTrainer, expected: dict[str, torch.Tensor])
 @pytest.mark.parametrize("name", ["bert", "timm_resnet18"])
 @pytest.mark.parametrize(("decay", "best"), [(0.999, 2), (0.2, 3)])
 def test_moving_average(name: str, decay: float, best: int, tmp_path: Path) -> None:
-    scores = [0.1 * (epoch == best) for epoch in (1, 2, 3)]
+    scores = [float(epoch == best) for epoch in (1, 2, 3)]
     flags = ["--num_train_epochs=3", f"--ema_decay={decay}"]
     trainer, steps = trained(name, tmp_path, *flags, average="ema", scores=scores)
     assert trainer.state.best_global_step == 3 * best
@@ -99,6 +99,20 @@ def test_moving_average(name: str, decay: float, best: int, tmp_path: Path) -> N
         expected = {key: share * value + (1 - share) * step[key].double() for key, value in expected.items()}
     trainer.average.finish()
     assert_model_is(trainer, {key: value.float() for key, value in expected.items()})
+
+
+@pytest.mark.parametrize(("patience", "best"), [([], 2), (["--early_stopping_patience=5"], 1)])
+def test_of_evaluations_that_chance_cannot_tell_apart_the_latest_counts(
+    patience: list[str], best: int, tmp_path: Path
+) -> None:
+    """Half of six rows is known to 0.2: 0.4 is no less, 0.2 is."""
+    flags = ["--num_train_epochs=3", *patience]
+    trainer, steps = trained("bert", tmp_path, *flags, average="none", scores=[0.5, 0.4, 0.2])
+    assert trainer.state.best_global_step == 3 * best
+    assert trainer.state.best_metric == 0.5
+    found = every_tensor(trainer.model)
+    assert [name for name in found if not found[name].equal(steps[3 * best - 1][name])] == []
+    assert training._kept_score(trainer) == [0.5, 0.4][best - 1]
 
 
 def test_evaluations_see_the_moving_average_and_training_does_not(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ SHOTS = 16
 #: what is compared → its flags
 VARIANTS: dict[str, list[str]] = {
     "full": ["--method=full"],
+    "full, last weights": ["--method=full", "--load_best_model_at_end=false"],
     "full, layer decay 0.9": ["--method=full", "--layer_decay=0.9"],
     "full, soup": ["--method=full", "--average=soup"],
     "full, soup of 3 runs": ["--method=full", "--soup_runs=3"],
@@ -52,6 +53,7 @@ VARIANTS: dict[str, list[str]] = {
     "full, SWA": ["--method=full", "--average=swa"],
     "auto, 60 s": ["--method=auto", "--time_budget=60s"],
     "auto, 200 s": ["--method=auto", "--time_budget=200s"],
+    "auto, 400 s": ["--method=auto", "--time_budget=400s"],
 }
 Entry = dict[str, Any]
 
