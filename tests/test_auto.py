@@ -33,6 +33,13 @@ def train(world: Path, run: Path, *flags: str) -> None:
     cli._run(["train", "text-classification", *settings, "--report_to=none", *flags])
 
 
+@pytest.fixture
+def many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the few rows of these tests were many."""
+    monkeypatch.setattr(auto, "LEAST_STEPS", 1)
+    monkeypatch.setattr(auto, "_LEAST_TO_TELL", 1)
+
+
 def rows_of(run: Path) -> list[dict[str, str]]:
     with (run / "trials.csv").open() as file:
         return list(csv.DictReader(file))
@@ -59,6 +66,7 @@ def test_a_task_that_learns_late_has_longer_runs(epochs: float, shape: tuple[int
     assert auto._shape(epochs, later) == shape
 
 
+@pytest.mark.usefixtures("many_rows")
 def test_the_whole_ladder(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,6 +107,26 @@ def test_the_whole_ladder(
     assert "# someone/mine" in card.splitlines()
 
 
+def test_few_rows_have_runs_of_many_epochs_and_no_trials(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """48 rows are 12 steps of 4, of which 80 are 7 epochs; by 24 rows no way can be told from another."""
+    shapes: list[float] = []
+
+    def shape(epochs: float, later: float) -> tuple[int, float]:
+        shapes.append(epochs)
+        return 2, 3.0
+
+    monkeypatch.setattr(auto, "_shape", shape)
+    train(world, tmp_path / "run", "--time_budget=1h", "--per_device_train_batch_size=4")
+    rows = [(row["rung"], row["method"], row["epochs"]) for row in rows_of(tmp_path / "run")]
+    assert rows == [("probe", "frozen", "0.0"), ("final", "full", "7.0")]
+    assert shapes[0] > auto._EPOCHS_FOR_TRIALS
+    printed = capsys.readouterr().out
+    assert "auto: 3 epochs of so few rows of the whole model take about" in printed
+    assert "all, run 2: epoch 7, validation" in printed
+
+
 def test_an_interrupted_ladder_leaves_a_run_and_goes_on(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +158,7 @@ def test_an_interrupted_ladder_leaves_a_run_and_goes_on(
     assert "test" in hftl.load_run(tmp_path / "run").metrics
 
 
+@pytest.mark.usefixtures("many_rows")
 def test_a_trial_goes_on_from_its_checkpoint(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,6 +200,7 @@ def test_the_time_limit_ends_a_training_with_an_evaluated_model(world: Path, tmp
     assert [entry["step"] for entry in entries if "eval_loss" in entry] == [1]
 
 
+@pytest.mark.usefixtures("many_rows")
 def test_a_trial_that_diverges_does_not_end_the_ladder(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,8 +224,14 @@ def run_folder(folder: Path, accuracy: float, right: list[int]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("gains", "losses", "better"), [(1, 0, False), (2, 0, True), (3, 2, False), (9, 2, True)])
-def test_only_more_than_chance_takes_the_place(tmp_path: Path, gains: int, losses: int, better: bool) -> None:
+@pytest.mark.parametrize(
+    ("gains", "losses", "short", "usual"),
+    [(1, 0, False, True), (2, 0, True, True), (3, 2, False, True), (9, 2, True, True), (0, 1, False, True),
+     (0, 2, False, False), (2, 9, False, False)],
+)  # fmt: skip
+def test_only_more_than_chance_takes_the_place_or_keeps_it(
+    tmp_path: Path, gains: int, losses: int, short: bool, usual: bool
+) -> None:
     before = np.array([0] * gains + [1] * losses + [1] * (40 - gains - losses))
     now = np.array([1] * gains + [0] * losses + [1] * (40 - gains - losses))
     ladder = object.__new__(auto.Ladder)
@@ -203,7 +239,8 @@ def test_only_more_than_chance_takes_the_place(tmp_path: Path, gains: int, losse
     ladder.task = SimpleNamespace(label_names=["bad", "good"])  # type: ignore[assignment]
     arguments: Any = type("Arguments", (), {"metric_for_best_model": "accuracy", "greater_is_better": True})
     ladder.arguments = arguments
-    assert ladder._is_better(run_folder(tmp_path / "trial", now.mean(), now.tolist())) == better
+    trial = run_folder(tmp_path / "trial", now.mean(), now.tolist())
+    assert [ladder._is_better(trial, usual_length) for usual_length in (False, True)] == [short, usual]
 
 
 @pytest.mark.parametrize(
