@@ -4,8 +4,8 @@ The first rung solves the head on features that run once: a usable model after s
 what a pass over the rows costs. What trains more of the model follows where a step, measured, fits into the time left:
 short trials of several ways where there is much time, the better half of them again and again, or the most promising
 one alone where there is little; then that one for longer, with a soup of its runs or epochs. Each rung is a finished
-run of its own, and the best so far stands in the run folder at every moment. Validation alone decides; the test split
-is touched once, at the end.
+run of its own, and the best so far stands in the run folder at every moment. Validation decides, and where it cannot
+tell, what is better as a rule; the test split is touched once, at the end.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from hftl.launch import started
 from hftl.lr_find import main_rate, scaled
 from hftl.methods import Plan, build_plan
 from hftl.methods.plan import LEAST_STEPS, MOST_EPOCHS, MOST_EVALUATIONS
+from hftl.metrics import SHARES
 from hftl.tables import aligned, as_csv
 from hftl.tasks.classification import ClassificationTask
 from hftl.training import train_plan
@@ -146,8 +147,8 @@ class Ladder:
         batch_size = self.arguments.per_device_train_batch_size or task.batch_size
         steps = math.ceil(len(splits.train) / (batch_size * self.arguments.gradient_accumulation_steps))
         epochs = min(MOST_EPOCHS, math.ceil(LEAST_STEPS / steps))
-        #: with few rows a run has more epochs than usual, as in every method: so many for one
-        self.times = max(1.0, epochs / self.arguments.usual_epochs)
+        #: with few rows a run has more epochs, as in every method: so many where there is one for many rows
+        self.stretch = max(1.0, epochs / self.arguments.usual_epochs)
 
     @property
     def left(self) -> float:
@@ -164,11 +165,12 @@ class Ladder:
         if not self._of("probe"):
             self._check_probe_fits(prediction)
             self._train("probe", "frozen", 1.0, 0.0)
-        epoch = self.times * training * len(self.splits.train)
-        epoch += min(self.times, MOST_EVALUATIONS / 2) * prediction * len(self.splits.validation)
-        name = "an epoch" if self.times == 1 else f"{self._epochs(1.0):g} epochs of so few rows"
-        says = f"auto: {name} of the whole model take{'s' if self.times == 1 else ''} about {epoch:.0f} s"
-        say(f"{says}, {max(0, self.budget.left):.0f} s are left")
+        evaluations = min(self.stretch / (self.arguments.eval_epochs or 1), MOST_EVALUATIONS)
+        epoch = self.stretch * training * len(self.splits.train)
+        epoch += evaluations * prediction * len(self.splits.validation)
+        length = "an epoch" if self.stretch == 1 else f"{self._epochs(1.0):g} epochs"
+        left = f"{max(0, self.budget.left):.0f} s are left"
+        say(f"auto: to train the whole model for {length} takes about {epoch:.0f} s, {left}")
         method, factor = self._most_promising(self.left / epoch)
         runs, epochs = _shape(self.left / epoch, _later(self.arguments))
         if epochs >= _LEAST_FOR_SOUP:  # whose ingredients are scored one by one
@@ -177,11 +179,11 @@ class Ladder:
         if epochs >= _LEAST_EPOCHS:
             self._train("final", method, factor, self._epochs(epochs), runs)
         elif self.left > _PARTIAL_COSTS * self._of("probe")[0].seconds:
-            self._train("final", "partial", 1.0, self._epochs(_EPOCHS_OF_RUN))
+            self._train("final", "partial", 1.0, self._epochs(3.0))
 
     def _epochs(self, usual: float) -> float:
         """How many epochs of these rows stand for so many of a usual number of rows."""
-        return usual if self.times == 1 else float(math.ceil(usual * self.times))
+        return usual if self.stretch == 1 else max(1.0, float(math.floor(usual * self.stretch + 1e-6)))
 
     def _check_probe_fits(self, prediction: float) -> None:
         """Refuse a budget in which not even the head alone can be fitted.
@@ -201,7 +203,7 @@ class Ladder:
         return [trial for trial in self.trials if trial.rung == rung]
 
     def _most_promising(self, epochs: float) -> tuple[str, float]:
-        """One of the first two ways, or where `epochs` of the whole model fit, the one that short trials leave.
+        """One of the first two ways, or where time and validation rows are enough, the one that short trials leave.
 
         Successive halving (Jamieson and Talwalkar 2016): all train for one epoch, the better half anew for two, and so
         on. What an interrupted run has tried is not tried again.
@@ -209,7 +211,7 @@ class Ladder:
         too_few = len(self.splits.validation) < _LEAST_TO_TELL
         if too_few or (epochs < _EPOCHS_FOR_TRIALS and not self._of("trial")):
             return _WAYS[0] if epochs >= _EPOCHS_OF_RUN else _WAYS[1]
-        spent = sum(trial.epochs for trial in self._of("trial")) / self.times
+        spent = sum(trial.epochs for trial in self._of("trial")) / self.stretch
         ways = list(_WAYS if epochs + spent >= _EPOCHS_FOR_ALL else _WAYS[:_FEW_WAYS])
         sign = 1 if self.arguments.greater_is_better else -1
         length = 1.0
@@ -247,12 +249,12 @@ class Ladder:
             method=method,
             output_dir=str(place),
             num_train_epochs=epochs or None,
-            eval_epochs=self.arguments.eval_epochs or (1 if self.times == 1 else math.ceil(epochs / MOST_EVALUATIONS)),
+            eval_epochs=self.arguments.eval_epochs or self._epochs_between_evaluations(epochs),
             time_budget=None,
             preset=None,
             overwrite=False,
             resume=(place / CHECKPOINTS / RECIPE).is_file(),
-            average="soup" if rung == "final" and runs == 1 and epochs >= _LEAST_FOR_SOUP else "none",
+            average="soup" if rung == "final" and runs == 1 and epochs >= self._epochs(_LEAST_FOR_SOUP) else "none",
             soup_runs=runs,
             **(self._plain() if rung == "probe" else {}),
             **(OF_KEPT_FEATURES if method == "full" else {}),
@@ -263,9 +265,10 @@ class Ladder:
             plan = dataclasses.replace(plan, stages=tuple(stages), settings=plan.settings | rates)
         score, better = -math.inf if self.arguments.greater_is_better else math.inf, False
         try:
-            train_plan(self.task, plan, self.splits, arguments, [TimeLimit(self.budget.ends - self.reserve)])
-            usual_length = epochs >= self._epochs(_EPOCHS_OF_RUN)
-            score, better = self._score(place), self._is_better(place, usual_length)
+            limit = TimeLimit(self.budget.ends - self.reserve)
+            train_plan(self.task, plan, self.splits, arguments, [limit])
+            whole = method != "partial" and epochs >= self._epochs(self.arguments.usual_epochs) and not limit.is_up
+            score, better = self._score(place), self._is_better(place, whole)
         except Diverged as error:
             if not self.trials:
                 raise
@@ -276,6 +279,12 @@ class Ladder:
         self.trials.append(Trial(rung, method, factor, runs, epochs, score, time.time() - started, better))
         _write_table(self.path / TABLE, self.trials, self.budget.spent)
 
+    def _epochs_between_evaluations(self, epochs: float) -> int | None:
+        """As many as leave ten evaluations of a training of few rows; None leaves it to the training."""
+        if self.stretch == 1 or not epochs or self.arguments.eval_strategy != "epoch":
+            return None
+        return math.ceil(epochs / MOST_EVALUATIONS)
+
     def _plain(self) -> dict[str, Any]:
         """What the probe does without; augmented views that are kept stay."""
         kept = {"augmentation"} if self.arguments.feature_views > 1 else set()
@@ -285,14 +294,14 @@ class Ladder:
         metric = str(self.arguments.metric_for_best_model)
         return float(read_json(place / METRICS)["validation"][metric])
 
-    def _is_better(self, place: Path, usual_length: bool) -> bool:
+    def _is_better(self, place: Path, whole: bool) -> bool:
         """Whether a training takes the place of the run so far.
 
         If it is better by more than chance: by more than one standard error of the paired difference on validation,
         counted over the rows on which the two disagree (McNemar 1947; the one-standard-error rule, Breiman et al.
-        1984). A training of usual length is also taken where chance cannot tell it from the run so far: over six data
-        sets, with all rows and with 16 a class, `full` is 7 points better on test than the solved head on average, and
-        nowhere more than half a point worse (benchmarks/quality.md).
+        1984). A `whole` training, of more than the last blocks and of usual length, is also taken where chance cannot
+        tell it from the run so far: over six data sets, with all rows and with 16 a class, `full` is 7 points better on
+        test than the solved head on average, and on no data set more than half a point worse (benchmarks/quality.md).
         """
         if not (self.path / METRICS).is_file():
             return True
@@ -301,14 +310,14 @@ class Ladder:
         names = self.task.label_names
         before, now = (read_answers(path / PREDICTIONS, names).correct for path in (self.path, place))
         chance = math.sqrt(np.sum(now != before)) / len(now) + 1e-9  # what rounding leaves is no gain
-        return gain >= -chance if usual_length else gain > chance
+        return gain >= -chance if whole and self.arguments.metric_for_best_model in SHARES else gain > chance
 
     def _measure(self) -> tuple[float, float]:
         """Seconds to train the whole model on a row, and to predict one, in the precision that every rung will have."""
         model = copy.deepcopy(self.model).to(self.arguments.device).train()
         batch = compute.typical_batch(self.task.dataset(self.splits.train, training=True), self.task.collate)
         batch = {name: value.to(self.arguments.device) for name, value in batch.items()}
-        rows = self.times * _MOST_RUNS * (_MOST_EPOCHS + _later(self.arguments)) * len(self.splits.train)
+        rows = self.stretch * _MOST_RUNS * (_MOST_EPOCHS + _later(self.arguments)) * len(self.splits.train)
         loss = self.task.loss(self.splits)
         precision = compute.choose_precision(model, batch, loss, training=True, rows=rows, arguments=self.arguments)
         if precision != self.arguments.precision:

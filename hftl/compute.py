@@ -43,7 +43,7 @@ _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
 _FOLDING_TOLERANCE = 1e-4
 
 
-#: of an installed package; to read what it says of itself takes hundredths of a second
+#: the version of an installed package; to read what it says of itself takes hundredths of a second
 version_of = functools.cache(version)
 
 

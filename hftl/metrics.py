@@ -31,8 +31,11 @@ TAG_METRICS = ("f1", "precision", "recall", "f1_macro", "accuracy")
 #: those of `similarity_metrics`
 SIMILARITY_METRICS = ("map_at_r", "recall_at_1", "recall_at_5", "recall_at_10")
 _IN_OWN_UNIT = ("rmse", "mae")
-#: scores that are shares of rows, or means of such
-SHARES = ("accuracy", "subset_accuracy", "f1_macro", "f1_weighted", "f1_micro", "f1", "recall_at_1")
+#: scores of rows between 0 and 1, which chance moves by about the standard error of a share
+SHARES = (
+    "accuracy", "f1_macro", "f1_weighted", "f1_micro", "precision_macro", "recall_macro", "subset_accuracy",
+    "recall_at_1", "recall_at_5", "recall_at_10",
+)  # fmt: skip
 #: scores of which less is better
 LOWER_IS_BETTER = ("loss", "log_loss", "expected_calibration_error", "hamming_loss", "rmse", "mae")
 
@@ -45,7 +48,7 @@ def written(name: str, value: float) -> str:
 def standard_error(share: float, rows: int) -> float:
     """Of a share of rows; as if one more were right and one wrong, since shares of 0 and 1 are known no better."""
     share = (share * rows + 1) / (rows + 2)
-    return math.sqrt(share * (1 - share) / rows)
+    return math.sqrt(share * (1 - share) / (rows + 2))
 
 
 def softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

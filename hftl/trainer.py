@@ -19,6 +19,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch import nn
 from torch.utils.data import BatchSampler, Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from hftl import backbones, folder, optim, penalties
 from hftl.arguments import TransferArguments
@@ -298,7 +299,11 @@ class TransferTrainer(Trainer):
         """
         best, name = self.state.best_metric, str(self.args.metric_for_best_model).removeprefix("eval_")
         found = super()._determine_best_metric(metrics, trial)
-        if found or name not in SHARES or self.args.early_stopping_patience:
+        can_be_loaded = self.control.should_save or self.args.save_strategy == SaveStrategy.BEST
+        if found or not can_be_loaded or self.args.early_stopping_patience:
+            return found
+        # Scores of words are not of rows, and those of others may have another range.
+        if name not in SHARES or self.items is not len or best is None or not 0 <= best <= 1:
             return found
         alike = metrics[f"eval_{name}"] >= best - standard_error(best, len(self.eval_dataset))
         if alike:

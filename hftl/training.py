@@ -522,17 +522,17 @@ def _train_stage(
 
 
 def _kept_score(trainer: TransferTrainer) -> float | None:
-    """The score of the evaluation whose weights are kept; said where it is not the highest."""
+    """The score of the evaluation whose weights are loaded at the end, else the highest; said where they differ."""
     state, name = trainer.state, str(trainer.args.metric_for_best_model)
     scores = {entry["step"]: entry for entry in state.log_history if f"eval_{name}" in entry}
     kept = scores.get(state.best_global_step or 0)
     if kept is None or not trainer.args.load_best_model_at_end:
         return state.best_metric
     score = float(kept[f"eval_{name}"])
-    if score != state.best_metric:
+    if score != state.best_metric and (trainer.average is None or trainer.average.evaluated):
         say(
             f"{trainer.stage.name}: the weights of epoch {kept['epoch']:.3g} are kept ({name} {score:.4f}); the best "
-            f"score, {state.best_metric:.4f}, came earlier, and is better by less than its standard error"
+            f"score, {state.best_metric:.4f}, came earlier, and is better by no more than its standard error"
         )
     return score
 

@@ -6,6 +6,7 @@ Files of torchvision, of timm, of self-supervised trainings (MoCo's `module.enco
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import re
 from collections import Counter
@@ -94,7 +95,7 @@ def fill_from(model: nn.Module, state: Mapping[str, object], name: str) -> tuple
     if left := _further_blocks(source.keys(), set(found.values())):
         block, count = left.most_common(1)[0]
         raise UsageError(
-            f"{name}: {count} tensors of {block} and its like are not in the architecture: it is of a larger model."
+            f"{name}: {count} tensors of {block} are left over, and more like them: it is of a larger model."
         )
     model.load_state_dict({key: source[own] for key, own in found.items()}, strict=False)
     return len(found), len(target)
@@ -161,6 +162,10 @@ def _by_order(source: State, target: State) -> dict[str, str]:
 def _further_blocks(names: Iterable[str], used: set[str]) -> Counter[str]:
     """Blocks that are named as those in use but for their number, and how many tensors of each are not in use."""
     shapes = {_NUMBER.sub("*", name) for name in used}
+    columns = zip(*(name.split(".") for name in used), strict=False)
+    segments = itertools.takewhile(lambda column: len(set(column)) == 1, columns)
+    inside = "".join(f"{first}." for first, *_ in segments)
+    names = [name for name in names if name.startswith(inside)]  # copies of the model, or its head, may lie outside
     left = (name for name in names if name not in used and _NUMBER.sub("*", name) in shapes)
     blocks = Counter(name[: number.end()] for name in left if (number := _NUMBER.search(name)))
     return Counter({block: count for block, count in blocks.items() if count >= _LEAST_OF_A_BLOCK})

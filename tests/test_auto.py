@@ -123,7 +123,7 @@ def test_few_rows_have_runs_of_many_epochs_and_no_trials(
     assert rows == [("probe", "frozen", "0.0"), ("final", "full", "7.0")]
     assert shapes[0] > auto._EPOCHS_FOR_TRIALS
     printed = capsys.readouterr().out
-    assert "auto: 3 epochs of so few rows of the whole model take about" in printed
+    assert "auto: to train the whole model for 2 epochs takes about" in printed
     assert "all, run 2: epoch 7, validation" in printed
 
 
@@ -240,7 +240,7 @@ def test_only_more_than_chance_takes_the_place_or_keeps_it(
     arguments: Any = type("Arguments", (), {"metric_for_best_model": "accuracy", "greater_is_better": True})
     ladder.arguments = arguments
     trial = run_folder(tmp_path / "trial", now.mean(), now.tolist())
-    assert [ladder._is_better(trial, usual_length) for usual_length in (False, True)] == [short, usual]
+    assert [ladder._is_better(trial, whole) for whole in (False, True)] == [short, usual]
 
 
 @pytest.mark.parametrize(
@@ -254,3 +254,16 @@ def test_what_is_refused_leaves_the_run_that_was_to_be_replaced(world: Path, tmp
     with pytest.raises(hftl.UsageError, match="auto"):
         train(world, run, "--overwrite", flag)
     assert {path.name for path in run.iterdir()} == {"recipe.yaml", "metrics.json"}
+
+
+def test_a_probe_that_is_kept_of_few_rows_loads_again(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The epochs between evaluations of a training are none of the probe's."""
+    strategy = ["--eval_strategy=steps", "--eval_steps=2", "--save_strategy=steps", "--save_steps=2"]
+    monkeypatch.setattr(
+        auto.Ladder, "_is_better", lambda self, place, whole: not (self.path / "metrics.json").is_file()
+    )
+    train(world, tmp_path / "run", "--time_budget=30s", "--max_train_samples=16", *strategy)
+    assert [row["best"] for row in rows_of(tmp_path / "run")] == ["True", "False"]
+    assert hftl.load_run(tmp_path / "run").predict("a good film").pop().label in ("bad", "good")

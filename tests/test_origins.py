@@ -182,7 +182,7 @@ def test_a_network_of_torch_hub(planted_repository: dict[str, torch.Tensor], tmp
     [
         ("acme/models", "write torchhub:OWNER/REPOSITORY:ENTRY"),
         ("acme/models:mystery", "timm has no architecture that 'mystery' names"),
-        ("acme/models:other_resnet18", "of layer1.2 and its like are not in the architecture: it is of a larger model"),
+        ("acme/models:other_resnet18", "of layer1.2 are left over, and more like them: it is of a larger model"),
         ("acme/models:shifted_resnet18", "gives other features with the same weights"),
         ("acme/models:broken_resnet18", "its code does not run here (KeyError: 'no such file')"),
         ("acme/models:number_resnet18", "is no network, but int"),

@@ -48,6 +48,11 @@ LAYOUTS = {
         "student": {f"module.backbone.{key}": torch.zeros_like(value) for key, value in state.items()},
         "teacher": {f"backbone.{key}": value for key, value in state.items() if not key.startswith("fc.")},
     },
+    "body and head": lambda state: (
+        {f"module.{'1.8' if key.startswith('fc.') else '0'}.{key}": value for key, value in state.items()}
+        | {f"module.1.{number}.bn1.{name}": torch.zeros(8) for number in (2, 4) for name in ("weight", "bias")}
+    ),
+    "an ensemble": lambda state: {f"models.{number}.{key}": value for number in (0, 1) for key, value in state.items()},
     "names of their own": lambda state: {f"layer_{number}": value for number, value in enumerate(state.values())},
 }
 
@@ -102,7 +107,7 @@ def test_a_deeper_model_does_not_fill_a_part_of_itself(rename: Any, tmp_path: Pa
     sizes = {"embed_dim": 16, "num_heads": 2, "img_size": 32}
     deeper = timms(timm_model("vit_tiny_patch16_224", depth=3, **sizes))
     torch.save({rename(key): value for key, value in deeper.items()}, tmp_path / "deeper.pth")
-    with pytest.raises(UsageError, match=r"\d+ tensors of (body\.)?blocks\.2 and its like .*: it is of a larger model"):
+    with pytest.raises(UsageError, match=r"\d+ tensors of (body\.)?blocks\.2 are left over.*: it is of a larger model"):
         weights.fill(timm_model("vit_tiny_patch16_224", depth=2, **sizes), str(tmp_path / "deeper.pth"))
 
 

@@ -32,6 +32,7 @@ SHOTS = 16
 #: what is compared → its flags
 VARIANTS: dict[str, list[str]] = {
     "full": ["--method=full"],
+    "full, highest score": ["--method=full", "--early_stopping_patience=1000"],
     "full, last weights": ["--method=full", "--load_best_model_at_end=false"],
     "full, layer decay 0.9": ["--method=full", "--layer_decay=0.9"],
     "full, soup": ["--method=full", "--average=soup"],
