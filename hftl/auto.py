@@ -35,7 +35,7 @@ from hftl.folder import CHECKPOINTS, METRICS, PREDICTIONS, RECIPE, read_json, sa
 from hftl.launch import started
 from hftl.lr_find import main_rate, scaled
 from hftl.methods import Plan, build_plan
-from hftl.methods.plan import LEAST_STEPS, MOST_EPOCHS, MOST_EVALUATIONS
+from hftl.methods.plan import LEAST_STEPS, MOST_EVALUATIONS, least_epochs
 from hftl.metrics import SHARES
 from hftl.tables import aligned, as_csv
 from hftl.tasks.classification import ClassificationTask
@@ -146,9 +146,8 @@ class Ladder:
         self.reserve = _WRITING
         batch_size = self.arguments.per_device_train_batch_size or task.batch_size
         steps = math.ceil(len(splits.train) / (batch_size * self.arguments.gradient_accumulation_steps))
-        epochs = min(MOST_EPOCHS, math.ceil(LEAST_STEPS / steps))
         #: with few rows a run has more epochs, as in every method: so many where there is one for many rows
-        self.stretch = max(1.0, epochs / self.arguments.usual_epochs)
+        self.stretch = max(1.0, least_epochs(LEAST_STEPS, steps) / self.arguments.usual_epochs)
 
     @property
     def left(self) -> float:
@@ -267,7 +266,7 @@ class Ladder:
         try:
             limit = TimeLimit(self.budget.ends - self.reserve)
             train_plan(self.task, plan, self.splits, arguments, [limit])
-            whole = method != "partial" and epochs >= self._epochs(self.arguments.usual_epochs) and not limit.is_up
+            whole = method != "partial" and epochs >= self._epochs(self.arguments.usual_epochs) and not limit.stopped
             score, better = self._score(place), self._is_better(place, whole)
         except Diverged as error:
             if not self.trials:

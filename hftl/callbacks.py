@@ -99,6 +99,8 @@ class TimeLimit(TrainerCallback):
     def __init__(self, until: float) -> None:
         """Keep the moment, as `time.time()` counts."""
         self.until = until
+        #: whether a training was ended
+        self.stopped = False
 
     @property
     def is_up(self) -> bool:
@@ -109,6 +111,7 @@ class TimeLimit(TrainerCallback):
         """Stop when the time is up."""
         if self.is_up and state.global_step < state.max_steps:
             say("the time is up")
+            self.stopped = True
             control.should_training_stop = True
             control.should_evaluate = args.eval_strategy == "steps"
             control.should_save = args.save_strategy == "steps"

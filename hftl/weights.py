@@ -92,8 +92,8 @@ def fill_from(model: nn.Module, state: Mapping[str, object], name: str) -> tuple
             f"{name} fills {len(found)} of the {len(target)} tensors of the backbone (first missing: {first}): it is "
             "of another architecture."
         )
-    if left := _further_blocks(source.keys(), set(found.values())):
-        block, count = left.most_common(1)[0]
+    block, count = _further_block(source, set(found.values()))
+    if count >= _LEAST_OF_A_BLOCK:
         raise UsageError(
             f"{name}: {count} tensors of {block} are left over, and more like them: it is of a larger model."
         )
@@ -159,8 +159,8 @@ def _by_order(source: State, target: State) -> dict[str, str]:
     return dict(pairs) if agree else {}
 
 
-def _further_blocks(names: Iterable[str], used: set[str]) -> Counter[str]:
-    """Blocks that are named as those in use but for their number, and how many tensors of each are not in use."""
+def _further_block(names: Iterable[str], used: set[str]) -> tuple[str, int]:
+    """The block, named as one in use but for its number, of which most tensors are not in use, and how many."""
     shapes = {_NUMBER.sub("*", name) for name in used}
     columns = zip(*(name.split(".") for name in used), strict=False)
     segments = itertools.takewhile(lambda column: len(set(column)) == 1, columns)
@@ -168,4 +168,4 @@ def _further_blocks(names: Iterable[str], used: set[str]) -> Counter[str]:
     names = [name for name in names if name.startswith(inside)]  # copies of the model, or its head, may lie outside
     left = (name for name in names if name not in used and _NUMBER.sub("*", name) in shapes)
     blocks = Counter(name[: number.end()] for name in left if (number := _NUMBER.search(name)))
-    return Counter({block: count for block, count in blocks.items() if count >= _LEAST_OF_A_BLOCK})
+    return max(blocks.items(), key=lambda item: item[1], default=("", 0))

@@ -267,3 +267,28 @@ def test_a_probe_that_is_kept_of_few_rows_loads_again(
     train(world, tmp_path / "run", "--time_budget=30s", "--max_train_samples=16", *strategy)
     assert [row["best"] for row in rows_of(tmp_path / "run")] == ["True", "False"]
     assert hftl.load_run(tmp_path / "run").predict("a good film").pop().label in ("bad", "good")
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_training_that_the_limit_ended_is_no_whole_one(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool
+) -> None:
+    """One that was over before the limit is, also where the limit passes while its run is written."""
+    judged: list[tuple[str, bool]] = []
+
+    def is_better(self: Any, place: Path, whole: bool) -> bool:
+        judged.append((place.name.split("-")[1], whole))
+        return not (self.path / "metrics.json").is_file()
+
+    limit = auto.TimeLimit
+
+    def passing(until: float) -> auto.TimeLimit:
+        made = limit(0.0 if cut else until)
+        monkeypatch.setattr(made, "on_train_end", lambda *_, **__: setattr(made, "until", 0.0))
+        return made
+
+    monkeypatch.setattr(auto.Ladder, "_is_better", is_better)
+    monkeypatch.setattr(auto, "_shape", lambda *_: (1, 3.0))
+    monkeypatch.setattr(auto, "TimeLimit", passing)
+    train(world, tmp_path / "run", "--time_budget=1h", "--per_device_train_batch_size=4")
+    assert judged == [("probe", False), ("final", not cut)]

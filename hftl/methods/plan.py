@@ -142,7 +142,12 @@ def make_stage(arguments: TransferArguments, name: str, trainable: list[str], ba
 
 def with_least_steps(stage: Stage, steps_an_epoch: int) -> Stage:
     """The stage with as many epochs as its least number of steps takes."""
-    return replace(stage, epochs=max(stage.epochs, min(MOST_EPOCHS, math.ceil(stage.least_steps / steps_an_epoch))))
+    return replace(stage, epochs=max(stage.epochs, least_epochs(stage.least_steps, steps_an_epoch)))
+
+
+def least_epochs(steps: int, steps_an_epoch: int) -> int:
+    """Epochs that so many steps take, at most `MOST_EPOCHS`."""
+    return min(MOST_EPOCHS, math.ceil(steps / steps_an_epoch))
 
 
 def epochs_between_evaluations(stage: Stage) -> int:
