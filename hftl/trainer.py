@@ -302,10 +302,10 @@ class TransferTrainer(Trainer):
         can_be_loaded = self.control.should_save or self.args.save_strategy == SaveStrategy.BEST
         if found or not can_be_loaded or self.args.early_stopping_patience:
             return found
-        # Scores of words are not of rows, and those of others may have another range.
-        if name not in SHARES or self.items is not len or best is None or not 0 <= best <= 1:
+        if name not in SHARES or best is None or not 0 <= best <= 1:  # a score of others may have another range
             return found
-        alike = metrics[f"eval_{name}"] >= best - standard_error(best, len(self.eval_dataset))
+        items = self.items(torch.as_tensor(self.evaluations[self.state.global_step].label_ids))  # of tags the words
+        alike = metrics[f"eval_{name}"] >= best - standard_error(best, items)
         if alike:
             self.state.best_global_step = self.state.global_step
         return alike
