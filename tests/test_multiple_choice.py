@@ -31,7 +31,7 @@ QUICK = ["--report_to=none", "--precision=fp32", "--per_device_train_batch_size=
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("choices")
-    small_data.write_choices(folder / "data", {"train": 40, "dev": 12, "test": 14})
+    small_data.write_choices(folder / "data", {"train": 160, "dev": 12, "test": 14})
     tiny_models.write_tiny_text_model(folder / "bert")
     tiny_models.write_tiny_text_model(folder / "roberta", kind="roberta")
     return folder
@@ -45,7 +45,7 @@ def train(place: Path, output: Path, *flags: str, model: str = "bert", dataset: 
 
 @pytest.fixture(scope="module")
 def run(place: Path, tmp_path_factory: pytest.TempPathFactory) -> hftl.Run:
-    flags = ["--learning_rate=0.01", "--num_train_epochs=15"]
+    flags = ["--learning_rate=0.01", "--num_train_epochs=8"]
     return train(place, tmp_path_factory.mktemp("run") / "run", *flags)
 
 
@@ -235,7 +235,7 @@ def test_what_does_not_go_with_choices_is_refused(
 
 def test_rows_are_counted_that_were_cut(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(place, tmp_path / "run", "--max_steps=1", "--max_length=9")
-    assert "40 of 40 training texts are longer than 9 tokens" in capsys.readouterr().out
+    assert "160 of 160 training texts are longer than 9 tokens" in capsys.readouterr().out
 
 
 def test_a_decoder_is_no_model_for_choices(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,9 +83,12 @@ def test_texts_keep_their_order_and_their_answers(place: Path, text_run: hftl.Ru
 
 def test_half_precision_gives_the_labels_of_float32(place: Path, text_run: hftl.Run) -> None:
     assert text_run.precision == "fp32"  # as it was trained: too few rows for anything else
-    settings = {"dataset": place / "texts", "max_steps": 40, "learning_rate": 1e-3, "output_dir": place / "clear"}
+    settings = {"dataset": place / "texts", "max_steps": 40, "learning_rate": 1e-2, "output_dir": place / "clear"}
     run = hftl.finetune("text-classification", model=place / "bert", **settings)
     rows = run.task.read_inputs(place / "notes")
+    gaps = run.logits(rows) @ [1, -1]
+    with torch.no_grad():
+        run.model.classifier.bias[1] += float(np.median(gaps))  # some rows near a tie, as many on each side
     exact = run.logits(rows)
     run.precision = "bf16"
     half = run.logits(rows)
