@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from hftl import compute, folder
+from hftl import backbones, compute, folder
 from hftl.answers import read_answers
 from hftl.arguments import TransferArguments, seconds_of, set_precision, stage_arguments
 from hftl.averaging import INGREDIENTS
 from hftl.callbacks import TimeLimit
 from hftl.data import Splits
 from hftl.errors import Diverged, UsageError
-from hftl.features import OF_KEPT_FEATURES
+from hftl.features import OF_KEPT_FEATURES, gives_features
 from hftl.folder import CHECKPOINTS, METRICS, PREDICTIONS, RECIPE, read_json, say
 from hftl.launch import started
 from hftl.lr_find import main_rate, scaled
@@ -52,7 +52,7 @@ PRESETS = {"fast": "1m", "medium": "10m", "best": "1h"}
 _WAYS = (("full", 1.0), ("lp_ft", 1.0), ("lora", 1.0), ("full", 2.0), ("lp_ft", 2.0), ("partial", 1.0))
 #: what the ladder sets itself
 _CHOSEN = {"num_train_epochs", "max_steps", "head_solver", "early_stopping_patience"}
-#: what changes the rows in each epoch: the probe, whose rows run once, does without
+#: what changes the rows in each epoch: the probe, whose rows run once, does without, and so do pairs
 _PLAIN = {"mixup": None, "cutmix": None, "random_erasing": None, "word_dropout": None, "augmentation": "none"}
 #: of the time left, what planned work may take: machines are noisy, and the limit is to be kept
 _PLANNED = 0.85
@@ -68,6 +68,9 @@ _EPOCHS_FOR_ALL = 24.0
 _FEW_WAYS = 3
 #: with fewer validation rows than this, by which an accuracy of 0.85 is known to 0.025, trials would choose by chance
 _LEAST_TO_TELL = 200
+#: of few texts pairs teach more than their labels: with 16 a class, of three data sets in three draws each, `setfit` is
+#: PAIRSGAIN points better on test than `full` on average; of images it is worse (benchmarks/quality.md)
+_PAIRS = "setfit"
 #: a soup needs some epochs to choose from
 _LEAST_FOR_SOUP = 2.0
 #: a training shorter than this is not worth its start
@@ -83,11 +86,11 @@ class Trial:
     """One training of the ladder, and what came out.
 
     Attributes:
-        rung: probe, trial or final.
+        rung: probe, pairs, trial or final.
         method: as `--method`.
         factor: of the method's default rates.
         runs: trainings from the same start, whose weights are averaged.
-        epochs: passes over the training rows, of each; 0 where the head was solved.
+        epochs: passes over the training rows, of each; 0 where the head was solved, at once or behind pairs.
         score: on validation, of `--metric_for_best_model`; infinitely bad where it diverged.
         seconds: from its start to its saved run.
         best: whether it took the place of the best before it.
@@ -142,6 +145,8 @@ class Ladder:
         self.path = Path(str(self.arguments.output_dir))
         self.trials, spent = _read_table(self.path / TABLE) if self.arguments.resume else ([], 0.0)
         self.budget = Budget(budget_seconds(self.arguments), spent)
+        #: whether pairs of rows are worth a training
+        self.of_pairs = False
         #: seconds that come after the last step of training: evaluations, and writing
         self.reserve = _WRITING
         batch_size = self.arguments.per_device_train_batch_size or task.batch_size
@@ -170,6 +175,8 @@ class Ladder:
         length = "an epoch" if self.stretch == 1 else f"{self._epochs(1.0):g} epochs"
         left = f"{max(0, self.budget.left):.0f} s are left"
         say(f"auto: to train the whole model for {length} takes about {epoch:.0f} s, {left}")
+        if self.of_pairs and not self._of("pairs") and self.left > epoch:
+            self._train("pairs", _PAIRS, 1.0, 0.0)
         method, factor = self._most_promising(self.left / epoch)
         runs, epochs = _shape(self.left / epoch, _later(self.arguments))
         if epochs >= _LEAST_FOR_SOUP:  # whose ingredients are scored one by one
@@ -255,7 +262,7 @@ class Ladder:
             resume=(place / CHECKPOINTS / RECIPE).is_file(),
             average="soup" if rung == "final" and runs == 1 and epochs >= self._epochs(_LEAST_FOR_SOUP) else "none",
             soup_runs=runs,
-            **(self._plain() if rung == "probe" else {}),
+            **(self._plain() if rung in ("probe", "pairs") else {}),
             **(OF_KEPT_FEATURES if method == "full" else {}),
         )
         plan = build_plan(copy.deepcopy(self.model), arguments)
@@ -266,7 +273,8 @@ class Ladder:
         try:
             limit = TimeLimit(self.budget.ends - self.reserve)
             train_plan(self.task, plan, self.splits, arguments, [limit])
-            whole = method != "partial" and epochs >= self._epochs(self.arguments.usual_epochs) and not limit.stopped
+            usual = epochs >= self._epochs(self.arguments.usual_epochs) and method != "partial"
+            whole = (method == _PAIRS or (usual and not self._of("pairs"))) and not limit.stopped
             score, better = self._score(place), self._is_better(place, whole)
         except Diverged as error:
             if not self.trials:
@@ -285,7 +293,7 @@ class Ladder:
         return math.ceil(epochs / MOST_EVALUATIONS)
 
     def _plain(self) -> dict[str, Any]:
-        """What the probe does without; augmented views that are kept stay."""
+        """What probe and pairs do without; augmented views that are kept stay."""
         kept = {"augmentation"} if self.arguments.feature_views > 1 else set()
         return {name: value for name, value in _PLAIN.items() if hasattr(self.arguments, name) and name not in kept}
 
@@ -322,6 +330,8 @@ class Ladder:
         if precision != self.arguments.precision:
             set_precision(self.arguments, precision)
         training = compute.seconds_a_row(model, batch, loss, True, precision)
+        few_texts = self.task.modality.is_text and self.stretch > 1
+        self.of_pairs = few_texts and gives_features(model, backbones.inputs_of(batch))
         return training, compute.seconds_a_row(model.eval(), batch, loss, False, precision)
 
 

@@ -343,7 +343,8 @@ def check_averaging(plan: Plan, arguments: TransferArguments) -> None:
     Raises:
         UsageError: as said.
     """
-    if arguments.soup_runs > 1 and plan.stages[-1].trainable <= set(backbones.head_parameters(plan.model)):
+    ends_with_head = plan.stages[-1].trainable <= set(backbones.head_parameters(plan.model))
+    if arguments.soup_runs > 1 and ends_with_head:
         raise UsageError(
             f"--soup_runs: --method {arguments.method} ends with the head alone, of which one solution is the best: "
             "leave it out."
@@ -357,9 +358,9 @@ def check_averaging(plan: Plan, arguments: TransferArguments) -> None:
             f"--wise_ft: --method {arguments.method} leaves the backbone's weights alone, and a mix of adapters is no "
             "mix of weights. Use it with full, partial or lp_ft."
         )
-    if not _mixed(plan):
+    if ends_with_head:
         raise UsageError(
-            f"--wise_ft: --method {arguments.method} trains none of the backbone. Use it with full, partial or lp_ft."
+            f"--wise_ft: --method {arguments.method} ends with the head alone. Use it with full, partial or lp_ft."
         )
 
 

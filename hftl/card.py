@@ -28,7 +28,7 @@ from hftl.tasks.classification import ClassificationTask
 
 _TEXT = """# {title}
 
-The model {base} adapted to {task} on {dataset} with the method {method}{preparation}, using hftl.
+The model {base} adapted to {task} on {dataset} with the method {method}, using hftl.
 
 ## Results
 
@@ -135,7 +135,6 @@ def write_card(
     text = _TEXT.format(
         title=in_markdown(title), base=in_markdown(base), task=task.name, dataset=in_markdown(dataset),
         method=in_markdown(method), split=split,
-        preparation=f" {task.preparation}" if task.preparation else "",
         results="\n".join(rows), repeats=_repeats(task.problem, metrics, split),
         classes=_classes(splits, plain, split, metrics.get("thresholds")),
         limits=_limits(splits, plain, split, in_markdown(dataset), licence_of(origin), metrics["train"]),

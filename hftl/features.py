@@ -159,6 +159,41 @@ class PooledFeatures:
             return self.layer(kept[..., : self.layer.in_features].to(self.layer.weight.dtype))
 
 
+def gives_features(model: nn.Module, batch: Batch) -> bool:
+    """Whether a model has one linear output layer, so that it can be `headless`."""
+    try:
+        PooledFeatures(model.eval(), batch)
+    except NoCut:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def headless(task: Any, model: Any, rows: Any) -> Iterator[None]:
+    """A model whose logits are what its output layer reads, until the end.
+
+    Args:
+        task: how rows become a batch.
+        model: with an output layer of one linear layer.
+        rows: some, prepared, to try it on.
+
+    Raises:
+        UsageError: the model has no such layer.
+    """
+    batch = backbones.inputs_of(task.collate([rows[row] for row in range(min(2, len(rows)))]), model.device)
+    try:
+        layer: Any = PooledFeatures(model.eval(), batch).layer
+    except NoCut as error:
+        raise UsageError(
+            f"--method {task.arguments.method}: the model gives no features of a row: {error}. Take another method."
+        ) from error
+    layer.forward = lambda features: features
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
 class HeadInputs(PooledFeatures):
     """What enters a head of several layers, one vector a row; of token features the mean.
 
@@ -666,8 +701,8 @@ def _check_untrained(arguments: TransferArguments) -> None:
 def _check_head(arguments: TransferArguments) -> None:
     kind, joined = arguments.head or "logistic", as_flags(wished(arguments))
     flag = joined if kind == "logistic" and joined else f"--head {kind}"
-    if arguments.method != "frozen":
-        raise UsageError(f"{flag} belongs to --method frozen, not to {arguments.method}. Leave it out.")
+    if arguments.method not in ("frozen", "setfit"):
+        raise UsageError(f"{flag} belongs to --method frozen and setfit, not to {arguments.method}. Leave it out.")
     if kind == "logistic" and not joined:
         return
     head = f"{flag}: the head" if kind == "logistic" else flag
@@ -676,7 +711,8 @@ def _check_head(arguments: TransferArguments) -> None:
             raise UsageError(f"{head} is fitted on kept features: leave out --{name} {value}.")
     if arguments.keep_head and kind != "logistic":
         raise UsageError(f"{head} is fitted to the training rows alone: leave out --keep_head.")
-    for name in sorted(_of_training(alone=True) & arguments.given if arguments.head_solver == "auto" else ()):
+    of_training = _of_training(alone=arguments.method == "frozen")
+    for name in sorted(of_training & arguments.given if arguments.head_solver == "auto" else ()):
         raise UsageError(f"{head} is fitted, not trained: leave out --{name}.")
     if (kind in BESIDE or joined) and (views := averaged_views(arguments)):
         raise UsageError(f"{head} answers for the plain view alone: leave out {views}.")

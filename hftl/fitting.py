@@ -161,6 +161,8 @@ def find_learning_rate(task_name: str, tokens: Sequence[str], output: Path, step
         raise UsageError("--method auto chooses its rates itself. Name a method.")
     if arguments.method == "zero_shot":
         raise UsageError("--method zero_shot trains nothing, and has no rate. Name another method.")
+    if arguments.method == "setfit":
+        raise UsageError("--method setfit has no loss of answers, which a range test needs. Name another method.")
     with tempfile.TemporaryDirectory() as place:
         arguments.output_dir = str(Path(place, "run"))
         task = task_class(arguments)

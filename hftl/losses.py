@@ -167,6 +167,24 @@ class ContrastiveLoss:
         return -(logs.masked_fill(~alike, 0).sum(1) / alike.sum(1).clamp(min=1)).sum()
 
 
+class CosinePairLoss:
+    """Squared difference between the cosine of two rows' features and 1 (same class) or 0 (another), over all pairs.
+
+    SetFit's loss, on every pair of a batch rather than on pairs drawn beforehand: each row goes through the encoder
+    once for all pairs that it is in. It reads features of shape (rows, features) from `outputs["logits"]`.
+    """
+
+    def __call__(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """The mean over the pairs of this part of a step, weighed by its part of the rows."""
+        features = nn.functional.normalize(outputs["logits"].float(), dim=1)
+        first, second = torch.triu_indices(len(labels), len(labels), offset=1, device=labels.device)
+        errors = (features[first] * features[second]).sum(dim=1) - (labels[first] == labels[second]).float()
+        rows = len(labels) if num_items_in_batch is None else num_items_in_batch
+        return errors.square().sum() / max(1, len(first)) * len(labels) / rows
+
+
 class BinaryCrossEntropyLoss(RowLoss):
     """Cross entropy of every label by itself, its mean over the labels; labels of 0 and 1, shape (rows, labels).
 

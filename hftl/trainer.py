@@ -345,7 +345,8 @@ class TransferTrainer(Trainer):
             labels = getattr(data, "labels", None)
             if labels is None:
                 raise UsageError(f"--sampler {sampler}: the task's training data set has no `labels`. Leave it out.")
-        lengths = getattr(data, "lengths", None)
+        # Pairs are of any two rows, not of those of like length.
+        lengths = None if self.stage.headless else getattr(data, "lengths", None)
         return EpochSampler(len(data), self.args.seed, lengths, rows, labels, grouped=sampler == "groups")
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
-from transformers import EarlyStoppingCallback, SchedulerType
+from transformers import EarlyStoppingCallback, IntervalStrategy, SchedulerType
 
 from hftl import backbones, compute, folder
 from hftl.adaptation import adapt_batch_norm
@@ -35,7 +35,7 @@ from hftl.compute import of_all_processes, wait_for_all
 from hftl.data import JOINED, Splits
 from hftl.errors import Diverged, UsageError, without_worker
 from hftl.feature_map import keep_features_of
-from hftl.features import KeptFeatures, check_wishes, keep_features, mostly_frozen
+from hftl.features import KeptFeatures, check_wishes, headless, keep_features, mostly_frozen
 from hftl.folder import CHECKPOINTS, LOGS, RECIPE, read_json, say
 from hftl.losses import check_loss
 from hftl.lr_find import PICTURE, STEPS, check_one_process, draw, report, scaled, sweep
@@ -58,6 +58,8 @@ _RUN = ", run "
 _RUN_SEEDS = 1_000_003
 #: batches by which a stage chooses what trains: enough for an order of blocks, and done in seconds
 _CHOOSING_BATCHES = 8
+#: of a stage in which the model gives no answers
+_UNEVALUATED = {"eval_strategy": IntervalStrategy.NO, "load_best_model_at_end": False}
 
 
 def train_plan(
@@ -322,6 +324,8 @@ def _run_stages(
         with contextlib.ExitStack() as after:
             if kept is not None:
                 after.callback(kept.release)  # also where the stage fails, or a second fit would keep what stubs give
+            if stage.headless:
+                after.enter_context(headless(task, model, data["train"]))
             trainer = _stage_trainer(task, stage, model, splits, rows, index, kept, run=index - first_run)
             after.callback(trainer.end_workers)
             _check_sharding(task.arguments, trainer, model, stages, chooses)
@@ -422,13 +426,14 @@ def _stage_trainer(
         dataloader_prefetch_factor=None if kept else arguments.dataloader_prefetch_factor,
         dataloader_persistent_workers=bool(arguments.dataloader_num_workers and not kept),
         restore_callback_states_from_checkpoint=True,  # or early stopping would count anew after an interruption
+        **(_UNEVALUATED if stage.headless else {}),
     )
     callbacks: list[Any] = [
         EveryFewEpochs(arguments.eval_epochs or 1),
         ReadableProgress(stage.name, task.problem.headline),
         LogFile(Path(str(arguments.output_dir), LOGS, "log.jsonl"), stage.name),
     ]
-    if arguments.early_stopping_patience:
+    if arguments.early_stopping_patience and not stage.headless:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
     validation = data["validation"] if kept else task.test_data(data["validation"])
     trainer: TransferTrainer = TransferTrainer(
@@ -441,7 +446,7 @@ def _stage_trainer(
         data_collator=kept.collate if kept else task.collate,
         cut=kept.cut if kept else None,
         items=task.problem.items,
-        mixing=task.mixing(),
+        mixing=None if stage.headless else task.mixing(),
         average=arguments.average if run >= 0 else "none",
         compute_metrics=lambda result: _finite_scores(task, stage, place, result, trainer.evaluated),
         preprocess_logits_for_metrics=_first,
@@ -681,6 +686,7 @@ def _check_sharding(
         "--problem_type regression": arguments.problem_type == "regression",
         f"--method {arguments.method}": hasattr(model, "peft_config"),
         "--method surgical": chooses,
+        "--method setfit": any(stage.headless for stage in stages),
         "--penalty": any(stage.penalty is not None for stage in stages),
     }
     for what in (name for name, found in needs_all.items() if found):

@@ -15,8 +15,8 @@ Full fine-tuning, on two processes of one machine without a GPU, with the settin
     accelerate launch --config_file accelerate_configs/cpu_2_processes.yaml recipes/audio_classification.py \
         --config recipes/configs/audio_classification_full.yaml
 
-Every argument: --help. Methods: full, frozen, partial, lp_ft, gradual, surgical, bitfit, norm, lora, peft, auto, or one
-of your own as my_file.py:my_method.
+Every argument: --help. Methods: full, frozen, partial, lp_ft, gradual, surgical, bitfit, norm, lora, peft, setfit,
+auto, or one of your own as my_file.py:my_method.
 """
 
 import hftl

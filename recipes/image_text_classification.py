@@ -16,8 +16,8 @@ LoRA, on two processes of one machine without a GPU, with the settings of a file
     accelerate launch --config_file accelerate_configs/cpu_2_processes.yaml recipes/image_text_classification.py \
         --config recipes/configs/image_text_classification_lora.yaml
 
-Every argument: --help. Methods: full, frozen, partial, lp_ft, gradual, surgical, bitfit, norm, lora, peft, auto, or one
-of your own as my_file.py:my_method.
+Every argument: --help. Methods: full, frozen, partial, lp_ft, gradual, surgical, bitfit, norm, lora, peft, setfit,
+auto, or one of your own as my_file.py:my_method.
 """
 
 import hftl

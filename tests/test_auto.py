@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_data import write_texts
-from tiny_models import write_tiny_text_model
+from small_data import write_images, write_texts
+from tiny_models import write_tiny_cnn, write_tiny_text_model
 from transformers import AutoModelForSequenceClassification, TrainerControl, TrainerState
 
 import hftl
@@ -120,7 +120,7 @@ def test_few_rows_have_runs_of_many_epochs_and_no_trials(
     monkeypatch.setattr(auto, "_shape", shape)
     train(world, tmp_path / "run", "--time_budget=1h", "--per_device_train_batch_size=4")
     rows = [(row["rung"], row["method"], row["epochs"]) for row in rows_of(tmp_path / "run")]
-    assert rows == [("probe", "frozen", "0.0"), ("final", "full", "7.0")]
+    assert rows == [("probe", "frozen", "0.0"), ("pairs", "setfit", "0.0"), ("final", "full", "7.0")]
     assert shapes[0] > auto._EPOCHS_FOR_TRIALS
     printed = capsys.readouterr().out
     assert "auto: to train the whole model for 2 epochs takes about" in printed
@@ -153,7 +153,7 @@ def test_an_interrupted_ladder_leaves_a_run_and_goes_on(
     table.write_text(rows)
     capsys.readouterr()
     train(world, tmp_path / "run", "--preset=fast", "--resume")
-    assert tried(tmp_path / "run") == [("probe", "frozen"), ("final", "full")]
+    assert tried(tmp_path / "run") == [("probe", "frozen"), ("pairs", "setfit"), ("final", "full")]
     assert "auto: probe" not in capsys.readouterr().out
     assert "test" in hftl.load_run(tmp_path / "run").metrics
 
@@ -265,15 +265,19 @@ def test_a_probe_that_is_kept_of_few_rows_loads_again(
         auto.Ladder, "_is_better", lambda self, place, whole: not (self.path / "metrics.json").is_file()
     )
     train(world, tmp_path / "run", "--time_budget=30s", "--max_train_samples=16", *strategy)
-    assert [row["best"] for row in rows_of(tmp_path / "run")] == ["True", "False"]
+    assert [row["best"] for row in rows_of(tmp_path / "run")] == ["True", "False", "False"]
     assert hftl.load_run(tmp_path / "run").predict("a good film").pop().label in ("bad", "good")
 
 
+@pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("cut", [False, True])
 def test_a_training_that_the_limit_ended_is_no_whole_one(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool, pairs: bool
 ) -> None:
-    """One that was over before the limit is, also where the limit passes while its run is written."""
+    """One that was over before the limit is, also where the limit passes while its run is written.
+
+    Behind pairs of few texts the others have to be better by more than chance.
+    """
     judged: list[tuple[str, bool]] = []
 
     def is_better(self: Any, place: Path, whole: bool) -> bool:
@@ -290,5 +294,22 @@ def test_a_training_that_the_limit_ended_is_no_whole_one(
     monkeypatch.setattr(auto.Ladder, "_is_better", is_better)
     monkeypatch.setattr(auto, "_shape", lambda *_: (1, 3.0))
     monkeypatch.setattr(auto, "TimeLimit", passing)
+    if not pairs:
+        monkeypatch.setattr(auto, "gives_features", lambda *_: False)
     train(world, tmp_path / "run", "--time_budget=1h", "--per_device_train_batch_size=4")
-    assert judged == [("probe", False), ("final", not cut)]
+    assert judged == [("probe", False), *([("pairs", not cut), ("final", False)] if pairs else [("final", not cut)])]
+
+
+def test_pairs_are_for_texts_and_a_linear_head(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "_shape", lambda *_: (1, 0.0))  # nothing behind it
+    write_tiny_text_model(tmp_path / "roberta", kind="roberta")
+    flags = [f"--model={tmp_path / 'roberta'}", "--pooling=architecture", "--time_budget=1h"]
+    train(world, tmp_path / "run", *flags)
+    assert ("pairs", "setfit") not in tried(tmp_path / "run")
+    train(world, tmp_path / "dropped", "--word_dropout=0.1", "--time_budget=1h")
+    assert ("pairs", "setfit") in tried(tmp_path / "dropped")
+    write_images(tmp_path / "images", {"train": 4, "val": 2}, size=16)
+    write_tiny_cnn(tmp_path / "cnn")
+    words = [f"--model={tmp_path / 'cnn'}", f"--dataset={tmp_path / 'images'}", "--report_to=none", "--image_size=32"]
+    cli._run(["train", "image-classification", *words, "--method=auto", f"--output_dir={tmp_path / 'of_images'}"])
+    assert ("pairs", "setfit") not in tried(tmp_path / "of_images")

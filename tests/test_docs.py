@@ -200,7 +200,6 @@ def test_every_flag_of_the_pages_exists() -> None:
     known |= {text.lstrip("-") for action in launch_command_parser()._actions for text in action.option_strings}
     for path in ("hftl/cli.py", "scripts/benchmark.py"):
         known |= set(re.findall(r'"--([\w-]+)"', (ROOT / path).read_text(encoding="utf-8")))
-    known |= {"pair_steps", "pair_learning_rate"}  # of recipes/text_few_shot.py
     found = 0
     for path in PAGES:
         text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 import small_data
 import tiny_models
 import torch
+from refusal import refused
 from safetensors.torch import load_file
 from scipy import stats
 
 import hftl
-from hftl import backbones, cli, data, pairs, repeats
+from hftl import backbones, cli, data, repeats
+from hftl.losses import CosinePairLoss
 from hftl.modality import TEXT
 from hftl.tasks.classification import ClassificationTask
 
@@ -185,7 +188,7 @@ def test_the_loss_is_that_of_all_pairs() -> None:
         for one in range(5)
         for other in range(one)
     ]
-    loss = pairs.CosinePairLoss()
+    loss = CosinePairLoss()
     assert float(loss({"logits": features}, labels)) == pytest.approx(np.mean(errors), rel=1e-5)
     parts = sum(float(loss({"logits": features}, labels, 10)) for _ in range(2))  # two accumulated parts
     assert parts == pytest.approx(np.mean(errors), rel=1e-5)
@@ -194,38 +197,49 @@ def test_the_loss_is_that_of_all_pairs() -> None:
 
 def few_shot(place: Path, run: Path, *flags: str) -> hftl.Run:
     words = [f"--model={place / 'bert'}", f"--dataset={place / 'texts'}", "--shots=8", f"--output_dir={run}"]
-    words += ["--report_to=none", "--precision=fp32", "--pair_learning_rate=1e-2", "--pooling=mean", *flags]
+    words += ["--report_to=none", "--precision=fp32", "--pooling=mean", *flags]
     return cli.run_recipe(cli.find_recipe("text_few_shot"), words)
 
 
 def test_pairs_tune_the_encoder_and_then_the_head_is_solved(place: Path, tmp_path: Path) -> None:
-    workers = ["--dataloader_num_workers=2", "--dataloader_prefetch_factor=4"]  # of the data; pairs need none
-    run = few_shot(place, tmp_path / "run", "--pair_steps=12", *workers)
-    probe = few_shot(place, tmp_path / "probe", "--pair_steps=0")
+    tuning = ["--learning_rate=1e-2", "--num_train_epochs=12"]
+    run = few_shot(place, tmp_path / "run", *tuning)
+    assert run.task.arguments.method == "setfit"
+    probe = few_shot(place, tmp_path / "probe", "--method=frozen")
     tuned, before = (load_file(entry.folder / "model.safetensors") for entry in (run, probe))
     moved = {name for name, value in tuned.items() if not value.equal(before[name])}
     last = max(int(name.split(".layer.")[1].split(".")[0]) for name in tuned if ".layer." in name)
     assert any("layer.0." in name for name in moved)
     assert not any(f".layer.{last}." in name for name in moved)  # the mean of the tokens stays it
     assert {"classifier.weight", "classifier.bias"} <= moved
-    assert "penalty" in run.metrics["train"]["stages"][0]
-    assert "after its encoder was tuned on pairs" in (run.folder / "README.md").read_text()
-    assert "tuned on pairs" not in (probe.folder / "README.md").read_text()
+    first, second = run.metrics["train"]["stages"]
+    assert (first["name"], first["steps"], first["best_metric"]) == ("pairs", 12, None)
+    assert "penalty" in second
     rows = drawn(place / "texts", 8, run.task.arguments.seed).train
     assert separation(run, rows) > separation(probe, rows) + 0.05
     plain = hftl.load_run(run.folder)  # by the task's own class, without the recipe
     assert plain.evaluate(str(place / "texts"))["log_loss"] == pytest.approx(run.metrics["test"]["log_loss"], abs=1e-3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hftl.training.write_run", stop)
-        with pytest.raises(KeyboardInterrupt):
-            few_shot(place, tmp_path / "again", "--pair_steps=12")
-    few_shot(place, tmp_path / "again", "--pair_steps=12", "--resume")
-    again = load_file(tmp_path / "again" / "model.safetensors")
-    assert all(value.equal(again[name]) for name, value in tuned.items())
+    again = tmp_path / "repeated"
+    cli._run(["train", f"--config={run.folder / 'recipe.yaml'}", f"--output_dir={again}"])
+    assert all(value.equal(load_file(again / "model.safetensors")[name]) for name, value in tuned.items())
+    for moment in ("hftl.training.write_run", "hftl.training.keep_features"):
+        again = tmp_path / moment
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(moment, stops_late())
+            with pytest.raises(KeyboardInterrupt):
+                few_shot(place, again, *tuning)
+        few_shot(place, again, *tuning, "--resume")
+        assert all(value.equal(load_file(again / "model.safetensors")[name]) for name, value in tuned.items())
 
 
-def stop(*arguments: Any) -> None:
-    raise KeyboardInterrupt
+def stops_late() -> Callable[..., Any]:
+    """What is for the head alone, or for the run."""
+
+    def stop(*arguments: Any, **settings: Any) -> None:
+        if settings.get("last", True):
+            raise KeyboardInterrupt
+
+    return stop
 
 
 def separation(run: hftl.Run, rows: Any) -> float:
@@ -239,5 +253,31 @@ def separation(run: hftl.Run, rows: Any) -> float:
 
 def test_a_model_without_one_vector_a_text_makes_no_pairs(place: Path, tmp_path: Path) -> None:
     tiny_models.write_tiny_text_model(tmp_path / "roberta", kind="roberta")
-    with pytest.raises(hftl.UsageError, match="no pairs can be made, since the head is more than one linear layer"):
+    with pytest.raises(hftl.UsageError, match=r"--method setfit: .* the head is more than one linear layer"):
         few_shot(place, tmp_path / "run", f"--model={tmp_path / 'roberta'}", "--pooling=architecture")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--learning_rate=auto"], ("--method setfit", "range test")),
+        (["--wise_ft"], ("--wise_ft: --method setfit ends with the head alone",)),
+        (["--soup_runs=2"], ("--soup_runs: --method setfit ends with the head alone",)),
+        (["--head_learning_rate=1"], ("--method setfit does not use --head_learning_rate",)),
+        (["--head=svm", "--max_steps=2"], ("--head svm is fitted, not trained: leave out --max_steps",)),
+        (["--problem_type=regression"], ("--method setfit is for rows of one class each",)),
+    ],
+)
+def test_what_does_not_go_with_pairs(
+    place: Path, tmp_path: Path, flags: list[str], said: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "text-classification", f"--model={place / 'bert'}", f"--dataset={place / 'texts'}"]
+    line = refused([*words, "--method=setfit", *flags, f"--output_dir={tmp_path / 'run'}"], capsys)
+    assert all(part in line for part in said), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_heads_are_fitted_behind_pairs(place: Path, tmp_path: Path) -> None:
+    run = few_shot(place, tmp_path / "run", "--head=svm", "--num_train_epochs=2")
+    assert [stage["name"] for stage in run.metrics["train"]["stages"]] == ["pairs", "head"]
+    assert run.metrics["train"]["stages"][1]["head"] == "svm"

@@ -71,6 +71,8 @@ def test_a_plan_trains_what_its_name_says(name: str, method: str) -> None:
     everything = frozenset(blocks) - backbones.feature_encoder(model)  # of waveforms, which stays as it is
     only_head = frozenset(key for key, block in blocks.items() if block == head)
     norms = set(backbones.normalisation_modules(model))
+    fixed = (*backbones.structure(model).head, *backbones.pooling_layer(model))
+    output_layer = frozenset(key for key in blocks if backbones.is_below_any(key, fixed))
     if method == "bitfit" and not {key for key in blocks if key.endswith("bias")} - only_head:
         with pytest.raises(UsageError, match="no biases outside its head"):
             plan_of(method, model)
@@ -89,6 +91,7 @@ def test_a_plan_trains_what_its_name_says(name: str, method: str) -> None:
         "gradual": [only_head, *_from_the_top({key: blocks[key] for key in everything})],
         "surgical": [only_head, everything],  # of which one block is chosen when the stage begins
         "bitfit": [only_head | {key for key in everything if key.endswith("bias")}],
+        "setfit": [everything - output_layer, only_head],
         "norm": [only_head | {key for key in everything if key.rpartition(".")[0] in norms}],
     }
     assert trained == expected[method]

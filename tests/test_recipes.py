@@ -151,7 +151,6 @@ def test_shown_command_works(
         hftl.parse(getattr(hftl, name), flags)
         return
     small = small_flags("image" if re.search("Image(Text)?Arguments", text) else "", "auto" if "auto" in flags else "")
-    small += ["--pair_steps=2"] if path.stem == "text_few_shot" else []
     small = [flag for flag in small if "--shots" not in flags or "max_train_samples" not in flag]
     if {"--head", "--feature_layers"} & set(flags):  # which is fitted
         small = [flag for flag in small if "train_epochs" not in flag and "batch_size" not in flag]

@@ -21,9 +21,15 @@ REFUSED = {
         for name in (*cells.TASKS, *cells.MODELS)
         if name not in (*DUAL_ENCODERS, "likeness")
     },
-    ("likeness", "auto"): "--method auto is for rows of one class each",
-    ("words", "auto"): "--method auto is for rows of one class each",
-    ("choices", "auto"): "--method auto is for rows of one class each",
+    **{
+        (name, method): f"--method {method} is for rows of one class each"
+        for name in ("likeness", "words", "choices")
+        for method in ("auto", "setfit")
+    },
+    **{
+        (name, "setfit"): "the head is more than one linear layer"
+        for name in ("sounds as waves", "videos", "images with texts")
+    },
     ("GPT", "peft"): "LOKR takes layers of the kinds convolution",
     ("SlowFast", "peft"): "LOKR takes layers of the kinds convolution",
 }
@@ -47,6 +53,8 @@ def check(task: str, method: str, record: dict[str, Any], refusals: dict[Any, st
     head = record["blocks"]
     if method == "frozen":
         assert record["trained"] == [head]
+    elif method == "setfit":
+        assert record["trained"] == [*range(head + 1)]
     elif method == "zero_shot":
         assert record["trained"] == []
     elif method == "partial":

@@ -14,7 +14,7 @@ from hftl.arguments import TransferArguments, is_pretrained
 from hftl.errors import UsageError, did_you_mean
 from hftl.loading import import_function
 from hftl.methods.adapters import SHORT_NAMES, add_adapters, peft_settings
-from hftl.methods.parts import frozen, full, lp_ft, partial, zero_shot
+from hftl.methods.parts import frozen, full, lp_ft, partial, setfit, zero_shot
 from hftl.methods.plan import Plan, Stage
 from hftl.methods.selected import bitfit, gradual, norm, surgical
 from hftl.pretrained import check_quantisation
@@ -32,6 +32,7 @@ METHODS: dict[str, Callable[[Any, Any], Plan]] = {
     "surgical": surgical,
     "bitfit": bitfit,
     "norm": norm,
+    "setfit": setfit,
     "zero_shot": zero_shot,
     "auto": frozen,  # the first rung of its ladder, see hftl.auto
 }
@@ -62,6 +63,7 @@ METHOD_ARGUMENTS = {
     "surgical": {"learning_rate", "head_learning_rate", "batch_norm", "head_epochs", *_PENALTY},
     "bitfit": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm", *_PENALTY},
     "norm": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm", *_PENALTY},
+    "setfit": {"learning_rate", "head", "feature_layers", "feature_pooling"},
     "zero_shot": set(),
     "auto": {"time_budget", "preset"},
 }  # fmt: skip
@@ -116,6 +118,10 @@ def check_method(arguments: TransferArguments) -> None:
         return  # a method of the person's own may use any argument
     if arguments.method == "auto" and arguments.finds_learning_rate:
         raise UsageError("--method auto chooses its rates itself: leave out --learning_rate.")
+    if arguments.method == "setfit" and arguments.finds_learning_rate:
+        raise UsageError("--method setfit: a range test needs a loss of answers. Leave out --learning_rate auto.")
+    if arguments.method == "setfit" and (getattr(arguments, "mixup", None) or getattr(arguments, "cutmix", None)):
+        raise UsageError("--method setfit makes pairs of rows, not of mixed ones: leave out --mixup and --cutmix.")
     if arguments.method == "zero_shot" and not hasattr(arguments, "prompts"):
         raise UsageError(
             "--method zero_shot is for image-classification with a model that reads texts too (CLIP, SigLIP), and for "

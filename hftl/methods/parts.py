@@ -9,6 +9,7 @@ from torch import nn
 from hftl import backbones
 from hftl.arguments import TransferArguments, is_pretrained
 from hftl.errors import UsageError
+from hftl.losses import CosinePairLoss
 from hftl.methods.plan import Plan, Stage, all_parameters, default_rates, head_stage, make_stage, resolved_rates
 from hftl.methods.reinit import reinitialise
 from hftl.problems import problem_of
@@ -49,6 +50,26 @@ def zero_shot(model: nn.Module, arguments: TransferArguments) -> Plan:
             "dual encoder: CLIP, SigLIP and their kin."
         )
     return Plan(model, (Stage("zero-shot", frozenset(), 0.0, 0.0, epochs=0.0),))
+
+
+def setfit(model: nn.Module, arguments: TransferArguments) -> Plan:
+    """The body is tuned on pairs of rows, then the head is solved on its features (SetFit, Tunstall et al. 2022).
+
+    Rows of one class are drawn together and those of two classes apart, until the cosines of their features say which
+    is which. Ten epochs, which are at least 20 steps. With 16 texts a class (MiniLM, seed 0) test accuracy is 0.695,
+    0.721 and 0.916 (SST-2, movie reviews, TREC); in three times as many 0.661 and 0.686 for the first two, in a third
+    0.886 for the last.
+    """
+    default = default_rates(model, is_pretrained(arguments))
+    rate = arguments.learning_rate or default.backbone
+    fixed = (*backbones.structure(model).head, *backbones.pooling_layer(model))  # the mean stays a mean
+    names = [name for name in all_parameters(model) if not backbones.is_below_any(name, fixed)]
+    pairs = make_stage(arguments, "pairs", names, rate, rate)
+    epochs, least = arguments.num_train_epochs or 10.0, 0 if arguments.num_train_epochs else 20
+    pairs = replace(pairs, epochs=epochs, least_steps=least, loss=CosinePairLoss(), headless=True)
+    head = make_stage(arguments, "head", backbones.head_parameters(model), default.head, default.head)
+    head = replace(head, epochs=epochs, least_steps=least, batch_norm="frozen", layer_decay=1.0)
+    return Plan(model, (pairs, head), {"learning_rate": rate})
 
 
 def partial(model: nn.Module, arguments: TransferArguments) -> Plan:

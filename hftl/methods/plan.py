@@ -31,6 +31,8 @@ class Stage:
             epochs is too short to fit anything (Mosbach et al. 2021, Zhang et al. 2021). 0 keeps `epochs` as it is.
         factors: what the rates of single parameters, by name, are multiplied with.
         loss: `(outputs, labels, num_items_in_batch=None) -> scalar`; None takes the task's own.
+        headless: the model gives what its output layer reads in the place of logits, which is what `loss` gets, and
+            nothing is evaluated.
         choose: `(model, loss, batches) -> (name, parameters)`, called when the stage begins: which of `trainable`
             train.
         penalty: `(stage, model, batch, outputs) -> scalar`, a mean over the rows of the batch, see `hftl.penalties`.
@@ -48,6 +50,7 @@ class Stage:
     least_steps: int = 0
     factors: Mapping[str, float] = field(default_factory=dict)
     loss: Callable[..., Any] | None = None
+    headless: bool = False
     choose: Callable[..., tuple[str, frozenset[str]]] | None = None
     penalty: Callable[..., Any] | None = None
     penalty_weight: float = 0.0

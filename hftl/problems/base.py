@@ -307,7 +307,7 @@ class Problem:
 def _of_one_class(arguments: TransferArguments) -> dict[str, Any]:
     """Flags that mean something for rows of one class each, and whether they were given."""
     return {
-        "--method auto": arguments.method == "auto",
+        f"--method {arguments.method}": arguments.method in ("auto", "setfit"),
         "--shots": arguments.shots is not None,
         f"--head {arguments.head}": arguments.head is not None,
         "--feature_layers": arguments.feature_layers is not None,

@@ -46,8 +46,6 @@ class ClassificationTask:
     modality: ClassVar[Modality]
     auto_class: Any
     arguments_class: ClassVar[type[TransferArguments]]
-    #: what a recipe did to the model before its method, for the card: "after …"
-    preparation: str = ""
     #: whether `shown` says what an answer rests on
     explains: ClassVar[bool] = False
     #: rows a step and device when nothing is said

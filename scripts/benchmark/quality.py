@@ -43,6 +43,7 @@ VARIANTS: dict[str, list[str]] = {
     "partial": ["--method=partial"],
     "lora": ["--method=lora"],
     "gradual": ["--method=gradual"],
+    "setfit": ["--method=setfit"],
     "bitfit": ["--method=bitfit"],
     "norm": ["--method=norm"],
     "surgical": ["--method=surgical"],
