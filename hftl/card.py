@@ -309,7 +309,7 @@ def _training(train: dict[str, Any]) -> str:
         if "learning_rate" in stage:
             rows = f" of {stage['rows_a_step']} rows" if "rows_a_step" in stage else ""  # not in older runs
             how = f"{stage['steps']:,} steps{rows}, rate {stage['learning_rate']:.2g}"
-            how += f", head {stage['head_learning_rate']:.2g}"
+            how += f", head {stage['head_learning_rate']:.2g}" if "head_learning_rate" in stage else ""
         lines.append((in_markdown(stage["name"]), f"{share}, {how}"))
     lines += [(name, train[name]) for name in ("seed", "precision") if name in train]
     versions = ", ".join(f"{name} {version}" for name, version in train.get("versions", {}).items())

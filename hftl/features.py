@@ -711,8 +711,9 @@ def _check_head(arguments: TransferArguments) -> None:
             raise UsageError(f"{head} is fitted on kept features: leave out --{name} {value}.")
     if arguments.keep_head and kind != "logistic":
         raise UsageError(f"{head} is fitted to the training rows alone: leave out --keep_head.")
-    of_training = _of_training(alone=arguments.method == "frozen")
-    for name in sorted(of_training & arguments.given if arguments.head_solver == "auto" else ()):
+    for name in sorted(
+        _of_training(arguments, alone=True) & arguments.given if arguments.head_solver == "auto" else ()
+    ):
         raise UsageError(f"{head} is fitted, not trained: leave out --{name}.")
     if (kind in BESIDE or joined) and (views := averaged_views(arguments)):
         raise UsageError(f"{head} answers for the plain view alone: leave out {views}.")
@@ -802,9 +803,9 @@ _OF_ANY_TRAINING = {
 }  # fmt: skip
 
 
-def _of_training(alone: bool) -> set[str]:
-    """Flags of the training of a head, which is all that trains or comes before something else."""
-    return {"max_steps", *(_OF_TRAINING if alone else {"head_epochs"})}
+def _of_training(arguments: TransferArguments, alone: bool) -> set[str]:
+    """Flags of the training of a head, which is all that trains or comes before something else; or behind pairs."""
+    return set() if arguments.method == "setfit" else {"max_steps", *(_OF_TRAINING if alone else {"head_epochs"})}
 
 
 def _may_solve(task: Any, stage: Stage, splits: Any, alone: bool, last: bool) -> bool:
@@ -812,7 +813,7 @@ def _may_solve(task: Any, stage: Stage, splits: Any, alone: bool, last: bool) ->
     arguments = task.arguments
     if arguments.head_solver != "auto":
         return arguments.head_solver == "lbfgs"
-    given, unsolved = sorted(_of_training(alone) & arguments.given), _unsolved(arguments, last)
+    given, unsolved = sorted(_of_training(arguments, alone) & arguments.given), _unsolved(arguments, last)
     if unsolved:
         say(f"head: trained by SGD, as {unsolved[0]} asks")
     elif given:

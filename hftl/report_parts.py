@@ -52,7 +52,11 @@ def training_curves(path: Path, scores: Sequence[tuple[str, str]]) -> dict[str, 
     points: dict[str, tuple[list[float], list[float]]] = {}
     offset, last, stage = 0, 0, None
     names = [f"eval_{name}" for name, _ in scores]
-    for entry in _log_entries(path, ["eval_loss", *names]):
+    entries = _log_entries(path, ["eval_loss", *names])
+    evaluated = {entry["stage"] for entry in entries if "eval_loss" in entry}
+    for entry in entries:
+        if entry["stage"] not in evaluated:  # whose loss is another one, such as that of pairs
+            continue
         if entry["stage"] != stage:
             offset, stage = offset + last, entry["stage"]
         last = entry["step"]

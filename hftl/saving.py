@@ -53,13 +53,14 @@ def write_run(
     folder.write_text(partial / RECIPE, yaml.safe_dump(to_recipe(arguments), sort_keys=False, allow_unicode=True))
     split = folder.scored_split(results)
     write_answers(partial / PREDICTIONS, task.problem, splits, split, *results[split][:2])
+    largest = max(reversed(records), key=lambda record: record["trainable_parameters"])  # of equal ones the last
     metrics = {
         "train": {
             "seconds": sum(record["seconds"] for record in records),
-            "samples_per_second": records[-1]["samples_per_second"],
+            "samples_per_second": largest["samples_per_second"],
             "peak_memory_mb": _peak_memory_mb(),
-            "trainable_parameters": records[-1]["trainable_parameters"],
-            "total_parameters": records[-1]["total_parameters"],
+            "trainable_parameters": largest["trainable_parameters"],
+            "total_parameters": largest["total_parameters"],
             "stages": records,
             "seed": arguments.seed,
             "precision": arguments.precision,

@@ -110,6 +110,11 @@ def check_plan(plan: Plan, arguments: TransferArguments) -> None:
     """
     problem_of(arguments).check(arguments)
     check_loss(arguments)
+    if plan.stages[-1].headless or any(stage.headless and stage.loss is None for stage in plan.stages):
+        raise UsageError(
+            f"--method {arguments.method}: a headless stage gives no answers: it needs a loss of its own, and a stage "
+            "behind it."
+        )
     if arguments.problem_type == Regression.name and any(stage.loss is not None for stage in plan.stages):
         raise UsageError(
             f"--method {arguments.method} brings a loss of its own, which would get numbers in another unit: give it "
@@ -149,9 +154,10 @@ def prepare(
         for stage in stages:
             if stage.reference is not None:  # what a penalty compares with has the same statistics
                 stage.reference.load_state_dict(plan.model.state_dict(), strict=False)
-    if arguments.device.type == "cpu" and not mostly_frozen(stages[-1], plan.model):
+    longest = next((stage for stage in reversed(stages) if not mostly_frozen(stage, plan.model)), stages[-1])
+    if arguments.device.type == "cpu" and not mostly_frozen(longest, plan.model):
         compute.keep_freed_memory()
-    _settle_precision(task, stages[-1], plan.model, data["train"], splits)
+    _settle_precision(task, longest, plan.model, data["train"], splits)
     return stages, data
 
 
@@ -234,7 +240,7 @@ def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tr
 
 
 def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, rows: Any, splits: Splits) -> None:
-    """Choose the precision of the whole run by its last stage, the longest; an interrupted run keeps its own.
+    """Choose the precision of the whole run by its longest stage; an interrupted run keeps its own.
 
     Accelerate knows one precision a process, and one is what the recipe can say.
     """
@@ -252,7 +258,7 @@ def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, 
         precision = compute.choose_precision(
             model,
             batch,
-            stage.loss or task.loss(splits),
+            task.loss(splits) if stage.headless else stage.loss or task.loss(splits),
             training=not mostly_frozen(stage, model),
             rows=passes,
             arguments=arguments,
@@ -391,7 +397,8 @@ def _announcement(
     trained = sum(parameter.numel() for name, parameter in model.named_parameters() if name in stage.trainable)
     total = sum(parameter.numel() for parameter in model.parameters())
     number = f" {index + 1} of {count}" if count > 1 else ""
-    how = f"{length}, rate {stage.learning_rate:.2g}, head {stage.head_learning_rate:.2g}"
+    how = f"{length}, rate {stage.learning_rate:.2g}"
+    how += "" if stage.headless else f", head {stage.head_learning_rate:.2g}"
     if kept is not None and kept.solved:
         how = "solved on the features"
     if not stage.trainable:
@@ -509,7 +516,7 @@ def _train_stage(
     averaged |= interpolate(trainer, pretrained) if pretrained else {}
     seconds = time.perf_counter() - started
     patience = trainer.args.early_stopping_patience
-    if patience and trainer.state.global_step < trainer.state.max_steps:
+    if patience and not stage.headless and trainer.state.global_step < trainer.state.max_steps:
         say(f"{stage.name}: stopped early, no better evaluation in {patience}")
     return {
         "name": stage.name,
@@ -519,7 +526,7 @@ def _train_stage(
         "epochs": stage.epochs,
         "rows_a_step": trainer.rows_together * trainer.args.world_size,
         "learning_rate": stage.learning_rate,
-        "head_learning_rate": stage.head_learning_rate,
+        **({} if stage.headless else {"head_learning_rate": stage.head_learning_rate}),
         "best_metric": score,
         **averaged,
         **_parameters(trainer),

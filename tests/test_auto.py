@@ -120,7 +120,7 @@ def test_few_rows_have_runs_of_many_epochs_and_no_trials(
     monkeypatch.setattr(auto, "_shape", shape)
     train(world, tmp_path / "run", "--time_budget=1h", "--per_device_train_batch_size=4")
     rows = [(row["rung"], row["method"], row["epochs"]) for row in rows_of(tmp_path / "run")]
-    assert rows == [("probe", "frozen", "0.0"), ("pairs", "setfit", "0.0"), ("final", "full", "7.0")]
+    assert rows == [("probe", "frozen", "0.0"), ("pairs", "setfit", "10.0"), ("final", "full", "7.0")]
     assert shapes[0] > auto._EPOCHS_FOR_TRIALS
     printed = capsys.readouterr().out
     assert "auto: to train the whole model for 2 epochs takes about" in printed
@@ -227,7 +227,7 @@ def run_folder(folder: Path, accuracy: float, right: list[int]) -> Path:
 @pytest.mark.parametrize(
     ("gains", "losses", "short", "usual"),
     [(1, 0, False, True), (2, 0, True, True), (3, 2, False, True), (9, 2, True, True), (0, 1, False, True),
-     (0, 2, False, False), (2, 9, False, False)],
+     (0, 2, False, True), (0, 5, False, False), (2, 9, False, False)],
 )  # fmt: skip
 def test_only_more_than_chance_takes_the_place_or_keeps_it(
     tmp_path: Path, gains: int, losses: int, short: bool, usual: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,7 +265,8 @@ def test_a_model_without_one_vector_a_text_makes_no_pairs(place: Path, tmp_path:
         (["--wise_ft"], ("--wise_ft: --method setfit ends with the head alone",)),
         (["--soup_runs=2"], ("--soup_runs: --method setfit ends with the head alone",)),
         (["--head_learning_rate=1"], ("--method setfit does not use --head_learning_rate",)),
-        (["--head=svm", "--max_steps=2"], ("--head svm is fitted, not trained: leave out --max_steps",)),
+        (["--per_device_train_batch_size=1"], ("--method setfit: pairs are those of a batch", "batch_size 1.")),
+        (["--auto_find_batch_size"], ("--method setfit: pairs are those of a batch", "--auto_find_batch_size.")),
         (["--problem_type=regression"], ("--method setfit is for rows of one class each",)),
     ],
 )
@@ -278,6 +280,41 @@ def test_what_does_not_go_with_pairs(
 
 
 def test_other_heads_are_fitted_behind_pairs(place: Path, tmp_path: Path) -> None:
-    run = few_shot(place, tmp_path / "run", "--head=svm", "--num_train_epochs=2")
-    assert [stage["name"] for stage in run.metrics["train"]["stages"]] == ["pairs", "head"]
-    assert run.metrics["train"]["stages"][1]["head"] == "svm"
+    run = few_shot(place, tmp_path / "run", "--head=svm", "--max_steps=2")
+    pairs, head = run.metrics["train"]["stages"]
+    assert (pairs["name"], pairs["steps"], head["name"], head["head"]) == ("pairs", 2, "head", "svm")
+    body = pairs["trainable_parameters"]
+    assert run.metrics["train"]["trainable_parameters"] == body  # what trained most stands for the run
+    assert f"{body:,} of" in run.summary()
+    assert "head_learning_rate" not in pairs
+    assert "| pairs |" in (run.folder / "README.md").read_text()
+    assert "Too few steps were logged" not in (run.folder / "report.html").read_text()
+
+
+def test_a_stage_without_a_head_has_another_behind_it(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = """
+        import dataclasses
+        from hftl.methods.parts import setfit
+
+        def only_pairs(model, arguments):
+            plan = setfit(model, arguments)
+            return dataclasses.replace(plan, stages=plan.stages[:1])
+    """
+    (tmp_path / "own.py").write_text(textwrap.dedent(code))
+    words = ["train", "text-classification", f"--model={place / 'bert'}", f"--dataset={place / 'texts'}"]
+    line = refused([*words, f"--method={tmp_path / 'own.py'}:only_pairs", f"--output_dir={tmp_path / 'run'}"], capsys)
+    assert "a headless stage gives no answers" in line
+
+
+def test_the_curves_of_a_report_are_of_one_loss(place: Path, tmp_path: Path) -> None:
+    flags = ["--loss=focal", "--num_train_epochs=12", "--logging_steps=1"]  # the head is trained, then
+    run = few_shot(place, tmp_path / "run", *flags)
+    entries = [json.loads(line) for line in (run.folder / "logs" / "log.jsonl").read_text().splitlines()]
+    of_head = [entry["loss"] for entry in entries if entry["stage"] == "head" and "loss" in entry]
+    of_pairs = [entry["loss"] for entry in entries if entry["stage"] == "pairs" and "loss" in entry]
+    assert len(of_head) == len(of_pairs) == 12
+    page = (run.folder / "report.html").read_text()
+    assert f"training {of_head[0]:.3g} to {of_head[-1]:.3g}" in page
+    assert f"training {of_pairs[0]:.3g}" not in page

@@ -118,10 +118,8 @@ def check_method(arguments: TransferArguments) -> None:
         return  # a method of the person's own may use any argument
     if arguments.method == "auto" and arguments.finds_learning_rate:
         raise UsageError("--method auto chooses its rates itself: leave out --learning_rate.")
-    if arguments.method == "setfit" and arguments.finds_learning_rate:
-        raise UsageError("--method setfit: a range test needs a loss of answers. Leave out --learning_rate auto.")
-    if arguments.method == "setfit" and (getattr(arguments, "mixup", None) or getattr(arguments, "cutmix", None)):
-        raise UsageError("--method setfit makes pairs of rows, not of mixed ones: leave out --mixup and --cutmix.")
+    if arguments.method == "setfit":
+        _check_pairs(arguments)
     if arguments.method == "zero_shot" and not hasattr(arguments, "prompts"):
         raise UsageError(
             "--method zero_shot is for image-classification with a model that reads texts too (CLIP, SigLIP), and for "
@@ -137,6 +135,24 @@ def check_method(arguments: TransferArguments) -> None:
     if method is add_adapters:
         peft_settings(arguments)
         check_quantisation(arguments)
+
+
+def _check_pairs(arguments: TransferArguments) -> None:
+    """Refuse settings by which a training on pairs of rows would not be what it says.
+
+    Raises:
+        UsageError: as said.
+    """
+    mixes = [name for name in ("mixup", "cutmix") if getattr(arguments, name, None)]
+    unfit = {
+        "--learning_rate auto": (arguments.finds_learning_rate, "a range test needs a loss of answers"),
+        "--per_device_train_batch_size 1": (arguments.per_device_train_batch_size == 1, "pairs are those of a batch"),
+        "--auto_find_batch_size": (arguments.auto_find_batch_size, "pairs are those of a batch"),
+        f"--{'/'.join(mixes)}": (bool(mixes), "a mixed row has no class"),
+    }
+    for flag, (given, why) in unfit.items():
+        if given:
+            raise UsageError(f"--method setfit: {why}. Leave out {flag}.")
 
 
 def arguments_of(method: str) -> set[str] | None:

@@ -10,7 +10,17 @@ from hftl import backbones
 from hftl.arguments import TransferArguments, is_pretrained
 from hftl.errors import UsageError
 from hftl.losses import CosinePairLoss
-from hftl.methods.plan import Plan, Stage, all_parameters, default_rates, head_stage, make_stage, resolved_rates
+from hftl.methods.plan import (
+    PAIR_EPOCHS,
+    PAIR_STEPS,
+    Plan,
+    Stage,
+    all_parameters,
+    default_rates,
+    head_stage,
+    make_stage,
+    resolved_rates,
+)
 from hftl.methods.reinit import reinitialise
 from hftl.problems import problem_of
 
@@ -65,10 +75,10 @@ def setfit(model: nn.Module, arguments: TransferArguments) -> Plan:
     fixed = (*backbones.structure(model).head, *backbones.pooling_layer(model))  # the mean stays a mean
     names = [name for name in all_parameters(model) if not backbones.is_below_any(name, fixed)]
     pairs = make_stage(arguments, "pairs", names, rate, rate)
-    epochs, least = arguments.num_train_epochs or 10.0, 0 if arguments.num_train_epochs else 20
+    epochs, least = (arguments.num_train_epochs, 0) if arguments.num_train_epochs else (PAIR_EPOCHS, PAIR_STEPS)
     pairs = replace(pairs, epochs=epochs, least_steps=least, loss=CosinePairLoss(), headless=True)
-    head = make_stage(arguments, "head", backbones.head_parameters(model), default.head, default.head)
-    head = replace(head, epochs=epochs, least_steps=least, batch_norm="frozen", layer_decay=1.0)
+    (head,) = frozen(model, arguments).stages
+    head = replace(head, learning_rate=default.head, head_learning_rate=default.head, epochs=epochs, least_steps=least)
     return Plan(model, (pairs, head), {"learning_rate": rate})
 
 

@@ -113,6 +113,8 @@ def default_rates(model: nn.Module, pretrained: bool = True) -> Rates:
 LEAST_STEPS = 80
 #: of a stage whose epochs were added to reach the least number of steps
 MOST_EVALUATIONS = 10
+#: epochs of pairs and their least steps, see `hftl.methods.parts.setfit`
+PAIR_EPOCHS, PAIR_STEPS = 10.0, 20
 #: more epochs than this are never added to reach the least number of steps
 MOST_EPOCHS = 50
 
