@@ -55,7 +55,7 @@ def training_curves(path: Path, scores: Sequence[tuple[str, str]]) -> dict[str, 
     entries = _log_entries(path, ["eval_loss", *names])
     evaluated = {entry["stage"] for entry in entries if "eval_loss" in entry}
     for entry in entries:
-        if entry["stage"] not in evaluated:  # whose loss is another one, such as that of pairs
+        if evaluated and entry["stage"] not in evaluated:  # whose loss is another one, such as that of pairs
             continue
         if entry["stage"] != stage:
             offset, stage = offset + last, entry["stage"]
