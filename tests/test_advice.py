@@ -26,6 +26,7 @@ SEEN = Figures(
     logme=0.5,
     blocks=13,
     adaptable=True,
+    pairs=False,
     forward=0.01,
 )
 FEW, FAR, HELD = {"counts": (40, 30)}, {"probe": 0.80, "neighbours": 0.79}, {"probe": 0.80, "neighbours": 0.70}
@@ -34,6 +35,9 @@ FEW, FAR, HELD = {"counts": (40, 30)}, {"probe": 0.80, "neighbours": 0.79}, {"pr
 @pytest.mark.parametrize(
     ("changes", "method", "blocks", "figures"),
     [
+        (FEW | {"pairs": True}, "setfit", "all 13, on pairs", ("30 rows", "0.990")),
+        (FEW | FAR | {"pairs": True}, "setfit", "all 13, on pairs", ("30 rows", "0.800")),
+        ({"pairs": True}, "lp_ft", "all 13", ("400 rows",)),
         (FEW, "frozen", "the head alone", ("30 rows", "0.990")),
         ({}, "lp_ft", "all 13", ("400 rows", "0.990")),
         (FEW | HELD, "lora", "all 13 but the first", ("30 rows", "0.800", "10.0 points")),
@@ -75,10 +79,8 @@ def test_the_command_for_texts_works(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "small: 20 rows in the smallest class" in printed
     assert "chance 0.500" in printed
     assert command[:3] == ["hftl", "train", "text-classification"]
-    method = next(token for token in command if token.startswith("--method=")).partition("=")[2]
-    assert f"method:    {method}\n" in printed
-    # 40 rows are 3 steps an epoch: 27 of them are 80 steps
-    assert ("--num_train_epochs=27" in command) == (method != "frozen")
+    assert "method:    setfit\n" in printed
+    assert {"--method=setfit", "--num_train_epochs=10", "--learning_rate=0.0001"} <= set(command)
     cli._run([*command[1:], f"--output_dir={tmp_path / 'run'}", "--report_to=none"])
     assert "test" in json.loads((tmp_path / "run" / "metrics.json").read_text())
 
