@@ -70,7 +70,7 @@ _FEW_WAYS = 3
 #: with fewer validation rows than this, by which an accuracy of 0.85 is known to 0.025, trials would choose by chance
 _LEAST_TO_TELL = 200
 #: of few texts pairs teach more than their labels: `setfit` is 4 points better on test than `full` with 16 a class and
-#: 3 with 64 (SST-2, movie reviews, TREC, two draws each), as good with 200 (SST-2); of images it is worse
+#: 2 with 64 (SST-2, movie reviews, TREC; three and two draws), as good with 200; of images it is worse
 _PAIRS = "setfit"
 #: a soup needs some epochs to choose from
 _LEAST_FOR_SOUP = 2.0

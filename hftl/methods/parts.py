@@ -66,8 +66,8 @@ def setfit(model: nn.Module, arguments: TransferArguments) -> Plan:
     """The body is tuned on pairs of rows, then the head is solved on its features (SetFit, Tunstall et al. 2022).
 
     Rows of one class are drawn together and those of two classes apart, until the cosines of their features say which
-    is which. Ten epochs, which are at least 20 steps. With 16 texts a class (MiniLM, seed 0) test accuracy is 0.695,
-    0.721 and 0.916 (SST-2, movie reviews, TREC); in three times as many 0.661 and 0.686 for the first two, in a third
+    is which. Ten epochs, which are at least 20 steps. With 16 texts a class (MiniLM, one draw) test accuracy is 0.695,
+    0.720 and 0.916 (SST-2, movie reviews, TREC); in three times as many 0.661 and 0.686 for the first two, in a third
     0.886 for the last.
     """
     default = default_rates(model, is_pretrained(arguments))
