@@ -240,7 +240,7 @@ class TransferArguments(TrainingArguments):
         "rows make many short epochs, so that there are about ten).",
     )
     save_total_limit: int | None = _argument(1, "Checkpoints kept beside the best one.")
-    load_best_model_at_end: bool = _argument(True, "Keep the best checkpoint on validation, of those alike the latest.")
+    load_best_model_at_end: bool = _argument(True, "Keep the best checkpoint on validation, of equal ones the latest.")
     logging_steps: float = _argument(10, "Log the loss every so many steps.")
     report_to: str | None = _argument("tensorboard", "Trackers: tensorboard, wandb, mlflow, … or none.")
     # The collators pick what the model takes; Trainer would drop the columns that they need.

@@ -213,8 +213,8 @@ class GreedySoup(Averaging):
             unneeded.unlink()
 
     def _ingredients(self) -> list[Path]:
-        """The kept weights, the best first, of equal ones the earlier."""
-        return sorted(self.place.glob("*.safetensors"), key=lambda path: (-_score_in(path), int(path.stem)))
+        """The kept weights, the best first, of equal ones the later."""
+        return sorted(self.place.glob("*.safetensors"), key=lambda path: (-_score_in(path), -int(path.stem)))
 
     def finish(self) -> dict[str, Any]:
         """Cook what there is: one at least, since Trainer evaluates last."""

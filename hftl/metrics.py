@@ -45,12 +45,6 @@ def written(name: str, value: float) -> str:
     return f"{value:.4g}" if name in _IN_OWN_UNIT else f"{value:.4f}"
 
 
-def standard_error(share: float, rows: int) -> float:
-    """Of a share of rows; as if one more were right and one wrong, since shares of 0 and 1 are known no better."""
-    share = (share * rows + 1) / (rows + 2)
-    return math.sqrt(share * (1 - share) / (rows + 2))
-
-
 def softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Probabilities, shape (rows, classes), from logits of the same shape."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))

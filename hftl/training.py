@@ -511,7 +511,6 @@ def _train_stage(
         say(f"going on from {checkpoint.name} of stage {stage.name!r}")
     started = time.perf_counter()
     output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    score = _kept_score(trainer)
     averaged = {} if trainer.average is None else trainer.average.finish()
     averaged |= interpolate(trainer, pretrained) if pretrained else {}
     seconds = time.perf_counter() - started
@@ -527,26 +526,10 @@ def _train_stage(
         "rows_a_step": trainer.rows_together * trainer.args.world_size,
         "learning_rate": stage.learning_rate,
         **({} if stage.headless else {"head_learning_rate": stage.head_learning_rate}),
-        "best_metric": score,
+        "best_metric": trainer.state.best_metric,
         **averaged,
         **_parameters(trainer),
     }
-
-
-def _kept_score(trainer: TransferTrainer) -> float | None:
-    """The score of the evaluation whose weights are loaded at the end, else the highest; said where they differ."""
-    state, name = trainer.state, str(trainer.args.metric_for_best_model)
-    scores = {entry["step"]: entry for entry in state.log_history if f"eval_{name}" in entry}
-    kept = scores.get(state.best_global_step or 0)
-    if kept is None or not trainer.args.load_best_model_at_end:
-        return state.best_metric
-    score = float(kept[f"eval_{name}"])
-    if score != state.best_metric and (trainer.average is None or trainer.average.evaluated):
-        say(
-            f"{trainer.stage.name}: the weights of epoch {kept['epoch']:.3g} are kept ({name} {score:.4f}); the best "
-            f"score, {state.best_metric:.4f}, came earlier, and is better by no more than its standard error"
-        )
-    return score
 
 
 def _solve_stage(task: ClassificationTask, trainer: TransferTrainer, kept: KeptFeatures) -> dict[str, Any]:

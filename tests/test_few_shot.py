@@ -83,11 +83,8 @@ def test_many_short_epochs_are_evaluated_ten_times(place: Path, tmp_path: Path) 
     assert [entry["epoch"] for entry in entries if "eval_loss" in entry] == [3, 4]
 
 
-def test_of_scores_that_chance_cannot_tell_apart_the_latest_counts(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Half of 21 rows is known to 0.1: 0.45 is no less."""
-    given = iter([0.5, 0.45, 0.45])
+def test_of_equal_scores_the_latest_counts(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = iter([0.45, 0.5, 0.5, 0.45])
     score = ClassificationTask.score
 
     def scores(self: Any, *values: Any) -> dict[str, float]:
@@ -95,10 +92,13 @@ def test_of_scores_that_chance_cannot_tell_apart_the_latest_counts(
         return found | {"accuracy": next(given, found["accuracy"])}
 
     monkeypatch.setattr(ClassificationTask, "score", scores)
-    flags = {"model": place / "bert", "dataset": place / "texts", "report_to": "none", "num_train_epochs": 3}
+    flags = {"model": place / "bert", "dataset": place / "texts", "report_to": "none", "num_train_epochs": 4}
     run = hftl.finetune("text-classification", **flags, method="full", output_dir=tmp_path / "run")
-    assert run.metrics["train"]["stages"][-1]["best_metric"] == 0.45
-    assert "all: the weights of epoch 3 are kept (accuracy 0.4500); the best score, 0.5000" in capsys.readouterr().out
+    assert run.metrics["train"]["stages"][-1]["best_metric"] == 0.5
+    assert run.metrics["validation"]["accuracy"] == 0.5
+    entries = [json.loads(line) for line in (run.folder / "logs" / "log.jsonl").read_text().splitlines()]
+    losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
+    assert run.metrics["validation"]["loss"] == losses[2] != losses[1]
 
 
 # --- repeats ---------------------------------------------------------------------------------------------------------
