@@ -127,7 +127,7 @@ def choose(figures: Figures) -> Choice:
     half = math.ceil(figures.blocks / 2)
     gap = f"the linear layer is {100 * (figures.probe - figures.neighbours):.1f} points above the nearest neighbours"
     if figures.pairs and not large:
-        why = "texts in pairs teach more than their labels: 4 points above full with 16 a class, 2 with 64, 0 with 200"
+        why = "texts in pairs teach more than their labels: 3 points above full with 16 a class, 2 with 64, 0 with 200"
         return Choice("setfit", (), f"all {figures.blocks}, on pairs, and then the head", (size, nearness, why))
     if near and not large:
         why = "the features separate the classes already, and more weights would learn the few rows by heart"

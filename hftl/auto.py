@@ -69,7 +69,7 @@ _EPOCHS_FOR_ALL = 24.0
 _FEW_WAYS = 3
 #: with fewer validation rows than this, by which an accuracy of 0.85 is known to 0.025, trials would choose by chance
 _LEAST_TO_TELL = 200
-#: of few texts pairs teach more than their labels: `setfit` is 4 points better on test than `full` with 16 a class and
+#: of few texts pairs teach more than their labels: `setfit` is 3 points better on test than `full` with 16 a class and
 #: 2 with 64 (SST-2, movie reviews, TREC; three and two draws), as good with 200; of images it is worse
 _PAIRS = "setfit"
 #: a soup needs some epochs to choose from
