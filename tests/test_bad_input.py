@@ -198,7 +198,7 @@ FLAGS = [
     Bad("average within auto", f"{TEXT} --method auto --average soup", ("--average", "--method auto")),
     Bad("mix without a start", with_model("random:bert") + " --wise_ft", ("--wise_ft", "random:", "Leave it out")),
     Bad("mix of adapters", f"{TEXT} --method lora --wise_ft", ("--wise_ft", "--method lora", "lp_ft")),
-    Bad("mix of what is frozen", f"{TEXT} --method frozen --wise_ft", ("--wise_ft", "none of the backbone")),
+    Bad("mix of what is frozen", f"{TEXT} --method frozen --wise_ft", ("--wise_ft", "ends with the head alone")),
     Bad("erasing of two", f"{IMAGE} --random_erasing 2", ("--random_erasing", "between 0 and 1")),
     Bad(
         "erasing of nothing",
