@@ -24,11 +24,11 @@ from hftl import backbones, compute, transferability
 from hftl.arguments import parse, stage_arguments
 from hftl.data import Splits
 from hftl.errors import UsageError
-from hftl.features import PooledFeatures
+from hftl.features import PooledFeatures, longest_stage
 from hftl.folder import say
 from hftl.losses import CrossEntropyLoss
 from hftl.methods import build_plan
-from hftl.methods.plan import LEAST_STEPS, Plan, Stage, prepare_modules, with_least_steps
+from hftl.methods.plan import LEAST_STEPS, Plan, prepare_modules, with_least_steps
 from hftl.problems import is_uneven
 from hftl.ranking import Pooled, features_of, load_rows
 from hftl.tasks import find_task
@@ -237,7 +237,7 @@ def _training(found: Pooled, figures: Figures, choice: Choice) -> tuple[list[str
     arguments = stage_arguments(found.task.arguments, method=choice.method, **chosen)
     plan = build_plan(copy.deepcopy(found.model), arguments)
     rate, head = plan.settings["learning_rate"], plan.settings.get("head_learning_rate")
-    stage = _longest(plan)
+    stage = longest_stage(plan.stages, plan.model)
     batch_size = arguments.per_device_train_batch_size or found.task.batch_size
     steps = math.ceil(figures.rows / (batch_size * arguments.gradient_accumulation_steps))
     epochs = with_least_steps(stage, steps).epochs
@@ -257,15 +257,10 @@ def _training(found: Pooled, figures: Figures, choice: Choice) -> tuple[list[str
     return lines, tuple(f"--{name}={value}" for name, value in flags.items() if name not in arguments.given)
 
 
-def _longest(plan: Plan) -> Stage:
-    """The last stage, or the one on pairs before it."""
-    return next((stage for stage in plan.stages if stage.headless), plan.stages[-1])
-
-
 def _seconds_a_row(found: Pooled, plan: Plan) -> float:
     """Forward and backward of a plan's longest stage, timed on a batch of typical rows."""
     arguments = found.task.arguments
-    prepare_modules(plan.model, _longest(plan))
+    prepare_modules(plan.model, longest_stage(plan.stages, plan.model))
     plan.model.to(arguments.device)
     batch = compute.typical_batch(found.rows, found.task.collate)
     batch = {name: value.to(arguments.device) for name, value in batch.items()}

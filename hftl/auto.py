@@ -162,7 +162,7 @@ class Ladder:
 
     def climb(self, test_rows: int) -> None:
         """Every rung that the time allows; those of an interrupted run are not climbed again."""
-        training, prediction, features = self._measure()
+        training, prediction, of_pairs = self._measure()
         self._finish_interrupted()
         if self._of("final"):
             return
@@ -177,8 +177,7 @@ class Ladder:
         left = f"{max(0, self.budget.left):.0f} s are left"
         say(f"auto: to train the whole model for {length} takes about {epoch:.0f} s, {left}")
         pairs = (self.pair_epochs * training + prediction) * len(self.splits.train)
-        few_texts = self.task.modality.is_text and self.stretch > 1
-        if few_texts and features and not self._of("pairs") and self.left > pairs:
+        if of_pairs and not self._of("pairs") and self.left > pairs:
             self._train("pairs", _PAIRS, 1.0, self.pair_epochs)
         method, factor = self._most_promising(self.left / epoch)
         runs, epochs = _shape(self.left / epoch, _later(self.arguments))
@@ -327,7 +326,7 @@ class Ladder:
     def _measure(self) -> tuple[float, float, bool]:
         """Seconds to train the whole model on a row, and to predict one, in the precision that every rung will have.
 
-        Beside them, whether it can be tuned on pairs.
+        Beside them, whether it can and should be tuned on pairs: a few texts, several in a batch.
         """
         model = copy.deepcopy(self.model).to(self.arguments.device).train()
         batch = compute.typical_batch(self.task.dataset(self.splits.train, training=True), self.task.collate)
@@ -340,7 +339,9 @@ class Ladder:
         training = compute.seconds_a_row(model, batch, loss, True, precision)
         prediction = compute.seconds_a_row(model.eval(), batch, loss, False, precision)
         pairs_fit = self.arguments.per_device_train_batch_size != 1 and not self.arguments.auto_find_batch_size
-        return training, prediction, pairs_fit and gives_features(model, backbones.inputs_of(batch))
+        few_texts = self.task.modality.is_text and self.stretch > 1
+        of_pairs = few_texts and pairs_fit and gives_features(model, backbones.inputs_of(batch))
+        return training, prediction, of_pairs
 
 
 def _later(arguments: TransferArguments) -> float:

@@ -736,6 +736,11 @@ def mostly_frozen(stage: Stage, model: nn.Module) -> bool:
     return min((blocks[name] for name in stage.trainable), default=head) * 2 >= head
 
 
+def longest_stage(stages: Sequence[Stage], model: nn.Module) -> Stage:
+    """The last stage that trains more than the end of the model, else the last one."""
+    return next((stage for stage in reversed(stages) if not mostly_frozen(stage, model)), stages[-1])
+
+
 def keep_features(
     task: Any, stage: Stage, model: nn.Module, splits: Any, data: dict[str, Any], alone: bool, last: bool
 ) -> KeptFeatures | None:

@@ -35,7 +35,7 @@ from hftl.compute import of_all_processes, wait_for_all
 from hftl.data import JOINED, Splits
 from hftl.errors import Diverged, UsageError, without_worker
 from hftl.feature_map import keep_features_of
-from hftl.features import KeptFeatures, check_wishes, headless, keep_features, mostly_frozen
+from hftl.features import KeptFeatures, check_wishes, headless, keep_features, longest_stage, mostly_frozen
 from hftl.folder import CHECKPOINTS, LOGS, RECIPE, read_json, say
 from hftl.losses import check_loss
 from hftl.lr_find import PICTURE, STEPS, check_one_process, draw, report, scaled, sweep
@@ -154,7 +154,7 @@ def prepare(
         for stage in stages:
             if stage.reference is not None:  # what a penalty compares with has the same statistics
                 stage.reference.load_state_dict(plan.model.state_dict(), strict=False)
-    longest = next((stage for stage in reversed(stages) if not mostly_frozen(stage, plan.model)), stages[-1])
+    longest = longest_stage(stages, plan.model)
     if arguments.device.type == "cpu" and not mostly_frozen(longest, plan.model):
         compute.keep_freed_memory()
     _settle_precision(task, longest, plan.model, data["train"], splits)
