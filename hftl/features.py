@@ -469,7 +469,8 @@ class _Extraction:
         """Compute the rows that are missing: this process its share of them, in batches of always the same rows."""
         missing = shards.find(keys)[:, 0] < 0
         lengths = getattr(dataset, "lengths", None)
-        chosen = batches.groups(lengths, len(dataset), None, self.arguments.device.type == "cpu")
+        half = self.arguments.precision != "fp32"
+        chosen = batches.groups(lengths, len(dataset), None, self.arguments.device.type == "cpu", half)
         chosen = [group for group in chosen if missing[group].any()]
         chosen = chosen[self.arguments.process_index :: self.arguments.world_size]
         # Texts are tokenised already; augmented views draw random numbers, of which a process has one sequence.

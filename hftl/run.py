@@ -36,6 +36,8 @@ _NOT_FROM_A_RUN = {"trust_remote_code", "allow_pickle"}
 _NEAR = 4
 #: rows that are predicted before the first of them are given out: a few seconds of images on two cores
 _PIECE = 256
+#: … and texts where one process predicts: of more the batches hold less padding
+_TEXTS = 1024
 
 
 class Run(Finished):
@@ -202,7 +204,8 @@ class Run(Finished):
         """
         device = next(self.model.parameters()).device
         lengths = getattr(dataset, "lengths", None)
-        chosen = batches.groups(lengths, len(dataset), batch_size, device.type == "cpu")
+        half = self.precision != "fp32"
+        chosen = batches.groups(lengths, len(dataset), batch_size, device.type == "cpu", half)
         threads = batches.decoding_threads(rows) if lengths is None else 0  # texts are tokenised already
         for group, examples in batches.prepared(dataset, chosen, threads, skip_bad_files):
             if examples:
@@ -308,9 +311,11 @@ class Run(Finished):
         self.cut, self.missing = 0, Counter()
         rows = iter(self.task.iter_inputs(inputs, columns))
         number, processes = share
-        skip_bad_files = skip_bad_files and not self.task.modality.is_text
+        is_text = self.task.modality.is_text
+        size = _TEXTS if is_text and processes == 1 else _PIECE
+        skip_bad_files = skip_bad_files and not is_text
         for turn in itertools.count():
-            piece = list(itertools.islice(rows, _PIECE))
+            piece = list(itertools.islice(rows, size))
             if not piece:
                 return
             if turn % processes == number:

@@ -77,6 +77,7 @@ class TransferTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is ours: forward has no use for the number of rows
         self.rows_together = self._train_batch_size * args.gradient_accumulation_steps
         self.start: dict[str, torch.Tensor] | None = None
+        self.trained: list[nn.Parameter] | None = None
         self.watched = penalties.watched(model) if stage.penalty is not None else None
         if stage.reference is not None:
             stage.reference.to(self.args.device)
@@ -167,7 +168,42 @@ class TransferTrainer(Trainer):
                 folder.say(f"batch: {batch_size} rows, {self.args.gradient_accumulation_steps} times a step")
         if self.average is not None:
             self.average.start(resumed=settings.get("resume_from_checkpoint") is not None)
-        return super()._inner_training_loop(batch_size, **settings)
+        with self._visiting_what_trains():
+            return super()._inner_training_loop(batch_size, **settings)
+
+    @contextlib.contextmanager
+    def _visiting_what_trains(self) -> Iterator[None]:
+        """Spare the walks over all modules that Trainer makes in every step.
+
+        `train()`, `zero_grad()` and the norm of the gradients take 1.2 ms together for the 274 modules of a small
+        EfficientNet, as long as all the rest of a step of a head on kept features.
+        """
+        if self.is_sharded:  # their wrappers have parameters of their own
+            yield
+            return
+        model: Any = self.model
+        trained = self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+        def train(mode: bool = True) -> nn.Module:
+            return model if mode and model.training else type(model).train(model, mode)
+
+        def zero_grad(set_to_none: bool = True) -> None:
+            for parameter in trained:
+                parameter.grad = None
+
+        model.eval()  # so that the first `train()` is a whole one
+        vars(model).update(train=train, zero_grad=zero_grad)
+        try:
+            yield
+        finally:
+            del vars(model)["train"], vars(model)["zero_grad"]
+            self.trained = None
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Trainer's, of the parameters that have gradients."""
+        if self.trained is None:
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One step whose randomness is a function of (seed, step, process), so that a resumed run repeats it.
@@ -223,7 +259,7 @@ class TransferTrainer(Trainer):
         """
         if model.training:
             for module in self.frozen_modules:
-                module.training = False
+                vars(module)["training"] = False  # as `module.training = False`, which takes thirty times as long
         if self.cut is not None:
             kept, labels = inputs["kept"], inputs.get("labels")
             carried = {name: inputs[name] for name in self.cut.carried}

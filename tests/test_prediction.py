@@ -148,12 +148,11 @@ def test_groups_hold_every_row_once(batch_size: int | None, on_cpu: bool) -> Non
         if batch_size:
             assert max(map(len, groups)) == batch_size
     if batch_size is None and on_cpu:
-        longest = [max(lengths[row] for row in group) for group in batches.groups(lengths, 500, None, True)]
-        assert longest == sorted(longest, reverse=True)
-        assert all(
-            len(group) == 1 or len(group) * lengths[group[0]] <= 512
-            for group in batches.groups(lengths, 500, None, True)
-        )
+        for half, tokens in ((False, 512), (True, 2048)):
+            groups = batches.groups(lengths, 500, None, True, half)
+            longest = [max(lengths[row] for row in group) for group in groups]
+            assert longest == sorted(longest, reverse=True)
+            assert all(len(group) == 1 or len(group) * lengths[group[0]] <= tokens for group in groups)
 
 
 def test_first_predictions_come_before_the_last_rows_are_read(place: Path, image_run: hftl.Run) -> None:
