@@ -66,6 +66,7 @@ class Averaging(TrainerCallback):
         self.trainer = trainer
         self.values: Tensors = {}
         self.count = 0
+        self.moving: Tensors = {}
 
     @property
     def tensors(self) -> Tensors:
@@ -74,7 +75,7 @@ class Averaging(TrainerCallback):
 
     def start(self, resumed: bool) -> None:
         """Forget what a training before this one left."""
-        self.values, self.count = {}, 0
+        self.values, self.count, self.moving = {}, 0, {}
 
     def save(self, checkpoint: Path) -> None:
         """Write the average into a checkpoint."""
@@ -126,7 +127,8 @@ class ExponentialAverage(Averaging):
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the average towards the weights."""
-        step, now = state.global_step, self.tensors
+        step = state.global_step
+        now = self.moving = self.moving or self.tensors  # to find them takes a walk over all modules
         if not self.values:
             self.values = {name: tensor.detach().clone() for name, tensor in now.items()}
         decay = min(args.ema_decay or EMA_DECAY, (1 + step) / (10 + step))
@@ -220,19 +222,23 @@ class GreedySoup(Averaging):
         """Cook what there is: one at least, since Trainer evaluates last."""
         wait_for_all()
         tried = self._ingredients()
-        chosen, score = cook(self.trainer, tried)
+        known = self.trainer.evaluations.get(int(tried[0].stem))
+        chosen, score = cook(self.trainer, tried, known)
         steps = [int(path.stem) for path in chosen]
         shown = f"(steps {', '.join(map(str, steps))}), {_shown(self.trainer, score)}"
         say(f"average: a soup of {len(chosen)} of {len(tried)} checkpoints {shown}")
         return {"average": {"kind": "soup", "steps": steps, "tried": len(tried), "score": score}}
 
 
-def cook(trainer: TransferTrainer, ingredients: Sequence[Path], lenient: bool = False) -> tuple[list[Path], float]:
+def cook(
+    trainer: TransferTrainer, ingredients: Sequence[Path], known: Any = None, lenient: bool = False
+) -> tuple[list[Path], float]:
     """Put the mean of ingredients into the model: of the first, and of each further one that keeps or raises the score.
 
     Args:
         trainer: whose validation split decides.
         ingredients: files of `averaged_tensors`, the best first.
+        known: what an evaluation of the first gave, if this process has it.
         lenient: take one that lowers the score too, by no more than one standard error of the paired difference.
 
     Returns:
@@ -247,7 +253,10 @@ def cook(trainer: TransferTrainer, ingredients: Sequence[Path], lenient: bool = 
         share = 1 / (len(chosen) + 1)
         candidate = {name: torch.lerp(mean.get(name, value), value, share) for name, value in values.items()}
         put(tensors, candidate)
-        score = trainer.validate()[0] * (1 if trainer.args.greater_is_better else -1)
+        if known is not None and not chosen:
+            score, trainer.chosen_evaluation = _score_in(path), known
+        else:
+            score = trainer.validate()[0] * (1 if trainer.args.greater_is_better else -1)
         slack = _standard_error(evaluation, trainer.chosen_evaluation) if lenient and chosen else 0.0
         if score >= best - slack:
             best, mean, evaluation = score, candidate, trainer.chosen_evaluation

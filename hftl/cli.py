@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -592,6 +593,7 @@ def _cache(argv: list[str]) -> None:
             print(f"{entry.name:<32}  {folder_bytes(entry) / 1e6:9,.1f} MB  {_cached(entry)}")
     else:
         for entry in entries if options.all else [_named_entry(entries, options.name)]:
+            entry = entry.rename(entry.with_name(f".{entry.name}-{uuid.uuid4().hex}"))  # which runs may write meanwhile
             shutil.rmtree(entry)
 
 

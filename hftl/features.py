@@ -31,7 +31,7 @@ from hftl.arguments import TransferArguments, averaged_views
 from hftl.builtin import cache_folder
 from hftl.cut import Batch, Cut, NoCut, explained_probe
 from hftl.errors import UsageError
-from hftl.folder import folder_bytes, say
+from hftl.folder import folder_bytes, nearest_existing, say
 from hftl.inert import public_name
 from hftl.joined import Joined, as_flags, find_joined, mean_of_positions, wished
 from hftl.losses import LOSSES, is_solvable
@@ -56,14 +56,16 @@ OF_KEPT_FEATURES = {
 # --- what determines the values --------------------------------------------------------------------------------------
 
 
-def fingerprint(task: Any, model: nn.Module, source: Source, precision: str) -> str:
+def fingerprint(task: Any, model: nn.Module, source: Source, precision: str, dataset: Any) -> str:
     """A name for everything that determines an activation but the example.
 
     Args:
-        task: its class, with those above it (one of a person's own may prepare data in another way), and its processor.
+        task: its class, with those above it (one of a person's own may prepare data in another way), its processor, and
+            the flags that are not hftl's.
         model: the model; of its weights those of the frozen part count, and of its settings all but the labels.
         source: where the activations are taken.
         precision: fp32, bf16 or fp16.
+        dataset: of its class the code.
     """
     digest = hashlib.blake2b(digest_size=16)
     plain: Any = backbones.without_adapters(model)
@@ -71,13 +73,14 @@ def fingerprint(task: Any, model: nn.Module, source: Source, precision: str) -> 
     config = {name: value for name, value in config.items() if name not in _NOT_THE_BODY}
     libraries = ("torch", "transformers", "timm", "torchvision", "pillow")
     versions = [__version__, *map(compute.version_of, libraries)]
-    kinds = [kind for kind in (*type(task).__mro__, type(plain)) if kind.__module__ != "builtins"]
+    kinds = [*type(task).__mro__, *type(dataset).__mro__, type(plain)]
+    kinds = [kind for kind in kinds if kind.__module__.partition(".")[0] not in ("builtins", "typing", "torch")]
     try:
         sources = sorted({Path(inspect.getfile(kind)).read_bytes() for kind in kinds})
     except (OSError, TypeError) as error:  # a class that somebody typed in
         raise NotKept(f"the code of the task is in no file ({error})") from error
     settings = [type(plain).__name__, config, source.entry, precision, versions, task.preprocessing()]
-    settings.append(_wanted_type(task))
+    settings += [_wanted_type(task), _own_flags(task.arguments)]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for code in sources:
         digest.update(code)
@@ -87,6 +90,14 @@ def fingerprint(task: Any, model: nn.Module, source: Source, precision: str) -> 
         digest.update(state[name].detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
+
+def _own_flags(arguments: Any) -> dict[str, Any]:
+    """Values of the flags that a recipe of a person's own adds: they may change how examples are prepared."""
+    kinds = [kind for kind in type(arguments).__mro__ if kind.__module__.partition(".")[0] not in _LIBRARIES]
+    return {name: getattr(arguments, name) for kind in kinds for name in vars(kind).get("__annotations__", {})}
+
+
+_LIBRARIES = ("hftl", "transformers", "builtins")
 
 #: of a model's configuration: what belongs to the labels or the preprocessing, where it was loaded from, and what
 #: Trainer switches off while it trains
@@ -362,7 +373,7 @@ def keep(task: Any, model: nn.Module, source: Source, data: dict[str, list[Any]]
     keys = {split: [_keys(dataset, arguments) for dataset in views] for split, views in data.items()}
     extraction = _Extraction(task, model, source, data["train"][0])
     with _together():
-        folder = cache_folder() / "features" / fingerprint(task, model, source, arguments.precision)
+        folder = cache_folder() / "features" / fingerprint(task, model, source, arguments.precision, data["train"][0])
         shards = Shards(folder, extraction.settings)
         _announce(shards, keys, data, arguments.feature_cache_gb)
     for _ in range(2):  # a second time where another run removed shards meanwhile
@@ -394,7 +405,7 @@ def _announce(shards: Shards, keys: dict[str, list[Any]], data: dict[str, list[A
     numbers = int(np.prod(settings["shape"], dtype=np.int64)) * (np.mean(lengths) if settings["ragged"] else 1)
     row_bytes = float(numbers * DTYPES[settings["dtype"]].itemsize)
     needed, used = missing * row_bytes, folder_bytes(shards.folder.parent)
-    free = shutil.disk_usage(shards.folder).free
+    free = shutil.disk_usage(nearest_existing(shards.folder)).free  # another run may have removed it
     if missing and (needed + used > budget * 1e9 or needed * 1.05 > free):
         raise NotKept(
             f"they need {needed / 1e9:.2f} GB beside the {used / 1e9:.2f} GB there, more than --feature_cache_gb "
@@ -423,8 +434,16 @@ class _Extraction:
 
     @functools.cached_property
     def fast(self) -> nn.Module:
-        """A copy of the model with BatchNorm folded into its convolutions."""
-        return compute.folded(self.model, {name: value[:2] for name, value in self.batch.items()})
+        """The model, or a copy with BatchNorm folded into its convolutions and adapters merged.
+
+        Not where a BatchNorm behind the boundary would go into a convolution before it.
+        """
+        if not backbones.is_convolutional(self.model) and not hasattr(self.model, "peft_config"):
+            return self.model
+        rows = {name: value[:2] for name, value in self.batch.items()}
+        fast = compute.folded(self.model, rows)
+        found, expected = (self.source.capture(model, rows).float() for model in (fast, self.model))
+        return fast if compute.is_as_folded(found, expected) else self.model
 
     def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         """A batch as the model takes it."""
@@ -456,7 +475,8 @@ class _Extraction:
         rounded = kept.to(torch.float16)
         if not torch.isfinite(rounded).all():
             return "float32"
-        exact, near = (self.source.outputs(value, carried).argmax(dim=-1) for value in (kept, rounded))
+        with compute.autocast(self.arguments.precision, self.arguments.device):
+            exact, near = (self.source.outputs(value, carried).argmax(dim=-1) for value in (kept, rounded))
         return "float16" if exact.equal(near) and not self._is_lost(kept, rounded) else "float32"
 
     def _is_lost(self, kept: torch.Tensor, rounded: torch.Tensor) -> bool:
@@ -466,12 +486,13 @@ class _Extraction:
         return isinstance(self.source, PooledFeatures) and bool((error > 0.01 * kept.std(dim=0)).any())
 
     def run(self, shards: Shards, dataset: Any, keys: np.ndarray[Any, Any]) -> None:
-        """Compute the rows that are missing: this process its share of them, in batches of always the same rows."""
-        missing = shards.find(keys)[:, 0] < 0
+        """Compute the rows that are missing, of equal ones the first: this process its share of them."""
+        missing = np.sort(np.unique(keys, return_index=True)[1])
+        missing = missing[shards.find(keys[missing])[:, 0] < 0]
         lengths = getattr(dataset, "lengths", None)
-        half = self.arguments.precision != "fp32"
-        chosen = batches.groups(lengths, len(dataset), None, self.arguments.device.type == "cpu", half)
-        chosen = [group for group in chosen if missing[group].any()]
+        known = None if lengths is None else np.asarray(lengths)[missing].tolist()
+        half, on_cpu = self.arguments.precision != "fp32", self.arguments.device.type == "cpu"
+        chosen = [missing[group].tolist() for group in batches.groups(known, len(missing), None, on_cpu, half)]
         chosen = chosen[self.arguments.process_index :: self.arguments.world_size]
         # Texts are tokenised already; augmented views draw random numbers, of which a process has one sequence.
         threads = 0 if lengths is not None else batches.decoding_threads(getattr(dataset, "rows", ()))
@@ -482,7 +503,7 @@ class _Extraction:
             kept = self.capture(self.inputs(batch)).cpu()
             real = batch["attention_mask"].bool() if self.source.ragged else None
             rows = [kept[row] if real is None else kept[row][real[row]] for row in range(len(group))]
-            pending += [(index, row) for index, row in zip(group, rows, strict=True) if missing[index]]
+            pending += zip(group, rows, strict=True)
             size = sum(row.numel() for _, row in pending) * shards.dtype.itemsize
             due = time.monotonic() - self.last_line > _SECONDS_BETWEEN_SHARDS
             if due or size >= _SHARD_BYTES or number == len(chosen):
@@ -890,7 +911,12 @@ def _source(task: Any, stage: Stage, model: nn.Module, data: dict[str, Any], sol
             names = frozenset(name for name in stage.trainable if source.is_trained(name))
             return source, dataclasses.replace(stage, trainable=names)
     with compute.autocast(arguments.precision, arguments.device):
-        return Cut(model, stage, frozen, probes), stage
+        cut = Cut(model, stage, frozen, probes)
+    rows: Any = data["train"]
+    made = set(cut.carried) - set(getattr(rows, "without_files", rows.__getitem__)(0))
+    if made:
+        raise NoCut(f"{', '.join(sorted(made))} is made from the inputs of a batch")
+    return cut, stage
 
 
 def _probes(task: Any, dataset: Any, device: torch.device) -> tuple[Batch, Batch]:

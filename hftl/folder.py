@@ -404,9 +404,10 @@ def last_checkpoint(folder: Path) -> Path | None:
 def folder_bytes(folder: Path) -> int:
     """What the files below a folder take."""
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-            total += path.stat().st_size
+    for place, _, names in os.walk(folder):  # which passes over folders that are removed meanwhile
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += Path(place, name).stat().st_size
     return total
 
 

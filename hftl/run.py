@@ -31,13 +31,17 @@ from hftl.tasks.classification import ClassificationTask
 
 #: what only the person may say who uses the run
 _NOT_FROM_A_RUN = {"trust_remote_code", "allow_pickle"}
-#: rows whose two largest logits are nearer than this many times what half precision moved a logit in the first batch
-#: are computed in float32: two may move towards one another, and other batches further than the first
+#: rows whose two largest logits are nearer than this many times what half precision moved a logit in the first rows
+#: are computed in float32: two may move towards one another, and other rows further than the first
 _NEAR = 4
 #: rows that are predicted before the first of them are given out: a few seconds of images on two cores
 _PIECE = 256
-#: … and texts where one process predicts: of more the batches hold less padding
-_TEXTS = 1024
+#: … so many times the rows of short texts where one process predicts: of more the batches hold less padding
+_TIMES = 4
+#: characters that the first of those texts may have
+_SHORT = 2**18
+#: rows that tell how far half precision moves a logit
+_MEASURED = 32
 
 
 class Run(Finished):
@@ -49,8 +53,8 @@ class Run(Finished):
         self.task = task
         self._model = model
         self._folded: Any = None
-        #: the furthest that half precision moved a logit in the first batch
-        self._rounding: float | None = None
+        #: by precision: rows that were computed in float32 too, and the furthest that it moved a logit of them
+        self._rounding: dict[str, tuple[int, float]] = {}
         #: texts that were longer than the model reads, of the inputs that were predicted last
         self.cut = 0
         #: of those inputs, how many had no image and no text, by these names
@@ -170,13 +174,15 @@ class Run(Finished):
 
     def _correct(self, answers: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
         """Put float32's logits in the place of those in half precision that may give another label."""
+        measured, moved = self._rounding.get(self.precision, (0, 0.0))
         near = torch.ones(len(answers), dtype=torch.bool)
-        if self._rounding is not None:
-            near = self.task.problem.unsure(answers, _NEAR * self._rounding)
+        if measured >= _MEASURED:
+            near = self.task.problem.unsure(answers, _NEAR * moved)
         if near.any():
             exact = self._viewed({name: value[near.to(value.device)] for name, value in inputs.items()}, "fp32")
-            if self._rounding is None:
-                self._rounding = float((answers - exact).abs().nan_to_num(nan=torch.inf).max())
+            if measured < _MEASURED:
+                moved = max(moved, float((answers - exact).abs().nan_to_num(nan=torch.inf).max()))
+                self._rounding[self.precision] = measured + len(answers), moved
             answers[near] = exact
 
     @torch.no_grad()
@@ -229,7 +235,8 @@ class Run(Finished):
         """What predicts: the model, or once and for all a copy of it without the work of its BatchNorm layers."""
         if self._folded is None:
             convolutional = backbones.is_convolutional(self.model)
-            self._folded = compute.folded(self.model, inputs) if convolutional else self.model
+            two = {name: value[:2] for name, value in inputs.items()}
+            self._folded = compute.folded(self.model, two) if convolutional else self.model
         return self._folded
 
     def predict(
@@ -312,10 +319,11 @@ class Run(Finished):
         rows = iter(self.task.iter_inputs(inputs, columns))
         number, processes = share
         is_text = self.task.modality.is_text
-        size = _TEXTS if is_text and processes == 1 else _PIECE
         skip_bad_files = skip_bad_files and not is_text
         for turn in itertools.count():
-            piece = list(itertools.islice(rows, size))
+            piece = list(itertools.islice(rows, _PIECE))
+            if is_text and processes == 1 and sum(len(str(value)) for row in piece for value in row.values()) <= _SHORT:
+                piece += itertools.islice(rows, (_TIMES - 1) * _PIECE)
             if not piece:
                 return
             if turn % processes == number:

@@ -32,6 +32,10 @@ _STORED: dict[str, np.dtype[Any]] = {
 }
 
 
+#: bytes read before their memory is given back: mapped pages count as memory of the process
+_UNRELEASED = 2**26
+
+
 class NotKept(Exception):
     """The activations cannot be kept, and training goes on without; the message says why."""
 
@@ -76,6 +80,7 @@ class Shards:
             raise NotKept(f"{folder} cannot be used: {error}") from error
         self.dtype = DTYPES[self.settings["dtype"]]
         self._opened: dict[Path, _Shard] = {}
+        self._unreleased = 0
         self.reload()
 
     def reload(self) -> None:
@@ -130,6 +135,9 @@ class Shards:
     def read(self, place: np.ndarray[Any, Any]) -> torch.Tensor:
         """One row from its place."""
         number, start, end = place
+        self._unreleased += int(end - start) * self.dtype.itemsize
+        if self._unreleased > _UNRELEASED:
+            self.release()
         values = torch.from_numpy(np.array(self._shards[number].values[start:end]))
         values = values.view(torch.bfloat16) if self.settings["dtype"] == "bfloat16" else values
         shape = self.settings["shape"]
@@ -137,6 +145,7 @@ class Shards:
 
     def release(self) -> None:
         """Give back the memory of what was read so far."""
+        self._unreleased = 0
         for shard in self._shards:
             shard.release()
 

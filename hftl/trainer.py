@@ -168,41 +168,15 @@ class TransferTrainer(Trainer):
                 folder.say(f"batch: {batch_size} rows, {self.args.gradient_accumulation_steps} times a step")
         if self.average is not None:
             self.average.start(resumed=settings.get("resume_from_checkpoint") is not None)
-        with self._visiting_what_trains():
-            return super()._inner_training_loop(batch_size, **settings)
-
-    @contextlib.contextmanager
-    def _visiting_what_trains(self) -> Iterator[None]:
-        """Spare the walks over all modules that Trainer makes in every step.
-
-        `train()`, `zero_grad()` and the norm of the gradients take 1.2 ms together for the 274 modules of a small
-        EfficientNet, as long as all the rest of a step of a head on kept features.
-        """
-        if self.is_sharded:  # their wrappers have parameters of their own
-            yield
-            return
-        model: Any = self.model
-        trained = self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-        def train(mode: bool = True) -> nn.Module:
-            return model if mode and model.training else type(model).train(model, mode)
-
-        def zero_grad(set_to_none: bool = True) -> None:
-            for parameter in trained:
-                parameter.grad = None
-
-        model.eval()  # so that the first `train()` is a whole one
-        vars(model).update(train=train, zero_grad=zero_grad)
-        try:
-            yield
-        finally:
-            del vars(model)["train"], vars(model)["zero_grad"]
-            self.trained = None
+        self.trained = None
+        return super()._inner_training_loop(batch_size, **settings)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Trainer's, of the parameters that have gradients."""
-        if self.trained is None:
+        """Trainer's, of the parameters that train: to visit all modules takes 0.3 ms a step for EfficientNet-Lite0."""
+        if self.is_sharded:  # which compare what they are given with all parameters
             return super()._clip_grad_norm(model)
+        if self.trained is None:
+            self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -278,11 +252,18 @@ class TransferTrainer(Trainer):
         loss = loss + self.stage.penalty_weight * penalty
         return (loss, outputs) if return_outputs else loss
 
-    def evaluation_loop(self, *others: Any, **settings: Any) -> Any:
-        """Trainer's, with the loss of the whole split: its own mean over processes counts the rows that pad a batch."""
+    def evaluation_loop(self, dataloader: Any, *others: Any, **settings: Any) -> Any:
+        """Trainer's, with the loss of the whole split: its own mean over processes counts the rows that pad a batch.
+
+        Its answers come in the order of the rows, also where texts of like length were evaluated together.
+        """
         self.evaluated = settings.get("metric_key_prefix", "eval")
         with contextlib.nullcontext() if self.average is None else self.average.shown():
-            output = super().evaluation_loop(*others, **settings)
+            output = super().evaluation_loop(dataloader, *others, **settings)
+        order = _longest_first(dataloader.dataset)
+        if order is not None:
+            back = np.argsort(order)
+            output = output._replace(predictions=output.predictions[back], label_ids=output.label_ids[back])
         logits, labels = output.predictions, output.label_ids
         if isinstance(logits, np.ndarray) and isinstance(labels, np.ndarray):
             loss = self.compute_loss_func({"logits": torch.from_numpy(logits)}, torch.from_numpy(labels))
@@ -382,11 +363,22 @@ class TransferTrainer(Trainer):
         lengths = None if self.stage.headless else getattr(data, "lengths", None)
         return EpochSampler(len(data), self.args.seed, lengths, rows, labels, grouped=sampler == "groups")
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Trainer's, with texts of like length together: 32 movie reviews as they come are half padding."""
+        order = _longest_first(eval_dataset)
+        return super()._get_eval_sampler(eval_dataset) if order is None else order.tolist()
+
     def _save_rng_state(self, output_dir: str) -> None:
         """Nothing: order, augmentation and dropout are functions of seed, epoch and step."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing, see `_save_rng_state`."""
+
+
+def _longest_first(dataset: Any) -> np.ndarray[Any, Any] | None:
+    """Numbers of rows by falling length, so that what does not fit the memory fails at once; None without lengths."""
+    lengths = getattr(dataset, "lengths", None)
+    return None if lengths is None else np.argsort(-np.asarray(lengths), kind="stable")
 
 
 def _start_worker(seed: Callable[[int], None] | None, worker: int) -> None:

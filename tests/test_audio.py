@@ -252,6 +252,21 @@ def test_waveforms_are_those_of_plain_transformers(place: Path, tmp_path: Path, 
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
+def test_a_mask_made_in_a_batch_is_not_kept(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_models.write_tiny_waveform_model(tmp_path / "layer", feat_extract_norm="layer")
+    config = tmp_path / "layer" / "preprocessor_config.json"
+    config.write_text(config.read_text().replace('"return_attention_mask": false', '"return_attention_mask": true'))
+    trained(
+        place,
+        str(tmp_path / "layer"),
+        tmp_path / "run",
+        "--method=frozen",
+        "--num_train_epochs=1",
+        "--clip_seconds=0.2",
+    )
+    assert "attention_mask is made from the inputs of a batch" in capsys.readouterr().out
+
+
 def check_card(run: hftl.Run, files: list[Path]) -> None:
     """The lines of the card, as pasted but for the file's rate, say what hftl says."""
     (code,) = re.findall(r"```python\n(.*?)```", (run.folder / "README.md").read_text(), re.DOTALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ from tiny_models import TINY, tiny_inputs
 from tiny_training import tiny_arguments
 
 import hftl
-from hftl import batches, cli, features, methods, sources
+from hftl import batches, cli, features, methods, shards, sources
 from hftl.cut import Cut, NoCut
 from hftl.methods.plan import prepare_modules
 from hftl.shards import NotKept, Shards
@@ -130,7 +131,11 @@ def test_kept_activations_train_as_the_whole_model(
     assert all(torch.allclose(one[name].float(), value.float(), atol=1e-4) for name, value in other.items())
 
 
-def test_only_what_is_new_is_computed(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_what_is_new_is_computed(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = counted_rows(monkeypatch)
+
     def missing(*flags: str, model: str = "cnn", data: Path = place) -> str:
         train(data, model, tmp_path / "run", *flags)
         line = next(line for line in capsys.readouterr().out.splitlines() if "runs once" in line)
@@ -157,7 +162,88 @@ def test_only_what_is_new_is_computed(place: Path, tmp_path: Path, capsys: pytes
     for path in (tmp_path / "more" / "train").rglob("*.png"):
         shutil.copy(path, grown / "images" / "train" / "renamed" / f"new-{path.parent.name}-{path.name}")
     new = sum(1 for _ in (grown / "images").rglob("new-*"))
+    computed.clear()
     assert missing("--method=frozen", data=grown) == f"{new} to compute"
+    assert sum(computed) == new  # those beside them in the list are not computed again
+    for path in [*(grown / "images").rglob("new-*")]:
+        shutil.copy2(path, path.with_name(f"again-{path.name}"))  # with its time
+    shutil.rmtree(tmp_path / "home")
+    computed.clear()
+    missing("--method=frozen", data=grown)
+    assert sum(computed) == count + new + min(32, count)  # equal ones once, and the first batch to see how to keep it
+
+
+def counted_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every batch that goes through the frozen part."""
+    counted: list[int] = []
+    capture = features._Extraction.capture
+
+    def counts(extraction: Any, batch: Any) -> torch.Tensor:
+        kept = capture(extraction, batch)
+        counted.append(len(kept))
+        return kept
+
+    monkeypatch.setattr(features._Extraction, "capture", counts)
+    return counted
+
+
+def extraction(model: torch.nn.Module, source: Any, precision: str = "fp32") -> Any:
+    arguments = SimpleNamespace(precision=precision, device=torch.device("cpu"))
+    made = features._Extraction(SimpleNamespace(arguments=arguments), model, source, None)
+    vars(made)["batch"] = {"pixel_values": torch.randn(4, 3, 8, 8)}
+    return made
+
+
+def test_a_norm_behind_the_boundary_is_not_folded_into_what_is_before_it() -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2)
+            self.norm.running_mean.fill_(0.5)
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            return self.head(self.norm(self.conv(pixel_values)).mean(dim=(2, 3)))
+
+    def entering(name: str) -> Any:
+        def capture(model: Any, batch: Any) -> torch.Tensor:
+            seen: list[torch.Tensor] = []
+            hook = model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+            with torch.no_grad():
+                model(**batch)
+            hook.remove()
+            return seen[0]
+
+        return SimpleNamespace(capture=capture)
+
+    net = Net().eval()
+    assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in extraction(net, entering("head")).fast.modules())
+    assert extraction(net, entering("norm")).fast is net
+
+
+def test_activations_in_float16_are_compared_in_float16() -> None:
+    layer = torch.nn.Linear(6, 2)
+    source = SimpleNamespace(carried=(), outputs=lambda kept, carried: layer(kept))
+    assert extraction(layer, source, "fp16")._smallest_type(torch.randn(4, 6).half()) == "float16"
+
+
+def test_flags_of_a_recipe_of_ones_own_make_other_features() -> None:
+    @dataclasses.dataclass
+    class Own(hftl.ImageArguments):
+        cutoff: int = 0
+
+    assert features._own_flags(hftl.parse(Own, ["--model=random:vit", "--cutoff=5"])) == {"cutoff": 5}
+    assert features._own_flags(hftl.parse(hftl.ImageArguments, ["--model=random:vit"])) == {}
+
+
+def test_what_was_read_does_not_stay_in_memory(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(str(home), 0)
+    rows = Shards(home / "both", dict)
+    released: list[int] = []
+    monkeypatch.setattr(shards, "_UNRELEASED", 10 * 3 * 4)  # ten rows
+    monkeypatch.setattr(shards._Shard, "release", lambda shard: released.append(1))
+    for place in rows.find(np.arange(100, dtype=np.uint64)):
+        rows.read(place)
+    assert len(released) == 9 * 10  # of ten shards, nine times
 
 
 def test_views_are_augmented_and_kept(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,6 +375,20 @@ def test_a_cache_that_cannot_be_written_is_said(
     assert "hftl cache rm" in out
 
 
+def test_another_run_may_remove_the_cache(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reload = Shards.reload
+
+    def remove(shards: Shards) -> None:
+        reload(shards)
+        shutil.rmtree(shards.folder)
+
+    monkeypatch.setattr(Shards, "reload", remove)
+    train(place, "cnn", tmp_path / "run", "--method=frozen", "--num_train_epochs=1")
+    assert "features: not kept, since the cache cannot be written" in capsys.readouterr().out
+
+
 def test_another_run_may_empty_the_cache(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -315,11 +415,11 @@ def test_two_processes_fill_one_cache(home: Path) -> None:
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
-    shards = Shards(home / "both", dict)
-    places = shards.find(np.arange(150, dtype=np.uint64))
+    rows = Shards(home / "both", dict)
+    places = rows.find(np.arange(150, dtype=np.uint64))
     assert (places[:, 0] >= 0).all()
-    assert [float(shards.read(place)[0]) for place in places] == list(range(150))
-    assert (shards.find(np.array([999], dtype=np.uint64))[:, 0] == -1).all()
+    assert [float(rows.read(place)[0]) for place in places] == list(range(150))
+    assert (rows.find(np.array([999], dtype=np.uint64))[:, 0] == -1).all()
 
 
 def test_a_shard_that_is_being_written_is_left_alone(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,6 +116,36 @@ def test_what_is_no_number_in_half_precision_is_computed_again(
     assert [list(row.values()) for row in found] == [pytest.approx(list(row.values()), abs=1e-5) for row in expected]
 
 
+def test_one_row_does_not_tell_how_far_half_precision_goes(text_run: hftl.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = hftl.load_run(text_run.folder)
+    plain, exact = run._viewed, []
+
+    def viewed(inputs: dict[str, torch.Tensor], precision: str) -> torch.Tensor:
+        exact.extend([precision == "fp32"] * len(inputs["input_ids"]))
+        return plain(inputs, precision)
+
+    monkeypatch.setattr(run, "_viewed", viewed)
+    run.precision = "bf16"
+    for index in range(31):
+        run.predict([f"good film {index}"])
+    assert sum(exact) == 31  # all of them again
+    run.predict(["bad film"])
+    monkeypatch.setattr(run.task.problem, "unsure", lambda answers, distance: torch.zeros(len(answers), dtype=bool))
+    exact.clear()
+    run.predict(["bad film"])
+    assert exact == [False]
+    run.precision = "fp16"  # another one has to be seen anew
+    run.predict(["bad film"])
+    assert exact[1:] == [False, True]
+
+
+def test_short_texts_come_in_larger_pieces(place: Path, text_run: hftl.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [len(piece) for piece in text_run.predict_batches(place / "notes")] == [600]
+    assert [len(piece) for piece in text_run.predict_batches(place / "notes", share=(0, 2))] == [256, 88]
+    monkeypatch.setattr("hftl.run._SHORT", 1000)
+    assert [len(piece) for piece in text_run.predict_batches(place / "notes")] == [256, 256, 88]
+
+
 @pytest.mark.parametrize(
     ("capabilities", "precision", "expected"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shutil
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from hftl.methods import build_plan
 from hftl.pretrained import save_model
 from hftl.run import Run
 from hftl.tasks.text_classification import TextClassification, TextDataset
+from hftl.trainer import TransferTrainer
 
 NAMES = ["ant", "bee", "cat"]
 SHORT, LONG = "a good film", "the plot was slow and the cast was not bright but the song was fine " * 9
@@ -252,6 +254,35 @@ def test_a_trainer_puts_texts_of_like_length_together(checkpoints: dict[str, Pat
     lengths = [batch["attention_mask"].sum(1).tolist() for batch in trainer.get_train_dataloader()]
     assert all(len(set(batch)) == 1 for batch in lengths)
     assert sorted(batch[0] for batch in lengths) == list(range(3, 19))  # with two special tokens
+
+
+def test_texts_of_like_length_are_evaluated_together(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [" ".join(["film", "good"][: 1 + row % 2] * (1 + row % 16)) for row in range(64)]
+    for split in ("train", "test"):
+        table = [f"{text},{'yes' if row % 3 else 'no'}" for row, text in enumerate(texts)]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["text,label", *table]))
+    widths: list[int] = []
+    step = TransferTrainer.prediction_step
+
+    def watched(trainer: Any, model: Any, inputs: Any, *others: Any, **settings: Any) -> Any:
+        widths.append(inputs["input_ids"].shape[1])
+        return step(trainer, model, inputs, *others, **settings)
+
+    monkeypatch.setattr(TransferTrainer, "prediction_step", watched)
+    flags = {"per_device_eval_batch_size": 4, "max_steps": 2, "num_train_epochs": 1, "learning_rate": 1e-2}
+    run = hftl.finetune(
+        "text-classification", model=checkpoints["bert"], dataset=tmp_path, output_dir=tmp_path / "run", **flags
+    )
+    of_test = widths[-16:]
+    assert of_test == sorted(of_test, reverse=True)
+    assert of_test[0] > of_test[-1]
+    answers = {row["id"]: row for row in csv.DictReader((run.folder / "predictions.csv").open())}
+    assert len(answers) == 64
+    for place, (row, expected) in enumerate(zip(answers.values(), run.predict(texts), strict=True)):
+        assert row["label"] == ("yes" if place % 3 else "no")
+        assert float(row["probability_yes"]) == pytest.approx(expected.probabilities["yes"], abs=1e-5)
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------
