@@ -142,7 +142,7 @@ def test_a_mean_of_one_epoch_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["bert", "timm_resnet18"])
 def test_soup(name: str, tmp_path: Path) -> None:
-    # Five epochs, then the three best of them: 4, which is not evaluated again, with 2 (worse: left out), with 3 (as good).
+    # Five epochs, then the three best: 4, which is known, with 2 (worse: left out), with 3 (as good).
     scores = [0.1, 0.6, 0.5, 0.9, 0.2, 0.8, 0.9, 0.9]
     trainer, steps = trained(name, tmp_path, "--num_train_epochs=5", average="soup", scores=scores)
     assert sorted(int(path.stem) for path in trainer.average.place.iterdir()) == [6, 9, 12]
