@@ -66,7 +66,6 @@ class Averaging(TrainerCallback):
         self.trainer = trainer
         self.values: Tensors = {}
         self.count = 0
-        self.moving: Tensors = {}
 
     @property
     def tensors(self) -> Tensors:
@@ -75,7 +74,7 @@ class Averaging(TrainerCallback):
 
     def start(self, resumed: bool) -> None:
         """Forget what a training before this one left."""
-        self.values, self.count, self.moving = {}, 0, {}
+        self.values, self.count = {}, 0
 
     def save(self, checkpoint: Path) -> None:
         """Write the average into a checkpoint."""
@@ -123,6 +122,11 @@ class ExponentialAverage(Averaging):
     """
 
     evaluated = True
+
+    def start(self, resumed: bool) -> None:
+        """As the other averages; what it moves with is found anew, once for all steps."""
+        super().start(resumed)
+        self.moving: Tensors = {}
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

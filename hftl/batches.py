@@ -42,7 +42,7 @@ def groups(
     if lengths is None:
         size = batch_size or (_IMAGES_ON_CPU if on_cpu else _ROWS)
         return [list(range(start, min(start + size, rows))) for start in range(0, rows, size)]
-    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    order = longest_first(lengths).tolist()
     result: list[list[int]] = []
     start = 0
     tokens = _TOKENS_IN_HALF if half else _TOKENS_ON_CPU
@@ -51,6 +51,11 @@ def groups(
         result.append(order[start : start + size])
         start += size
     return result
+
+
+def longest_first(lengths: Sequence[int]) -> np.ndarray[Any, Any]:
+    """Numbers of rows by falling length: what does not fit the memory fails at once."""
+    return np.argsort(-np.asarray(lengths), kind="stable")
 
 
 def decoding_threads(rows: Any) -> int:

@@ -585,7 +585,7 @@ def _cache(argv: list[str]) -> None:
     from hftl.builtin import cache_folder
     from hftl.folder import folder_bytes
 
-    entries = [*sorted(cache_folder().glob("features/*/")), *cache_folder().glob("images/")]
+    entries = [*sorted(cache_folder().glob("features/*/")), *cache_folder().glob("*images/")]
     if options.action == "size":
         print(without_home(f"{sum(map(folder_bytes, entries)) / 1e6:,.1f} MB in {cache_folder()}"))
     elif options.action == "ls":
@@ -593,7 +593,7 @@ def _cache(argv: list[str]) -> None:
             print(f"{entry.name:<32}  {folder_bytes(entry) / 1e6:9,.1f} MB  {_cached(entry)}")
     else:
         for entry in entries if options.all else [_named_entry(entries, options.name)]:
-            entry = entry.rename(entry.with_name(f".{entry.name}-{uuid.uuid4().hex}"))  # which runs may write meanwhile
+            entry = entry.rename(entry.with_name(f".{uuid.uuid4().hex}-{entry.name}"))  # which runs may write meanwhile
             shutil.rmtree(entry)
 
 
@@ -604,7 +604,7 @@ def _cached(entry: Path) -> str:
     from hftl.yaml_files import read_yaml
 
     path = entry / "settings.json"
-    if entry.name == "images":
+    if entry.name.endswith("images"):
         return "training pictures at working size"
     if not path.is_file():
         return "unfinished"

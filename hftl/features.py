@@ -93,11 +93,11 @@ def fingerprint(task: Any, model: nn.Module, source: Source, precision: str, dat
 
 def _own_flags(arguments: Any) -> dict[str, Any]:
     """Values of the flags that a recipe of a person's own adds: they may change how examples are prepared."""
-    kinds = [kind for kind in type(arguments).__mro__ if kind.__module__.partition(".")[0] not in _LIBRARIES]
-    return {name: getattr(arguments, name) for kind in kinds for name in vars(kind).get("__annotations__", {})}
+    kinds = (kind for kind in type(arguments).__mro__ if kind.__module__.partition(".")[0] in ("hftl", "transformers"))
+    known = {name for kind in kinds for name in vars(kind).get("__dataclass_fields__", ())}
+    own = (item.name for item in dataclasses.fields(arguments) if item.name not in known)
+    return {name: getattr(arguments, name) for name in own}
 
-
-_LIBRARIES = ("hftl", "transformers", "builtins")
 
 #: of a model's configuration: what belongs to the labels or the preprocessing, where it was loaded from, and what
 #: Trainer switches off while it trains
@@ -324,8 +324,8 @@ class KeptDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One row."""
-        whole = getattr(self.base, "without_files", self.base.__getitem__)  # a file need not be read for the rest
-        example = {name: value for name, value in whole(index).items() if name in self.carried} if self.carried else {}
+        whole = _without_files(self.base, index) if self.carried else {}
+        example = {name: value for name, value in whole.items() if name in self.carried}
         example["kept"] = self.shards.read(self.places[self.view, index])
         if self.labels is not None:
             example["labels"] = self.labels[index]
@@ -355,6 +355,11 @@ class KeptDataset(Dataset[dict[str, Any]]):
         values = [self.shards.read(place).clone() for place in self.places[0]]
         self.shards.release()
         return values
+
+
+def _without_files(dataset: Any, index: int) -> dict[str, Any]:
+    """A row, without what would have to be read from a file where the data set can leave that out."""
+    return getattr(dataset, "without_files", dataset.__getitem__)(index)
 
 
 def keep(task: Any, model: nn.Module, source: Source, data: dict[str, list[Any]]) -> dict[str, KeptDataset]:
@@ -912,8 +917,7 @@ def _source(task: Any, stage: Stage, model: nn.Module, data: dict[str, Any], sol
             return source, dataclasses.replace(stage, trainable=names)
     with compute.autocast(arguments.precision, arguments.device):
         cut = Cut(model, stage, frozen, probes)
-    rows: Any = data["train"]
-    made = set(cut.carried) - set(getattr(rows, "without_files", rows.__getitem__)(0))
+    made = set(cut.carried) - set(_without_files(data["train"], 0)) if cut.carried else set()
     if made:
         raise NoCut(f"{', '.join(sorted(made))} is made from the inputs of a batch")
     return cut, stage

@@ -301,7 +301,7 @@ class Run(Finished):
         share: tuple[int, int] = (0, 1),
         **columns: str,
     ) -> Iterator[list[Any]]:
-        """As `predict`, a few hundred rows at a time: neither inputs nor predictions pile up in memory.
+        """As `predict`, some hundred rows at a time: neither inputs nor predictions pile up in memory.
 
         The images or text files of a folder are found while others are predicted; a table is read and checked first.
 

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import BatchSampler, Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from hftl import backbones, folder, optim, penalties
+from hftl import backbones, batches, folder, optim, penalties
 from hftl.arguments import TransferArguments
 from hftl.averaging import AVERAGES, Averaging
 from hftl.cut import Cut
@@ -77,7 +78,6 @@ class TransferTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is ours: forward has no use for the number of rows
         self.rows_together = self._train_batch_size * args.gradient_accumulation_steps
         self.start: dict[str, torch.Tensor] | None = None
-        self.trained: list[nn.Parameter] | None = None
         self.watched = penalties.watched(model) if stage.penalty is not None else None
         if stage.reference is not None:
             stage.reference.to(self.args.device)
@@ -168,16 +168,7 @@ class TransferTrainer(Trainer):
                 folder.say(f"batch: {batch_size} rows, {self.args.gradient_accumulation_steps} times a step")
         if self.average is not None:
             self.average.start(resumed=settings.get("resume_from_checkpoint") is not None)
-        self.trained = None
         return super()._inner_training_loop(batch_size, **settings)
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Trainer's, of the parameters that train: to visit all modules takes 0.3 ms a step for EfficientNet-Lite0."""
-        if self.is_sharded:  # which compare what they are given with all parameters
-            return super()._clip_grad_norm(model)
-        if self.trained is None:
-            self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One step whose randomness is a function of (seed, step, process), so that a resumed run repeats it.
@@ -233,7 +224,7 @@ class TransferTrainer(Trainer):
         """
         if model.training:
             for module in self.frozen_modules:
-                vars(module)["training"] = False  # as `module.training = False`, which takes thirty times as long
+                module.training = False
         if self.cut is not None:
             kept, labels = inputs["kept"], inputs.get("labels")
             carried = {name: inputs[name] for name in self.cut.carried}
@@ -263,7 +254,11 @@ class TransferTrainer(Trainer):
         order = _longest_first(dataloader.dataset)
         if order is not None:
             back = np.argsort(order)
-            output = output._replace(predictions=output.predictions[back], label_ids=output.label_ids[back])
+            given = {
+                "predictions": output.predictions,
+                "label_ids": output.label_ids,
+            }  # arrays, tuples of them, or None
+            output = output._replace(**pytree.tree_map_only(np.ndarray, lambda values: values[back], given))
         logits, labels = output.predictions, output.label_ids
         if isinstance(logits, np.ndarray) and isinstance(labels, np.ndarray):
             loss = self.compute_loss_func({"logits": torch.from_numpy(logits)}, torch.from_numpy(labels))
@@ -293,8 +288,16 @@ class TransferTrainer(Trainer):
         return self.evaluations.get(self.state.best_global_step) if self.args.load_best_model_at_end else None
 
     def _get_dataloader(self, *others: Any, **settings: Any) -> Any:
-        """Trainer's, with workers that a signal to all processes of a run does not end: the main process decides."""
-        loader = super()._get_dataloader(*others, **settings)
+        """Trainer's, with workers that a signal to all processes of a run does not end: the main process decides.
+
+        `--dataloader_drop_last` is for training: an evaluation has all its rows.
+        """
+        drops = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drops and bool(settings.get("is_training"))
+        try:
+            loader = super()._get_dataloader(*others, **settings)
+        finally:
+            self.args.dataloader_drop_last = drops
         inner = getattr(loader, "base_dataloader", loader)  # below Accelerate's
         inner.worker_init_fn = functools.partial(_start_worker, inner.worker_init_fn)
         shard = inner.batch_sampler
@@ -376,9 +379,8 @@ class TransferTrainer(Trainer):
 
 
 def _longest_first(dataset: Any) -> np.ndarray[Any, Any] | None:
-    """Numbers of rows by falling length, so that what does not fit the memory fails at once; None without lengths."""
     lengths = getattr(dataset, "lengths", None)
-    return None if lengths is None else np.argsort(-np.asarray(lengths), kind="stable")
+    return None if lengths is None else batches.longest_first(lengths)
 
 
 def _start_worker(seed: Callable[[int], None] | None, worker: int) -> None:

@@ -230,6 +230,7 @@ def test_flags_of_a_recipe_of_ones_own_make_other_features() -> None:
     @dataclasses.dataclass
     class Own(hftl.ImageArguments):
         cutoff: int = 0
+        method: str = "frozen"  # one of hftl's, with another default
 
     assert features._own_flags(hftl.parse(Own, ["--model=random:vit", "--cutoff=5"])) == {"cutoff": 5}
     assert features._own_flags(hftl.parse(hftl.ImageArguments, ["--model=random:vit"])) == {}

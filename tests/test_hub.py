@@ -405,7 +405,7 @@ def test_checkpoints_are_pushed_while_it_trains(place: Path) -> None:
         assert "in-progress/model.safetensors" in hub.commits[0]
         assert all(path.startswith("in-progress/") for commit in hub.commits[:-1] for path in commit)
         # Of two checkpoints one is the run's; the second is not pushed while the first still is.
-        assert hub.uploads <= 2
+        assert 1 <= hub.uploads <= 2
         assert set(hub.files["tester/seen"]) == set(hub.commits[-1])  # what was in progress is gone
         hub.faults = [("/commit/", 403, 1)]
         done = process(place, hub.url, *train, *pushes, "--overwrite")

@@ -212,9 +212,10 @@ def library(setting: Setting, name: str, task: str, model: str, epochs: int) -> 
 
 
 def lp_ft(setting: Setting) -> dict[str, Comparison]:
-    """First the head, then everything; the peer has as many epochs in all, hftl's rates and no padding to spare.
+    """First the head, then everything, at hftl's defaults; the peer has hftl's rates and no padding to spare.
 
-    At hftl's defaults: the head is solved from one pass over the rows, and three epochs of everything follow.
+    Both go through the rows four times: hftl once forward, from which it solves the head, and in three epochs; the peer
+    in four epochs.
     """
     # Accuracies are near to each other: each repeat has a seed of its own.
     flags = ["--method=lp_ft", f"--num_train_epochs={setting.epochs(3)}", "--seed={seed}"]
