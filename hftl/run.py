@@ -175,15 +175,19 @@ class Run(Finished):
     def _correct(self, answers: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
         """Put float32's logits in the place of those in half precision that may give another label."""
         measured, moved = self._rounding.get(self.precision, (0, 0.0))
-        near = torch.ones(len(answers), dtype=torch.bool)
-        if measured >= _MEASURED:
-            near = self.task.problem.unsure(answers, _NEAR * moved)
+        first = torch.arange(len(answers)) < _MEASURED - measured
+        if first.any():
+            exact = self._exactly(first, inputs)
+            moved = max(moved, float((answers[first] - exact).abs().nan_to_num(nan=torch.inf).max()))
+            self._rounding[self.precision] = measured + len(exact), moved
+            answers[first] = exact
+        near = ~first & self.task.problem.unsure(answers, _NEAR * moved)
         if near.any():
-            exact = self._viewed({name: value[near.to(value.device)] for name, value in inputs.items()}, "fp32")
-            if measured < _MEASURED:
-                moved = max(moved, float((answers - exact).abs().nan_to_num(nan=torch.inf).max()))
-                self._rounding[self.precision] = measured + len(answers), moved
-            answers[near] = exact
+            answers[near] = self._exactly(near, inputs)
+
+    def _exactly(self, rows: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logits of some rows of a batch in float32."""
+        return self._viewed({name: value[rows.to(value.device)] for name, value in inputs.items()}, "fp32")
 
     @torch.no_grad()
     def _viewed(self, inputs: dict[str, torch.Tensor], precision: str) -> torch.Tensor:

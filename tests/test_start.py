@@ -93,3 +93,18 @@ def test_imports_run_one_way() -> None:
     del graph["hftl"]  # which gives everything by name
     assert {"hftl.cli", "hftl.fitting"} <= graph["hftl.tuning"] | graph["hftl.__main__"]
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_bitsandbytes_is_read_when_it_is_used() -> None:
+    code = """
+import sys
+from hftl.launch import quick_imports
+with quick_imports():
+    import peft
+print("bitsandbytes" in sys.modules, "bitsandbytes.nn" in sys.modules)
+from peft.import_utils import is_bnb_4bit_available
+print(is_bnb_4bit_available(), "bitsandbytes.nn" in sys.modules)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True", "False", "True", "True"], done.stdout + done.stderr
