@@ -254,11 +254,10 @@ class TransferTrainer(Trainer):
         order = _longest_first(dataloader.dataset)
         if order is not None:
             back = np.argsort(order)
-            given = {
-                "predictions": output.predictions,
-                "label_ids": output.label_ids,
-            }  # arrays, tuples of them, or None
-            output = output._replace(**pytree.tree_map_only(np.ndarray, lambda values: values[back], given))
+            # Arrays, tuples of them, or None.
+            given = (output.predictions, output.label_ids)
+            logits, labels = pytree.tree_map_only(np.ndarray, lambda values: values[back], given)
+            output = output._replace(predictions=logits, label_ids=labels)
         logits, labels = output.predictions, output.label_ids
         if isinstance(logits, np.ndarray) and isinstance(labels, np.ndarray):
             loss = self.compute_loss_func({"logits": torch.from_numpy(logits)}, torch.from_numpy(labels))
