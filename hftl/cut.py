@@ -75,7 +75,7 @@ class Cut:
         sizes = [_sizes(batch) for batch in batches]
         if sizes[0]["rows"] == sizes[1]["rows"] or sizes[0].get("tokens") == sizes[1].get("tokens", -1):
             raise NoCut("there are too few rows to find out how the model treats them")
-        with self._as_trained(), explained_probe():
+        with self.as_trained(), explained_probe():
             traces = [traced(model, batch) for batch in batches]
             self._blocks = backbones.parameter_blocks(model)
             self._first = min(self._blocks[name] for name in stage.trainable)
@@ -96,6 +96,11 @@ class Cut:
                 raise NoCut("without an attention mask padding cannot be told from texts")
             for values, batch in zip(kept, batches, strict=True):
                 self._check(values, batch)
+
+    @property
+    def entry_module(self) -> nn.Module:
+        """The module where the trained part begins."""
+        return self.model.get_submodule(self._name)
 
     def is_trained(self, name: str) -> bool:
         """Whether an entry of the model's state dict belongs to the trained part."""
@@ -176,7 +181,7 @@ class Cut:
         return arguments, {**named, name: self._kept}
 
     @contextlib.contextmanager
-    def _as_trained(self) -> Iterator[None]:
+    def as_trained(self) -> Iterator[None]:
         """The modes that the modules have in a training step."""
         modes = {module: module.training for module in self.model.modules()}
         self.model.train()

@@ -27,6 +27,7 @@ from hftl.arguments import TransferArguments
 from hftl.averaging import AVERAGES, Averaging
 from hftl.cut import Cut
 from hftl.errors import Diverged, UsageError
+from hftl.head_steps import HeadSteps, head_steps
 from hftl.methods import Stage
 from hftl.methods.plan import prepare_modules
 
@@ -66,6 +67,7 @@ class TransferTrainer(Trainer):
         self.items = items
         self.frozen_modules = prepare_modules(model, stage)
         self.seeded_step = -1
+        self.head_steps: HeadSteps | None = None
         self.evaluations: dict[int, Any] = {}
         self.chosen_evaluation: Any = None
         #: inputs whose logits are averaged in an evaluation, for a batch of it
@@ -170,17 +172,31 @@ class TransferTrainer(Trainer):
             self.average.start(resumed=settings.get("resume_from_checkpoint") is not None)
         return super()._inner_training_loop(batch_size, **settings)
 
+    def _run_epoch(self, **settings: Any) -> None:
+        """Trainer's, or that of a linear head on kept features, which has no use for the model in a step."""
+        epoch, begins = settings["epoch"], settings["epoch"] == settings["epochs_trained"]
+        if begins:
+            self.head_steps = head_steps(self)
+        if self.head_steps is None:
+            return super()._run_epoch(**settings)
+        given = [settings[name] for name in ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")]
+        self.head_steps.run_epoch(
+            self,
+            epoch,
+            [torch.tensor(rows) for rows in settings["train_dataloader"].batch_sampler],
+            settings["steps_trained_in_current_epoch"] if begins else 0,
+            lambda norm, rate: self._maybe_log_save_evaluate(self._tr_loss, norm, *given, learning_rate=rate),
+        )
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """One step whose randomness is a function of (seed, step, process), so that a resumed run repeats it.
+        """One step, or the part of one, with random numbers of its own.
 
         Raises:
             UsageError: the loss is not finite, or BatchNorm cannot train on the batch.
         """
         if self.seeded_step != self.state.global_step:
             self.seeded_step = self.state.global_step
-            # On a CPU torch.manual_seed would also queue the seed for every accelerator that is not there: 0.5 ms.
-            seed_all = torch.default_generator.manual_seed if self.args.use_cpu else torch.manual_seed
-            seed_all(self.args.seed + 1_000_003 * self.state.global_step + self.args.process_index)
+            self.seed(self.seeded_step)
         inputs = self.mixing(inputs) if self.mixing is not None else inputs
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -194,6 +210,12 @@ class TransferTrainer(Trainer):
         if not torch.isfinite(loss):
             self.not_finite(loss)
         return loss
+
+    def seed(self, step: int) -> None:
+        """Make the randomness of a step a function of (seed, step, process), so that a resumed run repeats it."""
+        # On a CPU torch.manual_seed would also queue the seed for every accelerator that is not there: 0.5 ms.
+        seed_all = torch.default_generator.manual_seed if self.args.use_cpu else torch.manual_seed
+        seed_all(self.args.seed + 1_000_003 * step + self.args.process_index)
 
     def not_finite(self, loss: torch.Tensor) -> None:
         """What happens when the loss is no number.

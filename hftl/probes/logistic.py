@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from hftl.compute import one_thread_if_small
 from hftl.losses import RowLoss
 
 #: weights of the penalty, from strong to weak: λ of mean loss + λ/2 ‖W‖² on standardised features. scikit-learn's C is
@@ -19,9 +19,6 @@ STRENGTHS = tuple(10.0 ** (-half / 2) for half in range(11))
 _NEAR_START = tuple(10.0 ** (half / 2) for half in range(4, 0, -1))
 #: the path ends when validation loss was worse than before so many penalties in a row
 WORSE = 3
-#: below so many products a pass, threads wait for each other longer than they work (1,007 rows of 1,280 features, two
-#: classes, on two cores with something else running: 1.1 s with one thread, 13.7 s with two)
-_SMALL = 1e8
 #: numbers of logits held at once: a thousand classes are solved in pieces of 16,000 rows
 _LOGITS = 2**24
 #: below so many numbers of features the loss is computed in double precision, in which L-BFGS stops where it should …
@@ -91,7 +88,7 @@ def solve_linear_head(
     chosen = STRENGTHS[0]
     for strength in STRENGTHS if start is None else (math.inf, *_NEAR_START, *STRENGTHS):
         if math.isfinite(strength):
-            with _one_thread_if(features.numel() * classes < _SMALL):
+            with one_thread_if_small(features.numel() * classes):
                 parameters = problem.solve(parameters, strength)
         weight, bias = problem.layer(parameters)
         logits = held_out @ weight.T + (0.0 if bias is None else bias)
@@ -116,16 +113,6 @@ def standardisation(features: torch.Tensor, intercept: bool) -> tuple[torch.Tens
     # A layer without a bias has nowhere to put the mean; a feature that never changes says nothing.
     mean = mean if intercept else torch.zeros_like(mean)
     return mean, torch.where(deviation > 1e-6, 1 / deviation.clamp(min=1e-6), 0.0)
-
-
-@contextlib.contextmanager
-def _one_thread_if(small: bool) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if small else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def unscaled(

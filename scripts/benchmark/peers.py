@@ -197,37 +197,20 @@ def _text_parts(settings: Settings, parts: Any, names: list[str]) -> tuple[Any, 
 def fastai(settings: Settings, clock: Clock) -> dict[str, Any]:
     """fastai's `fine_tune` on the same checkpoint: the head for one epoch, then everything."""
     import pandas
-    import timm
-    from fastai.vision.all import (
-        CrossEntropyLossFlat,
-        ImageDataLoaders,
-        Learner,
-        Normalize,
-        Resize,
-        accuracy,
-        aug_transforms,
-        params,
-    )
+    from fastai.vision.all import ImageDataLoaders, Resize, accuracy, aug_transforms, vision_learner
 
     clock.imports_done()
-    parts, names = read_data(settings)
+    parts, _ = read_data(settings)
     frame = pandas.DataFrame(
         [{**row, "validation": split == "validation"} for split in ("train", "validation") for row in parts[split]]
     )
-    model = timm.create_model(f"local-dir:{settings['model']}", pretrained=True, num_classes=len(names))
-    size, config = settings["image_size"], model.pretrained_cfg
-    batch_transforms = [*aug_transforms(size=size), Normalize.from_stats(config["mean"], config["std"])]
+    size = settings["image_size"]
     loaders = ImageDataLoaders.from_df(
         frame, path="/", fn_col="image", label_col="label", valid_col="validation", bs=32, num_workers=CORES - 1,
-        item_tfms=Resize(int(size / config["crop_pct"])), batch_tfms=batch_transforms,
+        item_tfms=Resize(int(size / 0.875)), batch_tfms=aug_transforms(size=size),
     )  # fmt: skip
-    learner = Learner(
-        loaders,
-        model,
-        loss_func=CrossEntropyLossFlat(),
-        metrics=accuracy,
-        splitter=lambda net: [[p for n, p in net.named_parameters() if "classifier" not in n], params(net.classifier)],
-    )
+    # With its own head, and the checkpoint's mean and deviation.
+    learner = vision_learner(loaders, f"local-dir:{settings['model']}", metrics=accuracy)
     with learner.no_bar():
         learner.fine_tune(max(1, settings["epochs"] - 1))
     os.makedirs(settings["output"])
