@@ -129,6 +129,12 @@ class DualEncoderForImageClassification(PreTrainedModel):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
 
+def has_two_parts(kind: str) -> bool:
+    """Whether models of a `model_type` have an image and a text part, as dual encoders do."""
+    parts = getattr(CONFIG_MAPPING[kind], "sub_configs", {}) if kind in CONFIG_MAPPING else {}
+    return {"vision_config", "text_config"} <= parts.keys()
+
+
 def is_dual_encoder(config: Any) -> bool:
     """Whether a checkpoint of this configuration compares images with texts, and is nothing more than that.
 

@@ -12,12 +12,14 @@ import re
 import shlex
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from hftl import backbones, compute, data, folder, pretrained, transferability
@@ -103,17 +105,23 @@ def rank(
     for arguments in settings:
         check(arguments)
     splits = load_rows(settings[0], task_class.modality)
-    candidates, started = [], time.perf_counter()
+    started = before = time.perf_counter()
     heads: dict[str, nn.Module | None] = {}
-    scoring = 0.0
-    for name, arguments in zip(models, settings, strict=True):
-        found = features_of(task_class(arguments), splits)
-        before = time.perf_counter()
-        candidates.append(_scored(name, found, heads))
-        scoring += time.perf_counter() - before
-        say(f"{name}: {time.perf_counter() - started:.1f} s")
-        started = time.perf_counter()
-    say(f"scored in {scoring:.1f} s on {len(splits.train):,} rows")
+    waiting: list[Future[Candidate]] = []
+    # Beside the thread that scores a model this one prepares the next; more would hold the features of all.
+    with ThreadPoolExecutor(1) as beside:
+        for name, arguments in zip(models, settings, strict=True):
+            found = features_of(task_class(arguments), splits)
+            model = str(arguments.model_name_or_path)
+            if model not in heads:  # a model at several sizes is loaded once more, not once for each
+                heads[model] = trained_head(found)
+            if waiting:
+                waiting[-1].result()
+            waiting.append(beside.submit(_scored, name, found, heads[model]))
+            say(f"{name}: {time.perf_counter() - before:.1f} s")
+            before = time.perf_counter()
+        candidates = [entry.result() for entry in waiting]
+    say(f"{len(models)} models scored on {len(splits.train):,} rows in {time.perf_counter() - started:.1f} s")
     without = [entry.model for entry in candidates if getattr(entry, by) is None]
     if without:
         raise UsageError(f"--by {by}: {without[0]} has no trained head of its own. Use another measure, such as logme.")
@@ -196,12 +204,16 @@ def features_of(task: ClassificationTask, splits: Splits) -> Pooled:
     )
 
 
-def _scored(name: str, found: Pooled, heads: dict[str, nn.Module | None]) -> Candidate:
+def _scored(name: str, found: Pooled, head: nn.Module | None) -> Candidate:
+    """The scores, on one core: the threads of NumPy and those of PyTorch, which prepare the next model, would wait for
+    each other's cores."""
+    with threadpool_limits(1, user_api="blas"):
+        return _scores(name, found, head)
+
+
+def _scores(name: str, found: Pooled, head: nn.Module | None) -> Candidate:
     spectrum = transferability.decompose(transferability.with_constant(found.features))
-    model = str(found.task.arguments.model_name_or_path)
-    if model not in heads:  # a model at several sizes is loaded once more, not once for each
-        heads[model] = trained_head(found)
-    said = head_probabilities(heads[model], found.features)
+    said = head_probabilities(head, found.features)
     return Candidate(
         rank=0,
         model=name,

@@ -105,14 +105,18 @@ def transrate(spectrum: Spectrum, labels: Array, precision: float = 1e-4) -> flo
     differ in size would not compare at one ε (theirs, 1e-4). Does not change with the order of the classes, a rotation
     or the scale.
     """
-    centred = spectrum.left * np.sqrt(spectrum.values)
-    centred -= centred.mean(axis=0)
-    centred /= np.sqrt(np.square(centred).sum(axis=1).mean())
+    features = spectrum.left * np.sqrt(spectrum.values)
+    mean = features.mean(axis=0)
+    size = spectrum.values.sum() / len(labels) - np.square(mean).sum()  # mean square of a centred row
+    # In these directions ZᵀZ is diagonal, but for the centring: det(D - n m mᵀ) = det(D) (1 - n mᵀ D⁻¹ m).
+    stretched = 1 + spectrum.values / (len(labels) * precision * size)
+    total = np.log(stretched).sum() + np.log(1 - np.square(mean) @ (1 / stretched) / (precision * size))
+    centred = (features - mean) / np.sqrt(size)
     within = 0.0
     for number in np.unique(labels):
         rows = centred[labels == number]
         within += len(rows) / len(labels) * _coding_rate(rows, precision)
-    return _coding_rate(centred, precision) - within
+    return float(total) / 2 - within
 
 
 def _coding_rate(features: Array, precision: float) -> float:

@@ -29,6 +29,7 @@ from hftl.dual_encoder import (
     PROMPTS,
     DualEncoderConfig,
     DualEncoderForImageClassification,
+    has_two_parts,
     is_dual_encoder,
     load_dual_encoder,
 )
@@ -99,10 +100,10 @@ class ImageClassification(ClassificationTask):
         if has_checkpoint(arguments):
             source = pretrained.find_model(name)
             with pretrained.explained_load(name, self.auto_class):
-                config = AutoConfig.from_pretrained(source, **pretrained.hub_options(arguments, source))
-            if is_dual_encoder(config):
-                return ""
-            if isinstance(config, DualEncoderConfig):
+                kind, options = pretrained.model_kind(arguments, source), pretrained.hub_options(arguments, source)
+                if has_two_parts(kind) and is_dual_encoder(AutoConfig.from_pretrained(source, **options)):
+                    return ""
+            if kind == DualEncoderConfig.model_type:
                 return f"{name!r} has its image part alone: --model has to be the dual encoder that it was made from"
         return f"--model {name!r} reads no texts. It is for dual encoders: CLIP, SigLIP and their kin"
 
@@ -173,9 +174,8 @@ class ImageClassification(ClassificationTask):
         """Set the image processor of a checkpoint, and by its model what loads it."""
         options = pretrained.hub_options(self.arguments, source)
         with pretrained.explained_load(str(source), self.auto_class):
-            config = AutoConfig.from_pretrained(source, **options)
             self.processor = AutoImageProcessor.from_pretrained(source, **options)
-        own = isinstance(config, DualEncoderConfig)
+            own = pretrained.model_kind(self.arguments, source) == DualEncoderConfig.model_type
         self.auto_class = DualEncoderForImageClassification if own else type(self).auto_class
 
     def dataset(self, rows: Any, training: bool) -> Dataset[dict[str, Any]]:
