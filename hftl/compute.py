@@ -167,6 +167,11 @@ def typical_batch(dataset: Any, collate: Any) -> dict[str, torch.Tensor]:
     return dict(collate([dataset[int(index)] for index in order[:_MEASURED_ROWS]]))
 
 
+def is_precision_known(model: nn.Module, batch: dict[str, torch.Tensor], training: bool) -> bool:
+    """Whether `choose_precision` measured this model here before."""
+    return _key(model, batch, training) in _remembered()
+
+
 def choose_precision(
     model: nn.Module,
     batch: dict[str, torch.Tensor],

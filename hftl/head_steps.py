@@ -20,9 +20,11 @@ from transformers.optimization import GreedyLR
 from hftl.callbacks import ReadableProgress, StopSignals, TimeLimit
 from hftl.compute import one_thread_if_small
 
-#: most steps between two looks at the callbacks: a few hundredths of a second, in which a signal waits
-_STRETCH = 50
-#: below so many numbers features are held in the layer's precision, rather than converted in each step
+#: most steps between two looks at the callbacks, and most products: a tenth of a second, in which a signal waits
+_STRETCH, _PRODUCTS = 50, 2e9
+#: bytes of features that are taken into memory
+_MOST = 2**31
+#: below so many numbers they are held in the layer's precision, rather than converted in each step
 _HELD = 2**24
 _EVENTS = ("on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end")
 #: callbacks that lose nothing where they see some of the steps alone
@@ -64,12 +66,11 @@ class HeadSteps:
         features = self.features[trainer.train_dataset.view]
         norm, rate = None, trainer._get_learning_rate()
         trainer.optimizer._opt_called = True  # what the schedule looks for at Accelerate's optimizer
-        while done < len(batches):
+        most = max(1, int(_PRODUCTS / (args.train_batch_size * self.layer.weight.numel())))
+        while done < len(batches) and state.global_step < state.max_steps:  # an interrupted run may be at its last step
             trainer.control = handler.on_step_begin(args, state, trainer.control)
-            stretch = batches[done : done + _until_event(args, state)]
+            stretch = batches[done : done + min(most, _until_event(args, state))]
             norm, rate = self._run_steps(trainer, features, stretch)
-            if not torch.isfinite(trainer._tr_loss):
-                trainer.not_finite(trainer._tr_loss)
             done += len(stretch)
             state.epoch = epoch + done / len(batches)
             trainer.control = handler.on_step_end(args, state, trainer.control)
@@ -84,22 +85,24 @@ class HeadSteps:
     ) -> tuple[torch.Tensor | None, float]:
         """Optimizer steps; of the last one the norm of the gradient and the rate."""
         weight, bias = self.layer.weight, self.layer.bias
-        loss_of, items, most = trainer.compute_loss_func, trainer.items, trainer.args.max_grad_norm
-        optimizer = trainer.optimizer.optimizer  # Accelerate's looks for a library in every step, which takes 0.1 ms
-        schedule, norm, rate = trainer.lr_scheduler, None, 0.0
+        loss_of, schedule, most = trainer.compute_loss_func, trainer.lr_scheduler, trainer.args.max_grad_norm
         waits = isinstance(schedule, ReduceLROnPlateau | GreedyLR)  # for an evaluation
+        optimizer = trainer.optimizer.optimizer  # Accelerate's looks for a library in every step, which takes 0.1 ms
+        if hasattr(optimizer, "train"):  # of those without a schedule
+            optimizer.train()
         # In one piece, which has its norm and is scaled at once.
         gradient = weight.new_empty(sum(parameter.numel() for parameter in self.layer.parameters()))
         weight.grad = gradient[: weight.numel()].view_as(weight)
         if bias is not None:
             bias.grad = gradient[weight.numel() :]
-        losses = []
+        losses, norm, rate = [], None, 0.0
         with one_thread_if_small(len(batches[0]) * weight.numel()):
             for step, rows in enumerate(batches, start=trainer.state.global_step):
                 trainer.seed(step)
                 values, labels = features[rows].to(weight.dtype), self.labels[rows]
                 logits = nn.functional.linear(values, weight.detach(), None if bias is None else bias.detach())
-                loss = loss_of({"logits": logits.requires_grad_()}, labels, num_items_in_batch=items(labels))
+                items = torch.as_tensor(trainer.items(labels), device=labels.device)
+                loss = loss_of({"logits": logits.requires_grad_()}, labels, num_items_in_batch=items)
                 # Behind the logits there is one layer, whose gradient takes less time than to record it.
                 (slope,) = torch.autograd.grad(loss, logits)
                 torch.mm(slope.T, values, out=weight.grad)
@@ -114,31 +117,34 @@ class HeadSteps:
                 if not waits:
                     schedule.step()
         optimizer.zero_grad()
-        trainer._tr_loss += torch.stack(losses).sum()
+        found = torch.stack(losses)
+        for step in (~found.isfinite()).nonzero().flatten().tolist():
+            trainer.state.global_step += step
+            trainer.not_finite(found[step])
+        trainer._tr_loss += found.sum()
         trainer.state.global_step += len(losses)
         return norm, rate
 
 
 def head_steps(trainer: Any) -> HeadSteps | None:
     """The steps of a trainer whose model is cut before its head; None where they need the model, or Trainer's loop."""
-    args, cut = trainer.args, trainer.cut
-    alone = args.world_size == 1 and args.n_gpu <= 1 and args.gradient_accumulation_steps == 1 and not args.fp16
-    if not alone or cut is None or cut.carried or cut.ragged or trainer.stage.penalty is not None or trainer.mixing:
+    args, cut, data = trainer.args, trainer.cut, trainer.train_dataset
+    one_process = args.world_size == 1 and args.n_gpu <= 1
+    if not one_process or args.gradient_accumulation_steps > 1 or args.fp16 or trainer.mixing is not None:
         return None
-    layer = cut.entry_module
-    own = set(map(id, layer.parameters()))
-    alone = all(id(parameter) in own for parameter in trainer.model.parameters() if parameter.requires_grad)
-    if type(layer) is not nn.Linear or not alone or any(map(_wants_each_step, trainer.callback_handler.callbacks)):
+    if cut is None or cut.carried or cut.ragged or trainer.stage.penalty is not None:
         return None
-    data = trainer.train_dataset
+    layer, bytes_kept = cut.entry_module, data.places[..., 0].size * data.row_bytes
+    trained = {id(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad}
+    is_alone = type(layer) is nn.Linear and trained == {id(layer.weight), id(layer.bias)} - {id(None)}
+    if not is_alone or bytes_kept > _MOST or any(map(_wants_each_step, trainer.callback_handler.callbacks)):
+        return None
     values, labels = (tensor.to(args.device) for tensor in data.matrix())
-    if values.ndim != 2:
-        return None
     with torch.no_grad(), cut.as_trained(), trainer.accelerator.autocast():
         expected = trainer.model(**cut.inputs(values[:2], {}))["logits"].float()
         # Not by calling the layer, to which the cut would hand over what it has at hand.
         found = nn.functional.linear(values[:2].to(layer.weight.dtype), layer.weight, layer.bias).float()
-    if not torch.allclose(found, expected, rtol=1e-4, atol=1e-5):  # behind dropout, say
+    if values.ndim != 2 or not torch.allclose(found, expected, rtol=1e-4, atol=1e-5):  # behind dropout, say
         return None
     values = values.to(layer.weight.dtype) if values.numel() < _HELD else values
     return HeadSteps(layer, values.view(-1, len(data), *values.shape[1:]), labels[: len(data)])
@@ -155,4 +161,4 @@ def _until_event(args: Any, state: Any) -> int:
 
 def _wants_each_step(callback: TrainerCallback) -> bool:
     overrides = (getattr(type(callback), name) is not getattr(TrainerCallback, name) for name in _EVENTS)
-    return not isinstance(callback, _SEE_SOME) and any(overrides)
+    return type(callback) not in _SEE_SOME and any(overrides)

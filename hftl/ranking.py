@@ -11,7 +11,7 @@ import math
 import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 from torch import nn
 
 from hftl import backbones, compute, data, folder, pretrained, transferability
@@ -108,16 +108,27 @@ def rank(
     started = before = time.perf_counter()
     heads: dict[str, nn.Module | None] = {}
     waiting: list[Future[Candidate]] = []
-    # Beside the thread that scores a model this one prepares the next; more would hold the features of all.
+    # On one core: threads of NumPy and of PyTorch, which prepares the next model, would wait for each other's cores.
+    # What there is to limit is listed here, where nothing is being imported beside it.
+    libraries = ThreadpoolController()
+
+    def scored(name: str, found: Pooled, head: nn.Module | None) -> Candidate:
+        with libraries.limit(limits=1, user_api="blas"):
+            return _scored(name, found, head)
+
+    def settle() -> None:
+        """Wait for the scores of the model before: more would hold the features of all."""
+        if waiting:
+            waiting[-1].result()
+
     with ThreadPoolExecutor(1) as beside:
         for name, arguments in zip(models, settings, strict=True):
-            found = features_of(task_class(arguments), splits)
+            found = features_of(task_class(arguments), splits, settle)
             model = str(arguments.model_name_or_path)
             if model not in heads:  # a model at several sizes is loaded once more, not once for each
                 heads[model] = trained_head(found)
-            if waiting:
-                waiting[-1].result()
-            waiting.append(beside.submit(_scored, name, found, heads[model]))
+            settle()
+            waiting.append(beside.submit(scored, name, found, heads[model]))
             say(f"{name}: {time.perf_counter() - before:.1f} s")
             before = time.perf_counter()
         candidates = [entry.result() for entry in waiting]
@@ -164,10 +175,15 @@ def load_rows(arguments: ArgumentsType, modality: Modality) -> Splits:
     return dataclasses.replace(splits, test=None)
 
 
-def features_of(task: ClassificationTask, splits: Splits) -> Pooled:
+def features_of(task: ClassificationTask, splits: Splits, settle: Callable[[], None] = lambda: None) -> Pooled:
     """The features of all training rows, from the cache or computed now, and how fast they come.
 
     In the precision that a training of the head alone would have, which then finds them in the cache.
+
+    Args:
+        task: with the model.
+        splits: the data.
+        settle: called before anything is measured, to wait for what else computes.
 
     Raises:
         UsageError: the model cannot be used.
@@ -184,6 +200,8 @@ def features_of(task: ClassificationTask, splits: Splits) -> Pooled:
     batch = {name: value.to(arguments.device) for name, value in batch.items()}
     passes = len(rows) * stage.epochs
     loss = task.loss(splits)
+    if not compute.is_precision_known(model, batch, training=False):
+        settle()
     precision = compute.choose_precision(model, batch, loss, training=False, rows=passes, arguments=arguments)
     set_precision(arguments, precision)
     source, kept = pooled(task, stage, model, rows)
@@ -191,6 +209,7 @@ def features_of(task: ClassificationTask, splits: Splits) -> Pooled:
     path, machine = kept.shards.folder / _SPEEDS, f"{compute.machine()}, {arguments.device}"
     speeds = read_json(path) if path.is_file() else {}
     if machine not in speeds:
+        settle()
         speeds[machine] = compute.seconds_a_row(model, batch, loss, False, arguments.precision)
         folder.write_json(path, speeds)
     return Pooled(
@@ -205,13 +224,6 @@ def features_of(task: ClassificationTask, splits: Splits) -> Pooled:
 
 
 def _scored(name: str, found: Pooled, head: nn.Module | None) -> Candidate:
-    """The scores, on one core: the threads of NumPy and those of PyTorch, which prepare the next model, would wait for
-    each other's cores."""
-    with threadpool_limits(1, user_api="blas"):
-        return _scores(name, found, head)
-
-
-def _scores(name: str, found: Pooled, head: nn.Module | None) -> Candidate:
     spectrum = transferability.decompose(transferability.with_constant(found.features))
     said = head_probabilities(head, found.features)
     return Candidate(

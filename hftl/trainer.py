@@ -170,7 +170,10 @@ class TransferTrainer(Trainer):
                 folder.say(f"batch: {batch_size} rows, {self.args.gradient_accumulation_steps} times a step")
         if self.average is not None:
             self.average.start(resumed=settings.get("resume_from_checkpoint") is not None)
-        return super()._inner_training_loop(batch_size, **settings)
+        try:
+            return super()._inner_training_loop(batch_size, **settings)
+        finally:
+            self.head_steps = None  # which holds all features
 
     def _run_epoch(self, **settings: Any) -> None:
         """Trainer's, or that of a linear head on kept features, which has no use for the model in a step."""
@@ -189,7 +192,7 @@ class TransferTrainer(Trainer):
         )
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """One step, or the part of one, with random numbers of its own.
+        """One step, or one part of an accumulated one, seeded by `seed`.
 
         Raises:
             UsageError: the loss is not finite, or BatchNorm cannot train on the batch.
