@@ -118,9 +118,10 @@ class HeadSteps:
                     schedule.step()
         optimizer.zero_grad()
         found = torch.stack(losses)
-        for step in (~found.isfinite()).nonzero().flatten().tolist():
-            trainer.state.global_step += step
-            trainer.not_finite(found[step])
+        if not found.isfinite().all():
+            first = int(found.isfinite().int().argmin())
+            trainer.state.global_step += first
+            trainer.not_finite(found[first])
         trainer._tr_loss += found.sum()
         trainer.state.global_step += len(losses)
         return norm, rate
@@ -137,14 +138,20 @@ def head_steps(trainer: Any) -> HeadSteps | None:
     layer, bytes_kept = cut.entry_module, data.places[..., 0].size * data.row_bytes
     trained = {id(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad}
     is_alone = type(layer) is nn.Linear and trained == {id(layer.weight), id(layer.bias)} - {id(None)}
-    if not is_alone or bytes_kept > _MOST or any(map(_wants_each_step, trainer.callback_handler.callbacks)):
+    is_vector = len(data.shards.settings["shape"]) == 1
+    if (
+        not is_alone
+        or not is_vector
+        or bytes_kept > _MOST
+        or any(map(_wants_each_step, trainer.callback_handler.callbacks))
+    ):
         return None
     values, labels = (tensor.to(args.device) for tensor in data.matrix())
     with torch.no_grad(), cut.as_trained(), trainer.accelerator.autocast():
         expected = trainer.model(**cut.inputs(values[:2], {}))["logits"].float()
         # Not by calling the layer, to which the cut would hand over what it has at hand.
         found = nn.functional.linear(values[:2].to(layer.weight.dtype), layer.weight, layer.bias).float()
-    if values.ndim != 2 or not torch.allclose(found, expected, rtol=1e-4, atol=1e-5):  # behind dropout, say
+    if not torch.allclose(found, expected, rtol=1e-4, atol=1e-5):  # behind dropout, say
         return None
     values = values.to(layer.weight.dtype) if values.numel() < _HELD else values
     return HeadSteps(layer, values.view(-1, len(data), *values.shape[1:]), labels[: len(data)])
