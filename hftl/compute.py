@@ -10,7 +10,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -167,11 +167,6 @@ def typical_batch(dataset: Any, collate: Any) -> dict[str, torch.Tensor]:
     return dict(collate([dataset[int(index)] for index in order[:_MEASURED_ROWS]]))
 
 
-def is_precision_known(model: nn.Module, batch: dict[str, torch.Tensor], training: bool) -> bool:
-    """Whether `choose_precision` measured this model here before."""
-    return _key(model, batch, training) in _remembered()
-
-
 def choose_precision(
     model: nn.Module,
     batch: dict[str, torch.Tensor],
@@ -180,6 +175,7 @@ def choose_precision(
     training: bool,
     rows: float,
     arguments: TransferArguments,
+    before: Callable[[], object] = lambda: None,
 ) -> str:
     """The precision of `--precision`; what `auto` is on a GPU the arguments know, and on a CPU it is measured.
 
@@ -199,6 +195,7 @@ def choose_precision(
         training: time forward and backward; else forward alone.
         rows: rows to come, each as often as it goes through the model.
         arguments: their `precision`.
+        before: called where something is measured, before it is.
 
     Returns:
         "fp32", "bf16" or "fp16".
@@ -207,7 +204,7 @@ def choose_precision(
         return arguments.precision
     answer = [""]
     if not _several_processes() or torch.distributed.get_rank() == 0:
-        answer = [_precision_of_cpu(model, batch, loss, training, rows)]
+        answer = [_precision_of_cpu(model, batch, loss, training, rows, before)]
     if _several_processes():
         torch.distributed.broadcast_object_list(answer, src=0)
     return answer[0]
@@ -237,7 +234,14 @@ def seconds_a_row(
     return seconds / len(batch["labels"])
 
 
-def _precision_of_cpu(model: nn.Module, batch: dict[str, torch.Tensor], loss: Loss, training: bool, rows: float) -> str:
+def _precision_of_cpu(
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    loss: Loss,
+    training: bool,
+    rows: float,
+    before: Callable[[], object],
+) -> str:
     """The remembered answer, or a measured one where measuring pays, else float32."""
     batch = {name: value[:_MEASURED_ROWS] for name, value in batch.items()}
     count = len(next(iter(batch.values())))
@@ -246,6 +250,7 @@ def _precision_of_cpu(model: nn.Module, batch: dict[str, torch.Tensor], loss: Lo
     if key not in known:
         if rows < _WORTH * 2 * _PASSES * count:
             return "fp32"
+        before()
         known[key] = _measured(model, batch, loss, training)
         _remember(known)
     entry = known[key]

@@ -331,11 +331,6 @@ class KeptDataset(Dataset[dict[str, Any]]):
             example["labels"] = self.labels[index]
         return example
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row, where all have as many."""
-        return int(np.prod(self.shards.settings["shape"], dtype=np.int64)) * self.shards.dtype.itemsize
-
     def matrix(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All views of all rows as they are kept, shape (views × rows, features), and labels, shape (views × rows,).
 

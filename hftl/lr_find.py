@@ -113,7 +113,7 @@ class _RangeTrainer(TransferTrainer):
             self.lr_scheduler: Any = LambdaLR(optimizer or self.optimizer, self.factor)
         return self.lr_scheduler
 
-    def not_finite(self, loss: torch.Tensor) -> None:
+    def not_finite(self, loss: torch.Tensor, done: int) -> None:
         """The recorder sees it too, and stops."""
 
 

@@ -12,7 +12,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,9 +117,8 @@ def rank(
             return _scored(name, found, head)
 
     def settle() -> None:
-        """Wait for the scores of the model before: more would hold the features of all."""
-        if waiting:
-            waiting[-1].result()
+        """Wait for the scores of the models before, so that the features of two at most are in memory."""
+        wait(waiting)
 
     with ThreadPoolExecutor(1) as beside:
         for name, arguments in zip(models, settings, strict=True):
@@ -129,10 +128,10 @@ def rank(
                 heads[model] = trained_head(found)
             settle()
             waiting.append(beside.submit(scored, name, found, heads[model]))
-            say(f"{name}: {time.perf_counter() - before:.1f} s")
+            say(f"{name}: ready after {time.perf_counter() - before:.1f} s")
             before = time.perf_counter()
         candidates = [entry.result() for entry in waiting]
-    say(f"{len(models)} models scored on {len(splits.train):,} rows in {time.perf_counter() - started:.1f} s")
+    say(f"{len(models)} models ranked on {len(splits.train):,} rows in {time.perf_counter() - started:.1f} s")
     without = [entry.model for entry in candidates if getattr(entry, by) is None]
     if without:
         raise UsageError(f"--by {by}: {without[0]} has no trained head of its own. Use another measure, such as logme.")
@@ -200,9 +199,9 @@ def features_of(task: ClassificationTask, splits: Splits, settle: Callable[[], N
     batch = {name: value.to(arguments.device) for name, value in batch.items()}
     passes = len(rows) * stage.epochs
     loss = task.loss(splits)
-    if not compute.is_precision_known(model, batch, training=False):
-        settle()
-    precision = compute.choose_precision(model, batch, loss, training=False, rows=passes, arguments=arguments)
+    precision = compute.choose_precision(
+        model, batch, loss, training=False, rows=passes, arguments=arguments, before=settle
+    )
     set_precision(arguments, precision)
     source, kept = pooled(task, stage, model, rows)
     features, labels = kept.matrix()

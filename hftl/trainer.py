@@ -211,7 +211,7 @@ class TransferTrainer(Trainer):
                 "last batch of one row out with --dataloader_drop_last, or take another --per_device_train_batch_size."
             ) from error
         if not torch.isfinite(loss):
-            self.not_finite(loss)
+            self.not_finite(loss, self.state.global_step)
         return loss
 
     def seed(self, step: int) -> None:
@@ -220,13 +220,13 @@ class TransferTrainer(Trainer):
         seed_all = torch.default_generator.manual_seed if self.args.use_cpu else torch.manual_seed
         seed_all(self.args.seed + 1_000_003 * step + self.args.process_index)
 
-    def not_finite(self, loss: torch.Tensor) -> None:
-        """What happens when the loss is no number.
+    def not_finite(self, loss: torch.Tensor, done: int) -> None:
+        """What happens when the loss is no number, behind so many steps.
 
         Raises:
-            UsageError: always.
+            Diverged: always.
         """
-        what = f"The loss is {float(loss)} at step {self.state.global_step + 1} of stage {self.stage.name!r}"
+        what = f"The loss is {float(loss)} at step {done + 1} of stage {self.stage.name!r}"
         raise diverged(what, self.args.output_dir)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:

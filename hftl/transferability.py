@@ -108,7 +108,8 @@ def transrate(spectrum: Spectrum, labels: Array, precision: float = 1e-4) -> flo
     features = spectrum.left * np.sqrt(spectrum.values)
     mean = features.mean(axis=0)
     size = spectrum.values.sum() / len(labels) - np.square(mean).sum()  # mean square of a centred row
-    # In these directions ZᵀZ is diagonal, but for the centring: det(D - n m mᵀ) = det(D) (1 - n mᵀ D⁻¹ m).
+    # In these directions ZᵀZ is diagonal, but for the centring: with D diagonal and c = 1 / (precision · size),
+    # det(D - c m mᵀ) = det(D) (1 - c mᵀ D⁻¹ m).
     stretched = 1 + spectrum.values / (len(labels) * precision * size)
     total = np.log(stretched).sum() + np.log(1 - np.square(mean) @ (1 / stretched) / (precision * size))
     centred = (features - mean) / np.sqrt(size)

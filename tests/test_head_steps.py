@@ -74,7 +74,7 @@ SETTINGS = {
     "each step is logged": ["--logging_steps=1", "--logging_first_step"],
     "evaluated between epochs": ["--eval_strategy=steps", "--save_strategy=steps", "--eval_steps=3", "--save_steps=3"],
     "ends within an epoch": ["--max_steps=7"],
-    "no clipping, no weights in Adam": ["--max_grad_norm=0", "--optim=sgd", "--lr_scheduler_type=constant"],
+    "plain SGD, no clipping, constant rate": ["--max_grad_norm=0", "--optim=sgd", "--lr_scheduler_type=constant"],
     "clipped": ["--max_grad_norm=0.01", "--weight_decay=0.1"],
     "waits for an evaluation": ["--lr_scheduler_type=reduce_lr_on_plateau"],
     "soft labels, weighted": ["--label_smoothing_factor=0.1", "--class_weights=balanced"],
