@@ -13,9 +13,10 @@ import small_data
 import tiny_models
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TimmWrapperForImageClassification, TrainerCallback
 
 import hftl
+from hftl import head_steps
 from hftl.callbacks import TimeLimit
 from hftl.errors import Diverged
 from hftl.head_steps import HeadSteps
@@ -189,6 +190,29 @@ def test_what_needs_more_than_the_head_has_trainers_steps(
     place: Path, tmp_path: Path, epochs: list[int], model: str, flags: list[str]
 ) -> None:
     train(place, tmp_path / "run", "--num_train_epochs=1", *flags, model=model)
+    assert epochs == []
+
+
+def test_features_over_the_bound_stay_on_disk(
+    place: Path, tmp_path: Path, epochs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_steps, "_MOST_BYTES", 1)
+    train(place, tmp_path / "run", "--num_train_epochs=1")
+    assert epochs == []
+
+
+def test_outputs_that_are_made_of_the_layers_own_are_the_models(
+    place: Path, tmp_path: Path, epochs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = TimmWrapperForImageClassification.forward
+
+    def colder(model: Any, *others: Any, **named: Any) -> Any:
+        outputs = forward(model, *others, **named)
+        outputs.logits = outputs.logits / 10
+        return outputs
+
+    monkeypatch.setattr(TimmWrapperForImageClassification, "forward", colder)
+    train(place, tmp_path / "run", "--num_train_epochs=1")
     assert epochs == []
 
 
