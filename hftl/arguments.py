@@ -212,7 +212,7 @@ class TransferArguments(TrainingArguments):
     )
 
     # Training: fields of TrainingArguments with another default, and None for what is chosen later
-    dataloader_num_workers: int = _argument(-1, "Processes that prepare rows; -1 chooses by task and cores.")
+    dataloader_num_workers: int = _argument(-1, "Processes that prepare rows; -1: as many as keep pace.")
     output_dir: str | None = _argument(None, "The run folder (default: runs/DATASET-MODEL-METHOD).")
     learning_rate: float | None = _argument(
         None, "Learning rate of the backbone, or auto: found by a range test (default: by method and model size)."

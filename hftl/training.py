@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import os
@@ -58,6 +59,10 @@ _RUN = ", run "
 _RUN_SEEDS = 1_000_003
 #: batches by which a stage chooses what trains: enough for an order of blocks, and done in seconds
 _CHOOSING_BATCHES = 8
+#: times as fast as the computation rows are to be prepared: rows differ, and a GPU makes more of a whole batch
+_AHEAD = 2.0
+#: processes that prepare rows for a GPU where it is not measured how many keep pace: 700 to 7,000 images a second
+_UNMEASURED_WORKERS = 8
 #: of a stage in which the model gives no answers
 _UNEVALUATED = {"eval_strategy": IntervalStrategy.NO, "load_best_model_at_end": False}
 
@@ -158,6 +163,10 @@ def prepare(
     if arguments.device.type == "cpu" and not mostly_frozen(longest, plan.model):
         compute.keep_freed_memory()
     _settle_precision(task, longest, plan.model, data["train"], splits)
+    if arguments.dataloader_num_workers < 0:
+        arguments.dataloader_num_workers = _workers(task, longest, plan.model, data["train"], splits)
+    if arguments.dataloader_prefetch_factor is not None and not arguments.dataloader_num_workers:
+        raise UsageError("--dataloader_prefetch_factor is for data workers, and there are none: leave it out.")
     return stages, data
 
 
@@ -208,16 +217,12 @@ def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tr
     """Fill in what the arguments leave open, and the epochs of each stage."""
     if arguments.per_device_train_batch_size is None:
         arguments.per_device_train_batch_size = task.batch_size
-    if arguments.dataloader_num_workers < 0:
-        arguments.dataloader_num_workers = _workers(task)
     arguments.metric_for_best_model, better = task.best_metric(splits)
     arguments.greater_is_better = better  # type: ignore[assignment]
     rows = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     steps = math.ceil(len(splits.train) / rows)
     if arguments.dataloader_drop_last and len(splits.train) < rows:
         raise UsageError(f"--dataloader_drop_last leaves none of {len(splits.train)} rows in batches of {rows}.")
-    if arguments.dataloader_prefetch_factor is not None and not arguments.dataloader_num_workers:
-        raise UsageError("--dataloader_prefetch_factor is for data workers, and there are none: leave it out.")
     stages = [with_least_steps(stage, steps) for stage in plan.stages]
     if arguments.soup_runs > 1:
         last = stages.pop()
@@ -258,7 +263,7 @@ def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, 
         precision = compute.choose_precision(
             model,
             batch,
-            task.loss(splits) if stage.headless else stage.loss or task.loss(splits),
+            _timed_loss(task, stage, splits),
             training=not mostly_frozen(stage, model),
             rows=passes,
             arguments=arguments,
@@ -266,20 +271,39 @@ def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, 
     set_precision(arguments, precision)
 
 
-def _workers(task: ClassificationTask) -> int:
+def _timed_loss(task: ClassificationTask, stage: Stage, splits: Splits) -> Any:
+    """What is computed of a model's answers where its speed is measured."""
+    return task.loss(splits) if stage.headless else stage.loss or task.loss(splits)
+
+
+def _workers(task: ClassificationTask, stage: Stage, model: nn.Module, rows: Any, splits: Splits) -> int:
     """Images are decoded beside the computation on the cores that it leaves; tokenised texts need no help.
 
     A training image takes 1 ms of a core, 11 ms if it is a photo of 6 megapixels, and a step of efficientnet_lite0, a
     small network, 46 ms an image (measured): on a CPU one worker keeps pace with the network on four cores, and on two
-    it takes up what the network's threads leave idle between steps. For a GPU 8 workers prepare 700 to 7,000 images a
-    second. A process with a core to itself has nothing to gain.
+    it takes up what the network's threads leave idle between steps. A process with a core to itself has nothing to
+    gain. Where there may be several, a batch is prepared and computed once to see how many keep pace.
     """
-    if task.modality.is_text:
-        return 0
     cores = compute.cores() // compute.local_processes()
-    if cores < 2:
+    if task.modality.is_text or cores < 2:
         return 0
-    return min(8, max(1, cores // 4) if task.arguments.use_cpu else cores - 1)
+    most = max(1, cores // 4) if task.arguments.use_cpu else cores - 1
+    if most == 1:
+        return 1
+    if task.arguments.auto_find_batch_size:  # a batch may not fit
+        return min(most, _UNMEASURED_WORKERS)
+    _ = rows[0]  # which imports and opens what the others need as well
+    started = time.perf_counter()
+    batch = compute.typical_batch(rows, task.collate)
+    preparing = (time.perf_counter() - started) / len(batch["labels"])
+    count, device = task.arguments.per_device_train_batch_size, task.arguments.device
+    batch = {name: value[:count].to(device) for name, value in batch.items()}
+    with torch.random.fork_rng():
+        copied = copy.deepcopy(model).to(device)
+        prepare_modules(copied, stage)
+        loss, training = _timed_loss(task, stage, splits), not mostly_frozen(stage, model)
+        computing = compute.seconds_a_row(copied, batch, loss, training, task.arguments.precision)
+    return min(most, math.ceil(_AHEAD * preparing / computing))
 
 
 def _bytes_needed(plan: Plan, arguments: TransferArguments) -> int:

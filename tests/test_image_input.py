@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from tiny_models import write_timm_folder, write_tiny_image_model
 from transformers import pipeline
 
 import hftl
-from hftl import cli, images, training
+from hftl import cli, compute, images, training
 from hftl.errors import UsageError
 from hftl.image_cache import picture_key
+from hftl.methods import build_plan
 from hftl.tasks.image_classification import ImageClassification, decoded_side, training_side
 
 NAMES = ["ant", "bee"]
@@ -395,18 +397,66 @@ def test_a_run_gives_the_same_weights_with_a_fresh_cache_and_with_an_old_one(
 # --- workers ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("cores", "processes", "cpu", "expected"),
-    [(1, 1, True, 0), (2, 1, True, 1), (2, 2, True, 0), (16, 1, True, 4), (16, 1, False, 8), (16, 4, False, 3)],
-)
-def test_workers_take_only_cores_that_are_free(
-    place: Path, cores: int, processes: int, cpu: bool, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def workers_of(place: Path, cores: int, processes: int, cpu: bool, monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
+    """The workers that a run would have on a machine like that."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    task = task_for(place)
+    task = task_for(place, f"--dataset={place / 'data'}", "--precision=fp32", *flags)
     task.arguments.use_cpu = cpu
-    assert training._workers(task) == expected
+    splits = task.load_splits()
+    plan = build_plan(task.build_model(splits), task.arguments)
+    before = {name: value.clone() for name, value in plan.model.state_dict().items()}
+    state = torch.get_rng_state()
+    stages, _ = training.prepare(task, plan, splits, task.arguments)
+    assert len(stages) == 1
+    assert all(torch.equal(value, before[name]) for name, value in plan.model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    return int(task.arguments.dataloader_num_workers)
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "cpu", "most"), [(16, 1, True, 4), (16, 1, False, 15), (16, 4, False, 3)]
+)
+@pytest.mark.parametrize("seconds", [1e-3, 10.0])
+def test_workers_keep_pace_with_the_computation_on_the_cores_that_are_free(
+    place: Path, cores: int, processes: int, cpu: bool, most: int, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[int] = []
+    monkeypatch.setattr(compute, "seconds_a_row", lambda *_: timed.append(1) or seconds)
+    prepared, typical = 4e-3, compute.typical_batch
+
+    def slow(rows: Any, collate: Any) -> dict[str, torch.Tensor]:
+        batch = typical(rows, collate)
+        time.sleep(prepared * len(batch["labels"]))
+        return batch
+
+    monkeypatch.setattr(compute, "typical_batch", slow)
+    found = workers_of(place, cores, processes, cpu, monkeypatch, "--model", str(place / "timm"))
+    assert len(timed) == 1
+    assert found == 1 if seconds == 10.0 else min(8, most) <= found <= most
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "cpu", "flags", "expected"),
+    [
+        (1, 1, True, [], 0),
+        (2, 1, True, [], 1),
+        (2, 2, True, [], 0),
+        (4, 1, True, [], 1),
+        (16, 1, False, ["--auto_find_batch_size"], 8),
+        (16, 1, True, ["--dataloader_num_workers=3"], 3),
+    ],
+)
+def test_nothing_is_measured_where_the_cores_say_how_many_workers(
+    place: Path, cores: int, processes: int, cpu: bool, flags: list[str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(compute, "seconds_a_row")
+    assert workers_of(place, cores, processes, cpu, monkeypatch, *flags) == expected
+
+
+def test_what_a_measurement_for_workers_computes_changes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = workers_of(place, 64, 1, True, monkeypatch, "--model", str(place / "timm"))
+    assert 1 <= found <= 16
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
