@@ -238,10 +238,13 @@ def scaled(plan: Plan, stages: list[Stage], rate: float, keeps_head: bool) -> tu
     """The stages and settings of a plan for another rate, in the way in which a given `--learning_rate` scales them."""
     factor = rate / main_rate(plan)
     head = 1.0 if keeps_head else factor
-    stages = [
-        replace(stage, learning_rate=stage.learning_rate * factor, head_learning_rate=stage.head_learning_rate * head)
-        for stage in stages
-    ]
+
+    def moved(stage: Stage) -> Stage:
+        has_one_rate = stage.head_learning_rate == stage.learning_rate != plan.settings.get("head_learning_rate")
+        heads = stage.head_learning_rate * (factor if has_one_rate else head)
+        return replace(stage, learning_rate=stage.learning_rate * factor, head_learning_rate=heads)
+
+    stages = [moved(stage) for stage in stages]
     given = {"learning_rate": factor, "head_learning_rate": head}
     return stages, {name: plan.settings[name] * by for name, by in given.items() if plan.settings.get(name)}
 

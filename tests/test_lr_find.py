@@ -190,7 +190,8 @@ def test_the_rate_of_the_second_stage_is_chosen_from_where_the_first_ends(
     assert (whole, second) == ("all", "all")
     assert fitted > 3 * fresh  # the head is solved by then
     stages = json.loads((tmp_path / "lp_ft" / "metrics.json").read_text())["train"]["stages"]
-    assert stages[1]["learning_rate"] == read_yaml(tmp_path / "lp_ft" / "recipe.yaml")["learning_rate"] / 2
+    assert stages[1]["learning_rate"] == read_yaml(tmp_path / "lp_ft" / "recipe.yaml")["learning_rate"]
+    assert stages[1]["head_learning_rate"] == stages[1]["learning_rate"]  # one rate stays one
 
 
 def assert_equal_weights(run: Path, *others: Path) -> None:

@@ -251,7 +251,8 @@ def test_rates_and_epochs_are_those_that_were_given() -> None:
     assert stage.head_learning_rate == 5e-3
     first, second = plan_of("lp_ft", model, *flags, "--head_epochs=1").stages
     assert (first.epochs, second.epochs) == (1, 4)
-    assert (first.head_learning_rate, second.learning_rate) == (5e-3, 1e-4)
+    assert first.head_learning_rate == 5e-3
+    assert (second.learning_rate, second.head_learning_rate) == (2e-4, 2e-4)
     (stage,) = plan_of("lora", model, *flags, "--layer_decay=0.5").stages
     assert stage.layer_decay == 0.5
     assert (stage.learning_rate, stage.head_learning_rate) == (2e-4, 5e-3)

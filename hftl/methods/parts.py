@@ -105,15 +105,15 @@ def partial(model: nn.Module, arguments: TransferArguments) -> Plan:
 def lp_ft(model: nn.Module, arguments: TransferArguments) -> Plan:
     """First the head, then everything (Kumar et al. 2022: a fitted head distorts features less).
 
-    The second stage of a transformer has half the rate. One of convolutions has the whole, at which EfficientNet-Lite0
-    comes further: test accuracy on 2,700 digits 0.969 (half: 0.952), with 16 a class 0.899 (0.868); macro F1 on blood
-    cells with 16 a class 0.986 (0.941). MiniLM, 16 a class, on movie snippets, SST-2 and TREC: 0.645 (0.647), 0.722
-    (0.703) and 0.782 (0.862). One draw each.
+    The second stage has one rate, as in the paper: the head is fitted, and ten times the rate of the backbone would
+    undo that. MiniLM, 2,000 movie snippets, accuracy on 7,063 others, three draws: 0.843; with a head at ten times the
+    rate 0.838. With 16 a class (movie snippets, SST-2 and TREC, two draws each) 0.708 on average; with half the rate
+    and the head at five times the whole 0.702. EfficientNet-Lite0, digits, 16 a class: 0.892, with a head at 15 times
+    the rate as well.
     """
     reinitialise(model, arguments)
     rates = resolved_rates(model, arguments)
     first = head_stage(model, arguments, rates)
-    part = 1.0 if backbones.is_convolutional(model) else 0.5
-    second = make_stage(arguments, "all", all_parameters(model), part * rates.backbone, part * rates.head)
+    second = make_stage(arguments, "all", all_parameters(model), rates.backbone, rates.backbone)
     settings = {"learning_rate": rates.backbone, "head_learning_rate": rates.head, "head_epochs": first.epochs}
     return Plan(model, (first, second), settings)
