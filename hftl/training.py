@@ -282,7 +282,7 @@ def _workers(task: ClassificationTask, stage: Stage, model: nn.Module, rows: Any
     A training image takes 1 ms of a core, 11 ms if it is a photo of 6 megapixels, and a step of efficientnet_lite0, a
     small network, 46 ms an image (measured): on a CPU one worker keeps pace with the network on four cores, and on two
     it takes up what the network's threads leave idle between steps. A process with a core to itself has nothing to
-    gain. Where there may be several, a batch is prepared and computed once to see how many keep pace.
+    gain. Where there may be several, a batch is prepared and computed to see how many keep pace.
     """
     cores = compute.cores() // compute.local_processes()
     if task.modality.is_text or cores < 2:
@@ -290,7 +290,9 @@ def _workers(task: ClassificationTask, stage: Stage, model: nn.Module, rows: Any
     most = max(1, cores // 4) if task.arguments.use_cpu else cores - 1
     if most == 1:
         return 1
-    if task.arguments.auto_find_batch_size:  # a batch may not fit
+    # Where a batch, or the whole model, may not fit.
+    spares_memory = task.arguments.auto_find_batch_size or task.arguments.activation_checkpointing
+    if spares_memory or task.arguments.deepspeed or task.arguments.fsdp or compute.is_sharded():
         return min(most, _UNMEASURED_WORKERS)
     _ = rows[0]  # which imports and opens what the others need as well
     started = time.perf_counter()

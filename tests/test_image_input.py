@@ -444,6 +444,7 @@ def test_workers_keep_pace_with_the_computation_on_the_cores_that_are_free(
         (2, 2, True, [], 0),
         (4, 1, True, [], 1),
         (16, 1, False, ["--auto_find_batch_size"], 8),
+        (16, 1, False, ["--activation_checkpointing"], 8),
         (16, 1, True, ["--dataloader_num_workers=3"], 3),
     ],
 )
