@@ -31,6 +31,7 @@ from hftl.folder import say
 from hftl.methods import Plan, Stage
 from hftl.tasks.classification import ClassificationTask
 from hftl.trainer import TransferTrainer
+from hftl.workers import data_workers
 
 # As `Learner.lr_find` of fastai: 100 steps from 1e-7 to 10, a moving average of 0.98, the end at four times the least.
 STEPS, LEAST, MOST = 100, 1e-7, 10.0
@@ -177,12 +178,13 @@ def sweep(
         kept = keep_features(task, stage, plan.model, splits, rows, alone=len(plan.stages) == 1, last=True)
         if kept is not None:
             after.callback(kept.release)
+        workers = 0 if kept else data_workers(task, stage, plan.model, rows["train"], splits)
         place = after.enter_context(tempfile.TemporaryDirectory())
         trainer = _RangeTrainer(
             stage=stage if kept is None else kept.stage,
             loss=stage.loss or task.loss(splits),
             model=plan.model,
-            args=_settings(task, stage, place, steps, 0 if kept else task.arguments.dataloader_num_workers),
+            args=_settings(task, stage, place, steps, workers),
             cut=None if kept is None else kept.cut,
             train_dataset=(rows if kept is None else kept.data)["train"],
             data_collator=task.collate if kept is None else kept.collate,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import math
 import os
@@ -48,6 +47,7 @@ from hftl.problems import Regression, problem_of
 from hftl.saving import write_run
 from hftl.tasks.classification import ClassificationTask
 from hftl.trainer import TransferTrainer, diverged
+from hftl.workers import data_workers, most_workers
 from hftl.yaml_files import read_yaml
 
 if TYPE_CHECKING:
@@ -59,10 +59,6 @@ _RUN = ", run "
 _RUN_SEEDS = 1_000_003
 #: batches by which a stage chooses what trains: enough for an order of blocks, and done in seconds
 _CHOOSING_BATCHES = 8
-#: times as fast as the computation rows are to be prepared: rows differ, and a GPU makes more of a whole batch
-_AHEAD = 2.0
-#: processes that prepare rows for a GPU where it is not measured how many keep pace: 700 to 7,000 images a second
-_UNMEASURED_WORKERS = 8
 #: of a stage in which the model gives no answers
 _UNEVALUATED = {"eval_strategy": IntervalStrategy.NO, "load_best_model_at_end": False}
 
@@ -163,10 +159,6 @@ def prepare(
     if arguments.device.type == "cpu" and not mostly_frozen(longest, plan.model):
         compute.keep_freed_memory()
     _settle_precision(task, longest, plan.model, data["train"], splits)
-    if arguments.dataloader_num_workers < 0:
-        arguments.dataloader_num_workers = _workers(task, longest, plan.model, data["train"], splits)
-    if arguments.dataloader_prefetch_factor is not None and not arguments.dataloader_num_workers:
-        raise UsageError("--dataloader_prefetch_factor is for data workers, and there are none: leave it out.")
     return stages, data
 
 
@@ -223,6 +215,8 @@ def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tr
     steps = math.ceil(len(splits.train) / rows)
     if arguments.dataloader_drop_last and len(splits.train) < rows:
         raise UsageError(f"--dataloader_drop_last leaves none of {len(splits.train)} rows in batches of {rows}.")
+    if arguments.dataloader_prefetch_factor is not None and not most_workers(task):
+        raise UsageError("--dataloader_prefetch_factor is for data workers, and there are none: leave it out.")
     stages = [with_least_steps(stage, steps) for stage in plan.stages]
     if arguments.soup_runs > 1:
         last = stages.pop()
@@ -263,49 +257,12 @@ def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, 
         precision = compute.choose_precision(
             model,
             batch,
-            _timed_loss(task, stage, splits),
+            task.loss(splits) if stage.headless else stage.loss or task.loss(splits),
             training=not mostly_frozen(stage, model),
             rows=passes,
             arguments=arguments,
         )
     set_precision(arguments, precision)
-
-
-def _timed_loss(task: ClassificationTask, stage: Stage, splits: Splits) -> Any:
-    """What is computed of a model's answers where its speed is measured."""
-    return task.loss(splits) if stage.headless else stage.loss or task.loss(splits)
-
-
-def _workers(task: ClassificationTask, stage: Stage, model: nn.Module, rows: Any, splits: Splits) -> int:
-    """Images are decoded beside the computation on the cores that it leaves; tokenised texts need no help.
-
-    A training image takes 1 ms of a core, 11 ms if it is a photo of 6 megapixels, and a step of efficientnet_lite0, a
-    small network, 46 ms an image (measured): on a CPU one worker keeps pace with the network on four cores, and on two
-    it takes up what the network's threads leave idle between steps. A process with a core to itself has nothing to
-    gain. Where there may be several, a batch is prepared and computed to see how many keep pace.
-    """
-    cores = compute.cores() // compute.local_processes()
-    if task.modality.is_text or cores < 2:
-        return 0
-    most = max(1, cores // 4) if task.arguments.use_cpu else cores - 1
-    if most == 1:
-        return 1
-    # Where a batch, or the whole model, may not fit.
-    spares_memory = task.arguments.auto_find_batch_size or task.arguments.activation_checkpointing
-    if spares_memory or task.arguments.deepspeed or task.arguments.fsdp or compute.is_sharded():
-        return min(most, _UNMEASURED_WORKERS)
-    _ = rows[0]  # which imports and opens what the others need as well
-    started = time.perf_counter()
-    batch = compute.typical_batch(rows, task.collate)
-    preparing = (time.perf_counter() - started) / len(batch["labels"])
-    count, device = task.arguments.per_device_train_batch_size, task.arguments.device
-    batch = {name: value[:count].to(device) for name, value in batch.items()}
-    with torch.random.fork_rng():
-        copied = copy.deepcopy(model).to(device)
-        prepare_modules(copied, stage)
-        loss, training = _timed_loss(task, stage, splits), not mostly_frozen(stage, model)
-        computing = compute.seconds_a_row(copied, batch, loss, training, task.arguments.precision)
-    return min(most, math.ceil(_AHEAD * preparing / computing))
 
 
 def _bytes_needed(plan: Plan, arguments: TransferArguments) -> int:
@@ -446,6 +403,7 @@ def _stage_trainer(
     name = re.sub(r"[^A-Za-z0-9]+", "-", stage.name)
     place = Path(str(arguments.output_dir), CHECKPOINTS, f"{index + 1}-{name}")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(str(arguments.output_dir), LOGS))
+    workers = 0 if kept else data_workers(task, stage, model, data["train"], splits)  # nothing is left to decode
     settings = stage_arguments(
         arguments,
         output_dir=str(place),
@@ -455,9 +413,9 @@ def _stage_trainer(
         push_to_hub=False,  # the finished run is pushed, not its checkpoints
         disable_tqdm=True,  # our own progress takes the place of Trainer's
         label_smoothing_factor=0.0,  # it is in the loss
-        dataloader_num_workers=0 if kept else arguments.dataloader_num_workers,  # there is nothing left to decode
-        dataloader_prefetch_factor=None if kept else arguments.dataloader_prefetch_factor,
-        dataloader_persistent_workers=bool(arguments.dataloader_num_workers and not kept),
+        dataloader_num_workers=workers,
+        dataloader_prefetch_factor=arguments.dataloader_prefetch_factor if workers else None,
+        dataloader_persistent_workers=workers > 0,
         restore_callback_states_from_checkpoint=True,  # or early stopping would count anew after an interruption
         **(_UNEVALUATED if stage.headless else {}),
     )

@@ -31,6 +31,7 @@ from hftl.errors import UsageError
 from hftl.image_cache import picture_key
 from hftl.methods import build_plan
 from hftl.tasks.image_classification import ImageClassification, decoded_side, training_side
+from hftl.workers import data_workers
 
 NAMES = ["ant", "bee"]
 
@@ -399,19 +400,20 @@ def test_a_run_gives_the_same_weights_with_a_fresh_cache_and_with_an_old_one(
 
 def workers_of(place: Path, cores: int, processes: int, cpu: bool, monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
     """The workers that a run would have on a machine like that."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     task = task_for(place, f"--dataset={place / 'data'}", "--precision=fp32", *flags)
     task.arguments.use_cpu = cpu
     splits = task.load_splits()
     plan = build_plan(task.build_model(splits), task.arguments)
     before = {name: value.clone() for name, value in plan.model.state_dict().items()}
     state = torch.get_rng_state()
-    stages, _ = training.prepare(task, plan, splits, task.arguments)
-    assert len(stages) == 1
+    (stage,), data = training.prepare(task, plan, splits, task.arguments)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    found = data_workers(task, stage, plan.model, data["train"], splits)
+    assert found == task.arguments.dataloader_num_workers
     assert all(torch.equal(value, before[name]) for name, value in plan.model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
-    return int(task.arguments.dataloader_num_workers)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -458,6 +460,24 @@ def test_nothing_is_measured_where_the_cores_say_how_many_workers(
 def test_what_a_measurement_for_workers_computes_changes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = workers_of(place, 64, 1, True, monkeypatch, "--model", str(place / "timm"))
     assert 1 <= found <= 16
+
+
+@pytest.mark.parametrize("method", ["frozen", "full"])
+def test_workers_are_timed_only_for_a_stage_that_prepares_rows(
+    place: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[float] = []
+    seconds_a_row = compute.seconds_a_row
+    settings: dict[str, Any] = {"model": place / "timm", "dataset": place / "data", "num_train_epochs": 1}
+    settings |= {"method": method, "precision": "fp32", "report_to": "none"}
+    with monkeypatch.context() as larger:
+        larger.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+        larger.setattr(compute, "seconds_a_row", lambda *given: timed.append(seconds_a_row(*given)) or timed[-1])
+        hftl.finetune("image-classification", output_dir=tmp_path / "run", **settings)
+    assert len(timed) == (method == "full")
+    hftl.finetune("image-classification", output_dir=tmp_path / "plain", dataloader_num_workers=0, **settings)
+    weights = [load_file(tmp_path / run / "model.safetensors") for run in ("run", "plain")]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def test_what_starts_anew_trains_from_the_first_stage_on() -> None:
     first, second = plan_of("lp_ft", model, "--reinit_blocks=2").stages
     assert first.trainable == {key for key, block in blocks.items() if block >= head - 2}
     assert (first.batch_norm, second.batch_norm) == ("train", "train")
-    assert first.learning_rate == second.learning_rate  # behind convolutions; transformers: test_methods
+    assert first.learning_rate == second.learning_rate
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def gradual(model: nn.Module, arguments: TransferArguments) -> Plan:
     for step in range(1, steps + 1):
         unfrozen = math.ceil(count * step / steps)
         names = [name for name, block in blocks.items() if block >= count - unfrozen]
-        # At half the rate: the head is fitted, and the blocks of earlier steps have been trained.
+        # At half the rate: the head is fitted, and earlier steps have trained the later blocks. No other was measured.
         stage = make_stage(arguments, f"last {unfrozen} of {count} blocks", names, rates.backbone / 2, rates.head / 2)
         least = 0 if arguments.num_train_epochs else LEAST_STEPS // steps
         stages.append(replace(stage, epochs=arguments.num_train_epochs or 1.0, least_steps=least))
