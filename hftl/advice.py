@@ -43,6 +43,13 @@ LARGE = 50
 #: the probe above the nearest neighbours by so much: what tells the classes apart is in the features, but not what they
 #: show most. Cats and dogs 0.005, digits, movie reviews and SST-2 0.08 to 0.10, TREC 0.18
 HELD = 0.05
+#: with less of the error of guessing taken away the features say next to nothing of the classes, and where rows are
+#: many a training from scratch comes near to one from them (medical images, Raghu et al. 2019)
+FOREIGN = 0.1
+_FROM_SCRATCH = (
+    "the features say next to nothing of the classes: a training from scratch (--model random:ARCHITECTURE) may do as "
+    "well, so compare"
+)
 #: rows whose distances to each other make the silhouette
 _SAMPLE = 1_000
 #: a training that takes longer is worth a word about others
@@ -137,7 +144,8 @@ def choose(figures: Figures) -> Choice:
         return Choice("lp_ft", (), f"all {figures.blocks} and the head", (size, nearness, why))
     if large:
         why = "the features do not separate the classes well enough, and the rows suffice to change them"
-        return Choice("full", (), f"all {figures.blocks} and the head", (size, nearness, why))
+        whys = (why,) if figures.skill >= FOREIGN else (why, _FROM_SCRATCH)
+        return Choice("full", (), f"all {figures.blocks} and the head", (size, nearness, *whys))
     if held and figures.adaptable:
         why = f"{gap}: what tells the classes apart is in the features, and adapters of few weights bring it forward"
         return Choice("lora", (), f"adapters in all {figures.blocks} but the first", (size, nearness, why))
@@ -204,6 +212,8 @@ def advise(task_name: str, tokens: Sequence[str]) -> str:
     arguments = parse(task_class.arguments_class, tokens)
     if "method" in arguments.given:
         raise UsageError("--method is what hftl advise says. Leave it out.")
+    if arguments.finds_learning_rate:
+        raise UsageError("--learning_rate auto: hftl advise says a rate itself. Leave it out, or run hftl lr-find.")
     splits = load_rows(arguments, task_class.modality)
     found = features_of(task_class(arguments), splits)
     figures = look(found, splits)

@@ -76,6 +76,8 @@ _PAIRS = "setfit"
 _LEAST_FOR_SOUP = 2.0
 #: a training shorter than this is not worth its start
 _LEAST_EPOCHS = 0.5
+#: rows that tell how long one takes to prepare
+_PREPARED = 16
 #: seconds for the files of a run and for reading them back
 _WRITING = 3.0
 #: `partial` runs the frozen part once, as the probe did, and trains the last blocks on what it gave
@@ -224,7 +226,11 @@ class Ladder:
         sign = 1 if self.arguments.greater_is_better else -1
         length = 1.0
         while len(ways) > 1:
-            scores = {way: self._trial(*way, self._epochs(length)).score for way in ways}
+            scores: dict[tuple[str, float], float] = {}
+            for way in ways:
+                if scores and self.left <= 0:  # the others stay untried: the measured costs were too low
+                    return max(scores, key=lambda way: sign * scores[way])
+                scores[way] = self._trial(*way, self._epochs(length)).score
             ways = sorted(ways, key=lambda way: -sign * scores[way])[: len(ways) // 2]
             length *= 2
         return ways[0]
@@ -262,7 +268,7 @@ class Ladder:
             preset=None,
             overwrite=False,
             resume=(place / CHECKPOINTS / RECIPE).is_file(),
-            average="soup" if rung == "final" and runs == 1 and epochs >= self._epochs(_LEAST_FOR_SOUP) else "none",
+            average="soup" if rung == "final" and runs == 1 and self._cooks(epochs) else "none",
             soup_runs=runs,
             **(self._plain() if rung in ("probe", "pairs") else {}),
             **(OF_KEPT_FEATURES if method == "full" else {}),
@@ -287,6 +293,10 @@ class Ladder:
         shutil.rmtree(place, ignore_errors=True)
         self.trials.append(Trial(rung, method, factor, runs, epochs, score, time.time() - started, better))
         _write_table(self.path / TABLE, self.trials, self.budget.spent)
+
+    def _cooks(self, epochs: float) -> bool:
+        """Whether a run of so many epochs has evaluations enough for a soup."""
+        return self.arguments.eval_strategy != "no" and epochs >= self._epochs(_LEAST_FOR_SOUP)
 
     def _epochs_between_evaluations(self, epochs: float) -> int | None:
         """As many as leave ten evaluations of a training of few rows; None leaves it to the training."""
@@ -320,8 +330,11 @@ class Ladder:
         gain = sign * (self._score(place) - self._score(self.path))
         names = self.task.label_names
         before, now = (read_answers(path / PREDICTIONS, names).correct for path in (self.path, place))
-        chance = math.sqrt(np.sum(now != before)) / len(now) + 1e-9  # what rounding leaves is no gain
-        return gain >= -2 * chance if whole and self.arguments.metric_for_best_model in SHARES else gain > chance
+        rounding = 1e-9  # what it leaves is no gain
+        if self.arguments.metric_for_best_model not in SHARES:  # a loss, say, whose chance those rows do not tell
+            return gain > rounding
+        chance = math.sqrt(np.sum(now != before)) / len(now) + rounding
+        return gain >= -2 * chance if whole else gain > chance
 
     def _measure(self) -> tuple[float, float, bool]:
         """Seconds to train the whole model on a row, and to predict one, in the precision that every rung will have.
@@ -329,7 +342,11 @@ class Ladder:
         Beside them, whether it can and should be tuned on pairs: a few texts, several in a batch.
         """
         model = copy.deepcopy(self.model).to(self.arguments.device).train()
-        batch = compute.typical_batch(self.task.dataset(self.splits.train, training=True), self.task.collate)
+        data = self.task.dataset(self.splits.train, training=True)
+        batch = compute.typical_batch(data, self.task.collate)
+        some, begun = range(min(_PREPARED, len(data))), time.perf_counter()
+        self.task.collate([data[row] for row in some])
+        preparing = (time.perf_counter() - begun) / len(some)  # beside the model, which may be the faster of the two
         batch = {name: value.to(self.arguments.device) for name, value in batch.items()}
         rows = self.stretch * _MOST_RUNS * (_MOST_EPOCHS + _later(self.arguments)) * len(self.splits.train)
         loss = self.task.loss(self.splits)
@@ -341,7 +358,7 @@ class Ladder:
         pairs_fit = self.arguments.per_device_train_batch_size != 1 and not self.arguments.auto_find_batch_size
         few_texts = self.task.modality.is_text and self.stretch > 1
         of_pairs = few_texts and pairs_fit and gives_features(model, backbones.inputs_of(batch))
-        return training, prediction, of_pairs
+        return max(training, preparing), max(prediction, preparing), of_pairs
 
 
 def _later(arguments: TransferArguments) -> float:

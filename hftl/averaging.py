@@ -27,7 +27,7 @@ from hftl.compute import wait_for_all
 from hftl.errors import UsageError
 from hftl.folder import is_main_process, replacing, say
 from hftl.methods import Plan, Stage
-from hftl.metrics import written
+from hftl.metrics import SHARES, written
 
 if TYPE_CHECKING:
     from hftl.trainer import TransferTrainer
@@ -192,7 +192,7 @@ class GreedySoup(Averaging):
     """The mean of the best checkpoints, as long as adding one does not harm on validation (Wortsman et al. 2022).
 
     Of the checkpoints of one training, as AutoGluon makes it. The weights of the three best evaluations stay on disk,
-    without their optimizer; in memory there are the model and the sum.
+    without their optimizer; in memory there are the model, the mean so far, the next one, and what it would give.
     """
 
     @property
@@ -243,7 +243,8 @@ def cook(
         trainer: whose validation split decides.
         ingredients: files of `averaged_tensors`, the best first.
         known: what an evaluation of the first gave, if this process has it.
-        lenient: take one that lowers the score too, by no more than one standard error of the paired difference.
+        lenient: take one that lowers the score too, by no more than one standard error of the paired difference, where
+            the score is a share of the rows or like one.
 
     Returns:
         What is in the mean, and its score.
@@ -261,7 +262,8 @@ def cook(
             score, trainer.chosen_evaluation = _score_in(path), known
         else:
             score = trainer.validate()[0] * (1 if trainer.args.greater_is_better else -1)
-        slack = _standard_error(evaluation, trainer.chosen_evaluation) if lenient and chosen else 0.0
+        is_share = trainer.args.metric_for_best_model in SHARES
+        slack = _standard_error(evaluation, trainer.chosen_evaluation) if lenient and chosen and is_share else 0.0
         if score >= best - slack:
             best, mean, evaluation = score, candidate, trainer.chosen_evaluation
             chosen.append(path)

@@ -320,13 +320,14 @@ def _pass(
 
 
 def _key(model: nn.Module, batch: dict[str, torch.Tensor], training: bool) -> str:
-    """What the answer depends on: the machine, the model and what of it trains, and the shape of a row."""
+    """What the answer depends on: the machine, the checkpoint and what of it trains, and the shape of a row."""
     parameters = list(model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     kind = f"training {trained:,} of them" if training else "inference"
     inner: Any = backbones.without_adapters(model)
     architecture = getattr(inner.config, "architecture", "")  # timm's, which all have one class
-    name = f"{type(inner).__name__} {architecture}".strip()
+    # Of two checkpoints of one architecture bf16 may suit one alone: the values differ.
+    name = " ".join(filter(None, [type(inner).__name__, architecture, getattr(inner.config, "_name_or_path", "")]))
     shapes = ", ".join(f"{name} {list(value.shape[1:])}" for name, value in sorted(backbones.inputs_of(batch).items()))
     count = sum(parameter.numel() for parameter in parameters)
     return f"{machine()}; {name}, {count:,} parameters, {kind}; {shapes}"

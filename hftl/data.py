@@ -350,8 +350,10 @@ def iter_folder(path: str | os.PathLike, modality: Modality, follow_links: bool 
         rows = ({"id": _below(start, file), modality.name: file} for file in found)
         otherwise = f"{place} holds no {modality.plural} ({_suffixes(modality.suffixes)})"
     else:
-        files = [file for file in _entries(place)[1] if file.suffix.lower() == ".txt"]
-        texts = ((_utf8(file.name), decoded(_inside(file, root)).strip()) for file in files)
+        with os.scandir(place) as entries:
+            files = (entry for entry in entries if entry.name.lower().endswith(".txt") and not entry.is_dir())
+            names = sorted(entry.name for entry in files if not _is_stray(entry.name))
+        texts = ((_utf8(name), decoded(_inside(place / name, root)).strip()) for name in names)
         rows = ({"id": name, "text": as_text(text, modality)} for name, text in texts if text)
         otherwise = f"{path}: the folder has no .txt files with text in them"
     first = next(rows, None)

@@ -42,6 +42,8 @@ from hftl.sources import in_threads
 
 #: examples on which it is tried how the activations can be kept
 _ROWS = 32
+#: values that float16 holds are up to 65,504; of other rows they may be a few times as large as of those
+_LARGEST = 16_000
 #: a shard is published when it holds so many bytes, or after so many seconds: what an interruption can lose
 _SHARD_BYTES = 32_000_000
 _SECONDS_BETWEEN_SHARDS = 30.0
@@ -55,7 +57,7 @@ OF_KEPT_FEATURES = {
 # --- what determines the values --------------------------------------------------------------------------------------
 
 
-def fingerprint(task: Any, model: nn.Module, source: Source, precision: str, dataset: Any) -> str:
+def fingerprint(task: Any, model: nn.Module, source: Source, precision: str, dataset: Any, dtype: str) -> str:
     """A name for everything that determines an activation but the example.
 
     Args:
@@ -65,6 +67,7 @@ def fingerprint(task: Any, model: nn.Module, source: Source, precision: str, dat
         source: where the activations are taken.
         precision: fp32, bf16 or fp16.
         dataset: of its class the code.
+        dtype: what they are wanted as, `auto` where that is still to be seen.
     """
     digest = hashlib.blake2b(digest_size=16)
     plain: Any = backbones.without_adapters(model)
@@ -79,7 +82,7 @@ def fingerprint(task: Any, model: nn.Module, source: Source, precision: str, dat
     except (OSError, TypeError) as error:  # a class that somebody typed in
         raise NotKept(f"the code of the task is in no file ({error})") from error
     settings = [type(plain).__name__, config, source.entry, precision, versions, task.preprocessing()]
-    settings += [_wanted_type(task), _own_flags(task.arguments)]
+    settings += [dtype, _own_flags(task.arguments)]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for code in sources:
         digest.update(code)
@@ -376,9 +379,13 @@ def keep(task: Any, model: nn.Module, source: Source, data: dict[str, list[Any]]
     arguments = task.arguments
     keys = {split: [_keys(dataset, arguments) for dataset in views] for split, views in data.items()}
     extraction = _Extraction(task, model, source, data["train"][0])
+    shards = extraction.shards(_wanted_type(task))
+    # What suited the rows that the folder began with may not suit those of other data.
+    others = bool((shards.find(keys["train"][0][:_ROWS])[:, 0] < 0).all())
+    rounded = others and shards.settings["dtype"] == "float16" and _wanted_type(task) == "auto"
+    if any(compute.of_all_processes(rounded and extraction.smallest_type != "float16")):
+        shards = extraction.shards("float32")
     with _together():
-        folder = cache_folder() / "features" / fingerprint(task, model, source, arguments.precision, data["train"][0])
-        shards = Shards(folder, extraction.settings)
         _announce(shards, keys, data, arguments.feature_cache_gb)
     for _ in range(2):  # a second time where another run removed shards meanwhile
         with _together():
@@ -410,7 +417,7 @@ def _announce(shards: Shards, keys: dict[str, list[Any]], data: dict[str, list[A
     row_bytes = float(numbers * DTYPES[settings["dtype"]].itemsize)
     needed, used = missing * row_bytes, folder_bytes(shards.folder.parent)
     free = shutil.disk_usage(nearest_existing(shards.folder)).free  # another run may have removed it
-    if missing and (needed + used > budget * 1e9 or needed * 1.05 > free):
+    if missing and (needed + used > budget * 1e9 or needed > free / 2):  # the other half is for the run's models
         raise NotKept(
             f"they need {needed / 1e9:.2f} GB beside the {used / 1e9:.2f} GB there, more than --feature_cache_gb "
             f"{budget:g} or the {free / 1e9:.2f} GB free allow (hftl cache rm makes room)"
@@ -459,25 +466,42 @@ class _Extraction:
         with compute.autocast(self.arguments.precision, self.arguments.device):
             return self.source.capture(fast, batch)
 
-    def settings(self) -> dict[str, Any]:
-        """How rows are kept: in 16 bits where that changes no prediction of the first rows."""
-        kept = self.capture(self.batch)
-        wanted = _wanted_type(self.task)
-        dtype = self._smallest_type(kept) if wanted == "auto" else wanted
+    def shards(self, dtype: str) -> Shards:
+        """The folder of these activations, in this type or with `auto` in one that suits.
+
+        Raises:
+            NotKept: it cannot be written, in whichever process.
+        """
+        task, model, source = self.task, self.model, self.source
+        name = fingerprint(task, model, source, self.arguments.precision, self.dataset, dtype)
+        with _together():
+            return Shards(cache_folder() / "features" / name, lambda: self.settings(dtype))
+
+    def settings(self, dtype: str) -> dict[str, Any]:
+        """How rows are kept."""
+        shape = self.first.shape
         return {
-            "dtype": dtype,
-            "shape": list(kept.shape[2:] if self.source.ragged else kept.shape[1:]),
+            "dtype": self.smallest_type if dtype == "auto" else dtype,
+            "shape": list(shape[2:] if self.source.ragged else shape[1:]),
             "ragged": self.source.ragged,
             "model": public_name(self.arguments.model_name_or_path),
             "entry": self.source.entry,
         }
 
-    def _smallest_type(self, kept: torch.Tensor) -> str:
+    @functools.cached_property
+    def first(self) -> torch.Tensor:
+        """The activations of the first rows."""
+        return self.capture(self.batch)
+
+    @functools.cached_property
+    def smallest_type(self) -> str:
+        """16 bits where that changes no prediction of the first rows and leaves room for larger values behind them."""
+        kept = self.first
         if kept.dtype is torch.bfloat16:
             return "bfloat16"
         carried = {name: self.batch[name] for name in self.source.carried}
         rounded = kept.to(torch.float16)
-        if not torch.isfinite(rounded).all():
+        if not kept.abs().max() < _LARGEST:
             return "float32"
         with compute.autocast(self.arguments.precision, self.arguments.device):
             exact, near = (self.source.outputs(value, carried).argmax(dim=-1) for value in (kept, rounded))
@@ -789,9 +813,11 @@ def keep_features(
         return None  # each row goes through the model once, and none of train does
     blocks = backbones.parameter_blocks(model)
     first, head = min(blocks[name] for name in stage.trainable), max(blocks.values())
-    # With less than half of the blocks frozen, large activations would be kept for little.
-    worth = first * 2 >= head or arguments.feature_cache == "on"
-    if arguments.feature_cache == "off" or first == 0 or not worth:
+    if arguments.feature_cache == "off" or first == 0:
+        return None
+    if first * 2 < head and arguments.feature_cache != "on":
+        # Large activations would be kept for little.
+        say("features: not kept, since less than half of the blocks are frozen (--feature_cache on keeps them)")
         return None
     solves = first == head and _may_solve(task, stage, splits, alone, last)
     try:
@@ -807,6 +833,8 @@ def keep_features(
         for flag, value in _insists(arguments, fits_head=first == head):
             raise UsageError(f"--{flag} {value} cannot be: {error}.") from error
         say(f"features: not kept, since {error}; the frozen part runs in every epoch")
+        if _augmentation_asked_for(arguments):
+            arguments.feature_cache = "off"  # as the recipe will say, where every flag counts as given
         return None
     if first == head:
         arguments.head_solver = "lbfgs" if isinstance(source, PooledFeatures) else "sgd"  # as the recipe will say
@@ -860,6 +888,16 @@ def _unsolved(arguments: TransferArguments, last: bool) -> list[str]:
     return found + ([f"--average {arguments.average}"] if last and arguments.average != "none" else [])
 
 
+def _augmentation_asked_for(arguments: Any) -> str | None:
+    """The flag that somebody gave and that kept plain views would drop."""
+    if "feature_views" in arguments.given:
+        return None
+    augmentation = getattr(arguments, "augmentation", "none")
+    if "augmentation" in arguments.given and augmentation != "none":
+        return f"--augmentation {augmentation}"
+    return "--random_erasing" if getattr(arguments, "random_erasing", None) else None
+
+
 def _check_possible(task: Any, stage: Stage, data: dict[str, Any], solves: bool) -> None:
     """Refuse what would give other results, or none.
 
@@ -867,14 +905,8 @@ def _check_possible(task: Any, stage: Stage, data: dict[str, Any], solves: bool)
         NotKept: as said.
     """
     arguments = task.arguments
-    asked = "augmentation" in arguments.given and "feature_views" not in arguments.given
-    if asked and getattr(arguments, "augmentation", "none") != "none":
-        augmentation = getattr(arguments, "augmentation", "none")
-        raise NotKept(
-            f"--augmentation {augmentation} changes the images every epoch (--feature_views 4 keeps 4 of each)"
-        )
-    if getattr(arguments, "random_erasing", None) and "feature_views" not in arguments.given:
-        raise NotKept("--random_erasing changes the images every epoch (--feature_views 4 keeps 4 of each)")
+    if asked := _augmentation_asked_for(arguments):
+        raise NotKept(f"{asked} changes the images every epoch (--feature_views 4 keeps 4 of each)")
     if getattr(arguments, "word_dropout", None):
         raise NotKept("--word_dropout changes the texts every epoch")
     if task.mixing() is not None:

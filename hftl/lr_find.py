@@ -188,6 +188,8 @@ def sweep(
             cut=None if kept is None else kept.cut,
             train_dataset=(rows if kept is None else kept.data)["train"],
             data_collator=task.collate if kept is None else kept.collate,
+            items=task.problem.items,
+            mixing=None if stage.headless else task.mixing(),
             callbacks=[recorder],
         )
         trainer.factor = lambda step: rates[min(step, steps - 1)] / main

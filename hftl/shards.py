@@ -114,7 +114,8 @@ class Shards:
                 shard.release()
                 return shard
             reason = "its checksum is another"
-        except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        # zipfile has a RuntimeError for what it takes to be encrypted, or packed in a way that it does not know
+        except (FileNotFoundError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
             reason = str(error)
         except OSError as error:  # too many open files, say: that is no fault of the shard
             raise NotKept(f"{data} cannot be read: {error.strerror}") from error

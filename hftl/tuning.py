@@ -156,10 +156,9 @@ class Search:
         self.arguments = parse(self.task_class.arguments_class, tokens)
         self.space = read_space(space, flag_names(self.task_class.arguments_class))
         _check(self.arguments, self.space)
-        for dimension in self.space:
-            for value in dimension.values:
-                settings = self._settings({dimension.name: value})
-                problem_of(settings).check(settings)
+        #: flags that are refused where another searched one has not the value that goes with them
+        self.dependent = {dimension.name for dimension in self.space if self._depends(dimension)}
+        self.space.sort(key=lambda dimension: dimension.name in self.dependent)
         if self.arguments.output_dir is None:
             self.arguments.output_dir = folder.default_output_dir(stage_arguments(self.arguments, method="tune"))
         self.path = Path(self.arguments.output_dir)
@@ -167,6 +166,34 @@ class Search:
 
     def _settings(self, values: dict[str, str]) -> Any:
         return parse(self.task_class.arguments_class, [*self.tokens, *(f"--{name}={values[name]}" for name in values)])
+
+    def _depends(self, dimension: Dimension) -> bool:
+        """Whether a flag needs another searched one.
+
+        Raises:
+            UsageError: a value that is refused whatever the others are.
+        """
+        needs = False
+        for value in dimension.values:
+            try:
+                self._check({dimension.name: value})
+            except UsageError:
+                others = [(other.name, one) for other in self.space if other is not dimension for one in other.values]
+                if not any(self._is_allowed({name: one, dimension.name: value}) for name, one in others):
+                    raise
+                needs = True
+        return needs
+
+    def _check(self, values: dict[str, str]) -> None:
+        settings = self._settings(values)
+        problem_of(settings).check(settings)
+
+    def _is_allowed(self, values: dict[str, str]) -> bool:
+        try:
+            self._check(values)
+        except UsageError:
+            return False
+        return True
 
     def run(self) -> Run:
         """Every trial that is still to be done, then the best one's score on test.
@@ -315,9 +342,12 @@ class Search:
         folder.write_text(self.path / TABLE, self.csv())
 
     def _suggest(self, trial: Any) -> dict[str, str]:
-        """A value for every searched flag that the trial's method uses."""
+        """A value for every searched flag that the trial's method uses, and that goes with the others."""
         values: dict[str, str] = {}
         for dimension in self.space:
+            depends = dimension.name in self.dependent
+            if depends and not self._is_allowed({**values, dimension.name: dimension.values[0]}):
+                continue
             if _is_used(dimension.name, values.get("method", self.arguments.method)):
                 values[dimension.name] = dimension.suggest(trial)
         return values

@@ -45,6 +45,7 @@ FEW, FAR, HELD = {"counts": (40, 30)}, {"probe": 0.80, "neighbours": 0.79}, {"pr
         (FEW | FAR, "partial", "the last 7 of 13", ("30 rows", "0.800", "1.0 points")),
         (FAR, "full", "all 13", ("400 rows", "0.800")),
         (HELD, "full", "all 13", ("400 rows", "0.800")),
+        ({"probe": 0.52}, "full", "all 13", ("from scratch", "0.520")),
         # right on 0.99, but nearly always the same answer would be too
         ({"counts": (9_800, 200)}, "full", "all 13", ("200 rows", "0.980")),
     ],

@@ -214,6 +214,41 @@ def test_a_trial_that_diverges_does_not_end_the_ladder(
     assert "test" in hftl.load_run(tmp_path / "run").metrics
 
 
+@pytest.mark.usefixtures("many_rows")
+def test_without_evaluations_there_is_no_soup(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "_shape", lambda *_: (1, 3.0))
+    monkeypatch.setattr(auto, "_EPOCHS_FOR_TRIALS", 1e9)
+    train(world, tmp_path / "run", "--time_budget=60s", "--eval_strategy=no", "--load_best_model_at_end=false")
+    assert [(row["rung"], row["epochs"]) for row in rows_of(tmp_path / "run")][-1] == ("final", "3.0")
+
+
+@pytest.mark.usefixtures("many_rows")
+def test_trials_stop_where_the_time_for_them_is_over(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The measured costs are too low by far: after the first trial nothing is left."""
+    trained: list[str] = []
+    train_one = auto.Ladder._train
+
+    def slow(self: auto.Ladder, rung: str, *others: Any) -> None:
+        train_one(self, rung, *others)
+        trained.append(rung)
+        if rung == "trial":
+            self.budget.started -= 1e6
+
+    monkeypatch.setattr(auto.Ladder, "_train", slow)
+    train(world, tmp_path / "run", "--time_budget=100s")
+    assert trained == ["probe", "trial"]
+    assert hftl.load_run(tmp_path / "run").metrics["test"]
+
+
+@pytest.mark.parametrize(("preset", "seconds"), [("fast", 60), ("medium", 600), ("best", 3600), (None, 600)])
+def test_presets_are_budgets(preset: str | None, seconds: float) -> None:
+    flags = [] if preset is None else [f"--preset={preset}"]
+    arguments = hftl.parse(hftl.TextArguments, ["--model=a", "--dataset=b", "--method=auto", *flags])
+    assert auto.budget_seconds(arguments) == seconds
+
+
 def run_folder(folder: Path, accuracy: float, right: list[int]) -> Path:
     """What a comparison of two runs reads: a score, and which predictions are right."""
     folder.mkdir()
@@ -241,6 +276,19 @@ def test_only_more_than_chance_takes_the_place_or_keeps_it(
     ladder.arguments = arguments
     trial = run_folder(tmp_path / "trial", now.mean(), now.tolist())
     assert [ladder._is_better(trial, whole) for whole in (False, True)] == [short, usual]
+
+
+@pytest.mark.parametrize(("now", "better"), [(0.28, True), (0.31, False)])
+def test_a_loss_is_not_weighed_by_how_many_answers_are_right(tmp_path: Path, now: float, better: bool) -> None:
+    right = [0] * 10 + [1] * 30
+    places = [run_folder(tmp_path / name, 0.75, right if name == "run" else right[::-1]) for name in ("run", "trial")]
+    for place, loss in zip(places, (0.3, now), strict=True):
+        (place / "metrics.json").write_text(json.dumps({"validation": {"loss": loss}}))
+    ladder = object.__new__(auto.Ladder)
+    ladder.path, ladder.task = places[0], SimpleNamespace(label_names=["bad", "good"])  # type: ignore[assignment]
+    arguments: Any = type("Arguments", (), {"metric_for_best_model": "loss", "greater_is_better": False})
+    ladder.arguments = arguments
+    assert [ladder._is_better(places[1], whole) for whole in (False, True)] == [better, better]
 
 
 @pytest.mark.parametrize(

@@ -437,6 +437,13 @@ METHODS = [
     Bad("unknown penalty", f"{TEXT} --penalty l2sp", ("Unknown penalty 'l2sp'", "Did you mean 'l2_sp'", "r_drop")),
     Bad("weight of no penalty", f"{TEXT} --penalty_weight 0.1", ("--penalty_weight", "none is given")),
     Bad("negative weight", f"{TEXT} --penalty bss --penalty_weight -1", ("--penalty_weight", "0 or more")),
+    Bad("penalty on what adapters leave alone", f"{TEXT} --method lora --penalty delta", ("delta", "bss or r_drop")),
+    Bad(
+        "statistics of a head alone",
+        f"{with_model('{timm}', 'image', 'images')} --method frozen --batch_norm train",
+        ("--batch_norm train", "frozen trains the head alone"),
+    ),
+    Bad("advice on a rate that is sought", f"advise{TEXT[5:]} --learning_rate auto", ("lr-find", "Leave it out")),
     Bad("penalty of a head alone", f"{TEXT} --method frozen --penalty bss", ("frozen does not use --penalty",)),
     Bad(
         "penalty without a start",

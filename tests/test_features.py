@@ -223,7 +223,9 @@ def test_a_norm_behind_the_boundary_is_not_folded_into_what_is_before_it() -> No
 def test_activations_in_float16_are_compared_in_float16() -> None:
     layer = torch.nn.Linear(6, 2)
     source = SimpleNamespace(carried=(), outputs=lambda kept, carried: layer(kept))
-    assert extraction(layer, source, "fp16")._smallest_type(torch.randn(4, 6).half()) == "float16"
+    half = extraction(layer, source, "fp16")
+    vars(half)["first"] = torch.randn(4, 6).half()
+    assert half.smallest_type == "float16"
 
 
 def test_flags_of_a_recipe_of_ones_own_make_other_features() -> None:
@@ -257,6 +259,30 @@ def test_views_are_augmented_and_kept(place: Path, tmp_path: Path, capsys: pytes
     assert "all in the cache" in capsys.readouterr().out
     train(place, "cnn", tmp_path / "trained", *flags, "--num_train_epochs=3")
     assert len(set(log(tmp_path / "trained", "loss"))) > 3
+
+
+def test_a_solved_head_takes_every_view(home: Path) -> None:
+    write_rows(str(home), 0)
+    rows = Shards(home / "both", dict)
+    places = np.stack([rows.find(np.arange(first, first + 3, dtype=np.uint64)) for first in (0, 50)])
+    values, labels = features.KeptDataset(rows, places, SimpleNamespace(labels=[0, 1, 1]), ()).matrix()
+    assert values[:, 0].tolist() == [0.0, 1.0, 2.0, 50.0, 51.0, 52.0]
+    assert labels.tolist() == [0, 1, 1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("flags", [[], ["--augmentation=strong"], ["--random_erasing=0.5"]])
+def test_a_recipe_augments_as_the_run_that_wrote_it(place: Path, tmp_path: Path, flags: list[str]) -> None:
+    train(place, "cnn", tmp_path / "one", "--method=partial", "--unfreeze_blocks=1", "--max_steps=4", *flags)
+    train(place, "cnn", tmp_path / "two", f"--config={tmp_path / 'one' / 'recipe.yaml'}")
+    assert log(tmp_path / "one", "loss") == log(tmp_path / "two", "loss")
+
+
+def test_that_little_is_frozen_is_said(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--method=partial", "--unfreeze_blocks=3", "--max_steps=1"]
+    train(place, "vit", tmp_path / "run", *flags)
+    assert "features: not kept, since less than half of the blocks are frozen" in capsys.readouterr().out
+    train(place, "vit", tmp_path / "run", *flags, "--feature_cache=on")
+    assert "features: the frozen part runs once" in capsys.readouterr().out
 
 
 def test_explicit_augmentation_is_not_dropped(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -318,11 +344,14 @@ def test_a_damaged_shard_is_made_again(
 ) -> None:
     train(place, "cnn", tmp_path / "one", "--method=frozen")
     expected = load_file(tmp_path / "one" / "model.safetensors")
-    for damage in ("flip", "cut", "index"):
+    for damage in ("flip", "cut", "index", "encrypted"):
         capsys.readouterr()
-        shard = next(shards_folder(home).glob("*.bin" if damage != "index" else "*.npz"))
+        shard = next(shards_folder(home).glob("*.bin" if damage in ("flip", "cut") else "*.npz"))
         content = bytearray(shard.read_bytes())
-        content[len(content) // 2] ^= 0xFF
+        if damage == "encrypted":  # says the zip's directory: one bit
+            content[content.index(b"PK\x01\x02") + 8] |= 1
+        else:
+            content[len(content) // 2] ^= 0xFF
         shard.write_bytes(content[: len(content) // 3] if damage == "cut" else content)
         train(place, "cnn", tmp_path / "two", "--method=frozen")
         out = capsys.readouterr().out
@@ -438,6 +467,25 @@ def write_rows(home: str, start: int) -> None:
     for first in range(start, start + 100, 10):
         keys = np.arange(first, first + 10, dtype=np.uint64)
         shards.write(keys, [torch.full((3,), float(key)) for key in keys])
+
+
+def test_what_suits_one_data_set_is_asked_anew_for_another(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half, other = tmp_path / "half", tmp_path / "other"
+    shutil.copytree(place / "images", other)
+    for path in other.rglob("*.png"):
+        path.write_bytes(path.read_bytes() + b"another file")
+    train(place, "cnn", half, "--method=frozen")
+    assert "MB as float16" in capsys.readouterr().out
+    monkeypatch.setattr(features, "_LARGEST", 0)  # no activation of the other data is small enough
+    for state in ("to compute", "all in the cache"):
+        train(place, "cnn", tmp_path / "run", "--method=frozen", f"--dataset={other}")
+        out = capsys.readouterr().out
+        assert "MB as float32" in out
+        assert state in out
+    train(place, "cnn", half, "--method=frozen")  # what is there needs no second look
+    assert "MB as float16" in capsys.readouterr().out
 
 
 def test_values_too_large_for_half_precision_are_refused(home: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from small_data import write_images, write_texts
+from small_data import write_images, write_tagged, write_texts
 from tiny_models import write_timm_folder, write_tiny_text_model
 
 import hftl
@@ -121,6 +122,32 @@ def test_the_rates_grow_from_group_to_group_in_proportion(world: Path, tmp_path:
     ratios = [now[0] / before[0] for before, now in itertools.pairwise(seen)]
     assert ratios == pytest.approx([10 ** (8 / 24)] * len(ratios))
     assert all(head / body == pytest.approx(10) for body, head in seen)
+
+
+def test_the_loss_of_tags_is_a_mean_over_words(world: Path, tmp_path: Path) -> None:
+    place = write_tagged(tmp_path / "tags", {"train": 40, "valid": 12, "test": 14})
+    task_class = find_task("token-classification")
+    flags = [f"--model={world / 'bert'}", f"--dataset={place}", f"--output_dir={tmp_path / 'run'}", "--report_to=none"]
+    task = task_class(parse(task_class.arguments_class, flags))
+    splits = task.load_splits()
+    plan = build_plan(task.build_model(splits), task.arguments)
+    stages, rows = training.prepare(task, plan, splits, task.arguments)
+    found = lr_find.sweep(task, plan, stages[-1], splits, rows, 20)
+    assert found.losses[0] == pytest.approx(math.log(len(splits.label_names)), rel=0.5)  # nothing was learned before
+
+
+@pytest.mark.parametrize("flags", [[], ["--mixup=0.4"]])
+def test_the_test_mixes_rows_as_the_training_will(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    seen: list[bool] = []
+    step = TransferTrainer.training_step
+    monkeypatch.setattr(
+        TransferTrainer, "training_step", lambda self, *rest: seen.append(bool(self.mixing)) or step(self, *rest)
+    )
+    monkeypatch.chdir(tmp_path)
+    cli._run(["lr-find", "image-classification", *settings(world, "image", "--method=full", *flags), "--steps=12"])
+    assert set(seen) == {bool(flags)}
 
 
 def test_the_command_draws_and_leaves_nothing_else(

@@ -252,7 +252,11 @@ def test_rates_and_epochs_are_those_that_were_given() -> None:
     first, second = plan_of("lp_ft", model, *flags, "--head_epochs=1").stages
     assert (first.epochs, second.epochs) == (1, 4)
     assert first.head_learning_rate == 5e-3
+    assert (second.learning_rate, second.head_learning_rate) == (2e-4, 5e-3)
+    _, second = plan_of("lp_ft", model, "--learning_rate=2e-4").stages
     assert (second.learning_rate, second.head_learning_rate) == (2e-4, 2e-4)
+    pairs, head = plan_of("setfit", model, "--layer_decay=0.5").stages
+    assert (pairs.layer_decay, head.layer_decay) == (0.5, 1.0)
     (stage,) = plan_of("lora", model, *flags, "--layer_decay=0.5").stages
     assert stage.layer_decay == 0.5
     assert (stage.learning_rate, stage.head_learning_rate) == (2e-4, 5e-3)

@@ -259,5 +259,21 @@ def test_a_stage_of_the_head_alone_has_no_penalty() -> None:
 
 
 @pytest.mark.parametrize("penalty", ["bss", "r_drop"])
+def test_adapters_train_with_a_penalty(penalty: str, tmp_path: Path) -> None:
+    losses = []
+    for flags in ([], [f"--penalty={penalty}", "--penalty_weight=100"]):
+        torch.manual_seed(0)
+        plan = plan_of("lora", fresh("bert"), *flags)
+        before = every_tensor(plan.model)
+        trainer = tiny_trainer(plan.model, plan.stages[0], tmp_path, "--max_steps=2")
+        trainer.train()
+        changed = {name for name, value in every_tensor(plan.model).items() if not value.equal(before[name])}
+        assert changed
+        assert changed <= plan.stages[0].trainable
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[1] > 1.01 * losses[0]
+
+
+@pytest.mark.parametrize("penalty", ["bss", "r_drop"])
 def test_nothing_is_copied_where_nothing_is_compared(penalty: str) -> None:
     assert stage_of(penalty, fresh("bert"), "--model=random:bert").reference is None

@@ -141,7 +141,7 @@ def test_one_row_does_not_tell_how_far_half_precision_goes(text_run: hftl.Run, m
 
 def test_short_texts_come_in_larger_pieces(place: Path, text_run: hftl.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(piece) for piece in text_run.predict_batches(place / "notes")] == [600]
-    assert [len(piece) for piece in text_run.predict_batches(place / "notes", share=(0, 2))] == [256, 88]
+    assert [len(piece) for piece in text_run.predict_batches(place / "notes", share=(0, 2))] == [128, 128, 88]
     monkeypatch.setattr("hftl.run._SHORT", 1000)
     assert [len(piece) for piece in text_run.predict_batches(place / "notes")] == [256, 256, 88]
 

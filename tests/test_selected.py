@@ -152,10 +152,11 @@ def test_blocks_start_anew_in_a_run(place: Path, method: str) -> None:
     assert (start[key.format(2)] - end[f"bert.{key.format(2)}"]).abs().max() > 1e-2
 
 
-def test_adapted_statistics_are_those_of_the_training_images(place: Path) -> None:
-    flags = ["--method=partial", "--unfreeze_blocks=1", "--batch_norm=adapt", "--augmentation=none"]
-    cli._run(command(place, "cnn", "adapted", *flags))
-    run = hftl.load_run(place / "adapted")
+@pytest.mark.parametrize("method", [["--method=partial", "--unfreeze_blocks=1"], ["--method=frozen"]])
+def test_adapted_statistics_are_those_of_the_training_images(place: Path, method: list[str]) -> None:
+    name = f"adapted-{len(method)}"
+    cli._run(command(place, "cnn", name, *method, "--batch_norm=adapt", "--augmentation=none"))
+    run = hftl.load_run(place / name)
     stem = run.model.get_submodule("timm_model.bn1")
     start = load_file(place / "cnn" / "model.safetensors")
     assert torch.equal(run.model.state_dict()["timm_model.conv1.weight"], start["conv1.weight"])

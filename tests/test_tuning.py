@@ -173,6 +173,16 @@ def test_values_that_do_not_go_together_fail_a_trial(world: Path, tmp_path: Path
     assert not (tmp_path / "none").exists()
 
 
+def test_a_flag_is_searched_where_another_one_allows_it(world: Path, tmp_path: Path) -> None:
+    search = "ema_decay=uniform(0.5,0.9) average=none,ema"
+    tune(world, tmp_path / "run", 4, search, "--num_train_epochs=1", "--seed=1")
+    rows = trials_of(tmp_path / "run")
+    assert {row["state"] for row in rows} == {"complete"}
+    assert {(row["average"], bool(row["ema_decay"])) for row in rows} == {("none", False), ("ema", True)}
+    with pytest.raises(hftl.UsageError, match="--ema_decay is for --average ema"):
+        tune(world, tmp_path / "none", 1, "ema_decay=uniform(0.5,0.9) average=none,swa")
+
+
 def test_a_run_whose_trial_was_not_told_is_not_trained_again(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,14 +40,14 @@ METHODS: dict[str, Callable[[Any, Any], Plan]] = {
 _PENALTY = {"penalty", "penalty_weight"}
 _ADAPTER_ARGUMENTS = {
     "learning_rate", "head_learning_rate", "layer_decay", "peft_config", "lora_target_modules", "lora_blocks",
-    "lora_layers_pattern", "load_in_8bit", "load_in_4bit",
+    "lora_layers_pattern", "load_in_8bit", "load_in_4bit", *_PENALTY,
 }  # fmt: skip
 _LORA_ARGUMENTS = _ADAPTER_ARGUMENTS | {"lora_r", "lora_alpha", "lora_dropout", "lora_plus_ratio"}
 
 #: the method arguments that each method uses; any other that is given is an error
 METHOD_ARGUMENTS = {
     "full": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "reinit_blocks", *_PENALTY},
-    "frozen": {"learning_rate", "head_learning_rate", "head", "feature_layers", "feature_pooling"},
+    "frozen": {"learning_rate", "head_learning_rate", "batch_norm", "head", "feature_layers", "feature_pooling"},
     "partial": {
         "learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "unfreeze_blocks", "reinit_blocks",
         *_PENALTY,
@@ -63,7 +63,7 @@ METHOD_ARGUMENTS = {
     "surgical": {"learning_rate", "head_learning_rate", "batch_norm", "head_epochs", *_PENALTY},
     "bitfit": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm", *_PENALTY},
     "norm": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm", *_PENALTY},
-    "setfit": {"learning_rate", "head", "feature_layers", "feature_pooling"},
+    "setfit": {"learning_rate", "layer_decay", "head", "feature_layers", "feature_pooling"},
     "zero_shot": set(),
     "auto": {"time_budget", "preset"},
 }  # fmt: skip
@@ -133,6 +133,11 @@ def check_method(arguments: TransferArguments) -> None:
             users = ", ".join(method for method, used in METHOD_ARGUMENTS.items() if name in used)
             raise UsageError(f"--method {arguments.method} does not use --{name} (used by: {users}). Leave it out.")
     if method is add_adapters:
+        if arguments.penalty in penalties.NEED_REFERENCE:
+            raise UsageError(
+                f"--penalty {arguments.penalty}: --method {arguments.method} leaves the pretrained weights alone. "
+                "Take bss or r_drop, or leave it out."
+            )
         peft_settings(arguments)
         check_quantisation(arguments)
 
