@@ -342,7 +342,7 @@ class Ladder:
         Beside them, whether it can and should be tuned on pairs: a few texts, several in a batch.
         """
         model = copy.deepcopy(self.model).to(self.arguments.device).train()
-        data = self.task.dataset(self.splits.train, training=True)
+        data: Any = self.task.dataset(self.splits.train, training=True)
         batch = compute.typical_batch(data, self.task.collate)
         some, begun = range(min(_PREPARED, len(data))), time.perf_counter()
         self.task.collate([data[row] for row in some])
