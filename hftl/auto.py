@@ -28,6 +28,7 @@ from hftl import backbones, compute, folder
 from hftl.answers import read_answers
 from hftl.arguments import TransferArguments, seconds_of, set_precision, stage_arguments
 from hftl.averaging import INGREDIENTS
+from hftl.batches import decoding_threads
 from hftl.callbacks import TimeLimit
 from hftl.data import Splits
 from hftl.errors import Diverged, UsageError
@@ -183,7 +184,7 @@ class Ladder:
             self._train("pairs", _PAIRS, 1.0, self.pair_epochs)
         method, factor = self._most_promising(self.left / epoch)
         runs, epochs = _shape(self.left / epoch, _later(self.arguments))
-        if epochs >= _LEAST_FOR_SOUP:  # whose ingredients are scored one by one
+        if runs > 1 or self._cooks(self._epochs(epochs)):  # whose ingredients are scored one by one
             self.reserve += 1.2 * prediction * INGREDIENTS * len(self.splits.validation)
             runs, epochs = _shape(self.left / epoch, _later(self.arguments))
         if epochs >= _LEAST_EPOCHS:
@@ -226,10 +227,10 @@ class Ladder:
         sign = 1 if self.arguments.greater_is_better else -1
         length = 1.0
         while len(ways) > 1:
-            scores: dict[tuple[str, float], float] = {}
+            scores = {}
             for way in ways:
-                if scores and self.left <= 0:  # the others stay untried: the measured costs were too low
-                    return max(scores, key=lambda way: sign * scores[way])
+                if self._of("trial") and self.left <= 0:  # costs were measured too low: nothing will train any more
+                    return ways[0]
                 scores[way] = self._trial(*way, self._epochs(length)).score
             ways = sorted(ways, key=lambda way: -sign * scores[way])[: len(ways) // 2]
             length *= 2
@@ -295,7 +296,7 @@ class Ladder:
         _write_table(self.path / TABLE, self.trials, self.budget.spent)
 
     def _cooks(self, epochs: float) -> bool:
-        """Whether a run of so many epochs has evaluations enough for a soup."""
+        """Whether a run of so many epochs is evaluated often enough for a soup of its checkpoints."""
         return self.arguments.eval_strategy != "no" and epochs >= self._epochs(_LEAST_FOR_SOUP)
 
     def _epochs_between_evaluations(self, epochs: float) -> int | None:
@@ -322,17 +323,18 @@ class Ladder:
         than two standard errors: over six data sets, with all rows and with 16 a class, `full` is 7 points better on
         test than the solved head on average, and on no data set more than half a point worse (benchmarks/quality.md);
         by 32 rows of validation it may look 12 points worse. So are pairs, behind which no other training counts as one
-        that is better as a rule.
+        that is better as a rule. Of a score that is no share of the rows, such as a loss, those rows do not tell the
+        chance: there the better one is taken.
         """
         if not (self.path / METRICS).is_file():
             return True
         sign = 1 if self.arguments.greater_is_better else -1
         gain = sign * (self._score(place) - self._score(self.path))
+        rounding = 1e-9  # what it leaves is no gain
+        if self.arguments.metric_for_best_model not in SHARES:
+            return gain > rounding
         names = self.task.label_names
         before, now = (read_answers(path / PREDICTIONS, names).correct for path in (self.path, place))
-        rounding = 1e-9  # what it leaves is no gain
-        if self.arguments.metric_for_best_model not in SHARES:  # a loss, say, whose chance those rows do not tell
-            return gain > rounding
         chance = math.sqrt(np.sum(now != before)) / len(now) + rounding
         return gain >= -2 * chance if whole else gain > chance
 
@@ -344,9 +346,10 @@ class Ladder:
         model = copy.deepcopy(self.model).to(self.arguments.device).train()
         data: Any = self.task.dataset(self.splits.train, training=True)
         batch = compute.typical_batch(data, self.task.collate)
-        some, begun = range(min(_PREPARED, len(data))), time.perf_counter()
+        some, begun = range(max(0, len(data) - _PREPARED), len(data)), time.perf_counter()
         self.task.collate([data[row] for row in some])
-        preparing = (time.perf_counter() - begun) / len(some)  # beside the model, which may be the faster of the two
+        # Beside the model, which may be the faster of the two, by the threads that a prediction has.
+        preparing = (time.perf_counter() - begun) / len(some) / decoding_threads(self.splits.train)
         batch = {name: value.to(self.arguments.device) for name, value in batch.items()}
         rows = self.stretch * _MOST_RUNS * (_MOST_EPOCHS + _later(self.arguments)) * len(self.splits.train)
         loss = self.task.loss(self.splits)

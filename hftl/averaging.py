@@ -288,10 +288,10 @@ def keep_ingredient(trainer: TransferTrainer, folder: Path) -> None:
 def soup_of_runs(trainer: TransferTrainer, folders: Sequence[Path]) -> dict[str, Any]:
     """The mean of several trainings from the same start, the best first (a soup, Wortsman et al. 2022).
 
-    Only a run that makes it worse by more than chance is left out: the runs are alike, and a validation split of usual
-    size cannot tell which of them to leave out. On 2,000 movie reviews (MiniLM, `full` with its defaults, scored on
-    6,056 others) single runs have 0.843 to 0.844, the mean of two 0.850 and of three 0.853; the two that a strict
-    comparison takes, 0.850.
+    Only a run that makes it worse by more than chance (of a score that is no share of the rows: worse) is left out: the
+    runs are alike, and a validation split of usual size cannot tell which of them to leave out. On 2,000 movie reviews
+    (MiniLM, `full` with its defaults, scored on 6,056 others) single runs have 0.843 to 0.844, the mean of two 0.850
+    and of three 0.853; the two that a strict comparison takes, 0.850.
 
     Args:
         trainer: of the last of them.

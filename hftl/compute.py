@@ -320,7 +320,7 @@ def _pass(
 
 
 def _key(model: nn.Module, batch: dict[str, torch.Tensor], training: bool) -> str:
-    """What the answer depends on: the machine, the checkpoint and what of it trains, and the shape of a row."""
+    """What the answer depends on: the machine, the model by its name and what trains, and the shape of a row."""
     parameters = list(model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     kind = f"training {trained:,} of them" if training else "inference"

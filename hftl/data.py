@@ -351,7 +351,9 @@ def iter_folder(path: str | os.PathLike, modality: Modality, follow_links: bool 
         otherwise = f"{place} holds no {modality.plural} ({_suffixes(modality.suffixes)})"
     else:
         with os.scandir(place) as entries:
-            files = (entry for entry in entries if entry.name.lower().endswith(".txt") and not entry.is_dir())
+            files = (
+                entry for entry in entries if entry.name.lower().endswith(".txt") and not os.path.isdir(entry.path)
+            )
             names = sorted(entry.name for entry in files if not _is_stray(entry.name))
         texts = ((_utf8(name), decoded(_inside(place / name, root)).strip()) for name in names)
         rows = ({"id": name, "text": as_text(text, modality)} for name, text in texts if text)

@@ -379,10 +379,11 @@ def keep(task: Any, model: nn.Module, source: Source, data: dict[str, list[Any]]
     arguments = task.arguments
     keys = {split: [_keys(dataset, arguments) for dataset in views] for split, views in data.items()}
     extraction = _Extraction(task, model, source, data["train"][0])
-    shards = extraction.shards(_wanted_type(task))
+    wanted = _wanted_type(task)
+    shards = extraction.shards(wanted)
     # What suited the rows that the folder began with may not suit those of other data.
     others = bool((shards.find(keys["train"][0][:_ROWS])[:, 0] < 0).all())
-    rounded = others and shards.settings["dtype"] == "float16" and _wanted_type(task) == "auto"
+    rounded = others and wanted == "auto" and shards.settings["dtype"] == "float16"
     if any(compute.of_all_processes(rounded and extraction.smallest_type != "float16")):
         shards = extraction.shards("float32")
     with _together():
@@ -407,7 +408,7 @@ def _announce(shards: Shards, keys: dict[str, list[Any]], data: dict[str, list[A
     """Say what is kept, what is there already and what it takes; refuse what does not fit.
 
     Raises:
-        NotKept: over the budget, or more than the free disk holds.
+        NotKept: over the budget, or more than half of the free disk.
     """
     settings = shards.settings
     every = np.unique(np.concatenate([entry for entries in keys.values() for entry in entries]))
@@ -420,7 +421,7 @@ def _announce(shards: Shards, keys: dict[str, list[Any]], data: dict[str, list[A
     if missing and (needed + used > budget * 1e9 or needed > free / 2):  # the other half is for the run's models
         raise NotKept(
             f"they need {needed / 1e9:.2f} GB beside the {used / 1e9:.2f} GB there, more than --feature_cache_gb "
-            f"{budget:g} or the {free / 1e9:.2f} GB free allow (hftl cache rm makes room)"
+            f"{budget:g} or half of the {free / 1e9:.2f} GB free allow (hftl cache rm makes room)"
         )
     state = f"{missing:,} to compute" if missing else "all in the cache"
     say(
@@ -430,7 +431,7 @@ def _announce(shards: Shards, keys: dict[str, list[Any]], data: dict[str, list[A
 
 
 class _Extraction:
-    """The frozen part run over rows that are not kept yet; nothing is prepared before the first such row."""
+    """The frozen part run over rows that are not kept yet; of data that is kept nothing is prepared."""
 
     def __init__(self, task: Any, model: nn.Module, source: Source, dataset: Any) -> None:
         self.task, self.model, self.source = task, model, source
@@ -816,9 +817,7 @@ def keep_features(
     if arguments.feature_cache == "off" or first == 0:
         return None
     if first * 2 < head and arguments.feature_cache != "on":
-        # Large activations would be kept for little.
-        say("features: not kept, since less than half of the blocks are frozen (--feature_cache on keeps them)")
-        return None
+        return None  # with less than half of the blocks frozen, large activations would be kept for little
     solves = first == head and _may_solve(task, stage, splits, alone, last)
     try:
         if not solves and (arguments.head not in (None, "logistic") or wished(arguments)):

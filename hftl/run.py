@@ -36,7 +36,7 @@ _NOT_FROM_A_RUN = {"trust_remote_code", "allow_pickle"}
 _NEAR = 4
 #: rows that are predicted before the first of them are given out: a few seconds of images on two cores
 _PIECE = 256
-#: … and in each of several processes, which share few rows too
+#: … in each of several processes their share of that, so that few rows are shared too, but no fewer than this
 _LEAST_PIECE = 32
 #: … so many times the rows of short texts where one process predicts: of more the batches hold less padding
 _TIMES = 4
@@ -327,7 +327,7 @@ class Run(Finished):
         is_text = self.task.modality.is_text
         skip_bad_files = skip_bad_files and not is_text
         for turn in itertools.count():
-            piece = list(itertools.islice(rows, max(_LEAST_PIECE, _PIECE // processes)))
+            piece = list(itertools.islice(rows, max(_LEAST_PIECE, batch_size or 0, _PIECE // processes)))
             if is_text and processes == 1 and sum(len(str(value)) for row in piece for value in row.values()) <= _SHORT:
                 piece += itertools.islice(rows, (_TIMES - 1) * _PIECE)
             if not piece:

@@ -26,7 +26,7 @@ from hftl.data import Splits
 from hftl.errors import DiskError, Diverged, UsageError, did_you_mean
 from hftl.fitting import conclude, score_on_test
 from hftl.folder import CHECKPOINTS, METRICS, RECIPE, read_json, say
-from hftl.methods import METHOD_ARGUMENTS, arguments_of, build_plan, find_method
+from hftl.methods import METHOD_ARGUMENTS, arguments_of, build_plan, check_method, find_method
 from hftl.metrics import written
 from hftl.problems import problem_of
 from hftl.run import Run
@@ -156,7 +156,7 @@ class Search:
         self.arguments = parse(self.task_class.arguments_class, tokens)
         self.space = read_space(space, flag_names(self.task_class.arguments_class))
         _check(self.arguments, self.space)
-        #: flags that are refused where another searched one has not the value that goes with them
+        #: flags that are left out where another searched one has not the value that goes with all of theirs
         self.dependent = {dimension.name for dimension in self.space if self._depends(dimension)}
         self.space.sort(key=lambda dimension: dimension.name in self.dependent)
         if self.arguments.output_dir is None:
@@ -168,32 +168,33 @@ class Search:
         return parse(self.task_class.arguments_class, [*self.tokens, *(f"--{name}={values[name]}" for name in values)])
 
     def _depends(self, dimension: Dimension) -> bool:
-        """Whether a flag needs another searched one.
+        """Whether a value of a flag is refused with a method that uses it, unless another searched flag allows it.
 
         Raises:
-            UsageError: a value that is refused whatever the others are.
+            UsageError: a value that is refused whatever one other flag is.
         """
-        needs = False
+        name = dimension.name
+        methods = next((entry.values for entry in self.space if entry.name == "method"), (self.arguments.method,))
+        used = [{"method": method} for method in methods if name == "method" or _is_used(name, method)]
+        others = [{other.name: one} for other in self.space if other is not dimension for one in other.values]
+        refused = False
         for value in dimension.values:
-            try:
-                self._check({dimension.name: value})
-            except UsageError:
-                others = [(other.name, one) for other in self.space if other is not dimension for one in other.values]
-                if not any(self._is_allowed({name: one, dimension.name: value}) for name, one in others):
-                    raise
-                needs = True
-        return needs
+            alone = [self._refusal({**method, name: value}) for method in used]
+            refused = refused or any(alone)
+            pairs = ({**method, **other, name: value} for method in used for other in others)
+            if all(alone) and all(self._refusal(values) for values in pairs):
+                raise next(filter(None, alone))
+        return refused
 
-    def _check(self, values: dict[str, str]) -> None:
-        settings = self._settings(values)
-        problem_of(settings).check(settings)
-
-    def _is_allowed(self, values: dict[str, str]) -> bool:
+    def _refusal(self, values: dict[str, str]) -> UsageError | None:
+        """Why values do not go together, as far as no model is needed to say."""
         try:
-            self._check(values)
-        except UsageError:
-            return False
-        return True
+            settings = self._settings(values)
+            problem_of(settings).check(settings)
+            check_method(settings)
+        except UsageError as error:
+            return error
+        return None
 
     def run(self) -> Run:
         """Every trial that is still to be done, then the best one's score on test.
@@ -345,11 +346,12 @@ class Search:
         """A value for every searched flag that the trial's method uses, and that goes with the others."""
         values: dict[str, str] = {}
         for dimension in self.space:
-            depends = dimension.name in self.dependent
-            if depends and not self._is_allowed({**values, dimension.name: dimension.values[0]}):
+            name = dimension.name
+            if not _is_used(name, values.get("method", self.arguments.method)):
                 continue
-            if _is_used(dimension.name, values.get("method", self.arguments.method)):
-                values[dimension.name] = dimension.suggest(trial)
+            every = dimension.values if name in self.dependent else ()
+            if not any(self._refusal({**values, name: value}) for value in every):
+                values[name] = dimension.suggest(trial)
         return values
 
     def _keep_best(self) -> None:

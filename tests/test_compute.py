@@ -174,6 +174,8 @@ def test_the_faster_precision_is_chosen_and_remembered(
     assert capsys.readouterr().out == line
     assert choose(model, training=False) != chosen  # another question
     assert len(json.loads((cache / "precision.json").read_text())) == 2
+    model.config._name_or_path = "another/checkpoint"
+    assert choose(model) != chosen  # whose weights are others
 
 
 def test_nothing_is_measured_that_does_not_pay(

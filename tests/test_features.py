@@ -277,14 +277,6 @@ def test_a_recipe_augments_as_the_run_that_wrote_it(place: Path, tmp_path: Path,
     assert log(tmp_path / "one", "loss") == log(tmp_path / "two", "loss")
 
 
-def test_that_little_is_frozen_is_said(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--method=partial", "--unfreeze_blocks=3", "--max_steps=1"]
-    train(place, "vit", tmp_path / "run", *flags)
-    assert "features: not kept, since less than half of the blocks are frozen" in capsys.readouterr().out
-    train(place, "vit", tmp_path / "run", *flags, "--feature_cache=on")
-    assert "features: the frozen part runs once" in capsys.readouterr().out
-
-
 def test_explicit_augmentation_is_not_dropped(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(place, "cnn", tmp_path / "run", "--method=frozen", "--augmentation=strong", "--max_steps=2")
     assert "--augmentation strong changes the images every epoch" in capsys.readouterr().out

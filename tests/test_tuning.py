@@ -22,7 +22,7 @@ from hftl.arguments import TextArguments, flag_names
 from hftl.run import Run
 from hftl.tasks.text_classification import TextClassification
 from hftl.trainer import TransferTrainer
-from hftl.tuning import Dimension, read_space
+from hftl.tuning import Dimension, Search, read_space
 from hftl.yaml_files import read_yaml
 
 
@@ -181,6 +181,26 @@ def test_a_flag_is_searched_where_another_one_allows_it(world: Path, tmp_path: P
     assert {(row["average"], bool(row["ema_decay"])) for row in rows} == {("none", False), ("ema", True)}
     with pytest.raises(hftl.UsageError, match="--ema_decay is for --average ema"):
         tune(world, tmp_path / "none", 1, "ema_decay=uniform(0.5,0.9) average=none,swa")
+
+
+@pytest.mark.parametrize(
+    ("space", "chosen", "suggested"),
+    [
+        ("penalty=l2_sp,bss method=lora,full", {"method": "lora", "penalty": "bss"}, {"method"}),
+        ("penalty=l2_sp,bss method=lora,full", {"method": "full", "penalty": "bss"}, {"method", "penalty"}),
+        ("batch_norm=adapt,train method=frozen,full", {"method": "frozen", "batch_norm": "adapt"}, {"method"}),
+        ("eval_strategy=no,epoch load_best_model_at_end=true,false",
+         {"eval_strategy": "no", "load_best_model_at_end": "true"}, {"load_best_model_at_end"}),
+        ("eval_strategy=no,epoch load_best_model_at_end=true,false",
+         {"eval_strategy": "no", "load_best_model_at_end": "false"}, {"load_best_model_at_end", "eval_strategy"}),
+    ],
+)  # fmt: skip
+def test_a_flag_is_left_out_where_one_of_its_values_is_refused(
+    world: Path, tmp_path: Path, space: str, chosen: dict[str, str], suggested: set[str]
+) -> None:
+    tokens = [f"--model={world / 'bert'}", f"--dataset={world / 'texts'}", f"--output_dir={tmp_path / 'run'}"]
+    search = Search("text-classification", tokens, space, 1)
+    assert set(search._suggest(optuna.trial.FixedTrial(chosen))) == suggested
 
 
 def test_a_run_whose_trial_was_not_told_is_not_trained_again(

@@ -132,11 +132,13 @@ def check_method(arguments: TransferArguments) -> None:
         if name in arguments.given and getattr(arguments, name) not in (None, False):
             users = ", ".join(method for method, used in METHOD_ARGUMENTS.items() if name in used)
             raise UsageError(f"--method {arguments.method} does not use --{name} (used by: {users}). Leave it out.")
+    if arguments.method == "frozen" and arguments.batch_norm == "train":
+        raise UsageError("--batch_norm train: --method frozen trains the head alone. Take adapt, or leave it out.")
     if method is add_adapters:
         if arguments.penalty in penalties.NEED_REFERENCE:
             raise UsageError(
-                f"--penalty {arguments.penalty}: --method {arguments.method} leaves the pretrained weights alone. "
-                "Take bss or r_drop, or leave it out."
+                f"--penalty {arguments.penalty} does not go with --method {arguments.method}: take bss or r_drop, or "
+                "leave it out."
             )
         peft_settings(arguments)
         check_quantisation(arguments)

@@ -41,12 +41,7 @@ def frozen(model: nn.Module, arguments: TransferArguments) -> Plan:
     """The head alone trains, on fixed features (linear probing). Five epochs: the problem is small and convex.
 
     With `--batch_norm adapt` on features whose statistics are those of the training images (AdaBN, Li et al. 2016).
-
-    Raises:
-        UsageError: statistics are to be trained.
     """
-    if arguments.batch_norm == "train":
-        raise UsageError("--batch_norm train: --method frozen trains the head alone. Take adapt, or leave it out.")
     default = default_rates(model, is_pretrained(arguments)).head
     rate = arguments.head_learning_rate or arguments.learning_rate or default
     stage = make_stage(arguments, "head", backbones.head_parameters(model), rate, rate)
@@ -123,8 +118,10 @@ def lp_ft(model: nn.Module, arguments: TransferArguments) -> Plan:
     """
     reinitialise(model, arguments)
     rates = resolved_rates(model, arguments)
-    first = head_stage(model, arguments, rates)
     given = arguments.head_learning_rate is not None
+    if not given:  # a given or found rate is that of the second stage: the first does not depend on it
+        rates = replace(rates, head=default_rates(model, is_pretrained(arguments)).head)
+    first = head_stage(model, arguments, rates)
     second = make_stage(
         arguments, "all", all_parameters(model), rates.backbone, rates.head if given else rates.backbone
     )

@@ -215,7 +215,8 @@ def lp_ft(setting: Setting) -> dict[str, Comparison]:
     """First the head, then everything, at hftl's defaults; the peers pad no more than a batch needs.
 
     All go through the rows four times: hftl once forward, from which it solves the head, and in three epochs; the peers
-    in four epochs, the first with the settings of the example scripts, the second with hftl's rates.
+    in four epochs, the first, which the target is about, with the settings of the example scripts, the second with
+    hftl's rates.
     """
     # Accuracies are near to each other: each repeat has a seed of its own.
     flags = ["--method=lp_ft", f"--num_train_epochs={setting.epochs(3)}", "--seed={seed}"]
