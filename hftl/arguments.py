@@ -606,9 +606,10 @@ def parse(
     tokens = list(sys.argv[1:] if argv is None else argv)
     path, tokens = _take_config(tokens)
     names = flag_names(arguments_class)
-    if path is not None:
-        tokens = _config_tokens(find_config(path), names, _list_fields(arguments_class)) + tokens
-    given = _check_names(tokens, names)
+    typed = _check_names(tokens, names)
+    config = [] if path is None else _config_tokens(find_config(path), names, _list_fields(arguments_class))
+    given = typed | _check_names(config, names)
+    tokens = config + tokens
     usage = "--model MODEL --dataset DATASET [--method METHOD] [--config FILE.yaml] [other flags]"
     parser = _Parser(arguments_class, usage=usage, description=description, formatter_class=_Help, allow_abbrev=False)
     for action in parser._actions:  # a second spelling with hyphens doubles the length of --help
@@ -629,7 +630,7 @@ def parse(
         arguments = arguments_class(**{key: value for key, value in vars(namespace).items() if key in keys})
     except (ValueError, ImportError, OSError) as error:  # TrainingArguments' own checks
         raise UsageError(_with_flag(" ".join(str(error).split()), vars(namespace), given)) from error
-    object.__setattr__(arguments, "given", frozenset(given))
+    object.__setattr__(arguments, "given", frozenset(given - _outdated(arguments, typed, config)))
     if arguments.lr_scheduler_type == "one_cycle" and "warmup_steps" not in given:
         arguments.warmup_steps = _ONE_CYCLE_RISE
     object.__setattr__(arguments, "finds_learning_rate", finds)
@@ -676,6 +677,19 @@ def _group(parser: argparse.ArgumentParser, arguments_class: type) -> None:
 def float_or_auto(text: str) -> float | str:
     """A number, or the word auto, for argparse."""
     return text if text == "auto" else float(text)
+
+
+def _outdated(arguments: TransferArguments, typed: set[str], config: list[str]) -> set[str]:
+    """Settings of a recipe that followed from others, which flags beside it change: as if they had not been given."""
+    outdated = set()
+    augments = bool(typed & {"augmentation", "random_erasing"}) and arguments.feature_views == 1
+    if augments:
+        outdated.add("feature_views")  # the default, which every recipe has
+    if config and (augments or ("method" in typed and f"--method={arguments.method}" not in config)):
+        outdated.add("head_solver")  # a recipe says how the head was found
+    if "head_solver" in outdated - typed:
+        arguments.head_solver = "auto"
+    return outdated - typed
 
 
 def _with_flag(message: str, values: dict[str, Any], given: set[str]) -> str:

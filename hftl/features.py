@@ -420,7 +420,7 @@ def _announce(shards: Shards, keys: dict[str, list[Any]], data: dict[str, list[A
     free = shutil.disk_usage(nearest_existing(shards.folder)).free  # another run may have removed it
     if missing and (needed + used > budget * 1e9 or needed > free / 2):  # the other half is for the run's models
         raise NotKept(
-            f"they need {needed / 1e9:.2f} GB beside the {used / 1e9:.2f} GB there, more than --feature_cache_gb "
+            f"they need {needed / 1e9:.2g} GB beside the {used / 1e9:.2g} GB there, more than --feature_cache_gb "
             f"{budget:g} or half of the {free / 1e9:.2f} GB free allow (hftl cache rm makes room)"
         )
     state = f"{missing:,} to compute" if missing else "all in the cache"

@@ -277,6 +277,22 @@ def test_a_recipe_augments_as_the_run_that_wrote_it(place: Path, tmp_path: Path,
     assert log(tmp_path / "one", "loss") == log(tmp_path / "two", "loss")
 
 
+def test_flags_beside_a_recipe_change_what_followed_from_others(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(place, "cnn", tmp_path / "one", "--method=frozen")
+    recipe = f"--config={tmp_path / 'one' / 'recipe.yaml'}"
+    capsys.readouterr()
+    train(place, "cnn", tmp_path / "two", recipe, "--augmentation=strong", "--max_steps=2")
+    assert "--augmentation strong changes the images every epoch" in capsys.readouterr().out
+    train(place, "cnn", tmp_path / "three", recipe, "--method=partial", "--unfreeze_blocks=1", "--max_steps=2")
+    assert "last 1 blocks" in capsys.readouterr().out
+    with pytest.raises(hftl.UsageError, match="fits no head alone"):
+        train(place, "cnn", tmp_path / "four", recipe, "--method=full", "--head_solver=lbfgs")
+    train(place, "cnn", tmp_path / "five", recipe, "--method=frozen")  # the same method: solved again
+    assert "head: solved" in capsys.readouterr().out
+
+
 def test_explicit_augmentation_is_not_dropped(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(place, "cnn", tmp_path / "run", "--method=frozen", "--augmentation=strong", "--max_steps=2")
     assert "--augmentation strong changes the images every epoch" in capsys.readouterr().out

@@ -46,6 +46,12 @@ def clusters(rows: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torc
     return torch.tensor(features, dtype=torch.float32), torch.tensor(labels)
 
 
+def spread(features: torch.Tensor) -> torch.Tensor:
+    """The deviation of each axis, of one that hardly varies a part of the mean one."""
+    deviation = features.std(0, correction=0)
+    return deviation.clamp(min=logistic._LEAST_DEVIATION * float(deviation.mean()))
+
+
 def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return float((logits.argmax(dim=1) == labels).double().mean())
 
@@ -53,7 +59,7 @@ def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
 @pytest.mark.parametrize("classes", [2, 5])
 def test_every_penalty_is_solved_as_scikit_learn_does(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = clusters(300, classes)
-    mean, deviation = features.mean(0), features.std(0, correction=0)
+    mean, deviation = features.mean(0), spread(features)
     for strength in (0.1, 0.001):
         monkeypatch.setattr(logistic, "STRENGTHS", (strength,))
         head = solve_linear_head((features, labels), (features, labels), classes, CrossEntropyLoss(), accuracy)
@@ -64,6 +70,15 @@ def test_every_penalty_is_solved_as_scikit_learn_does(classes: int, monkeypatch:
         assert head.bias is not None
         found = (features @ head.weight.T + head.bias).softmax(dim=1).numpy()
         assert np.abs(found - expected).max() < 1e-3
+
+
+def test_what_hardly_shows_in_training_is_not_blown_up() -> None:
+    """A channel that is all but dead in train, and alive in a few rows that come later."""
+    train, validation = clusters(100, 2), clusters(100, 2, seed=1)
+    for features, values in ((train[0], 1e-4 * torch.randn(100)), (validation[0], torch.zeros(100))):
+        features[:, 5] = values
+    head = solve_linear_head(train, validation, 2, CrossEntropyLoss(), accuracy)
+    assert float(head.weight[:, 5].abs().max()) < 100 * float(head.weight[:, 0].abs().max())
 
 
 def test_the_penalty_is_chosen_on_validation() -> None:
@@ -141,7 +156,7 @@ def test_a_linear_head_decides_as_scikit_learn(kind: str, classes: int, monkeypa
     head = fit_linear_head(kind, train, validation, list("abcd")[:classes], CrossEntropyLoss(), accuracy)
     peers = {"svm": LinearSVC(C=0.5, random_state=0, max_iter=10_000), "ridge": RidgeClassifier(alpha=2.0)}
     peer = peers.get(kind, NearestCentroid())
-    mean, deviation = train[0].mean(0), train[0].std(0, correction=0)
+    mean, deviation = train[0].mean(0), spread(train[0])
     peer.fit(((train[0] - mean) / deviation).numpy(), train[1].numpy())
     assert head.bias is not None
     found = (validation[0] @ head.weight.T + head.bias).argmax(dim=1).numpy()

@@ -27,6 +27,7 @@ from hftl.errors import UsageError
 from hftl.losses import BinaryCrossEntropyLoss, NumberLoss
 from hftl.metrics import multi_label_metrics, regression_metrics, sigmoid
 from hftl.modality import TEXT
+from hftl.probes import logistic
 from hftl.problems import MultiLabel, Regression
 from hftl.problems.multi_label import best_thresholds
 from hftl.report import render_report
@@ -324,7 +325,8 @@ def test_heads_are_solved_as_others_solve_them(place: Path, tmp_path: Path) -> N
     with torch.no_grad():
         features = backbones.head_input(model, "timm_model.fc", {"pixel_values": pixels}).double().numpy()
     deviation = features.std(axis=0)
-    scaled = (features - features.mean(axis=0))[:, deviation > 1e-6] / deviation[deviation > 1e-6]
+    stretch = np.maximum(deviation, logistic._LEAST_DEVIATION * deviation.mean())
+    scaled = ((features - features.mean(axis=0)) / stretch)[:, deviation > 1e-6]
     target = data.labels_of(splits.train)
     # Ours is mean squares + λ/2 ‖w‖² of a target of deviation 1: theirs the sum of squares + alpha ‖w‖².
     ridge = Ridge(alpha=record["penalty"] / 2 * len(target)).fit(scaled, (target - target.mean()) / target.std())
