@@ -113,8 +113,8 @@ def lp_ft(model: nn.Module, arguments: TransferArguments) -> Plan:
     rate of the backbone would undo it. MiniLM, 2,000 movie snippets, accuracy on 7,063 others, mean of eight draws:
     0.845; with a head at ten times the rate, three draws, 0.838. With 16 a class (movie snippets, SST-2 and TREC, two
     draws each) 0.708 on average; with half the rate and the head at five times the whole 0.702. Not everywhere: TREC
-    with all rows 0.956 (0.970); EfficientNet-Lite0, 16 a class, macro F1 on blood cells 0.971 (0.986), on digits 0.892
-    as well (one draw, one and two).
+    with all rows 0.962, two draws (0.970, one); EfficientNet-Lite0, 16 a class, macro F1 on blood cells 0.971 (0.986),
+    on digits 0.892 as well (one draw, one and two).
     """
     reinitialise(model, arguments)
     rates = resolved_rates(model, arguments)
