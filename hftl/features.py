@@ -732,6 +732,8 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
         raise UsageError("--head_solver lbfgs has no learning rate to find: use --head_solver sgd, or give no rate.")
     if arguments.head_solver == "lbfgs" and arguments.feature_cache == "off":
         raise UsageError("--head_solver lbfgs needs kept features: leave out --feature_cache off.")
+    if arguments.feature_views > 1 and arguments.feature_cache == "off":
+        raise UsageError("--feature_views are kept features: leave out --feature_cache off.")
     if (arguments.feature_layers or 1) > max(blocks.values()):
         raise UsageError(
             f"--feature_layers must lie between 1 and the model's {max(blocks.values())} blocks, not "
@@ -831,7 +833,8 @@ def keep_features(
     except (NoCut, NotKept) as error:
         for flag, value in _insists(arguments, fits_head=first == head):
             raise UsageError(f"--{flag} {value} cannot be: {error}.") from error
-        say(f"features: not kept, since {error}; the frozen part runs in every epoch")
+        trained = ", and the head is trained by SGD" if solves else ""
+        say(f"features: not kept, since {error}; the frozen part runs in every epoch{trained}")
         if _augmentation_asked_for(arguments):
             arguments.feature_cache = "off"  # as the recipe will say, where every flag counts as given
         return None

@@ -515,6 +515,7 @@ def test_values_too_large_for_half_precision_are_refused(home: Path) -> None:
         ("bert", ["--method=frozen", "--feature_views=2"], "has no augmentation"),
         ("cnn", ["--method=frozen", "--feature_views=2", "--augmentation=none"], "needs an augmentation"),
         ("cnn", ["--method=frozen", "--feature_views=0"], "must be above 0"),
+        ("cnn", ["--method=frozen", "--feature_views=2", "--feature_cache=off"], "leave out --feature_cache off"),
         ("cnn", ["--method=frozen", "--feature_cache=on", "--augmentation=light"], "changes the images every epoch"),
         ("cnn", ["--method=frozen", "--feature_cache=yes"], "invalid choice"),
         ("bert", ["--method=lora", "--lora_blocks=99"], "--lora_blocks must lie between 1 and"),

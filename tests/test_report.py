@@ -72,7 +72,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def image_run(place: Path) -> Path:
     flags = ["--dataset=images", "--model=convnet", "--method=lp_ft", "--output_dir=image", "--logging_steps=1"]
-    flags += ["--head_solver=sgd", "--learning_rate=1e-5", "--precision=fp32"]  # it shall be wrong now and then
+    # It shall be wrong now and then.
+    flags += ["--head_solver=sgd", "--learning_rate=1e-5", "--head_learning_rate=1e-4", "--precision=fp32"]
     return trained(place, "image-classification", *flags)
 
 
