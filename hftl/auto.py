@@ -77,8 +77,6 @@ _PAIRS = "setfit"
 _LEAST_FOR_SOUP = 2.0
 #: a training shorter than this is not worth its start
 _LEAST_EPOCHS = 0.5
-#: rows that tell how long one takes to prepare
-_PREPARED = 16
 #: seconds for the files of a run and for reading them back
 _WRITING = 3.0
 #: `partial` runs the frozen part once, as the probe did, and trains the last blocks on what it gave
@@ -346,10 +344,8 @@ class Ladder:
         model = copy.deepcopy(self.model).to(self.arguments.device).train()
         data: Any = self.task.dataset(self.splits.train, training=True)
         batch = compute.typical_batch(data, self.task.collate)
-        some, begun = range(max(0, len(data) - _PREPARED), len(data)), time.perf_counter()
-        self.task.collate([data[row] for row in some])
         # Beside the model, which may be the faster of the two, by the threads that a prediction has.
-        preparing = (time.perf_counter() - begun) / len(some) / decoding_threads(self.splits.train)
+        preparing = compute.seconds_to_prepare(data, self.task.collate) / decoding_threads(self.splits.train)
         batch = {name: value.to(self.arguments.device) for name, value in batch.items()}
         rows = self.stretch * _MOST_RUNS * (_MOST_EPOCHS + _later(self.arguments)) * len(self.splits.train)
         loss = self.task.loss(self.splits)

@@ -249,6 +249,7 @@ def cook(
     Returns:
         What is in the mean, and its score.
     """
+    lenient = lenient and trainer.args.metric_for_best_model in SHARES
     tensors = averaged_tensors(trainer)
     best, evaluation = -math.inf, None
     chosen: list[Path] = []
@@ -262,8 +263,7 @@ def cook(
             score, trainer.chosen_evaluation = _score_in(path), known
         else:
             score = trainer.validate()[0] * (1 if trainer.args.greater_is_better else -1)
-        is_share = trainer.args.metric_for_best_model in SHARES
-        slack = _standard_error(evaluation, trainer.chosen_evaluation) if lenient and chosen and is_share else 0.0
+        slack = _standard_error(evaluation, trainer.chosen_evaluation) if lenient and chosen else 0.0
         if score >= best - slack:
             best, mean, evaluation = score, candidate, trainer.chosen_evaluation
             chosen.append(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import TYPE_CHECKING, Any
 
 from hftl import compute
@@ -63,10 +62,8 @@ def data_workers(task: ClassificationTask, stage: Stage, model: nn.Module, rows:
 
 
 def _keep_pace(task: ClassificationTask, stage: Stage, model: nn.Module, rows: Any, splits: Splits) -> int:
-    _ = rows[0]  # which imports and opens what the others need as well
-    started = time.perf_counter()
     batch = compute.typical_batch(rows, task.collate)
-    preparing = (time.perf_counter() - started) / len(batch["labels"])
+    preparing = compute.seconds_to_prepare(rows, task.collate)
     count, device = task.arguments.per_device_train_batch_size, task.arguments.device
     batch = {name: value[:count].to(device) for name, value in batch.items()}
     prepare_modules(model.to(device), stage)

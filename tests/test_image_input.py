@@ -425,14 +425,13 @@ def test_workers_keep_pace_with_the_computation_on_the_cores_that_are_free(
 ) -> None:
     timed: list[int] = []
     monkeypatch.setattr(compute, "seconds_a_row", lambda *_: timed.append(1) or seconds)
-    prepared, typical = 4e-3, compute.typical_batch
+    collate = ImageClassification.collate
 
-    def slow(rows: Any, collate: Any) -> dict[str, torch.Tensor]:
-        batch = typical(rows, collate)
-        time.sleep(prepared * len(batch["labels"]))
-        return batch
+    def slow(task: ImageClassification, examples: list[Any]) -> dict[str, torch.Tensor]:
+        time.sleep(4e-3 * len(examples))
+        return collate(task, examples)
 
-    monkeypatch.setattr(compute, "typical_batch", slow)
+    monkeypatch.setattr(ImageClassification, "collate", slow)
     found = workers_of(place, cores, processes, cpu, monkeypatch, "--model", str(place / "timm"))
     assert len(timed) == 1
     assert found == 1 if seconds == 10.0 else min(8, most) <= found <= most

@@ -24,6 +24,8 @@ IMAGE_MODEL, TEXT_MODEL = "builtin:efficientnet_lite0", "builtin:minilm"
 #: default rates of hftl for these models, for the peers that are tuned by hand
 IMAGE_RATES = {"learning_rate": 2e-4, "head_learning_rate": 3e-3}
 TEXT_RATES = {"learning_rate": 1e-4, "head_learning_rate": 1e-3}
+#: what the example scripts of transformers have by default
+EXAMPLE_SETTINGS = {"batch_size": 8, "learning_rate": 5e-5}
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def full_image(setting: Setting) -> dict[str, Comparison]:
     epochs = setting.epochs(3)
     flags = ["--method=full", f"--num_train_epochs={epochs}"]
     ours = hftl_train(setting, "hftl full", "image", *flags)
-    plain = peer(setting, "Trainer as is", "trainer", "image", batch_size=8, learning_rate=5e-5, epochs=epochs)
+    plain = peer(setting, "Trainer as is", "trainer", "image", **EXAMPLE_SETTINGS, epochs=epochs)
     tuned_settings = {"batch_size": 32, "epochs": epochs, "tuned": True, **IMAGE_RATES}
     tuned = peer(setting, "Trainer tuned by hand", "trainer", "image", **tuned_settings)
     others = library(setting, "fastai", "image", str(setting.home / "efficientnet_lite0"), epochs)
@@ -174,7 +176,7 @@ def full_text(setting: Setting) -> dict[str, Comparison]:
     """Everything trains, on texts; one epoch, since padded to 128 tokens one takes minutes."""
     flags = ["--method=full", "--num_train_epochs=1"]
     ours = hftl_train(setting, "hftl full", "text", *flags)
-    plain_settings = {"batch_size": 8, "learning_rate": 5e-5, "epochs": 1, "padding": "max_length"}
+    plain_settings = {**EXAMPLE_SETTINGS, "epochs": 1, "padding": "max_length"}
     plain = peer(setting, "Trainer as in the example scripts", "trainer", "text", **plain_settings)
     tuned_settings = {"batch_size": 16, "epochs": 1, "padding": "longest", "group_by_length": True, "tuned": True}
     tuned = peer(setting, "Trainer tuned by hand", "trainer", "text", **tuned_settings, **TEXT_RATES)
@@ -222,8 +224,7 @@ def lp_ft(setting: Setting) -> dict[str, Comparison]:
     flags = ["--method=lp_ft", f"--num_train_epochs={setting.epochs(3)}", "--seed={seed}"]
     ours = hftl_train(setting, "hftl lp_ft, 1 pass + 3 epochs", "text", *flags)
     settings = {"epochs": 1 + setting.epochs(3), "padding": "longest", "seed": "{seed}"}
-    plain_settings = {"batch_size": 8, "learning_rate": 5e-5}
-    plain = peer(setting, "Trainer, dynamic padding, 4 epochs", "trainer", "text", **settings, **plain_settings)
+    plain = peer(setting, "Trainer, dynamic padding, 4 epochs", "trainer", "text", **settings, **EXAMPLE_SETTINGS)
     tuned_settings = {"batch_size": 16, "tuned": True, **TEXT_RATES}
     tuned = peer(setting, "Trainer tuned by hand, 4 epochs", "trainer", "text", **settings, **tuned_settings)
     return {"lp-ft": Comparison("lp_ft, text", ours, (plain, tuned), 1, checks=("accuracy",))}
