@@ -294,6 +294,8 @@ class TransferArguments(TrainingArguments):
 
     # Not a field: names of the arguments that the person gave (configuration file or command line), set by `parse`.
     given: ClassVar[frozenset[str]] = frozenset()
+    # Those of them that were not read from a configuration file: a run's recipe has everything.
+    typed: ClassVar[frozenset[str]] = frozenset()
     # Neither: `--learning_rate auto`, whose field is None until the rate is found.
     finds_learning_rate: ClassVar[bool] = False
     #: three: on 8,000 movie reviews more gained nothing (MiniLM, 0.874 to 0.878)
@@ -630,6 +632,7 @@ def parse(
         arguments = arguments_class(**{key: value for key, value in vars(namespace).items() if key in keys})
     except (ValueError, ImportError, OSError) as error:  # TrainingArguments' own checks
         raise UsageError(_with_flag(" ".join(str(error).split()), vars(namespace), given)) from error
+    object.__setattr__(arguments, "typed", frozenset(typed))
     object.__setattr__(arguments, "given", frozenset(given - _outdated(arguments, typed, config)))
     if arguments.lr_scheduler_type == "one_cycle" and "warmup_steps" not in given:
         arguments.warmup_steps = _ONE_CYCLE_RISE
@@ -638,6 +641,12 @@ def parse(
     if arguments.task != expected and expected:
         raise UsageError(f"These settings are for the task {arguments.task!r}, but this recipe is for {expected!r}.")
     return arguments
+
+
+#: what only matters to a head that is trained: whoever gives it wants that
+OF_HEAD_TRAINING = {
+    "num_train_epochs", "max_steps", "learning_rate", "head_learning_rate", "weight_decay", "lr_scheduler_type", "optim",
+}  # fmt: skip
 
 
 #: headings of the flags in `--help`, each with the first field that stands below it
@@ -685,7 +694,8 @@ def _outdated(arguments: TransferArguments, typed: set[str], config: list[str]) 
     augments = bool(typed & {"augmentation", "random_erasing"}) and arguments.feature_views == 1
     if augments:
         outdated.add("feature_views")  # the default, which every recipe has
-    if config and (augments or ("method" in typed and f"--method={arguments.method}" not in config)):
+    trains = arguments.method == "frozen" and bool(typed & OF_HEAD_TRAINING)
+    if config and (augments or trains or ("method" in typed and f"--method={arguments.method}" not in config)):
         outdated.add("head_solver")  # a recipe says how the head was found
     if "head_solver" in outdated - typed:
         arguments.head_solver = "auto"

@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from hftl import __version__, backbones, batches, compute, penalties
-from hftl.arguments import TransferArguments, averaged_views
+from hftl.arguments import OF_HEAD_TRAINING, TransferArguments, averaged_views
 from hftl.builtin import cache_folder
 from hftl.cut import Batch, Cut, NoCut, explained_probe
 from hftl.errors import UsageError
@@ -728,6 +728,9 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
     if arguments.head_solver == "lbfgs":
         for flag in _unsolved(arguments, last=first[-1] == max(blocks.values())):
             raise UsageError(f"--head_solver lbfgs: {flag} is for a head that is trained. Leave one of them out.")
+        alone = len(plan.stages) == 1
+        for name in sorted(_of_training(arguments, alone) & arguments.typed - (set() if alone else {"max_steps"})):
+            raise UsageError(f"--head_solver lbfgs: --{name} is for a head that is trained. Leave one of them out.")
     if arguments.head_solver == "lbfgs" and arguments.finds_learning_rate and first[-1] == max(blocks.values()):
         raise UsageError("--head_solver lbfgs has no learning rate to find: use --head_solver sgd, or give no rate.")
     if arguments.head_solver == "lbfgs" and arguments.feature_cache == "off":
@@ -746,7 +749,7 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
 def _check_untrained(arguments: TransferArguments) -> None:
     """Refuse what is for a training, where nothing trains."""
     defaults = {name: field.default for name, field in type(arguments).__dataclass_fields__.items()}
-    for name in sorted({*_OF_TRAINING, *_OF_ANY_TRAINING, *OF_KEPT_FEATURES} - {"learning_rate", "head_learning_rate"}):
+    for name in sorted({*OF_HEAD_TRAINING, *_OF_ANY_TRAINING, *OF_KEPT_FEATURES} - {"learning_rate", "head_learning_rate"}):
         if name in defaults and getattr(arguments, name) != defaults[name]:
             raise UsageError(f"--{name}: --method {arguments.method} trains nothing. Leave it out.")
 
@@ -853,20 +856,16 @@ def _insists(arguments: TransferArguments, fits_head: bool) -> list[tuple[str, A
     return [(flag, value) for flag, value in flags.items() if getattr(arguments, flag) == value]
 
 
-#: what only matters to a head that is trained: whoever gives it wants that
-_OF_TRAINING = {"num_train_epochs", "learning_rate", "head_learning_rate", "weight_decay", "lr_scheduler_type", "optim"}
-
-
 #: what changes nothing where nothing trains, beside those and the rates, which no such method takes
 _OF_ANY_TRAINING = {
-    "max_steps", "warmup_steps", "average", "soup_runs", "wise_ft", "sampler", "early_stopping_patience",
+    "warmup_steps", "average", "soup_runs", "wise_ft", "sampler", "early_stopping_patience",
     "augmentation", "random_erasing", "mixup", "cutmix", "head_solver", "feature_cache",
 }  # fmt: skip
 
 
 def _of_training(arguments: TransferArguments, alone: bool) -> set[str]:
     """Flags of the training of a head, which is all that trains or comes before something else; or behind pairs."""
-    return set() if arguments.method == "setfit" else {"max_steps", *(_OF_TRAINING if alone else {"head_epochs"})}
+    return set() if arguments.method == "setfit" else OF_HEAD_TRAINING if alone else {"max_steps", "head_epochs"}
 
 
 def _may_solve(task: Any, stage: Stage, splits: Any, alone: bool, last: bool) -> bool:
@@ -897,6 +896,8 @@ def _augmentation_asked_for(arguments: Any) -> str | None:
     augmentation = getattr(arguments, "augmentation", "none")
     if "augmentation" in arguments.given and augmentation != "none":
         return f"--augmentation {augmentation}"
+    if augmentation != "none" and "horizontal_flip" in arguments.typed and arguments.horizontal_flip:
+        return "--horizontal_flip true"
     return "--random_erasing" if getattr(arguments, "random_erasing", None) else None
 
 

@@ -291,11 +291,17 @@ def test_flags_beside_a_recipe_change_what_followed_from_others(
         train(place, "cnn", tmp_path / "four", recipe, "--method=full", "--head_solver=lbfgs")
     train(place, "cnn", tmp_path / "five", recipe, "--method=frozen")  # the same method: solved again
     assert "head: solved" in capsys.readouterr().out
+    train(place, "cnn", tmp_path / "six", recipe, "--num_train_epochs=2")
+    assert "head: solved" not in (said := capsys.readouterr().out)
+    assert "2 epochs" in said
 
 
-def test_explicit_augmentation_is_not_dropped(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(place, "cnn", tmp_path / "run", "--method=frozen", "--augmentation=strong", "--max_steps=2")
-    assert "--augmentation strong changes the images every epoch" in capsys.readouterr().out
+@pytest.mark.parametrize("asked", ["--augmentation strong", "--horizontal_flip true"])
+def test_explicit_augmentation_is_not_dropped(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: str
+) -> None:
+    train(place, "cnn", tmp_path / "run", "--method=frozen", asked.replace(" ", "="), "--max_steps=2")
+    assert f"{asked} changes the images every epoch" in capsys.readouterr().out
 
 
 # --- the solved head -------------------------------------------------------------------------------------------------
@@ -512,11 +518,14 @@ def test_values_too_large_for_half_precision_are_refused(home: Path) -> None:
         ("cnn", ["--method=full", "--feature_cache=on"], "--method full trains the whole model"),
         ("cnn", ["--method=full", "--head_solver=lbfgs"], "--method full fits no head alone"),
         ("cnn", ["--method=frozen", "--head_solver=lbfgs", "--feature_cache=off"], "needs kept features"),
+        ("bert", ["--method=frozen", "--head_solver=lbfgs", "--num_train_epochs=2"], "--num_train_epochs is for a head"),
+        ("bert", ["--method=lp_ft", "--head_solver=lbfgs", "--head_epochs=2"], "--head_epochs is for a head"),
         ("bert", ["--method=frozen", "--feature_views=2"], "has no augmentation"),
         ("cnn", ["--method=frozen", "--feature_views=2", "--augmentation=none"], "needs an augmentation"),
         ("cnn", ["--method=frozen", "--feature_views=0"], "must be above 0"),
         ("cnn", ["--method=frozen", "--feature_views=2", "--feature_cache=off"], "leave out --feature_cache off"),
         ("cnn", ["--method=frozen", "--feature_cache=on", "--augmentation=light"], "changes the images every epoch"),
+        ("cnn", ["--method=frozen", "--feature_cache=on", "--horizontal_flip=true"], "changes the images every epoch"),
         ("cnn", ["--method=frozen", "--feature_cache=yes"], "invalid choice"),
         ("bert", ["--method=lora", "--lora_blocks=99"], "--lora_blocks must lie between 1 and"),
         ("bert", ["--method=full", "--lora_blocks=1"], "does not use --lora_blocks"),
