@@ -749,7 +749,9 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
 def _check_untrained(arguments: TransferArguments) -> None:
     """Refuse what is for a training, where nothing trains."""
     defaults = {name: field.default for name, field in type(arguments).__dataclass_fields__.items()}
-    for name in sorted({*OF_HEAD_TRAINING, *_OF_ANY_TRAINING, *OF_KEPT_FEATURES} - {"learning_rate", "head_learning_rate"}):
+    for name in sorted(
+        {*OF_HEAD_TRAINING, *_OF_ANY_TRAINING, *OF_KEPT_FEATURES} - {"learning_rate", "head_learning_rate"}
+    ):
         if name in defaults and getattr(arguments, name) != defaults[name]:
             raise UsageError(f"--{name}: --method {arguments.method} trains nothing. Leave it out.")
 

@@ -518,7 +518,11 @@ def test_values_too_large_for_half_precision_are_refused(home: Path) -> None:
         ("cnn", ["--method=full", "--feature_cache=on"], "--method full trains the whole model"),
         ("cnn", ["--method=full", "--head_solver=lbfgs"], "--method full fits no head alone"),
         ("cnn", ["--method=frozen", "--head_solver=lbfgs", "--feature_cache=off"], "needs kept features"),
-        ("bert", ["--method=frozen", "--head_solver=lbfgs", "--num_train_epochs=2"], "--num_train_epochs is for a head"),
+        (
+            "bert",
+            ["--method=frozen", "--head_solver=lbfgs", "--num_train_epochs=2"],
+            "--num_train_epochs is for a head",
+        ),
         ("bert", ["--method=lp_ft", "--head_solver=lbfgs", "--head_epochs=2"], "--head_epochs is for a head"),
         ("bert", ["--method=frozen", "--feature_views=2"], "has no augmentation"),
         ("cnn", ["--method=frozen", "--feature_views=2", "--augmentation=none"], "needs an augmentation"),

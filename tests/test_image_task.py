@@ -22,7 +22,7 @@ from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.pretrained import save_model
 from hftl.run import Run
-from hftl.tasks.image_classification import ImageClassification, training_transform
+from hftl.tasks.image_classification import ImageClassification, scaled, training_transform
 
 NAMES = ["ant", "bee", "cat"]
 TIMM_SWIN = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4, "img_size": 64}
@@ -152,7 +152,8 @@ def test_training_pixels_are_scaled_as_the_processor_does(
     image = Image.new("RGB", (80, 60), (200, 30, 90))  # a crop or a flip of one colour is the same
     expected = task.processor(images=image, return_tensors="pt")["pixel_values"][0]
     data = task.dataset([{"image": image}] * 8, training=True)
-    found = [data[row]["pixel_values"] for row in range(8)]
+    found = task.collate([data[row] for row in range(8)])["pixel_values"]
+    assert found.is_contiguous(memory_format=torch.channels_last)
     assert all(pixels.shape == expected.shape and pixels.dtype == torch.float32 for pixels in found)
     if augmentation != "strong":  # which changes colours
         for pixels in found:
@@ -221,7 +222,7 @@ def test_processors_with_other_settings(
     processor = AutoImageProcessor.from_pretrained(checkpoints["vit"], **settings)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8))
     expected = processor(images=image, return_tensors="pt")["pixel_values"][0].float()
-    found = training_transform(processor, "light", horizontal_flip=False)(image)
+    found = scaled(processor, training_transform(processor, "light", horizontal_flip=False)(image)[None])[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 

@@ -297,7 +297,8 @@ class ImageClassification(ClassificationTask):
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """`pixel_values` of shape (rows, 3, height, width), `labels` of shape (rows,)."""
-        batch = {"pixel_values": stack_pixels([example["pixel_values"] for example in examples])}
+        pixels = stack_pixels([example["pixel_values"] for example in examples])
+        batch = {"pixel_values": scaled(self.processor, pixels) if pixels.dtype is torch.uint8 else pixels}
         if "labels" in examples[0]:
             batch["labels"] = torch.tensor([example["labels"] for example in examples])
         return batch
@@ -309,7 +310,7 @@ class ImageClassification(ClassificationTask):
 
 
 class ImageDataset(FileDataset):
-    """Rows with an image and perhaps a label, as pixels."""
+    """Rows with an image and perhaps a label, as pixels; of 8 bits where those of a batch are scaled together."""
 
     column = IMAGE.name
     content_key = staticmethod(images.content_key)
@@ -343,13 +344,13 @@ _LEAST_CROP = 0.5
 def training_transform(
     processor: Any, augmentation: str, horizontal_flip: bool, random_erasing: float | None = None
 ) -> v2.Compose:
-    """Augmentation that ends in what the processor makes of a picture of the right size: scale, mean, deviation.
+    """Augmentation of one picture, to 8-bit pixels of the size that the model takes (`scaled` makes the rest).
 
     light: a crop of half to all of the area, ratio 3/4 to 4/3, and a flip. strong: RandAugment (Cubuk et al. 2020; 2
     operations of strength 9 of 30) and random erasing of a quarter of the images (Zhong et al. 2020) on top. trivial:
     one operation of any strength (TrivialAugmentWide, Müller and Hutter 2021) on top. `random_erasing` is the part of
-    the images that are erased in any of them. It works on 8-bit tensors: the crop takes a quarter of the time that
-    Pillow needs (0.2 against 0.9 ms, 500 x 375 pixels).
+    the images that are erased in any of them, with the mean, so that those are scaled before. It works on 8-bit
+    tensors: the crop takes a quarter of the time that Pillow needs (0.2 against 0.9 ms, 500 x 375 pixels).
     """
     size, interpolation = crop_settings(processor)
     strong = augmentation == "strong"
@@ -358,9 +359,8 @@ def training_transform(
     steps += [v2.RandomHorizontalFlip()] if horizontal_flip else []
     steps += [v2.RandAugment(num_ops=2, magnitude=9)] if strong else []
     steps += [v2.TrivialAugmentWide()] if augmentation == "trivial" else []
-    steps += pixel_steps(processor)
     erased = random_erasing if random_erasing is not None else 0.25 * strong
-    steps += [v2.RandomErasing(p=erased)] if erased else []
+    steps += [_Scaled(processor), v2.RandomErasing(p=erased)] if erased else []
     return v2.Compose(steps)
 
 
@@ -402,23 +402,29 @@ def crop_settings(processor: Any) -> tuple[tuple[int, int], InterpolationMode]:
     return (int(height), int(width)), InterpolationMode(names[int(processor.resample)])
 
 
-def pixel_steps(processor: Any) -> list[Any]:
-    """From a picture of the right size to what the model takes; transformers' processors do it in ways of their own."""
-    if not hasattr(processor, "data_config"):
-        return [_ProcessorWithoutResize(processor)]
-    config = processor.data_config
-    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])]
+def scaled(processor: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """What a processor makes of 8-bit pictures of the right size, shape (rows, 3, height, width): scale, mean, deviation.
+
+    Of a batch at once it takes half the time that it takes one by one (0.22 against 0.43 ms a picture of 224 pixels; of
+    transformers' processors 0.30 against 0.43).
+    """
+    if not hasattr(processor, "data_config"):  # in ways of their own
+        batch = processor(images=[*pixels], do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+        return batch.float().to(memory_format=torch.channels_last)
+    mean, deviation = (
+        torch.tensor(processor.data_config[name], dtype=torch.float32).view(3, 1, 1) for name in ("mean", "std")
+    )
+    return pixels.float().mul_(1 / (255 * deviation)).sub_(mean / deviation)
 
 
-class _ProcessorWithoutResize:
-    """A processor's rescaling, normalisation and order of channels; a class, so that workers can be sent it."""
+class _Scaled:
+    """`scaled`, of one picture; a class, so that workers can be sent it."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
-    def __call__(self, image: Any) -> torch.Tensor:
-        batch = self.processor(images=image, do_resize=False, do_center_crop=False, return_tensors="pt")
-        return batch["pixel_values"][0].float()
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        return scaled(self.processor, image[None])[0]
 
 
 def _resize(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
