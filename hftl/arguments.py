@@ -385,7 +385,7 @@ class ImageArguments(TransferArguments):
     )
     image_cache: str = _argument(
         "auto",
-        "Keep training images on disk at the size that they are used in, so that later epochs decode nothing; "
+        "Keep images of training and validation on disk as they are used, so that later epochs decode nothing; "
         "auto: for more than one epoch of photos much larger than that.",
         choices=("auto", "on", "off"),
     )
@@ -645,7 +645,8 @@ def parse(
 
 #: what only matters to a head that is trained: whoever gives it wants that
 OF_HEAD_TRAINING = {
-    "num_train_epochs", "max_steps", "learning_rate", "head_learning_rate", "weight_decay", "lr_scheduler_type", "optim",
+    "num_train_epochs", "max_steps", "learning_rate", "head_learning_rate", "weight_decay", "lr_scheduler_type",
+    "optim",
 }  # fmt: skip
 
 

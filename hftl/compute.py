@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 
-from hftl import backbones, builtin, merging
+from hftl import __version__, backbones, builtin, merging
 from hftl.arguments import TransferArguments
 from hftl.folder import read_json, say, write_json
 from hftl.losses import Loss
@@ -48,6 +48,11 @@ _FOLDING_TOLERANCE = 1e-4
 
 #: the version of an installed package; to read what it says of itself takes hundredths of a second
 version_of = functools.cache(version)
+
+
+def preparing_versions() -> list[str]:
+    """Of hftl and the libraries that what is made of an example depends on."""
+    return [__version__, *map(version_of, ("torch", "transformers", "timm", "torchvision", "pillow"))]
 
 
 # --- threads and memory ----------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from hftl import __version__, backbones, batches, compute, penalties
+from hftl import backbones, batches, compute, penalties
 from hftl.arguments import OF_HEAD_TRAINING, TransferArguments, averaged_views
 from hftl.builtin import cache_folder
 from hftl.cut import Batch, Cut, NoCut, explained_probe
@@ -73,16 +73,14 @@ def fingerprint(task: Any, model: nn.Module, source: Source, precision: str, dat
     plain: Any = backbones.without_adapters(model)
     config = plain.config.to_dict() if hasattr(plain, "config") else {}
     config = {name: value for name, value in config.items() if name not in _NOT_THE_BODY}
-    libraries = ("torch", "transformers", "timm", "torchvision", "pillow")
-    versions = [__version__, *map(compute.version_of, libraries)]
     kinds = [*type(task).__mro__, *type(dataset).__mro__, type(plain)]
     kinds = [kind for kind in kinds if kind.__module__.partition(".")[0] not in ("builtins", "typing", "torch")]
     try:
         sources = sorted({Path(inspect.getfile(kind)).read_bytes() for kind in kinds})
     except (OSError, TypeError) as error:  # a class that somebody typed in
         raise NotKept(f"the code of the task is in no file ({error})") from error
-    settings = [type(plain).__name__, config, source.entry, precision, versions, task.preprocessing()]
-    settings += [dtype, _own_flags(task.arguments)]
+    settings = [type(plain).__name__, config, source.entry, precision, compute.preparing_versions()]
+    settings += [task.preprocessing(), dtype, _own_flags(task.arguments)]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for code in sources:
         digest.update(code)

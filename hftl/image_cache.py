@@ -1,4 +1,4 @@
-"""Training pictures at working size, kept on disk so that the second epoch decodes nothing.
+"""Training pictures at working size, and what validation makes of its own: on disk, so that they are decoded once.
 
 One file a picture, written by whoever decodes it first (a process, one of its workers) beside its place and renamed: no
 process waits for another, nothing is lost when a run stops, and runs at the same time share what they find. Files are
@@ -13,7 +13,7 @@ import shutil
 import struct
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from hftl.builtin import cache_folder
 from hftl.folder import nearest_existing, replacing, say
 from hftl.images import content_key, image_header_size
 
-#: mark, height, width, checksum of the pixels; the mark changes with the format and with how pictures are resized
-_HEADER = struct.Struct("<8sIII")
-_MARK = b"hftlpic1"
+#: mark, sizes, type of the values, their checksum; the mark changes with the format and with how pictures are resized
+_HEADER = struct.Struct("<8sIII4sI")
+_MARK = b"hftlpic2"
 #: rows looked at to judge a data set: enough for its median size
 _SAMPLE = 64
 #: `auto` starts at photos whose shorter side is so many times the working side. Core time of a training image at 317
@@ -36,62 +36,103 @@ _MUCH_LARGER = 2
 
 
 class ImageCache:
-    """Pictures at working size, decoded once.
+    """What is made of a picture, made once.
 
-    What it gives does not depend on what is kept: a picture is resized to the same pixels where it is decoded anew.
+    What it gives does not depend on what is kept: it is the same where it is made anew.
+
+    Attributes:
+        missing_bytes: what is still to be written, as far as that was foreseen.
     """
 
-    def __init__(self, side: int, decoded: int, open_image: Callable[[Any], Image.Image], folder: Path | None) -> None:
-        """Nothing is read or written yet.
+    def __init__(self, make: Callable[[Any], np.ndarray[Any, Any]], settings: str) -> None:
+        """Nothing is kept before `plan` has found a place.
 
         Args:
-            side: shorter side of the pictures in pixels; smaller ones stay as they are.
-            decoded: shorter side that `open_image` decodes to at least.
-            open_image: an RGB image from a path, bytes or a `{"bytes", "path"}` dict.
-            folder: where they are kept; None where they are not.
+            make: an array of three dimensions, of a path, bytes or a `{"bytes", "path"}` dict.
+            settings: what it is made by.
         """
-        self.side, self.decoded, self.open_image, self.folder = side, decoded, open_image, folder
+        self.make, self.settings, self.missing_bytes = make, settings, 0.0
+        self.folder: Path | None = None
 
-    def picture(self, value: Any) -> np.ndarray[Any, Any]:
-        """The picture of a path, bytes or a `{"bytes", "path"}` dict, uint8 of shape (height, width, 3).
+    def __call__(self, value: Any) -> np.ndarray[Any, Any]:
+        """What is made of a path, bytes or a `{"bytes", "path"}` dict.
 
         Raises:
             UsageError: it cannot be read as an image.
         """
         if self.folder is None:
-            return self._decoded(value)
-        path = _place(self.folder, picture_key(value, self.side, self.decoded))
-        pixels = _read(path)
-        if pixels is None:
-            pixels = self._decoded(value)
-            self._keep(path, pixels)
-        return pixels
+            return self.make(value)
+        path = _place(self.folder, picture_key(value, self.settings))
+        made = _read(path)
+        if made is None:
+            made = self.make(value)
+            self._keep(path, made)
+        return made
 
-    def _decoded(self, value: Any) -> np.ndarray[Any, Any]:
-        image = self.open_image(value)
-        size = _working_size(image.size, self.side)
-        return np.array(image if size == image.size else image.resize(size, Image.Resampling.BICUBIC))
-
-    def _keep(self, path: Path, pixels: np.ndarray[Any, Any]) -> None:
-        """Write a picture; a disk that takes no more ends the keeping, not the training."""
+    def _keep(self, path: Path, made: np.ndarray[Any, Any]) -> None:
+        """Write what was made; a disk that takes no more ends the keeping, not the training."""
+        made = np.ascontiguousarray(made)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as beside, beside.open("wb") as file:
-                file.write(_HEADER.pack(_MARK, *pixels.shape[:2], _checksum(pixels)))
-                file.write(pixels.data)
+                file.write(_HEADER.pack(_MARK, *made.shape, made.dtype.str.encode(), _checksum(made)))
+                file.write(made.data)
         except OSError as error:
             say(f"images: no more are kept in {self.folder}: {error.strerror or error}")
             self.folder = None
 
+    def plan(
+        self,
+        rows: Any,
+        each: Callable[[tuple[int, int]], int],
+        limit_gb: float,
+        what: str,
+        others: float = 0.0,
+    ) -> None:
+        """Keep what is made of `rows`, if there is room for all of it; either is said.
 
-def picture_key(value: Any, side: int, decoded: int) -> bytes:
-    """16 bytes that name a picture's content, decoded and at a working size, wherever its file lies (`content_key`).
+        Half of the free space is left to others.
+
+        Args:
+            rows: rows with an "image".
+            each: bytes that are kept of a picture, of its width and height.
+            limit_gb: what the folder of all that is kept may grow to, in 10^9 bytes.
+            what: it is called so.
+            others: bytes that are to be written there beside.
+        """
+        folder = cache_folder() / "images"
+        sizes = _sizes(rows)
+        mean = float(np.mean([each(size) for _, size in sizes]))
+        missing = [not _place(folder, picture_key(value, self.settings)).is_file() for value, _ in sizes]
+        self.missing_bytes = mean * len(rows) * float(np.mean(missing))
+        free = shutil.disk_usage(nearest_existing(folder)).free
+        room = min(limit_gb * 1e9 - _bytes_kept(folder), free / 2) - others
+        if self.missing_bytes > room:
+            say(
+                f"{what}: decoded in every epoch; keeping them takes {self.missing_bytes / 1e9:.2g} GB and there is "
+                f"room for {max(0, room) / 1e9:.2g} GB in {folder} (--image_cache_gb {limit_gb:g}, half of the free "
+                "space)"
+            )
+            return
+        state = f"kept for later epochs, {mean * len(rows) / 1e9:.2g} GB" if any(missing) else "kept from before"
+        say(f"{what}: {state}, in {folder} (--image_cache off: decoded every time)")
+        self.folder = folder
+
+
+def at_working_size(value: Any, side: int, open_image: Callable[[Any], Image.Image]) -> np.ndarray[Any, Any]:
+    """A picture with a shorter side of no more than `side` pixels, uint8 of shape (height, width, 3)."""
+    image = open_image(value)
+    size = working_size(image.size, side)
+    return np.array(image if size == image.size else image.resize(size, Image.Resampling.BICUBIC))
+
+
+def picture_key(value: Any, settings: str) -> bytes:
+    """16 bytes that name a picture's content, and what is made of it, wherever its file lies (`content_key`).
 
     Raises:
         UsageError: there is no such file.
     """
-    sizes = struct.pack("<II", side, decoded)
-    return hashlib.blake2b(_MARK + sizes + content_key(value), digest_size=16).digest()
+    return hashlib.blake2b(_MARK + settings.encode() + content_key(value), digest_size=16).digest()
 
 
 def _place(folder: Path, digest: bytes) -> Path:
@@ -99,7 +140,7 @@ def _place(folder: Path, digest: bytes) -> Path:
     return folder / name[:2] / name[2:]  # 256 folders: some file systems are slow with many files in one
 
 
-def _working_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+def working_size(size: tuple[int, int], side: int) -> tuple[int, int]:
     """Width and height with a shorter side of `side`; never larger than it is."""
     shorter = min(size)
     if shorter <= side:
@@ -108,7 +149,7 @@ def _working_size(size: tuple[int, int], side: int) -> tuple[int, int]:
 
 
 def _read(path: Path) -> np.ndarray[Any, Any] | None:
-    """A kept picture; None where there is none, or a damaged one, which is said."""
+    """What is kept; None where there is nothing, or it is damaged, which is said."""
     try:
         content = np.fromfile(path, dtype=np.uint8)
     except FileNotFoundError:
@@ -117,68 +158,48 @@ def _read(path: Path) -> np.ndarray[Any, Any] | None:
         say(f"images: the kept picture {path} cannot be read ({error.strerror}) and is made again")
         return None
     if len(content) > _HEADER.size:
-        mark, height, width, checksum = _HEADER.unpack_from(content.data)
-        pixels = content[_HEADER.size :]
-        if mark == _MARK and len(pixels) == height * width * 3:
-            pixels = pixels.reshape(height, width, 3)
-            if _checksum(pixels) == checksum:
-                return pixels
+        mark, *shape, kind, checksum = _HEADER.unpack_from(content.data)
+        values = content[_HEADER.size :]
+        if mark == _MARK and zlib.crc32(values.data, _start(shape, kind)) == checksum:
+            return values.view(np.dtype(kind.rstrip(b"\0").decode())).reshape(shape)
     say(f"images: the kept picture {path} is damaged and is made again")
     return None
 
 
-def _checksum(pixels: np.ndarray[Any, Any]) -> int:
-    """Of shape and content: 0.1 ms for 317 x 423 pixels."""
-    return zlib.crc32(pixels.data, pixels.shape[0] << 16 ^ pixels.shape[1])
+def _start(shape: Sequence[int], kind: bytes) -> int:
+    return zlib.crc32(struct.pack("<III4s", *shape, kind))
 
 
-def plan_cache(
-    rows: Any,
-    side: int,
-    decoded: int,
-    open_image: Callable[[Any], Image.Image],
-    mode: str,
-    epochs: float,
-    limit_gb: float,
-) -> ImageCache | None:
-    """The cache for the training pictures `rows`, or None where they are to be decoded every time.
+def _checksum(made: np.ndarray[Any, Any]) -> int:
+    """Of shape, type and content: 0.1 ms for 317 x 423 pixels."""
+    return zlib.crc32(made.data, _start(made.shape, made.dtype.str.encode()))
 
-    Whether there is one depends on the data and the arguments alone, so that all processes and a resumed run agree;
-    whether its pictures are kept depends on the disk too. Half of the free space is left to others.
+
+def pays(rows: Any, side: int, mode: str, epochs: float) -> bool:
+    """Whether pictures are to be kept, as far as the arguments and the data say.
+
+    All processes and a resumed run agree on it; whether they are kept depends on the disk too.
 
     Args:
         rows: rows with an "image".
         side: working size, the shorter side in pixels.
-        decoded: see `ImageCache`.
-        open_image: see `ImageCache`.
         mode: auto, on or off. `auto`: for more than one epoch of photos that are much larger than they are used.
         epochs: passes over the rows.
-        limit_gb: what the folder of all kept pictures may grow to, in 10^9 bytes.
     """
-    if mode == "off" or (mode == "auto" and epochs <= 1) or not len(rows):
-        return None
-    sample = [rows[int(index)]["image"] for index in np.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows)))]
-    if any(isinstance(value, Image.Image | np.ndarray) for value in sample):
-        return None  # decoded already
-    sizes = {row: size for row, value in enumerate(sample) if (size := image_header_size(value))}
-    if not sizes or (mode == "auto" and np.median([min(size) for size in sizes.values()]) < _MUCH_LARGER * side):
-        return None
-    folder = cache_folder() / "images"
-    each = float(
-        np.mean([3 * width * height for width, height in (_working_size(size, side) for size in sizes.values())])
-    )
-    missing = np.mean([not _place(folder, picture_key(sample[row], side, decoded)).is_file() for row in sizes])
-    needed = each * len(rows) * float(missing)
-    room = min(limit_gb * 1e9 - _bytes_kept(folder), shutil.disk_usage(nearest_existing(folder)).free / 2)
-    if needed > room:
-        say(
-            f"images: decoded in every epoch; keeping them takes {needed / 1e9:.2g} GB and there is room for "
-            f"{max(0, room) / 1e9:.2g} GB in {folder} (--image_cache_gb {limit_gb:g}, half of the free space)"
-        )
-        return ImageCache(side, decoded, open_image, None)
-    state = "kept from before" if not missing else f"kept for later epochs, {each * len(rows) / 1e9:.2g} GB"
-    say(f"images: {state}, at {side} pixels in {folder} (--image_cache off: decoded every time)")
-    return ImageCache(side, decoded, open_image, folder)
+    if mode == "off" or (mode == "auto" and epochs <= 1):
+        return False
+    sizes = [min(size) for _, size in _sizes(rows)]
+    return bool(sizes) and (mode == "on" or float(np.median(sizes)) >= _MUCH_LARGER * side)
+
+
+def _sizes(rows: Any) -> list[tuple[Any, tuple[int, int]]]:
+    """Some of the pictures, with width and height; none where they are decoded already."""
+    if not len(rows):
+        return []
+    values = [rows[int(index)]["image"] for index in np.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows)))]
+    if any(isinstance(value, Image.Image | np.ndarray) for value in values):
+        return []
+    return [(value, size) for value in values if (size := image_header_size(value))]
 
 
 def _bytes_kept(folder: Path) -> int:

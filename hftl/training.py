@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -293,6 +294,7 @@ def _run_stages(
     searched = searched_stage(plan, task.arguments) if task.arguments.finds_learning_rate else None
     chooses = any(stage.choose is not None for stage in stages)
     limits = [callback for callback in callbacks if isinstance(callback, TimeLimit)]
+    repeated = functools.cache(lambda: data | {"validation": task.repeated(data["validation"], data["train"])})
     start: dict[str, torch.Tensor] = {}
     first_run = len(stages) - task.arguments.soup_runs  # of the last stage, which mostly has one
     for index in range(len(stages)):
@@ -309,7 +311,7 @@ def _run_stages(
         stage = stages[index]
         kept = keep_features(task, stage, model, splits, data, alone=len(stages) == 1, last=is_last)
         stage = stage if kept is None else kept.stage
-        rows = data if kept is None else kept.data
+        rows = repeated() if kept is None else kept.data
         with contextlib.ExitStack() as after:
             if kept is not None:
                 after.callback(kept.release)  # also where the stage fails, or a second fit would keep what stubs give

@@ -221,7 +221,50 @@ def test_a_second_epoch_decodes_nothing(place: Path, home: Path, decoded: list[A
     anew = task.dataset(rows(place), training=True)
     assert torch.equal(pixels(anew, epoch=1), pixels(data, epoch=1))
     assert len(decoded) == 12
-    assert np.fromfile(kept(home)[0], np.uint8).size <= 20 + 3 * 46 * 69
+    assert np.fromfile(kept(home)[0], np.uint8).size <= 28 + 3 * 46 * 69
+
+
+def evaluated(place: Path, *flags: str, **settings: Any) -> Any:
+    """The photos of validation as evaluations get them, and as they are without."""
+    task = task_for(place, *flags, **settings)
+    photos = [{"image": str(path)} for path in sorted((place / "data" / "validation").glob("*/*.jpg"))]
+    plain = task.dataset(photos, training=False)
+    return task.repeated(plain, task.dataset(rows(place), training=True)), plain
+
+
+def test_a_second_evaluation_decodes_nothing(place: Path, home: Path, decoded: list[Any]) -> None:
+    data, plain = evaluated(place)
+    expected = pixels(plain)
+    decoded.clear()
+    first = pixels(data)
+    assert len(decoded) == 4
+    assert torch.equal(first, expected)
+    assert torch.equal(pixels(data), expected)
+    anew, _ = evaluated(place)
+    assert torch.equal(pixels(anew), expected)
+    assert len(decoded) == 4 + 1  # one of the second plan, to see how large it is
+    of_another_model, plain = evaluated(place, "--image_cache=on", model="timm")
+    assert torch.equal(pixels(of_another_model), pixels(plain))
+    assert len(kept(home)) == 4 + 4
+
+
+class OwnPixels(ImageClassification):
+    """A task whose pixels are its own."""
+
+    def plain_transform(self, image: Any) -> torch.Tensor:
+        """Dark."""
+        return super().plain_transform(image) / 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--image_cache=off"], ["--eval_strategy=no", "--load_best_model_at_end=false"], ["--image_cache_gb=1e-6"], None],
+    ids=str,
+)
+def test_when_pictures_of_validation_are_not_kept(place: Path, home: Path, flags: list[str] | None) -> None:
+    data, plain = evaluated(place, *(flags or []), kind=ImageClassification if flags else OwnPixels)
+    assert torch.equal(pixels(data), pixels(plain))
+    assert not kept(home)
 
 
 def test_pixels_are_the_same_kept_or_not(place: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -304,24 +347,24 @@ def test_a_damaged_picture_is_made_again(
 def test_the_key_is_the_content(place: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     shutil.copy2(place / "large.jpg", path)
-    key = picture_key(str(place / "large.jpg"), 317, 634)
-    assert picture_key(str(path), 317, 634) == key
-    assert picture_key(str(path), 318, 634) != key
+    key = picture_key(str(place / "large.jpg"), "317 634")
+    assert picture_key(str(path), "317 634") == key
+    assert picture_key(str(path), "318 634") != key
     state = path.stat()
     for position in (10, -10):
         changed = bytearray((place / "large.jpg").read_bytes())
         changed[position] ^= 1
         path.write_bytes(changed)
         os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-        assert picture_key(str(path), 317, 634) != key
+        assert picture_key(str(path), "317 634") != key
     shutil.copy2(place / "large.jpg", path)
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
-    assert picture_key(str(path), 317, 634) != key
+    assert picture_key(str(path), "317 634") != key
     content = (place / "large.jpg").read_bytes()
-    assert picture_key(content, 317, 634) == picture_key({"bytes": content, "path": "x.jpg"}, 317, 634)
+    assert picture_key(content, "317 634") == picture_key({"bytes": content, "path": "x.jpg"}, "317 634")
     middle = bytearray(content)
     middle[len(middle) // 2] ^= 1
-    assert picture_key(bytes(middle), 317, 634) != picture_key(content, 317, 634)
+    assert picture_key(bytes(middle), "317 634") != picture_key(content, "317 634")
 
 
 def test_a_full_disk_ends_the_keeping_not_the_training(
@@ -388,7 +431,7 @@ def test_a_run_gives_the_same_weights_with_a_fresh_cache_and_with_an_old_one(
             report_to="none",
         )
         weights.append(load_file(tmp_path / name / "model.safetensors"))
-        assert len(kept(home)) == 12
+        assert len(kept(home)) == 12 + 4  # and those of validation
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
     printed = capsys.readouterr().out
     assert "images: kept for later epochs" in printed

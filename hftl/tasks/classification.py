@@ -187,6 +187,10 @@ class ClassificationTask:
         """The examples of a split, ready for `collate`; augmented in training."""
         raise NotImplementedError
 
+    def repeated(self, dataset: Any, training: Any) -> Any:
+        """The examples of validation for one evaluation after another; `training` are those that it goes with."""
+        return dataset
+
     def views(self, rows: Any, count: int, training: Any) -> list[Any]:
         """What is kept of the training rows: a data set, or one for each of `count` fixed augmentations.
 

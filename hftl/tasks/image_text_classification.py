@@ -200,6 +200,12 @@ class ImageTextClassification(ClassificationTask):
             texts = [{**row, "label": label} for row, label in zip(texts, data.column_of(rows, "label"), strict=True)]
         return self.text.dataset(texts, training)
 
+    def repeated(self, dataset: Any, training: Any) -> Any:
+        """As for images."""
+        if all(dataset.has_image):
+            dataset.pictures = self.image.repeated(dataset.pictures, training.pictures)
+        return dataset
+
     def views(self, rows: Any, count: int, training: Any) -> list[Any]:
         """As for images."""
         return [ImageTextDataset(view, training.texts, self.table) for view in self.image.views(rows, count, None)]
