@@ -125,7 +125,7 @@ Use a finished run
 Other
   hftl ls                           the recipes and configurations that come with hftl
   hftl cp RECIPE my_recipe.py       a copy of a recipe, or of a configuration, to change
-  hftl cache ls|size|rm             features and pictures that are kept; rm NAME, rm --all
+  hftl cache ls|size|rm             what is kept of models and data; rm NAME, rm --all
   hftl completion bash|zsh|fish     a script by which the shell completes these commands and their flags
   hftl --version
 
@@ -577,7 +577,7 @@ def _copy(argv: list[str]) -> None:
 
 
 def _cache(argv: list[str]) -> None:
-    parser = _Parser(prog="hftl cache", description="The features of frozen models and the pictures that are kept.")
+    parser = _Parser(prog="hftl cache", description="The features, pictures and tokens that are kept.")
     parser.add_argument("action", choices=("ls", "size", "rm"))
     parser.add_argument("name", nargs="?", help="rm: the beginning of a name that hftl cache ls shows")
     parser.add_argument("--all", action="store_true", help="rm: everything")
@@ -585,7 +585,11 @@ def _cache(argv: list[str]) -> None:
     from hftl.builtin import cache_folder
     from hftl.folder import folder_bytes
 
-    entries = [*sorted(cache_folder().glob("features/*/")), *cache_folder().glob("*images/")]
+    entries = [
+        *sorted(cache_folder().glob("features/*/")),
+        *cache_folder().glob("*images/"),
+        *cache_folder().glob("*tokens/"),
+    ]
     if options.action == "size":
         print(without_home(f"{sum(map(folder_bytes, entries)) / 1e6:,.1f} MB in {cache_folder()}"))
     elif options.action == "ls":
@@ -604,8 +608,8 @@ def _cached(entry: Path) -> str:
     from hftl.yaml_files import read_yaml
 
     path = entry / "settings.json"
-    if entry.name.endswith("images"):
-        return "training pictures at working size"
+    if entry.name.endswith(("images", "tokens")):
+        return "pictures of training and validation" if entry.name.endswith("images") else "texts as tokens"
     if not path.is_file():
         return "unfinished"
     settings = read_yaml(path)  # JSON is YAML too

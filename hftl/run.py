@@ -53,6 +53,7 @@ class Run(Finished):
         """Keep the folder and the task; the model is loaded when it is needed."""
         super().__init__(folder, task.name, task.label_names)
         self.task = task
+        self.task.is_training = False
         self._model = model
         self._folded: Any = None
         #: by precision: rows that were computed in float32 too, and the furthest that it moved a logit of them

@@ -13,7 +13,7 @@ import pytest
 from hftl.builtin import cache_folder
 
 #: what trainings write there
-WRITTEN = {"features", "images", "precision.json"}
+WRITTEN = {"features", "images", "tokens", "precision.json"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

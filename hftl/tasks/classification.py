@@ -58,6 +58,8 @@ class ClassificationTask:
         self.processor: Any = None
         #: whether `dataset` says how many texts it cut
         self.says_cut = True
+        #: whether it is for rows to train with, or to be measured by; not of a finished run, which predicts
+        self.is_training = True
         self.label_names: list[str] = []
 
     @functools.cached_property

@@ -59,7 +59,7 @@ class MultipleChoice(TextClassification):
         """
         if self.arguments.word_dropout:
             raise UsageError("--word_dropout would leave out other words of each choice. Leave it out.")
-        return self._told(ChoiceDataset(rows, self.processor), training)
+        return self._told(ChoiceDataset(rows, self.processor, keep=self.keeps_tokens), training)
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask`, … of shape (rows, choices, tokens), `labels` of shape (rows,)."""
@@ -115,18 +115,17 @@ def _fits(value: Any, count: int) -> bool:
 class ChoiceDataset(TextDataset):
     """Rows with a text and several choices, each choice as token ids behind those of the text."""
 
-    def __init__(self, rows: Any, tokenizer: Any) -> None:
-        """Tokenise all rows."""
-        super().__init__(rows, tokenizer)
+    def __init__(self, rows: Any, tokenizer: Any, keep: bool = False) -> None:
+        """Tokenise all rows; perhaps they are kept on the disk."""
+        super().__init__(rows, tokenizer, keep=keep)
         self.lengths = [sum(map(len, example["input_ids"])) for example in self.examples]
 
     def _encoded(self, chunk: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """What the tokenizer makes of some rows with each of their choices."""
         pairs = [(row["text"], choice) for row in chunk for choice in row["choices"]]
         texts, choices = (list(part) for part in zip(*pairs, strict=True))
-        encoded = self.tokenizer(texts, choices, truncation=True)
+        tokens = self.kept.get([texts, choices], "texts", lambda: self._split(texts, choices))
         ends = np.cumsum([len(row["choices"]) for row in chunk]).tolist()
         parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-        is_cut = self._is_cut(encoded)
-        self.cut += sum(any(is_cut[part]) for part in parts)
-        return [{name: values[part] for name, values in encoded.items()} for part in parts]
+        self.cut += sum(any(tokens.cut[part]) for part in parts)
+        return [{name: values[part] for name, values in tokens.columns.items()} for part in parts]

@@ -29,6 +29,7 @@ from hftl.explain import token_attributions
 from hftl.folder import say
 from hftl.modality import TEXT
 from hftl.tasks.classification import ClassificationTask
+from hftl.tokens import KeptTokens, Tokens
 
 #: texts tokenised in one call; the tokenizers library works on them in parallel
 _CHUNK = 1_000
@@ -153,10 +154,15 @@ class TextClassification(ClassificationTask):
     def dataset(self, rows: Any, training: bool) -> Dataset[dict[str, Any]]:
         """Texts, tokenised at once; how many were cut is said."""
         template = None if self.arguments.template is None else Template(self.arguments.template, self.processor)
-        encoded = TextDataset(rows, self.processor, template)
+        encoded = TextDataset(rows, self.processor, template, keep=self.keeps_tokens)
         if training and self.arguments.word_dropout:
             encoded.drop_words(self.arguments.word_dropout, masking_token(self.processor), self.arguments.seed)
         return self._told(encoded, training)
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether what texts were split into stays on the disk: of those to train with."""
+        return self.is_training and self.arguments.feature_cache != "off"
 
     def _told(self, encoded: TextDataset, training: bool, behind: str = "") -> TextDataset:
         """Texts, of which it is said how many were cut."""
@@ -172,7 +178,7 @@ class TextClassification(ClassificationTask):
         """The beginning of the texts, in tokens with what each adds to the class (integrated gradients)."""
         texts = [row[name] for name in ("text", "text_pair") if name in row]
         if self.arguments.template is not None:
-            texts = Template(self.arguments.template, self.processor).filled([texts])
+            texts, _ = Template(self.arguments.template, self.processor).filled([texts])
         if model is None or not self.processor.is_fast:
             return Shown(texts=[[(_shortened(text), 0.0)] for text in texts])
         encoded = self.processor(*texts, truncation=True, return_offsets_mapping=True)
@@ -194,7 +200,7 @@ class TextClassification(ClassificationTask):
         if self.arguments.template is None:
             return lines
         texts = ["A text."] * (1 + (self.arguments.text_pair_column is not None))
-        (filled,) = Template(self.arguments.template, self.processor).filled([texts])
+        (filled,), _ = Template(self.arguments.template, self.processor).filled([texts])
         return lines.replace('"A text."', repr(filled))
 
     def inputs_in_words(self, splits: Splits, rows: Any) -> tuple[str, str]:
@@ -267,10 +273,10 @@ class TextDataset(Dataset[dict[str, Any]]):
         word_dropout: part of the tokens that are masked.
     """
 
-    def __init__(self, rows: Any, tokenizer: Any, template: Template | None = None) -> None:
-        """Tokenise all rows, put into a template where there is one."""
+    def __init__(self, rows: Any, tokenizer: Any, template: Template | None = None, keep: bool = False) -> None:
+        """Tokenise all rows, put into a template where there is one; perhaps they are kept on the disk."""
         self.examples: list[dict[str, Any]] = []
-        self.tokenizer, self.template = tokenizer, template
+        self.tokenizer, self.template, self.kept = tokenizer, template, KeptTokens(tokenizer, keep)
         self.cut, self.word_dropout = 0, 0.0
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
         self.special = np.array(tokenizer.all_special_ids)
@@ -288,26 +294,34 @@ class TextDataset(Dataset[dict[str, Any]]):
                 if "label" in row:
                     example["labels"] = self._labels(row["label"], len(self.examples), len(example["input_ids"]))
                 self.examples.append(example)
-        self.cut += 0 if template is None else template.cut
         self.lengths = [len(example["input_ids"]) for example in self.examples]
 
     def _encoded(self, chunk: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """What the tokenizer makes of some rows; those that it cuts are counted."""
         texts = [[row[name] for row in chunk] for name in self.columns]
-        if self.template is not None:
-            texts = [self.template.filled(list(zip(*texts, strict=True)))]
-        return self._counted(self.tokenizer(*texts, truncation=True))
+        if self.template is None:
+            return self._counted(self.kept.get(texts, "texts", lambda: self._split(*texts)))
+        return self._counted(self.kept.get(texts, self.template.text, lambda: self._filled(self.template, texts)))
 
-    def _counted(self, encoded: Any) -> list[dict[str, Any]]:
-        """Rows of what the tokenizer gave; those that it cut are counted."""
-        self.cut += sum(self._is_cut(encoded))
-        return [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
+    def _filled(self, template: Template, texts: list[list[str]]) -> Tokens:
+        """The tokens of texts in a template, which cuts them itself."""
+        filled, is_cut = template.filled(list(zip(*texts, strict=True)))
+        tokens = self._split(filled)
+        return tokens._replace(cut=[one or other for one, other in zip(is_cut, tokens.cut, strict=True)])
 
-    def _is_cut(self, encoded: Any) -> list[bool]:
-        """Of each of the texts that the tokenizer got whether it was too long."""
+    def _split(self, *texts: Any, words: bool = False) -> Tokens:
+        """What the tokenizer makes of texts, or of lists of words."""
+        encoded = self.tokenizer(*texts, truncation=True, is_split_into_words=words)
+        cut = [len(ids) == self.tokenizer.model_max_length for ids in encoded["input_ids"]]
         if encoded.encodings:
-            return [bool(entry.overflowing) for entry in encoded.encodings]
-        return [len(ids) == self.tokenizer.model_max_length for ids in encoded["input_ids"]]
+            cut = [bool(entry.overflowing) for entry in encoded.encodings]
+        owners = [encoded.word_ids(row) for row in range(len(cut))] if words else []
+        return Tokens(dict(encoded), cut, [[-1 if word is None else word for word in row] for row in owners])
+
+    def _counted(self, tokens: Tokens) -> list[dict[str, Any]]:
+        """Rows of tokens; those that were cut are counted."""
+        self.cut += sum(tokens.cut)
+        return [dict(zip(tokens.columns, row, strict=True)) for row in zip(*tokens.columns.values(), strict=True)]
 
     def _labels(self, label: Any, row: int, tokens: int) -> Any:
         """What is learned of a row with this label."""
@@ -355,14 +369,11 @@ class Template:
     """Texts put into what the model reads of them, such as `Review: {text}\\nSentiment:`, `\\n` being a new line.
 
     A decoder answers at the last token: where everything together is too long the texts are cut, in equal parts.
-
-    Attributes:
-        cut: how many were.
     """
 
     def __init__(self, text: str, tokenizer: Any) -> None:
         """Keep the template, and how many tokens it leaves for the texts."""
-        self.text, self.tokenizer, self.cut = text.replace("\\n", "\n"), tokenizer, 0
+        self.text, self.tokenizer = text.replace("\\n", "\n"), tokenizer
         alone = len(tokenizer(self.text.format(text="", text_pair="")).input_ids)
         self.room = tokenizer.model_max_length - alone
         if self.room < 1:
@@ -379,16 +390,17 @@ class Template:
             found = "the data have one text a row" if has_place else "the data have pairs, and it has no {text_pair}"
             raise UsageError(f"--template {self.text!r}: {found}.")
 
-    def filled(self, rows: Sequence[Sequence[str]]) -> list[str]:
-        """The template with the texts of each row in it, one or two."""
+    def filled(self, rows: Sequence[Sequence[str]]) -> tuple[list[str], list[bool]]:
+        """The template with the texts of each row in it, one or two, and whether they were cut."""
         whole = [self._fill(texts) for texts in rows]
-        lengths = [len(ids) for ids in self.tokenizer(whole).input_ids] if whole else []
-        for position, length in enumerate(lengths):
-            if length > self.tokenizer.model_max_length:
-                self.cut += 1
+        is_cut = (
+            [len(ids) > self.tokenizer.model_max_length for ids in self.tokenizer(whole).input_ids] if whole else []
+        )
+        for position, too_long in enumerate(is_cut):
+            if too_long:
                 room = max(1, self.room // len(rows[position]) - 1)  # where texts meet there may be a token more
                 whole[position] = self._fill([self._cut(text, room) for text in rows[position]])
-        return whole
+        return whole, is_cut
 
     def _fill(self, texts: Sequence[str]) -> str:
         return self.text.format(**dict(zip(("text", "text_pair"), texts, strict=False)))

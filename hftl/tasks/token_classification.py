@@ -65,7 +65,7 @@ class TokenClassification(TextClassification):
 
     def dataset(self, rows: Any, training: bool) -> Dataset[dict[str, Any]]:
         """Words as tokens; how many rows were cut is said."""
-        encoded = WordDataset(rows, self.processor)
+        encoded = WordDataset(rows, self.processor, keep=self.keeps_tokens)
         if training and self.arguments.word_dropout:
             encoded.drop_words(self.arguments.word_dropout, masking_token(self.processor), self.arguments.seed)
         behind = "are not learned from" if training else "count as wrong"
@@ -128,23 +128,23 @@ class WordDataset(TextDataset):
         most_words: of the row that has most.
     """
 
-    def __init__(self, rows: Any, tokenizer: Any) -> None:
-        """Tokenise all rows."""
+    def __init__(self, rows: Any, tokenizer: Any, keep: bool = False) -> None:
+        """Tokenise all rows; perhaps they are kept on the disk."""
         self.first_tokens: list[list[int]] = []
-        super().__init__(rows, tokenizer)
+        super().__init__(rows, tokenizer, keep=keep)
         self.most_words = max(map(len, self.first_tokens), default=0)
 
     def _encoded(self, chunk: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """What the tokenizer makes of the words of some rows."""
         words = [lines(row["text"]) for row in chunk]
-        encoded = self.tokenizer(words, is_split_into_words=True, truncation=True)
-        for row, own in enumerate(words):
+        tokens = self.kept.get([words], "words", lambda: self._split(words, words=True))
+        for own, owners in zip(words, tokens.words, strict=True):
             first = [-1] * len(own)
-            for place, word in reversed(list(enumerate(encoded.word_ids(row)))):
-                if word is not None:
+            for place, word in reversed(list(enumerate(owners))):
+                if word >= 0:
                     first[word] = place
             self.first_tokens.append(first)
-        return self._counted(encoded)
+        return self._counted(tokens)
 
     def _labels(self, label: Any, row: int, tokens: int) -> list[int]:
         """The tag of every word at its first token."""
