@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hftl import backbones
 from hftl.arguments import TransferArguments
@@ -314,9 +315,17 @@ def settings_of(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
 
 
-def save_model(model: PreTrainedModel, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Save a model, or another state of it, so that transformers, and timm for its own models, load it."""
-    model.save_pretrained(folder, state_dict=state)
+def save_model(
+    model: PreTrainedModel, folder: Path, state: dict[str, torch.Tensor] | None = None, written: Path | None = None
+) -> None:
+    """Save a model, or another state of it, so that transformers, and timm for its own models, load it.
+
+    Where `written` has its very weights, as `save_pretrained` wrote them, their file gets a second name.
+    """
+    if written is not None and _has_weights_of(model, written) and _named_again(written, folder, SAFE_WEIGHTS_NAME):
+        model.config.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder, state_dict=state)
     if model.config.model_type == "timm_wrapper":
         path = folder / "config.json"
         config = read_json(path)
@@ -325,6 +334,27 @@ def save_model(model: PreTrainedModel, folder: Path, state: dict[str, torch.Tens
             key: value for key, value in (config.get("model_args") or {}).items() if key != "num_classes"
         }
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _has_weights_of(model: PreTrainedModel, folder: Path) -> bool:
+    """Whether a folder has the weights of a model in one file; never of one with more to it than those and settings."""
+    path = folder / SAFE_WEIGHTS_NAME
+    if not path.is_file() or model.is_remote_code() or model.can_generate():
+        return False
+    state = model.state_dict()
+    with safe_open(path, framework="pt") as content:
+        names = content.keys()
+        return all(name in state and torch.equal(content.get_tensor(name), state[name].cpu()) for name in names)
+
+
+def _named_again(source: Path, folder: Path, name: str) -> bool:
+    """Give a file a second name, in another folder; not every file system can."""
+    folder.mkdir(exist_ok=True)
+    try:
+        os.link(source / name, folder / name)
+    except OSError:
+        return False
+    return True
 
 
 def random_timm_folder(architecture: str, image_size: int | None) -> str:

@@ -46,8 +46,11 @@ def write_run(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     batch = task.collate([data["validation"][index] for index in range(min(8, len(data["validation"])))])
-    save_checked(task, _whole_model(task, trainer), batch, partial)
-    probe = Path(str(trainer.args.output_dir), "final", PROBE)
+    final = Path(str(trainer.args.output_dir), "final")
+    save_checked(
+        task, _whole_model(task, trainer), batch, partial, written=None if arguments.keep_checkpoints else final
+    )
+    probe = final / PROBE
     if probe.is_dir():
         shutil.copytree(probe, partial / PROBE)
     folder.write_text(partial / RECIPE, yaml.safe_dump(to_recipe(arguments), sort_keys=False, allow_unicode=True))
@@ -84,10 +87,13 @@ def _whole_model(task: ClassificationTask, trainer: TransferTrainer) -> Any:
     return task.auto_class.from_pretrained(Path(str(trainer.args.output_dir), "final"), dtype=torch.float32)
 
 
-def save_checked(task: ClassificationTask, model: Any, batch: dict[str, torch.Tensor], target: Path) -> None:
+def save_checked(
+    task: ClassificationTask, model: Any, batch: dict[str, torch.Tensor], target: Path, written: Path | None = None
+) -> None:
     """Save the model, adapters merged and also by themselves; load it in plain transformers and compare logits.
 
-    Where an adapter cannot be merged, or the merged model gives other logits, the model is kept beside it.
+    Where an adapter cannot be merged, or the merged model gives other logits, the model is kept beside it. Weights that
+    stand in the folder `written` are not written again.
 
     Raises:
         RuntimeError: the saved model gives other logits. The checkpoints stay.
@@ -102,7 +108,7 @@ def save_checked(task: ClassificationTask, model: Any, batch: dict[str, torch.Te
         kind = "few bits" if merging.is_quantised(model) else "merging"
         model = _merged_or_kept(task.problem, model, batch, expected, target)
     if model is not None:
-        save_model(model, target)
+        save_model(model, target, written=written)
     elif kind == "merging":
         kind = "saving"
     loaded = load_saved(task.auto_class, target, task.arguments.trust_remote_code)

@@ -33,6 +33,16 @@ def _collector() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """Take back what `TrainingArguments` say to Accelerate: a test of `--fsdp` is none of the next one's."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_") and name not in before]:
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     own, before = tmp_path_factory.mktemp("cache"), os.environ.get("HFTL_HOME")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ import yaml
 from forked import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, pipeline
+from transformers import AutoModelForSequenceClassification, modeling_utils, pipeline
 
 import hftl
 from hftl import cli
@@ -425,9 +426,10 @@ def test_the_best_epoch_is_restored(place: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_model_that_is_saved_wrongly_is_not_published(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoiled(model: Any, folder: Path, *others: Any) -> None:
-        save_model(model, folder, *others)
+    def spoiled(model: Any, folder: Path, written: Path) -> None:
+        save_model(model, folder, written=written)
         weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
         weights["classifier.bias"][0] += 1
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
@@ -442,6 +444,47 @@ def test_a_model_that_is_saved_wrongly_is_not_published(place: Path, monkeypatch
     hftl.finetune("text-classification", **settings, resume=True)
     saved = load_file(folder / "model.safetensors")
     assert [name for name in trained if not trained[name].equal(saved[name])] == []
+
+
+@pytest.mark.parametrize("case", ["linked", "no links", "kept", "regression", "lora"])
+def test_weights_are_written_once(place: Path, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stage's result, which the run names again where it has the same weights and goes with the checkpoints."""
+    written: list[str] = []
+    write = modeling_utils.safe_save_file
+
+    def counted(tensors: Any, path: Any, *others: Any, **settings: Any) -> None:
+        written.append(Path(path).parent.name)
+        write(tensors, path, *others, **settings)
+
+    def refused(*_: Any) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(modeling_utils, "safe_save_file", counted)
+    if case == "no links":
+        monkeypatch.setattr(os, "link", refused)
+    kind = {"problem_type": "regression"} if case == "regression" else {}  # whose head is put into the numbers' unit
+    if case == "regression":
+        (tmp_path / "data").mkdir()
+        for split in ("train", "validation"):
+            lines = [f"a {word} film,{100 * row + 7}" for row, word in enumerate(["good", "bad", "dull", "fine"] * 3)]
+            (tmp_path / "data" / f"{split}.csv").write_text("\n".join(["text,label", *lines]))
+    run = hftl.finetune(
+        "text-classification",
+        model=place / "bert",
+        dataset=tmp_path / "data" if kind else place / "texts",
+        method="lora" if case == "lora" else "full",
+        max_steps=2,
+        keep_checkpoints=case == "kept",
+        output_dir=tmp_path / "run",
+        **kind,
+    )
+    assert (".partial" in written) == (case != "linked")
+    assert written.count("final.partial") == (case != "lora")
+    weights = run.folder / "model.safetensors"
+    assert weights.stat().st_nlink == 1
+    assert AutoModelForSequenceClassification.from_pretrained(run.folder).config.id2label == run.model.config.id2label
+    final = run.folder / "checkpoints" / "1-all" / "final" / "model.safetensors"
+    assert final.exists() == (case == "kept")
 
 
 def test_untrained_model_is_the_same_each_time(place: Path) -> None:
