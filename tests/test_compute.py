@@ -566,7 +566,7 @@ def test_a_row_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
     ("task", "method"),
     [
         *(("text-classification", method) for method in ("full", "lora")),  # half a minute each
-        *(("image-classification", method) for method in ("frozen", "lp_ft")),
+        *(("image-classification", method) for method in ("frozen", "partial", "lp_ft")),
     ],
 )
 def test_compiled_training_gives_an_ordinary_run(

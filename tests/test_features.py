@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -417,6 +418,23 @@ def test_a_cache_that_cannot_be_written_is_said(
     out = capsys.readouterr().out
     assert "more than --feature_cache_gb 1e-06" in out
     assert "hftl cache rm" in out
+
+
+@pytest.mark.parametrize("method", ["frozen", "partial"])
+def test_a_disk_that_is_full_ends_the_keeping_not_the_run(
+    place: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, method: str, capsys: Any
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    flags = [f"--method={method}", "--num_train_epochs=2", "--augmentation=none"]
+    train(place, "cnn", tmp_path / "without", *flags, "--feature_cache=off")
+    monkeypatch.setattr("hftl.shards.np.savez", full)
+    capsys.readouterr()
+    train(place, "cnn", tmp_path / "run", *flags)
+    assert "features: not kept, since the cache cannot be written: [Errno 28]" in capsys.readouterr().out
+    assert log(tmp_path / "run", "loss") == log(tmp_path / "without", "loss")
+    assert not [*home.glob("features/*/*.bin")]
 
 
 def test_another_run_may_remove_the_cache(

@@ -31,6 +31,7 @@ from hftl.errors import UsageError
 from hftl.image_cache import picture_key
 from hftl.methods import build_plan
 from hftl.tasks.image_classification import ImageClassification, decoded_side, training_side
+from hftl.trainer import TransferTrainer
 from hftl.workers import data_workers
 
 NAMES = ["ant", "bee"]
@@ -436,6 +437,30 @@ def test_a_run_gives_the_same_weights_with_a_fresh_cache_and_with_an_old_one(
     printed = capsys.readouterr().out
     assert "images: kept for later epochs" in printed
     assert "images: kept from before" in printed
+
+
+# --- what training gets ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_has_channels_last_and_batches_ahead_in_pinned_memory_on_a_gpu(
+    place: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[Any] = set()
+    step = TransferTrainer.training_step
+
+    def noted(self: Any, model: Any, inputs: Any, *others: Any) -> Any:
+        layouts = [model.timm_model.conv1.weight, inputs["pixel_values"]]
+        loader = self.get_train_dataloader()
+        seen.add(tuple(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in layouts))
+        seen.add((loader.pin_memory, loader.num_workers, loader.prefetch_factor))
+        return step(self, model, inputs, *others)
+
+    monkeypatch.setattr(TransferTrainer, "training_step", noted)
+    ahead = {"dataloader_num_workers": workers} | ({"dataloader_prefetch_factor": 3} if workers else {})
+    settings: dict[str, Any] = {"model": place / "timm", "dataset": place / "data", "max_steps": 2, **ahead}
+    hftl.finetune("image-classification", output_dir=tmp_path / "run", report_to="none", **settings)
+    assert seen == {(True, True), (torch.cuda.is_available(), workers, 3 if workers else None)}
 
 
 # --- workers ---------------------------------------------------------------------------------------------------------

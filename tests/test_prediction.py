@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,22 @@ def test_groups_hold_every_row_once(batch_size: int | None, on_cpu: bool) -> Non
             longest = [max(lengths[row] for row in group) for group in groups]
             assert longest == sorted(longest, reverse=True)
             assert all(len(group) == 1 or len(group) * lengths[group[0]] <= tokens for group in groups)
+
+
+def test_the_next_rows_are_decoded_while_one_batch_is_computed() -> None:
+    decoded = [threading.Event() for _ in range(8)]
+
+    class Files:
+        def __getitem__(self, row: int) -> int:
+            decoded[row].set()
+            return row
+
+    found = []
+    for group, rows in batches.prepared(Files(), [[0, 1], [2, 3], [4, 5], [6, 7]], 1, skip_bad_files=False):
+        assert all(decoded[row].wait(10) for row in range(min(8, group[0] + 4)))  # nobody has asked for them yet
+        assert not decoded[7].is_set() or group[0] >= 2  # nor is everything read at once
+        found += rows
+    assert found == [*range(8)]
 
 
 def test_first_predictions_come_before_the_last_rows_are_read(place: Path, image_run: hftl.Run) -> None:
