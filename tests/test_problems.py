@@ -299,7 +299,7 @@ def test_an_interruption_at_the_very_end_changes_no_unit_twice(
     flags = ["--method=full", "--max_steps=3"]
     whole = trained(place, "bert", NUMBERS, tmp_path / "whole", *flags)
 
-    def fails(*others: Any) -> None:
+    def fails(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
