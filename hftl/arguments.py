@@ -171,7 +171,8 @@ class TransferArguments(TrainingArguments):
     # Frozen parts: run once an example, and a head that is solved
     feature_cache: str = _argument(
         "auto",
-        "Run what is frozen once an example and keep what it gives. auto: where the results are the same; on: or stop.",
+        "Run what is frozen once an example and keep what it gives. auto: where the results are the same; on: or stop; "
+        "off: never, and no tokens either.",
         choices=("auto", "on", "off"),
     )
     # One: the plain view. Each further one costs a pass over the rows.
@@ -385,8 +386,8 @@ class ImageArguments(TransferArguments):
     )
     image_cache: str = _argument(
         "auto",
-        "Keep images of training and validation on disk as they are used, so that later epochs decode nothing; "
-        "auto: for more than one epoch of photos much larger than that.",
+        "Keep images of training and validation on disk at the size that they are used in, so that later epochs "
+        "decode nothing; auto: for more than one epoch of photos much larger than that.",
         choices=("auto", "on", "off"),
     )
     prompts: list[str] | None = _argument(
@@ -692,10 +693,11 @@ def float_or_auto(text: str) -> float | str:
 def _outdated(arguments: TransferArguments, typed: set[str], config: list[str]) -> set[str]:
     """Settings of a recipe that followed from others, which flags beside it change: as if they had not been given."""
     outdated = set()
-    augments = bool(typed & {"augmentation", "random_erasing"}) and arguments.feature_views == 1
+    flips = "horizontal_flip" in typed and arguments.horizontal_flip  # type: ignore[attr-defined]
+    augments = (flips or bool(typed & {"augmentation", "random_erasing"})) and arguments.feature_views == 1
     if augments:
         outdated.add("feature_views")  # the default, which every recipe has
-    trains = arguments.method == "frozen" and bool(typed & OF_HEAD_TRAINING)
+    trains = bool(typed & (OF_HEAD_TRAINING if arguments.method == "frozen" else {"head_epochs"}))
     if config and (augments or trains or ("method" in typed and f"--method={arguments.method}" not in config)):
         outdated.add("head_solver")  # a recipe says how the head was found
     if "head_solver" in outdated - typed:

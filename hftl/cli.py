@@ -576,6 +576,10 @@ def _copy(argv: list[str]) -> None:
     print(without_home(f"copied to {target}"))
 
 
+#: folders of the cache that hold what is made for any model
+_SHARED_BY_ALL = {"images": "pictures of training and validation", "tokens": "texts as tokens"}
+
+
 def _cache(argv: list[str]) -> None:
     parser = _Parser(prog="hftl cache", description="The features, pictures and tokens that are kept.")
     parser.add_argument("action", choices=("ls", "size", "rm"))
@@ -585,11 +589,8 @@ def _cache(argv: list[str]) -> None:
     from hftl.builtin import cache_folder
     from hftl.folder import folder_bytes
 
-    entries = [
-        *sorted(cache_folder().glob("features/*/")),
-        *cache_folder().glob("*images/"),
-        *cache_folder().glob("*tokens/"),
-    ]
+    shared = [entry for kind in _SHARED_BY_ALL for entry in cache_folder().glob(f"*{kind}/")]
+    entries = [*sorted(cache_folder().glob("features/*/")), *shared]
     if options.action == "size":
         print(without_home(f"{sum(map(folder_bytes, entries)) / 1e6:,.1f} MB in {cache_folder()}"))
     elif options.action == "ls":
@@ -608,8 +609,8 @@ def _cached(entry: Path) -> str:
     from hftl.yaml_files import read_yaml
 
     path = entry / "settings.json"
-    if entry.name.endswith(("images", "tokens")):
-        return "pictures of training and validation" if entry.name.endswith("images") else "texts as tokens"
+    if entry.parent.name != "features":
+        return next(content for kind, content in _SHARED_BY_ALL.items() if entry.name.endswith(kind))
     if not path.is_file():
         return "unfinished"
     settings = read_yaml(path)  # JSON is YAML too

@@ -50,8 +50,8 @@ _FOLDING_TOLERANCE = 1e-4
 version_of = functools.cache(version)
 
 
-def preparing_versions() -> list[str]:
-    """Of hftl and the libraries that what is made of an example depends on."""
+def library_versions() -> list[str]:
+    """Versions of hftl and of the libraries on which it depends what is made of an example."""
     return [__version__, *map(version_of, ("torch", "transformers", "timm", "torchvision", "pillow"))]
 
 

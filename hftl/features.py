@@ -79,7 +79,7 @@ def fingerprint(task: Any, model: nn.Module, source: Source, precision: str, dat
         sources = sorted({Path(inspect.getfile(kind)).read_bytes() for kind in kinds})
     except (OSError, TypeError) as error:  # a class that somebody typed in
         raise NotKept(f"the code of the task is in no file ({error})") from error
-    settings = [type(plain).__name__, config, source.entry, precision, compute.preparing_versions()]
+    settings = [type(plain).__name__, config, source.entry, precision, compute.library_versions()]
     settings += [task.preprocessing(), dtype, _own_flags(task.arguments)]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for code in sources:
@@ -724,11 +724,10 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
             f"--head_solver {arguments.head_solver}: --method {arguments.method} fits no head alone. Leave it out."
         )
     if arguments.head_solver == "lbfgs":
-        for flag in _unsolved(arguments, last=first[-1] == max(blocks.values())):
+        trains = OF_HEAD_TRAINING if len(plan.stages) == 1 else {"head_epochs"}
+        asked = [f"--{name}" for name in sorted(trains & arguments.typed)]
+        for flag in [*_unsolved(arguments, last=first[-1] == max(blocks.values())), *asked]:
             raise UsageError(f"--head_solver lbfgs: {flag} is for a head that is trained. Leave one of them out.")
-        alone = len(plan.stages) == 1
-        for name in sorted(_of_training(arguments, alone) & arguments.typed - (set() if alone else {"max_steps"})):
-            raise UsageError(f"--head_solver lbfgs: --{name} is for a head that is trained. Leave one of them out.")
     if arguments.head_solver == "lbfgs" and arguments.finds_learning_rate and first[-1] == max(blocks.values()):
         raise UsageError("--head_solver lbfgs has no learning rate to find: use --head_solver sgd, or give no rate.")
     if arguments.head_solver == "lbfgs" and arguments.feature_cache == "off":
@@ -767,9 +766,8 @@ def _check_head(arguments: TransferArguments) -> None:
             raise UsageError(f"{head} is fitted on kept features: leave out --{name} {value}.")
     if arguments.keep_head and kind != "logistic":
         raise UsageError(f"{head} is fitted to the training rows alone: leave out --keep_head.")
-    for name in sorted(
-        _of_training(arguments, alone=True) & arguments.given if arguments.head_solver == "auto" else ()
-    ):
+    trains = _of_training(arguments, alone=True) if arguments.head_solver == "auto" else set()
+    for name in sorted(trains & arguments.typed or trains & arguments.given):
         raise UsageError(f"{head} is fitted, not trained: leave out --{name}.")
     if (kind in BESIDE or joined) and (views := averaged_views(arguments)):
         raise UsageError(f"{head} answers for the plain view alone: leave out {views}.")
@@ -821,8 +819,9 @@ def keep_features(
     first, head = min(blocks[name] for name in stage.trainable), max(blocks.values())
     if arguments.feature_cache == "off" or first == 0:
         return None
-    if first * 2 < head and arguments.feature_cache != "on":
-        return None  # with less than half of the blocks frozen, large activations would be kept for little
+    if first * 2 < head and arguments.feature_cache != "on":  # large activations would be kept for little
+        say("features: not kept, since less than half of the blocks is frozen (--feature_cache on keeps them)")
+        return None
     solves = first == head and _may_solve(task, stage, splits, alone, last)
     try:
         if not solves and (arguments.head not in (None, "logistic") or wished(arguments)):

@@ -38,6 +38,8 @@ PARTIAL = ".partial"
 REPLACED = ".replaced"
 #: seconds after which data workers of a killed process have noticed its death, and hold its folder no longer
 _ORPHANS = 15.0
+#: seconds
+A_DAY = 86_400
 #: folders that this process writes into, with the descriptor that holds the lock
 _held: dict[Path, int] = {}
 #: settings that may differ between an interrupted run and the command that goes on with it
@@ -408,6 +410,31 @@ def folder_bytes(folder: Path) -> int:
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 total += Path(place, name).stat().st_size
+    return total
+
+
+def mark_as_used(path: Path) -> None:
+    """Put off the day on which a kept file is removed; one of somebody else stays as it is."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
+
+
+def tidy(folder: Path) -> int:
+    """Remove files that nobody used for 30 days, and what a killed process left half-written a day ago.
+
+    Returns:
+        bytes of what stays.
+    """
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = Path(place, name)
+            with contextlib.suppress(FileNotFoundError):  # another process renamed or removed it
+                state = path.stat()
+                if time.time() - state.st_mtime > (A_DAY if name.startswith(".") else 30 * A_DAY):
+                    path.unlink()
+                else:
+                    total += state.st_size
     return total
 
 

@@ -8,12 +8,10 @@ read, not mapped: mapped pages would count as memory of the process, and it read
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import struct
-import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,12 @@ import numpy as np
 from PIL import Image
 
 from hftl.builtin import cache_folder
-from hftl.folder import nearest_existing, replacing, say
+from hftl.folder import mark_as_used, nearest_existing, replacing, say, tidy
 from hftl.images import content_key, image_header_size
 
-#: mark, sizes, type of the values, their checksum; the mark changes with the format and with how pictures are resized
-_HEADER = struct.Struct("<8sIII4sI")
+#: mark, sizes, type of the values; the mark changes with the format and with how pictures are resized
+_HEADER = struct.Struct("<8sIII4s")
+_CHECKSUM = struct.Struct("<I")
 _MARK = b"hftlpic2"
 #: rows looked at to judge a data set: enough for its median size
 _SAMPLE = 64
@@ -41,7 +40,8 @@ class ImageCache:
     What it gives does not depend on what is kept: it is the same where it is made anew.
 
     Attributes:
-        missing_bytes: what is still to be written, as far as that was foreseen.
+        folder: where it is kept; None where it is not.
+        missing_bytes: what is still to be written there, as far as that was foreseen.
     """
 
     def __init__(self, make: Callable[[Any], np.ndarray[Any, Any]], settings: str) -> None:
@@ -49,7 +49,7 @@ class ImageCache:
 
         Args:
             make: an array of three dimensions, of a path, bytes or a `{"bytes", "path"}` dict.
-            settings: what it is made by.
+            settings: all that it depends on beside the file.
         """
         self.make, self.settings, self.missing_bytes = make, settings, 0.0
         self.folder: Path | None = None
@@ -75,7 +75,8 @@ class ImageCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as beside, beside.open("wb") as file:
-                file.write(_HEADER.pack(_MARK, *made.shape, made.dtype.str.encode(), _checksum(made)))
+                header = _HEADER.pack(_MARK, *made.shape, made.dtype.str.encode())
+                file.write(header + _CHECKSUM.pack(_checksum(header, made)))
                 file.write(made.data)
         except OSError as error:
             say(f"images: no more are kept in {self.folder}: {error.strerror or error}")
@@ -94,29 +95,29 @@ class ImageCache:
         Half of the free space is left to others.
 
         Args:
-            rows: rows with an "image".
+            rows: rows with an "image", for which it `pays`.
             each: bytes that are kept of a picture, of its width and height.
             limit_gb: what the folder of all that is kept may grow to, in 10^9 bytes.
-            what: it is called so.
+            what: how messages call it.
             others: bytes that are to be written there beside.
         """
         folder = cache_folder() / "images"
         sizes = _sizes(rows)
         mean = float(np.mean([each(size) for _, size in sizes]))
         missing = [not _place(folder, picture_key(value, self.settings)).is_file() for value, _ in sizes]
-        self.missing_bytes = mean * len(rows) * float(np.mean(missing))
+        needed = mean * len(rows) * float(np.mean(missing))
         free = shutil.disk_usage(nearest_existing(folder)).free
-        room = min(limit_gb * 1e9 - _bytes_kept(folder), free / 2) - others
-        if self.missing_bytes > room:
+        room = min(limit_gb * 1e9 - tidy(folder), free / 2) - others
+        if needed > room:
             say(
-                f"{what}: decoded in every epoch; keeping them takes {self.missing_bytes / 1e9:.2g} GB and there is "
+                f"{what}: decoded in every epoch; keeping them takes {needed / 1e9:.2g} GB and there is "
                 f"room for {max(0, room) / 1e9:.2g} GB in {folder} (--image_cache_gb {limit_gb:g}, half of the free "
-                "space)"
+                "space; hftl cache rm images)"
             )
             return
         state = f"kept for later epochs, {mean * len(rows) / 1e9:.2g} GB" if any(missing) else "kept from before"
         say(f"{what}: {state}, in {folder} (--image_cache off: decoded every time)")
-        self.folder = folder
+        self.folder, self.missing_bytes = folder, needed
 
 
 def at_working_size(value: Any, side: int, open_image: Callable[[Any], Image.Image]) -> np.ndarray[Any, Any]:
@@ -157,22 +158,20 @@ def _read(path: Path) -> np.ndarray[Any, Any] | None:
     except OSError as error:
         say(f"images: the kept picture {path} cannot be read ({error.strerror}) and is made again")
         return None
-    if len(content) > _HEADER.size:
-        mark, *shape, kind, checksum = _HEADER.unpack_from(content.data)
-        values = content[_HEADER.size :]
-        if mark == _MARK and zlib.crc32(values.data, _start(shape, kind)) == checksum:
+    start = _HEADER.size + _CHECKSUM.size
+    if len(content) > start:
+        header, values = content[: _HEADER.size].tobytes(), content[start:]
+        mark, *shape, kind = _HEADER.unpack(header)
+        if mark == _MARK and _CHECKSUM.unpack_from(content.data, _HEADER.size) == (_checksum(header, values),):
+            mark_as_used(path)
             return values.view(np.dtype(kind.rstrip(b"\0").decode())).reshape(shape)
     say(f"images: the kept picture {path} is damaged and is made again")
     return None
 
 
-def _start(shape: Sequence[int], kind: bytes) -> int:
-    return zlib.crc32(struct.pack("<III4s", *shape, kind))
-
-
-def _checksum(made: np.ndarray[Any, Any]) -> int:
+def _checksum(header: bytes, made: np.ndarray[Any, Any]) -> int:
     """Of shape, type and content: 0.1 ms for 317 x 423 pixels."""
-    return zlib.crc32(made.data, _start(made.shape, made.dtype.str.encode()))
+    return zlib.crc32(made.data, zlib.crc32(header))
 
 
 def pays(rows: Any, side: int, mode: str, epochs: float) -> bool:
@@ -200,20 +199,3 @@ def _sizes(rows: Any) -> list[tuple[Any, tuple[int, int]]]:
     if any(isinstance(value, Image.Image | np.ndarray) for value in values):
         return []
     return [(value, size) for value in values if (size := image_header_size(value))]
-
-
-def _bytes_kept(folder: Path) -> int:
-    """Bytes of all pictures in `folder`; what a killed process left half-written a day ago is removed."""
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            path = Path(place, name)
-            try:
-                state = path.stat()
-                if name.startswith(".") and time.time() - state.st_mtime > 86_400:
-                    path.unlink()
-                    continue
-            except FileNotFoundError:  # another process renamed or removed it
-                continue
-            total += state.st_size
-    return total

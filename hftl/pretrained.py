@@ -320,9 +320,11 @@ def save_model(
 ) -> None:
     """Save a model, or another state of it, so that transformers, and timm for its own models, load it.
 
-    Where `written` has its very weights, as `save_pretrained` wrote them, their file gets a second name.
+    Where `written` has the model's very weights, as `save_pretrained` wrote them, their file gets a second name.
     """
-    if written is not None and _has_weights_of(model, written) and _named_again(written, folder, SAFE_WEIGHTS_NAME):
+    if written is not None and _has_weights_of(model, written) and _linked(written / SAFE_WEIGHTS_NAME, folder):
+        model.config.architectures = [type(model).__name__]  # as `save_pretrained` does, which a resumed run has not
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.config.save_pretrained(folder)
     else:
         model.save_pretrained(folder, state_dict=state)
@@ -337,7 +339,7 @@ def save_model(
 
 
 def _has_weights_of(model: PreTrainedModel, folder: Path) -> bool:
-    """Whether a folder has the weights of a model in one file; never of one with more to it than those and settings."""
+    """Whether a folder has the weights of a model in one file; not of one of which more is saved (code, generation)."""
     path = folder / SAFE_WEIGHTS_NAME
     if not path.is_file() or model.is_remote_code() or model.can_generate():
         return False
@@ -347,11 +349,11 @@ def _has_weights_of(model: PreTrainedModel, folder: Path) -> bool:
         return all(name in state and torch.equal(content.get_tensor(name), state[name].cpu()) for name in names)
 
 
-def _named_again(source: Path, folder: Path, name: str) -> bool:
-    """Give a file a second name, in another folder; not every file system can."""
+def _linked(path: Path, folder: Path) -> bool:
+    """Whether a file could be given a second name, in another folder; not every file system can."""
     folder.mkdir(exist_ok=True)
     try:
-        os.link(source / name, folder / name)
+        os.link(path, folder / path.name)
     except OSError:
         return False
     return True

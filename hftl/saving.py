@@ -47,9 +47,8 @@ def write_run(
     partial.mkdir()
     batch = task.collate([data["validation"][index] for index in range(min(8, len(data["validation"])))])
     final = Path(str(trainer.args.output_dir), "final")
-    save_checked(
-        task, _whole_model(task, trainer), batch, partial, written=None if arguments.keep_checkpoints else final
-    )
+    written = None if arguments.keep_checkpoints else final  # both stay, and one may be edited
+    save_checked(task, _whole_model(task, trainer), batch, partial, written)
     probe = final / PROBE
     if probe.is_dir():
         shutil.copytree(probe, partial / PROBE)

@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hftl.folder import read_json, replacing, say, write_json
+from hftl.folder import A_DAY, read_json, replacing, say, write_json
 
-_A_DAY = 86_400
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 #: numpy has no bfloat16: the bits are kept as whole numbers
 _STORED: dict[str, np.dtype[Any]] = {
@@ -177,5 +176,5 @@ def _remove_orphans(folder: Path) -> None:
     for path in (*folder.glob(".*"), *folder.glob("*.bin")):
         with contextlib.suppress(FileNotFoundError):  # another process removes it too
             left = path.name.startswith(".") or not path.with_suffix(".npz").is_file()
-            if left and time.time() - path.stat().st_mtime > _A_DAY:
+            if left and time.time() - path.stat().st_mtime > A_DAY:
                 path.unlink()

@@ -294,7 +294,11 @@ def _run_stages(
     searched = searched_stage(plan, task.arguments) if task.arguments.finds_learning_rate else None
     chooses = any(stage.choose is not None for stage in stages)
     limits = [callback for callback in callbacks if isinstance(callback, TimeLimit)]
-    repeated = functools.cache(lambda: data | {"validation": task.repeated(data["validation"], data["train"])})
+
+    @functools.cache
+    def inputs() -> dict[str, Any]:
+        return data | {"validation": task.kept_for_evaluations(data["validation"], data["train"])}
+
     start: dict[str, torch.Tensor] = {}
     first_run = len(stages) - task.arguments.soup_runs  # of the last stage, which mostly has one
     for index in range(len(stages)):
@@ -311,7 +315,7 @@ def _run_stages(
         stage = stages[index]
         kept = keep_features(task, stage, model, splits, data, alone=len(stages) == 1, last=is_last)
         stage = stage if kept is None else kept.stage
-        rows = repeated() if kept is None else kept.data
+        rows = inputs() if kept is None else kept.data
         with contextlib.ExitStack() as after:
             if kept is not None:
                 after.callback(kept.release)  # also where the stage fails, or a second fit would keep what stubs give

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 
@@ -36,11 +37,8 @@ def _collector() -> None:
 @pytest.fixture(autouse=True)
 def _own_environment() -> Iterator[None]:
     """Take back what `TrainingArguments` say to Accelerate: a test of `--fsdp` is none of the next one's."""
-    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
-    yield
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_") and name not in before]:
-        del os.environ[name]
-    os.environ.update(before)
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

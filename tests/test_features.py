@@ -295,9 +295,30 @@ def test_flags_beside_a_recipe_change_what_followed_from_others(
     train(place, "cnn", tmp_path / "six", recipe, "--num_train_epochs=2")
     assert "head: solved" not in (said := capsys.readouterr().out)
     assert "2 epochs" in said
+    train(place, "cnn", tmp_path / "seven", recipe, "--horizontal_flip=true", "--max_steps=2")
+    assert "--horizontal_flip true changes the images every epoch" in capsys.readouterr().out
+
+
+def test_epochs_of_the_head_beside_a_recipe_train_it(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(place, "bert", tmp_path / "one", "--method=lp_ft", "--num_train_epochs=1")
+    assert "head: solved" in capsys.readouterr().out
+    train(place, "bert", tmp_path / "two", f"--config={tmp_path / 'one' / 'recipe.yaml'}", "--head_epochs=2")
+    assert "head: trained by SGD, as --head_epochs asks" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("asked", ["--augmentation strong", "--horizontal_flip true"])
+def test_little_that_is_frozen_is_not_kept_and_that_is_said(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--method=partial", "--unfreeze_blocks=3", "--max_steps=1"]
+    train(place, "bert", tmp_path / "one", *flags)
+    assert "features: not kept, since less than half of the blocks is frozen" in capsys.readouterr().out
+    train(place, "bert", tmp_path / "two", *flags, "--feature_cache=on")
+    assert "runs once for each of" in capsys.readouterr().out
+
+
 def test_explicit_augmentation_is_not_dropped(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: str
 ) -> None:
@@ -542,6 +563,7 @@ def test_values_too_large_for_half_precision_are_refused(home: Path) -> None:
             "--num_train_epochs is for a head",
         ),
         ("bert", ["--method=lp_ft", "--head_solver=lbfgs", "--head_epochs=2"], "--head_epochs is for a head"),
+        ("bert", ["--method=frozen", "--head_solver=lbfgs", "--learning_rate=auto"], "--learning_rate is for a head"),
         ("bert", ["--method=frozen", "--feature_views=2"], "has no augmentation"),
         ("cnn", ["--method=frozen", "--feature_views=2", "--augmentation=none"], "needs an augmentation"),
         ("cnn", ["--method=frozen", "--feature_views=0"], "must be above 0"),

@@ -22,7 +22,7 @@ import small_data
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_models import write_timm_folder, write_tiny_image_model
+from tiny_models import write_timm_folder, write_tiny_image_model, write_tiny_text_model
 from transformers import pipeline
 
 import hftl
@@ -230,7 +230,7 @@ def evaluated(place: Path, *flags: str, **settings: Any) -> Any:
     task = task_for(place, *flags, **settings)
     photos = [{"image": str(path)} for path in sorted((place / "data" / "validation").glob("*/*.jpg"))]
     plain = task.dataset(photos, training=False)
-    return task.repeated(plain, task.dataset(rows(place), training=True)), plain
+    return task.kept_for_evaluations(plain, task.dataset(rows(place), training=True)), plain
 
 
 def test_a_second_evaluation_decodes_nothing(place: Path, home: Path, decoded: list[Any]) -> None:
@@ -247,6 +247,46 @@ def test_a_second_evaluation_decodes_nothing(place: Path, home: Path, decoded: l
     of_another_model, plain = evaluated(place, "--image_cache=on", model="timm")
     assert torch.equal(pixels(of_another_model), pixels(plain))
     assert len(kept(home)) == 4 + 4
+
+
+def test_pictures_of_validation_take_what_those_of_training_leave(
+    place: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_training, of_validation = 12 * 3 * 46 * 70, 4 * 3 * 32 * 32 * 4  # bytes
+    for limit, expected in ((of_training + of_validation, 4), (of_training + of_validation / 2, 0)):
+        data, _ = evaluated(place, f"--image_cache_gb={limit / 1e9}")
+        pixels(data)
+        assert len(kept(home)) == expected
+        shutil.rmtree(home, ignore_errors=True)
+    assert capsys.readouterr().out.count("images of validation: decoded in every epoch") == 1
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_pictures_beside_texts_are_kept_where_all_are_there(place: Path, home: Path, missing: bool) -> None:
+    flags = [f"--model={place / 'vit'}", "--num_train_epochs=2"]
+    task = hftl.ImageTextClassification(hftl.parse(hftl.ImageTextArguments, flags))
+    write_tiny_text_model(place / "bert")
+    task.image, task.text = ImageClassification(task.arguments), hftl.TextClassification(task.arguments)
+    task.image.load_processor(place / "vit")
+    task.text.load_processor(place / "bert")
+    given = [{**row, "id": str(number), "text": "a film"} for number, row in enumerate(rows(place))]
+    if missing:
+        given[0]["image"] = None
+    plain = task.dataset(given, training=False)
+    data = task.kept_for_evaluations(plain, task.dataset(given, training=True))
+    batch, expected = (task.collate([rows[row] for row in range(12)]) for rows in (data, plain))
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[name], expected[name]) for name in batch)
+    assert len(kept(home)) == (0 if missing else 12)
+
+
+def test_pixels_without_augmentation_are_kept_as_they_are(place: Path, home: Path, decoded: list[Any]) -> None:
+    plain = pixels(task_for(place, "--augmentation=none", "--image_cache=off").dataset(rows(place), training=True))
+    data = task_for(place, "--augmentation=none").dataset(rows(place), training=True)
+    decoded.clear()
+    assert torch.equal(pixels(data), plain)
+    assert torch.equal(pixels(data, epoch=1), plain)
+    assert len(decoded) == 12
 
 
 class OwnPixels(ImageClassification):
@@ -294,7 +334,9 @@ def test_kept_pictures_look_like_the_photo(place: Path) -> None:
         (["--num_train_epochs=1"], "data", False),
         (["--num_train_epochs=1", "--method=lp_ft", "--head_epochs=1"], "data", True),
         (["--image_cache=off"], "data", False),
-        (["--augmentation=none"], "data", False),
+        (["--augmentation=none"], "data", True),
+        (["--augmentation=none", "--image_cache=off"], "data", False),
+        (["--augmentation=none"], "small", False),
         (["--augmentation=strong"], "data", True),
         (["--num_train_epochs=1", "--image_cache=on"], "data", True),
         ([], "small", False),
@@ -415,6 +457,20 @@ def test_what_a_killed_process_left_is_removed_a_day_later(place: Path, home: Pa
     assert [path.name for path in kept(home)] == [".new"]
 
 
+def test_what_nobody_used_for_a_month_is_removed(place: Path, home: Path) -> None:
+    (home / "ab").mkdir(parents=True)
+    for name, days in (("old", 31), ("new", 29)):
+        (home / "ab" / name).write_bytes(b"")
+        os.utime(home / "ab" / name, (home.stat().st_mtime - days * 86_400,) * 2)
+    data = task_for(place).dataset(rows(place), training=True)
+    assert [path.name for path in kept(home)] == ["new"]
+    pixels(data)
+    for path in kept(home):
+        os.utime(path, (0, 0))
+    pixels(data)
+    assert sum(path.stat().st_mtime > 0 for path in kept(home)) == 12  # which were read
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_gives_the_same_weights_with_a_fresh_cache_and_with_an_old_one(
     place: Path, home: Path, workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -446,21 +502,27 @@ def test_a_run_gives_the_same_weights_with_a_fresh_cache_and_with_an_old_one(
 def test_training_has_channels_last_and_batches_ahead_in_pinned_memory_on_a_gpu(
     place: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: set[Any] = set()
-    step = TransferTrainer.training_step
+    layouts: set[tuple[bool, bool]] = set()
+    loaders: set[tuple[bool, int, int | None]] = set()
+    step, prepare = TransferTrainer.training_step, TransferTrainer.get_train_dataloader
 
     def noted(self: Any, model: Any, inputs: Any, *others: Any) -> Any:
-        layouts = [model.timm_model.conv1.weight, inputs["pixel_values"]]
-        loader = self.get_train_dataloader()
-        seen.add(tuple(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in layouts))
-        seen.add((loader.pin_memory, loader.num_workers, loader.prefetch_factor))
+        tensors = (model.timm_model.conv1.weight, inputs["pixel_values"])
+        layouts.add(tuple(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors))
         return step(self, model, inputs, *others)
 
+    def prepared(self: Any) -> Any:
+        loader = prepare(self)
+        loaders.add((loader.pin_memory, loader.num_workers, loader.prefetch_factor))
+        return loader
+
     monkeypatch.setattr(TransferTrainer, "training_step", noted)
-    ahead = {"dataloader_num_workers": workers} | ({"dataloader_prefetch_factor": 3} if workers else {})
-    settings: dict[str, Any] = {"model": place / "timm", "dataset": place / "data", "max_steps": 2, **ahead}
-    hftl.finetune("image-classification", output_dir=tmp_path / "run", report_to="none", **settings)
-    assert seen == {(True, True), (torch.cuda.is_available(), workers, 3 if workers else None)}
+    monkeypatch.setattr(TransferTrainer, "get_train_dataloader", prepared)
+    settings: dict[str, Any] = {"model": place / "timm", "dataset": place / "data", "max_steps": 2}
+    settings |= {"dataloader_num_workers": workers, "report_to": "none"}
+    hftl.finetune("image-classification", output_dir=tmp_path / "run", **settings)
+    assert layouts == {(True, True)}
+    assert loaders == {(torch.cuda.is_available(), workers, 2 if workers else None)}
 
 
 # --- workers ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,25 @@ def test_training_pixels_are_scaled_as_the_processor_does(
     if augmentation != "strong":  # which changes colours
         for pixels in found:
             torch.testing.assert_close(pixels, expected, rtol=1e-4, atol=1e-4)
+
+
+class OwnBatches(ImageClassification):
+    """A task that makes batches its own way."""
+
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Just the pixels."""
+        return {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
+
+
+@pytest.mark.parametrize("augmentation", ["light", "strong"])
+def test_who_makes_batches_gets_what_the_model_takes(checkpoints: dict[str, Path], augmentation: str) -> None:
+    flags = [f"--model={checkpoints['vit']}", f"--augmentation={augmentation}"]
+    task = OwnBatches(hftl.parse(hftl.ImageArguments, flags))
+    task.load_processor(checkpoints["vit"])
+    data = task.dataset([{"image": Image.new("RGB", (80, 60))}] * 2, training=True)
+    batch = task.collate([data[0], data[1]])["pixel_values"]
+    assert batch.dtype == torch.float32
+    assert batch.min() == pytest.approx(-1)  # black
 
 
 #: what of augmentation is in the transform of training images

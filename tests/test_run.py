@@ -19,11 +19,12 @@ import pytest
 import small_data
 import tiny_models
 import torch
+import transformers
 import yaml
 from forked import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, modeling_utils, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, modeling_utils, pipeline
 
 import hftl
 from hftl import cli
@@ -485,6 +486,27 @@ def test_weights_are_written_once(place: Path, case: str, tmp_path: Path, monkey
     assert AutoModelForSequenceClassification.from_pretrained(run.folder).config.id2label == run.model.config.id2label
     final = run.folder / "checkpoints" / "1-all" / "final" / "model.safetensors"
     assert final.exists() == (case == "kept")
+
+
+def test_a_run_that_ends_behind_an_interruption_names_its_architecture(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"model": tmp_path / "body", "dataset": place / "texts", "max_steps": 2}
+    transformers.BertModel.from_pretrained(place / "bert").save_pretrained(settings["model"])
+    AutoTokenizer.from_pretrained(place / "bert").save_pretrained(settings["model"])
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hftl.training.write_run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            hftl.finetune("text-classification", output_dir=tmp_path / "run", **settings)
+    final = tmp_path / "run" / "checkpoints" / "1-all" / "final" / "model.safetensors"
+    inode = final.stat().st_ino
+    run = hftl.finetune("text-classification", output_dir=tmp_path / "run", resume=True, **settings)
+    assert (run.folder / "model.safetensors").stat().st_ino == inode
+    assert json.loads((run.folder / "config.json").read_text())["architectures"] == ["BertForSequenceClassification"]
 
 
 def test_untrained_model_is_the_same_each_time(place: Path) -> None:

@@ -17,7 +17,6 @@ from tiny_models import write_tiny_text_model
 import hftl
 from hftl import cli
 from hftl.tasks.text_classification import Template, TextDataset
-from hftl.tokens import _smallest
 
 #: more than are worth a file, and no multiple of what is tokenised at once
 ROWS = 1_300
@@ -40,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def split(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of every call of the tokenizer how many texts it was given."""
     calls: list[int] = []
-    before, filled = TextDataset._split, Template.filled
+    before, filled = TextDataset._tokenised, Template.filled
 
     def counting(dataset: TextDataset, *texts: Any, **settings: Any) -> Any:
         calls.append(len(texts[0]))
@@ -50,7 +49,7 @@ def split(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(rows))
         return filled(template, rows)
 
-    monkeypatch.setattr(TextDataset, "_split", counting)
+    monkeypatch.setattr(TextDataset, "_tokenised", counting)
     monkeypatch.setattr(Template, "filled", counting_filled)
     return calls
 
@@ -133,6 +132,10 @@ def test_few_texts_and_those_to_predict_are_not_kept(model: Path, home: Path) ->
     task_of("texts", model).dataset(rows_of("texts", 100), training=True)
     run = hftl.Run(Path("unused"), task_of("texts", model))
     run.task.dataset(rows_of("texts"), training=False)
+    both = hftl.ImageTextClassification(hftl.parse(hftl.ImageTextArguments, ["--model=unused", "--output_dir=unused"]))
+    both.text, both.image = task_of("texts", model), hftl.ImageClassification(both.arguments)
+    hftl.Run(Path("unused"), both)
+    both._texts(rows_of("texts"), training=False)
     assert not home.exists()
 
 
@@ -162,6 +165,17 @@ def test_a_full_disk_ends_the_keeping_not_the_run(
     assert not [*home.iterdir()]
 
 
+def test_files_of_somebody_else_are_read(model: Path, split: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    task_of("texts", model).dataset(rows_of("texts"), training=True)
+    split.clear()
+    monkeypatch.setattr(os, "utime", refused)
+    task_of("texts", model).dataset(rows_of("texts"), training=True)
+    assert split == []
+
+
 def test_what_nobody_read_for_a_month_is_removed(model: Path, home: Path) -> None:
     home.mkdir(parents=True)
     for name, days in (("old.npz", 31), ("new.npz", 29)):
@@ -174,22 +188,6 @@ def test_what_nobody_read_for_a_month_is_removed(model: Path, home: Path) -> Non
         os.utime(path, (0, 0))
     task_of("texts", model).dataset(rows_of("texts"), training=True)
     assert sum(path.stat().st_mtime > 0 for path in home.iterdir()) == 2  # which were read
-
-
-@pytest.mark.parametrize(
-    ("numbers", "kind"),
-    [
-        ([], "uint8"),
-        ([0, 255], "uint8"),
-        ([256], "uint16"),
-        ([-1, 255], "int16"),
-        ([70_000], "int32"),
-        ([2**40], "int64"),
-    ],
-)
-def test_numbers_take_the_smallest_type_that_holds_them(numbers: list[int], kind: str) -> None:
-    assert _smallest(numbers).dtype == kind
-    assert _smallest(numbers).tolist() == numbers
 
 
 def test_a_run_is_the_same_from_kept_tokens(

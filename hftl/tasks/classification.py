@@ -189,8 +189,13 @@ class ClassificationTask:
         """The examples of a split, ready for `collate`; augmented in training."""
         raise NotImplementedError
 
-    def repeated(self, dataset: Any, training: Any) -> Any:
-        """The examples of validation for one evaluation after another; `training` are those that it goes with."""
+    def kept_for_evaluations(self, dataset: Any, training: Any) -> Any:
+        """The examples of validation, for one evaluation after another; perhaps they are prepared once.
+
+        Args:
+            dataset: what `dataset(rows, training=False)` gave.
+            training: what `dataset(rows, training=True)` gave of the training rows.
+        """
         return dataset
 
     def views(self, rows: Any, count: int, training: Any) -> list[Any]:

@@ -185,13 +185,17 @@ class ImageClassification(ClassificationTask):
             transform = self._training_transform()
             cache = self._training_cache(rows)
             return ImageDataset(rows, cache or self._opener(), transform, seed=self.arguments.seed)
-        return ImageDataset(rows, self._opener(), self.plain_transform)
+        plain = ImageDataset(rows, self._opener(), self.plain_transform)
+        return self._with_kept_pixels(plain, "images") if training else plain
 
     def _training_transform(self) -> v2.Compose:
         arguments = self.arguments
-        return training_transform(
+        transform = training_transform(
             self.processor, arguments.augmentation, arguments.horizontal_flip, arguments.random_erasing
         )
+        if type(self).collate is not ImageClassification.collate:  # which expects what the model takes
+            transform.transforms.append(_Scaled(self.processor))
+        return transform
 
     def views(self, rows: Any, count: int, training: Any) -> list[Any]:
         """The plain view, or `count` augmented ones, whose draws are functions of the image and the view's number."""
@@ -256,17 +260,26 @@ class ImageClassification(ClassificationTask):
         epochs = (self.arguments.num_train_epochs or 0) + (self.arguments.head_epochs or 0)
         return pays(rows, training_side(self.processor), self.arguments.image_cache, epochs)
 
-    def repeated(self, dataset: Any, training: Any) -> Any:
-        """Rows of validation, kept as just what the processor makes of the file, where training pictures are kept."""
+    def kept_for_evaluations(self, dataset: Any, training: Any) -> Any:
+        """Pictures of validation, kept as just what the processor makes of the files, where training keeps its own."""
         trained = getattr(training, "open_image", None)
-        plain = getattr(self.plain_transform, "__func__", None) is ImageClassification.plain_transform
-        once = self.arguments.eval_strategy == "no"
-        if once or not plain or not isinstance(trained, ImageCache) or not self._keeps_images(dataset.rows):
+        if self.arguments.eval_strategy == "no" or not isinstance(trained, ImageCache):
             return dataset
-        made_by = [type(self.processor).__name__, self.preprocessing(), compute.preparing_versions()]
-        cache = ImageCache(dataset.prepared, json.dumps(made_by, default=str))
+        return self._with_kept_pixels(dataset, "images of validation", trained.missing_bytes)
+
+    def _with_kept_pixels(self, dataset: Any, what: str, others: float = 0.0) -> Any:
+        """Pictures as the processor makes them, each once, where that pays and nobody else's code has a part in it."""
+        own = any(
+            getattr(type(self), name) is not getattr(ImageClassification, name)
+            for name in ("dataset", "plain_transform")
+        )
+        own = own or not type(self.processor).__module__.startswith("transformers.")
+        if own or not self._keeps_images(dataset.rows):
+            return dataset
+        made_by = [type(self.processor).__name__, self.preprocessing(), compute.library_versions()]
+        cache = ImageCache(dataset.pixels, json.dumps(made_by, default=str))
         each, limit = dataset[0]["pixel_values"].nbytes, self.arguments.image_cache_gb
-        cache.plan(dataset.rows, lambda _: each, limit, "images of validation", trained.missing_bytes)
+        cache.plan(dataset.rows, lambda _: each, limit, what, others)
         return ImageDataset(dataset.rows, cache, torch.from_numpy)
 
     def plain_transform(self, image: Any) -> torch.Tensor:
@@ -346,9 +359,9 @@ class ImageDataset(FileDataset):
         """`pixel_values` of shape (3, height, width)."""
         return {"pixel_values": self.transform(self.open_image(value))}
 
-    def prepared(self, value: Any) -> np.ndarray[Any, Any]:
+    def pixels(self, value: Any) -> np.ndarray[Any, Any]:
         """The pixels of an example, as an array."""
-        return self.transform(self.open_image(value)).numpy()
+        return self.example(value)["pixel_values"].numpy()
 
 
 def stack_pixels(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -368,13 +381,14 @@ _LEAST_CROP = 0.5
 def training_transform(
     processor: Any, augmentation: str, horizontal_flip: bool, random_erasing: float | None = None
 ) -> v2.Compose:
-    """Augmentation of one picture, to 8-bit pixels of the size that the model takes (`scaled` makes the rest).
+    """Augmentation of one picture, to 8-bit pixels of the size that the model takes, which are still to be `scaled`.
 
     light: a crop of half to all of the area, ratio 3/4 to 4/3, and a flip. strong: RandAugment (Cubuk et al. 2020; 2
     operations of strength 9 of 30) and random erasing of a quarter of the images (Zhong et al. 2020) on top. trivial:
     one operation of any strength (TrivialAugmentWide, Müller and Hutter 2021) on top. `random_erasing` is the part of
-    the images that are erased in any of them, with the mean, so that those are scaled before. It works on 8-bit
-    tensors: the crop takes a quarter of the time that Pillow needs (0.2 against 0.9 ms, 500 x 375 pixels).
+    the images that are erased in any of them, which sets pixels to 0, the mean: where some are, pictures come
+    scaled. It works on 8-bit tensors: the crop takes a quarter of the time that Pillow needs (0.2 against 0.9 ms,
+    500 x 375 pixels).
     """
     size, interpolation = crop_settings(processor)
     strong = augmentation == "strong"
@@ -448,7 +462,7 @@ class _Scaled:
         self.processor = processor
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        return scaled(self.processor, image[None])[0]
+        return scaled(self.processor, image[None])[0] if image.dtype is torch.uint8 else image
 
 
 def _resize(model: PreTrainedModel, image_size: int) -> PreTrainedModel:

@@ -194,17 +194,18 @@ class ImageTextClassification(ClassificationTask):
         return ImageTextDataset(task.dataset(rows, training), self._texts(rows, training), self.table)
 
     def _texts(self, rows: Any, training: bool) -> Any:
-        self.text.says_cut = self.says_cut
+        self.text.says_cut, self.text.is_training = self.says_cut, self.is_training
         texts = [{"text": text or ""} for text in data.column_of(rows, "text")]
         if len(rows) and "label" in rows[0]:
             texts = [{**row, "label": label} for row, label in zip(texts, data.column_of(rows, "label"), strict=True)]
         return self.text.dataset(texts, training)
 
-    def repeated(self, dataset: Any, training: Any) -> Any:
-        """As for images."""
-        if all(dataset.has_image):
-            dataset.pictures = self.image.repeated(dataset.pictures, training.pictures)
-        return dataset
+    def kept_for_evaluations(self, dataset: Any, training: Any) -> Any:
+        """As for images; where some are missing none are kept."""
+        if not all(dataset.has_image):
+            return dataset
+        pictures = self.image.kept_for_evaluations(dataset.pictures, training.pictures)
+        return ImageTextDataset(pictures, dataset.texts, self.table)
 
     def views(self, rows: Any, count: int, training: Any) -> list[Any]:
         """As for images."""

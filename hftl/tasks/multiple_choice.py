@@ -124,7 +124,7 @@ class ChoiceDataset(TextDataset):
         """What the tokenizer makes of some rows with each of their choices."""
         pairs = [(row["text"], choice) for row in chunk for choice in row["choices"]]
         texts, choices = (list(part) for part in zip(*pairs, strict=True))
-        tokens = self.kept.get([texts, choices], "texts", lambda: self._split(texts, choices))
+        tokens = self.kept.get([texts, choices], "texts", lambda: self._tokenised(texts, choices))
         ends = np.cumsum([len(row["choices"]) for row in chunk]).tolist()
         parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
         self.cut += sum(any(tokens.cut[part]) for part in parts)

@@ -161,7 +161,7 @@ class TextClassification(ClassificationTask):
 
     @property
     def keeps_tokens(self) -> bool:
-        """Whether what texts were split into stays on the disk: of those to train with."""
+        """Whether tokens stay on the disk: those of a run's texts, not of texts to predict."""
         return self.is_training and self.arguments.feature_cache != "off"
 
     def _told(self, encoded: TextDataset, training: bool, behind: str = "") -> TextDataset:
@@ -300,21 +300,22 @@ class TextDataset(Dataset[dict[str, Any]]):
         """What the tokenizer makes of some rows; those that it cuts are counted."""
         texts = [[row[name] for row in chunk] for name in self.columns]
         if self.template is None:
-            return self._counted(self.kept.get(texts, "texts", lambda: self._split(*texts)))
+            return self._counted(self.kept.get(texts, "texts", lambda: self._tokenised(*texts)))
         return self._counted(self.kept.get(texts, self.template.text, lambda: self._filled(self.template, texts)))
 
     def _filled(self, template: Template, texts: list[list[str]]) -> Tokens:
         """The tokens of texts in a template, which cuts them itself."""
         filled, is_cut = template.filled(list(zip(*texts, strict=True)))
-        tokens = self._split(filled)
+        tokens = self._tokenised(filled)
         return tokens._replace(cut=[one or other for one, other in zip(is_cut, tokens.cut, strict=True)])
 
-    def _split(self, *texts: Any, words: bool = False) -> Tokens:
+    def _tokenised(self, *texts: Any, words: bool = False) -> Tokens:
         """What the tokenizer makes of texts, or of lists of words."""
-        encoded = self.tokenizer(*texts, truncation=True, is_split_into_words=words)
-        cut = [len(ids) == self.tokenizer.model_max_length for ids in encoded["input_ids"]]
+        encoded = self.tokenizer(*texts, truncation=True, **({"is_split_into_words": True} if words else {}))
         if encoded.encodings:
             cut = [bool(entry.overflowing) for entry in encoded.encodings]
+        else:
+            cut = [len(ids) == self.tokenizer.model_max_length for ids in encoded["input_ids"]]
         owners = [encoded.word_ids(row) for row in range(len(cut))] if words else []
         return Tokens(dict(encoded), cut, [[-1 if word is None else word for word in row] for row in owners])
 

@@ -137,7 +137,7 @@ class WordDataset(TextDataset):
     def _encoded(self, chunk: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """What the tokenizer makes of the words of some rows."""
         words = [lines(row["text"]) for row in chunk]
-        tokens = self.kept.get([words], "words", lambda: self._split(words, words=True))
+        tokens = self.kept.get([words], "words", lambda: self._tokenised(words, words=True))
         for own, owners in zip(words, tokens.words, strict=True):
             first = [-1] * len(own)
             for place, word in reversed(list(enumerate(owners))):
