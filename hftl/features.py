@@ -893,10 +893,10 @@ def _augmentation_asked_for(arguments: Any) -> str | None:
     if "feature_views" in arguments.given:
         return None
     augmentation = getattr(arguments, "augmentation", "none")
-    if "augmentation" in arguments.given and augmentation != "none":
-        return f"--augmentation {augmentation}"
     if augmentation != "none" and "horizontal_flip" in arguments.typed and arguments.horizontal_flip:
         return "--horizontal_flip true"
+    if "augmentation" in arguments.given and augmentation != "none":
+        return f"--augmentation {augmentation}"
     return "--random_erasing" if getattr(arguments, "random_erasing", None) else None
 
 

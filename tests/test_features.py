@@ -308,7 +308,6 @@ def test_epochs_of_the_head_beside_a_recipe_train_it(
     assert "head: trained by SGD, as --head_epochs asks" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("asked", ["--augmentation strong", "--horizontal_flip true"])
 def test_little_that_is_frozen_is_not_kept_and_that_is_said(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -319,6 +318,7 @@ def test_little_that_is_frozen_is_not_kept_and_that_is_said(
     assert "runs once for each of" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("asked", ["--augmentation strong", "--horizontal_flip true"])
 def test_explicit_augmentation_is_not_dropped(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: str
 ) -> None:
