@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -385,7 +386,7 @@ def keep(task: Any, model: nn.Module, source: Source, data: dict[str, list[Any]]
     if any(compute.of_all_processes(rounded and extraction.smallest_type != "float16")):
         shards = extraction.shards("float32")
     with _together():
-        _announce(shards, keys, data, arguments.feature_cache_gb)
+        _announce(shards, keys, data, arguments.feature_cache_gb, solves=isinstance(source, PooledFeatures))
     for _ in range(2):  # a second time where another run removed shards meanwhile
         with _together():
             for split, views in data.items():
@@ -402,11 +403,13 @@ def keep(task: Any, model: nn.Module, source: Source, data: dict[str, list[Any]]
     raise NotKept("another run keeps emptying the cache")
 
 
-def _announce(shards: Shards, keys: dict[str, list[Any]], data: dict[str, list[Any]], budget: float) -> None:
+def _announce(
+    shards: Shards, keys: dict[str, list[Any]], data: dict[str, list[Any]], budget: float, solves: bool
+) -> None:
     """Say what is kept, what is there already and what it takes; refuse what does not fit.
 
     Raises:
-        NotKept: over the budget, or more than half of the free disk.
+        NotKept: over the budget, or more than half of the free disk; for a head that is solved, of the free memory.
     """
     settings = shards.settings
     every = np.unique(np.concatenate([entry for entries in keys.values() for entry in entries]))
@@ -420,6 +423,12 @@ def _announce(shards: Shards, keys: dict[str, list[Any]], data: dict[str, list[A
         raise NotKept(
             f"they need {needed / 1e9:.2g} GB beside the {used / 1e9:.2g} GB there, more than --feature_cache_gb "
             f"{budget:g} or half of the {free / 1e9:.2f} GB free allow (hftl cache rm makes room)"
+        )
+    available = psutil.virtual_memory().available
+    if solves and len(every) * row_bytes > available / 2:
+        raise NotKept(
+            f"solving a head holds them in memory, {len(every) * row_bytes / 1e9:.2g} GB, more than half of the "
+            f"{available / 1e9:.2g} GB that are free"
         )
     state = f"{missing:,} to compute" if missing else "all in the cache"
     say(

@@ -441,6 +441,16 @@ def test_a_cache_that_cannot_be_written_is_said(
     assert "hftl cache rm" in out
 
 
+def test_features_that_do_not_fit_into_memory_are_not_solved_on(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1_000))
+    train(place, "cnn", tmp_path / "run", "--method=frozen")
+    said = capsys.readouterr().out
+    assert "features: not kept, since solving a head holds them in memory" in said
+    assert "and the head is trained by SGD" in said
+
+
 @pytest.mark.parametrize("method", ["frozen", "partial"])
 def test_a_disk_that_is_full_ends_the_keeping_not_the_run(
     place: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, method: str, capsys: Any
