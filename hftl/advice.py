@@ -14,7 +14,6 @@ import platform
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from hftl.features import PooledFeatures, longest_stage
 from hftl.folder import say
 from hftl.losses import CrossEntropyLoss
 from hftl.methods import build_plan
+from hftl.methods.adapters import takes_lora
 from hftl.methods.plan import LEAST_STEPS, Plan, prepare_modules, with_least_steps
 from hftl.problems import is_uneven
 from hftl.ranking import Pooled, features_of, load_rows
@@ -177,16 +177,10 @@ def look(found: Pooled, splits: Splits) -> Figures:
         else math.nan,
         logme=transferability.logme(spectrum, found.labels),
         blocks=len(blocks),
-        adaptable=_is_adaptable(found.model),
+        adaptable=takes_lora(found.model),
         pairs=found.task.modality.is_text and type(found.source) is PooledFeatures,
         forward=found.seconds_a_row,
     )
-
-
-def _is_adaptable(model: Any) -> bool:
-    """Whether LoRA has a layer to go beside: grouped convolutions it does not take."""
-    layers = [model.get_submodule(name) for name in backbones.adaptable_layers(model)]
-    return any(getattr(layer, "groups", 1) == 1 for layer in layers)
 
 
 def _hardware(device: torch.device) -> str:

@@ -580,6 +580,11 @@ def averaged_views(arguments: TransferArguments) -> str | None:
     return f"--test_time_windows {windows}" if windows > 1 else None
 
 
+def views_of_a_row(arguments: TransferArguments) -> int:
+    """How many of a row's views the final scores average."""
+    return 2 if getattr(arguments, "test_time_flip", False) else getattr(arguments, "test_time_windows", 1)
+
+
 def flag_names(arguments_class: type) -> dict[str, str]:
     """Every name that a flag has (with underscores, aliases too) → the field's name."""
     names = {}
@@ -842,7 +847,10 @@ def _check_names(tokens: Sequence[str], names: dict[str, str]) -> set[str]:
         field_name = names.get(name) or names.get(name.removeprefix("no_"))
         if field_name is None:
             if name in _IMAGES_ONLY:
-                raise UsageError(f"--{name} mixes pixels; mixing the embeddings of texts is not supported.")
+                raise UsageError(
+                    f"--{name} mixes the pixels of images; mixing videos, sounds or the embeddings of texts is not "
+                    "supported."
+                )
             raise UsageError(f"Unknown flag --{name}.{did_you_mean(name, [*names, 'config', 'help'])}")
         given.add(field_name)
     return given

@@ -22,16 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from hftl import backbones, compute, folder
 from hftl.answers import read_answers
-from hftl.arguments import TransferArguments, seconds_of, set_precision, stage_arguments
+from hftl.arguments import TransferArguments, seconds_of, set_precision, stage_arguments, views_of_a_row
 from hftl.averaging import INGREDIENTS
 from hftl.batches import decoding_threads
 from hftl.callbacks import TimeLimit
 from hftl.data import Splits
-from hftl.errors import Diverged, UsageError
+from hftl.errors import DiskError, UsageError
 from hftl.features import OF_KEPT_FEATURES, gives_features
 from hftl.folder import CHECKPOINTS, METRICS, PREDICTIONS, RECIPE, read_json, say
 from hftl.launch import started
@@ -164,10 +165,11 @@ class Ladder:
     def climb(self, test_rows: int) -> None:
         """Every rung that the time allows; those of an interrupted run are not climbed again."""
         training, prediction, of_pairs = self._measure()
+        views = views_of_a_row(self.arguments)
+        self.reserve += 1.2 * prediction * views * (test_rows + len(self.splits.validation))
         self._finish_interrupted()
         if self._of("final"):
             return
-        self.reserve += 1.2 * prediction * (test_rows + len(self.splits.validation))
         if not self._of("probe"):
             self._check_probe_fits(prediction)
             self._train("probe", "frozen", 1.0, 0.0)
@@ -176,7 +178,8 @@ class Ladder:
         epoch += evaluations * prediction * len(self.splits.validation)
         length = "an epoch" if self.stretch == 1 else f"{self._epochs(1.0):g} epochs"
         left = f"{max(0, self.budget.left):.0f} s are left"
-        say(f"auto: to train the whole model for {length} takes about {epoch:.0f} s, {left}")
+        if math.isfinite(epoch):
+            say(f"auto: to train the whole model for {length} takes about {epoch:.0f} s, {left}")
         pairs = (self.pair_epochs * training + prediction) * len(self.splits.train)
         if of_pairs and not self._of("pairs") and self.left > pairs:
             self._train("pairs", _PAIRS, 1.0, self.pair_epochs)
@@ -246,6 +249,7 @@ class Ladder:
         for recipe in sorted((self.path / TRIALS).glob(f"*/{CHECKPOINTS}/{RECIPE}")):
             _, rung, method, factor = recipe.parents[1].name.split("-")
             settings = read_yaml(recipe)
+            self.budget.started -= _seconds_until_interrupted(recipe)
             epochs, runs = float(settings.get("num_train_epochs") or 0.0), int(settings.get("soup_runs") or 1)
             self._train(rung, method, float(factor), epochs, runs)
 
@@ -272,19 +276,19 @@ class Ladder:
             **(self._plain() if rung in ("probe", "pairs") else {}),
             **(OF_KEPT_FEATURES if method == "full" else {}),
         )
-        plan = build_plan(copy.deepcopy(self.model), arguments)
-        if factor != 1:
-            stages, rates = scaled(plan, list(plan.stages), main_rate(plan) * factor, keeps_head=False)
-            plan = dataclasses.replace(plan, stages=tuple(stages), settings=plan.settings | rates)
         score, better = -math.inf if self.arguments.greater_is_better else math.inf, False
         try:
+            plan = build_plan(copy.deepcopy(self.model), arguments)
+            if factor != 1:
+                stages, rates = scaled(plan, list(plan.stages), main_rate(plan) * factor, keeps_head=False)
+                plan = dataclasses.replace(plan, stages=tuple(stages), settings=plan.settings | rates)
             limit = TimeLimit(self.budget.ends - self.reserve)
             train_plan(self.task, plan, self.splits, arguments, [limit])
             usual = epochs >= self._epochs(self.arguments.usual_epochs) and method != "partial"
             whole = (method == _PAIRS or (usual and not self._of("pairs"))) and not limit.stopped
             score, better = self._score(place), self._is_better(place, whole)
-        except Diverged as error:
-            if not self.trials:
+        except (UsageError, torch.OutOfMemoryError) as error:  # it diverged, or the model does not take the method
+            if not self.trials or isinstance(error, DiskError):
                 raise
             say(f"auto: {method} failed: {error}")
         if better:
@@ -349,15 +353,25 @@ class Ladder:
         batch = {name: value.to(self.arguments.device) for name, value in batch.items()}
         rows = self.stretch * _MOST_RUNS * (_MOST_EPOCHS + _later(self.arguments)) * len(self.splits.train)
         loss = self.task.loss(self.splits)
-        precision = compute.choose_precision(model, batch, loss, training=True, rows=rows, arguments=self.arguments)
-        if precision != self.arguments.precision:
-            set_precision(self.arguments, precision)
-        training = compute.seconds_a_row(model, batch, loss, True, precision)
-        prediction = compute.seconds_a_row(model.eval(), batch, loss, False, precision)
+        try:
+            precision = compute.choose_precision(model, batch, loss, training=True, rows=rows, arguments=self.arguments)
+            if precision != self.arguments.precision:
+                set_precision(self.arguments, precision)
+            training = compute.seconds_a_row(model, batch, loss, True, precision)
+        except torch.OutOfMemoryError:
+            say("auto: the memory does not hold a training of the whole model: only its end is trained")
+            training = math.inf
+        prediction = compute.seconds_a_row(model.eval(), batch, loss, False, self.arguments.precision)
         pairs_fit = self.arguments.per_device_train_batch_size != 1 and not self.arguments.auto_find_batch_size
         few_texts = self.task.modality.is_text and self.stretch > 1
         of_pairs = few_texts and pairs_fit and gives_features(model, backbones.inputs_of(batch))
         return max(training, preparing), max(prediction, preparing), of_pairs
+
+
+def _seconds_until_interrupted(recipe: Path) -> float:
+    """What an interrupted trial took, from its settings, which it writes first, to the last that it wrote."""
+    written = [path.stat().st_mtime for path in recipe.parents[1].rglob("*")]
+    return max(written) - recipe.stat().st_mtime
 
 
 def _later(arguments: TransferArguments) -> float:
@@ -390,6 +404,8 @@ def check(arguments: TransferArguments) -> None:
     for name, default in (("average", "none"), ("wise_ft", False), ("soup_runs", 1)):
         if getattr(arguments, name) != default:
             raise UsageError(f"--{name} does not go with --method auto, whose time it would use up. Name a method.")
+    if arguments.keep_checkpoints:
+        raise UsageError("--keep_checkpoints: --method auto removes its trials as it goes. Leave it out.")
     if arguments.world_size > 1:
         raise UsageError("--method auto works in one process. Start it without accelerate launch, or name a method.")
     if arguments.feature_cache == "on":

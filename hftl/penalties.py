@@ -72,8 +72,8 @@ def delta(stage: Stage, model: nn.Module, batch: dict[str, torch.Tensor], output
 def _distance(values: torch.Tensor, start: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Squared difference summed over channels, mean over the positions of each row, mean over rows."""
     squares = (values.float() - start.float()).square()
-    # Channels come last in tokens and in Swin's maps, whose two sides stand before; else first.
-    last = squares.ndim != 4 or (squares.shape[1] == squares.shape[2] != squares.shape[3])
+    # Channels come last in tokens and in Swin's maps (of videos too), whose two sides stand before; else first.
+    last = squares.ndim < 4 or (squares.shape[-3] == squares.shape[-2] != squares.shape[-1])
     squares = squares.sum(dim=-1 if last else 1).flatten(start_dim=1)
     mask = None if mask is None else mask.flatten(end_dim=-2)  # of rows with several choices each choice is one
     if mask is None or mask.shape != squares.shape:

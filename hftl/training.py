@@ -373,7 +373,8 @@ def _chosen(task: ClassificationTask, stage: Stage, model: nn.Module, splits: Sp
     rows = [dataset[row] for row in range(len(order))]
     batches = [task.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
     batches = [{name: value.to(arguments.device) for name, value in batch.items()} for batch in batches]
-    name, trainable = stage.choose(model.to(arguments.device).eval(), stage.loss or task.loss(splits), batches)
+    loss = stage.loss or task.loss(splits)
+    name, trainable = stage.choose(model.to(arguments.device).eval(), loss, batches, stage.trainable)
     name, trainable = of_all_processes((name, trainable))[0]
     _, comma, run = stage.name.rpartition(_RUN)
     return dataclasses.replace(stage, name=f"{name}{comma}{run}" if comma else name, trainable=trainable, choose=None)

@@ -411,6 +411,8 @@ def _check(arguments: TransferArguments, space: Sequence[Dimension]) -> None:
         raise UsageError("hftl tune trains each trial once: leave out --repeats.")
     if arguments.resume:
         raise UsageError("hftl tune goes on by itself where it was stopped: leave out --resume.")
+    if arguments.keep_checkpoints:
+        raise UsageError("--keep_checkpoints: hftl tune removes its trials as it goes. Leave it out.")
     if not arguments.dataset_name:
         raise UsageError("--dataset is missing: name a folder, a table, a Hub id or builtin:NAME.")
     for name in next((entry.values for entry in space if entry.name == "model_name_or_path"), (None,)):

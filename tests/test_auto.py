@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from small_data import write_images, write_texts
 from tiny_models import write_tiny_cnn, write_tiny_text_model
 from transformers import AutoModelForSequenceClassification, TrainerControl, TrainerState
@@ -177,7 +179,10 @@ def test_a_trial_goes_on_from_its_checkpoint(
         train(world, tmp_path / "run", "--preset=fast", "--per_device_train_batch_size=16")
     monkeypatch.setattr(auto.TimeLimit, "on_step_end", limit)
     capsys.readouterr()
+    (recipe,) = (tmp_path / "run" / auto.TRIALS).glob(f"*/{auto.CHECKPOINTS}/{auto.RECIPE}")
+    os.utime(recipe, (recipe.stat().st_mtime - 20,) * 2)  # as if the trial had taken so many seconds more
     train(world, tmp_path / "run", "--preset=fast", "--per_device_train_batch_size=16", "--resume")
+    assert float(rows_of(tmp_path / "run")[-1]["spent"]) > 20
     printed = capsys.readouterr().out
     assert "going on from checkpoint-3 of stage 'all, run 1'" in printed
     assert "soup: the mean of" in printed
@@ -212,6 +217,43 @@ def test_a_trial_that_diverges_does_not_end_the_ladder(
     assert rows[1] == ("final", "-inf", "False")
     assert "auto: full failed: " in capsys.readouterr().out
     assert "test" in hftl.load_run(tmp_path / "run").metrics
+
+
+@pytest.mark.usefixtures("many_rows")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), hftl.UsageError("takes no such layer")])
+def test_a_method_that_the_model_does_not_take_does_not_end_the_ladder(
+    world: Path, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = auto.build_plan
+
+    def fails(model: Any, arguments: Any) -> Any:
+        if arguments.method == "full":
+            raise error
+        return plan(model, arguments)
+
+    monkeypatch.setattr(auto, "_EPOCHS_FOR_TRIALS", 1e9)
+    monkeypatch.setattr(auto, "build_plan", fails)
+    train(world, tmp_path / "run", "--time_budget=60s")
+    assert f"auto: full failed: {error}" in capsys.readouterr().out
+    assert [row["score"] for row in rows_of(tmp_path / "run")][1:] == ["-inf"]
+    assert hftl.load_run(tmp_path / "run").metrics["test"]
+
+
+def test_a_model_too_large_to_train_has_its_end_trained(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds_a_row = auto.compute.seconds_a_row
+
+    def little_memory(model: Any, batch: Any, loss: Any, training: bool, *others: Any) -> float:
+        if training:
+            raise torch.OutOfMemoryError
+        return seconds_a_row(model, batch, loss, training, *others)
+
+    monkeypatch.setattr(auto.compute, "seconds_a_row", little_memory)
+    train(world, tmp_path / "run", "--time_budget=60s")
+    assert "auto: the memory does not hold a training of the whole model" in capsys.readouterr().out
+    assert tried(tmp_path / "run") == [("probe", "frozen"), ("final", "partial")]
+    assert hftl.load_run(tmp_path / "run").metrics["test"]
 
 
 @pytest.mark.usefixtures("many_rows")

@@ -174,7 +174,7 @@ FLAGS = [
         ("--lr_scheduler_kwargs", "one_cycle"),
     ),
     Bad("unknown choice of when", f"{TEXT} --eval_strategy sometimes", ("sometimes", "--eval_strategy", "epoch")),
-    Bad("mixup of texts", f"{TEXT} --mixup 0.2", ("--mixup mixes pixels", "embeddings", "not supported")),
+    Bad("mixup of texts", f"{TEXT} --mixup 0.2", ("--mixup mixes the pixels", "embeddings", "not supported")),
     Bad("mixup of nothing", f"{IMAGE} --mixup 0", ("--mixup must be above 0",)),
     Bad("decay without its average", f"{TEXT} --ema_decay 0.9", ("--ema_decay is for --average ema",)),
     Bad("average that is not saved", f"{TEXT} --average ema --save_only_model", ("--save_only_model", "--average ema")),
@@ -394,6 +394,7 @@ METHODS = [
     Bad("shots that leave nothing", f"{TEXT} --shots 10", ("--shots 10", "no rows left for validation")),
     Bad("no shots", f"{TEXT} --shots 0", ("--shots", "above 0")),
     Bad("shots of a part", f"{TEXT} --shots 2 --max_train_samples 9", ("--shots and --max_train_samples exclude",)),
+    Bad("checkpoints of trials", f"{TEXT} --method auto --keep_checkpoints", ("--keep_checkpoints", "auto removes")),
     Bad("repeats of auto", f"{TEXT} --method auto --repeats 2", ("--repeats", "Name a method")),
     Bad("repeats below one", f"{TEXT} --repeats 0", ("--repeats", "above 0")),
     Bad("repeats that fail", f"{TEXT} --repeats 2 --feature_cache on", ("--feature_cache on", "whole model")),
@@ -428,6 +429,11 @@ METHODS = [
         "statistics of a model that has none",
         f"{TEXT} --batch_norm adapt",
         ("--batch_norm adapt", "BertForSequenceClassification has no BatchNorm layer"),
+    ),
+    Bad(
+        "statistics that the model has not",
+        f"{TEXT} --batch_norm frozen",
+        ("--batch_norm frozen", "BertForSequenceClassification has no BatchNorm layer"),
     ),
     Bad(
         "statistics of a model that is not pretrained",

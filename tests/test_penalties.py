@@ -134,6 +134,18 @@ def test_padding_of_choices_does_not_count() -> None:
     assert found == pytest.approx(float((values - start)[:, :2].square().sum(dim=2).mean()))
 
 
+@pytest.mark.parametrize(
+    ("shape", "channels"),
+    [((2, 5, 3, 4, 4), 1), ((2, 3, 4, 4, 5), 4), ((2, 5, 4, 4), 1), ((2, 4, 4, 5), 3), ((2, 4, 5), 2)],
+)
+def test_distances_of_maps_are_summed_over_channels(shape: tuple[int, ...], channels: int) -> None:
+    """Of networks of convolutions and of Swin, of videos and images, and of tokens."""
+    torch.manual_seed(0)
+    values, start = torch.randn(shape), torch.randn(shape)
+    expected = float((values - start).square().sum(dim=channels).mean())
+    assert float(penalties._distance(values, start, None)) == pytest.approx(expected)
+
+
 def test_bss_without_one_vector_a_row() -> None:
     model = calm("gpt2")
     with pytest.raises(UsageError, match="does not read one vector a row"):

@@ -67,7 +67,8 @@ def test_the_block_with_the_largest_relative_gradient_is_chosen() -> None:
         ratios.append(float(gradient.norm() / torch.cat([parameter.detach().flatten() for parameter in inside]).norm()))
     best = int(np.argmax(ratios))
     model.zero_grad()
-    name, trainable = largest_relative_gradient(model, CrossEntropyLoss(), [batch])
+    everything = frozenset(blocks)
+    name, trainable = largest_relative_gradient(model, CrossEntropyLoss(), [batch], everything)
     assert name == f"block {best + 1} of 4 and head"
     assert trainable == {key for key, block in blocks.items() if block in (best, 4)}
     assert all(torch.equal(before[key], tensor) for key, tensor in every_tensor(model).items())
@@ -76,7 +77,18 @@ def test_the_block_with_the_largest_relative_gradient_is_chosen() -> None:
         for key, parameter in model.named_parameters():
             if blocks[key] == best and "LayerNorm" not in key:
                 parameter.mul_(1e3)
-    assert largest_relative_gradient(model, CrossEntropyLoss(), [batch])[0] != name
+    assert largest_relative_gradient(model, CrossEntropyLoss(), [batch], everything)[0] != name
+
+
+def test_a_block_that_is_to_stay_frozen_is_not_chosen() -> None:
+    model = fresh("bert").eval()
+    blocks = backbones.parameter_blocks(model)
+    batch = tiny_inputs(model, batch=4) | {"labels": torch.tensor([0, 1, 2, 0])}
+    for allowed in range(3):
+        names = frozenset(name for name, block in blocks.items() if block in (allowed, 4))
+        name, trainable = largest_relative_gradient(model, CrossEntropyLoss(), [batch], names)
+        assert name == f"block {allowed + 1} of 4 and head"
+        assert trainable == names
 
 
 @pytest.mark.parametrize("model", ["cnn", pytest.param("bert", marks=pytest.mark.slow)])

@@ -266,6 +266,11 @@ def _candidates(model: nn.Module) -> dict[str, str]:
     return layers | dict.fromkeys(backbones.adaptable_normalisation(model), "normalisation")
 
 
+def takes_lora(model: nn.Module) -> bool:
+    """Whether LoRA has a layer to go beside."""
+    return not TYPES["LORA"].layers.isdisjoint(_candidates(model).values())
+
+
 def _targets(model: nn.Module, name: str, arguments: TransferArguments) -> list[str]:
     """Full names of the layers to adapt: chosen from the structure, or those that the person's names end.
 

@@ -33,8 +33,8 @@ class Stage:
         loss: `(outputs, labels, num_items_in_batch=None) -> scalar`; None takes the task's own.
         headless: the model gives what its output layer reads in the place of logits, which is what `loss` gets, and
             nothing is evaluated.
-        choose: `(model, loss, batches) -> (name, parameters)`, called when the stage begins: which of `trainable`
-            train.
+        choose: `(model, loss, batches, trainable) -> (name, parameters)`, called when the stage begins: which of
+            `trainable` train.
         penalty: `(stage, model, batch, outputs) -> scalar`, a mean over the rows of the batch, see `hftl.penalties`.
         penalty_weight: the loss in training is the task's plus this times the penalty.
         reference: the model as it was pretrained, for penalties that compare with it.

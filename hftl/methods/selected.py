@@ -84,7 +84,10 @@ def surgical(model: nn.Module, arguments: TransferArguments) -> Plan:
 
 
 def largest_relative_gradient(
-    model: nn.Module, loss: Callable[..., Any], batches: Sequence[dict[str, torch.Tensor]]
+    model: nn.Module,
+    loss: Callable[..., Any],
+    batches: Sequence[dict[str, torch.Tensor]],
+    trainable: frozenset[str],
 ) -> tuple[str, frozenset[str]]:
     """The block with the largest ‖gradient‖ / ‖weights‖, as a stage's name, and its parameters with the head's.
 
@@ -92,11 +95,14 @@ def largest_relative_gradient(
         model: in eval mode; it is left as it was.
         loss: `(outputs, labels) -> scalar`.
         batches: what the model takes, and `labels`.
+        trainable: names of the parameters that may be chosen.
     """
     blocks = backbones.parameter_blocks(model)
     fixed = backbones.pooling_layer(model)  # no pretrained weights, and a large constant among them
     parameters = {
-        name: parameter for name, parameter in model.named_parameters() if not backbones.is_below_any(name, fixed)
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name in trainable and not backbones.is_below_any(name, fixed)
     }
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -112,7 +118,7 @@ def largest_relative_gradient(
     model.zero_grad()
     chosen = ratios.index(max(ratios))
     return f"block {chosen + 1} of {count} and head", frozenset(
-        name for name in blocks if blocks[name] in (chosen, count)
+        name for name in trainable if blocks[name] in (chosen, count)
     )
 
 
