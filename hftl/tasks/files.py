@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch.utils.data import Dataset
 
+from hftl.data import column_of
 from hftl.sources import file_key, source_of
 
 
@@ -48,6 +50,12 @@ class FileDataset(Dataset[dict[str, Any]]):
     def _draw(self, seed: int, index: int) -> int:
         return seed * 7_919 + int(self.epoch) * 1_000_003 + index * 104_729
 
+    @functools.cached_property
+    def _paths(self) -> list[Any] | None:
+        """The column where it holds paths, which is read at once in a fraction of the time; None of other values."""
+        is_path = len(self.rows) > 0 and isinstance(self.rows[0][self.column], str)
+        return list(column_of(self.rows, self.column)) if is_path else None
+
     @property
     def labels(self) -> list[Any] | None:
         """As `hftl.data.labels_of`, where the rows have them."""
@@ -56,7 +64,8 @@ class FileDataset(Dataset[dict[str, Any]]):
     def key(self, index: int, full: bool = False) -> int:
         """64 bits for the content of a file and, of an augmented view, its number."""
         view = "" if self.view is None else f" view {self.view}"
-        digest = self.content_key(self.rows[index][self.column], full) + view.encode()
+        value = self.rows[index][self.column] if self._paths is None else self._paths[index]
+        digest = self.content_key(value, full) + view.encode()
         return int.from_bytes(hashlib.blake2b(digest, digest_size=8).digest(), "little")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
