@@ -698,8 +698,9 @@ def float_or_auto(text: str) -> float | str:
 def _outdated(arguments: TransferArguments, typed: set[str], config: list[str]) -> set[str]:
     """Settings of a recipe that followed from others, which flags beside it change: as if they had not been given."""
     outdated = set()
-    flips = "horizontal_flip" in typed and arguments.horizontal_flip  # type: ignore[attr-defined]
-    augments = (flips or bool(typed & {"augmentation", "random_erasing"})) and arguments.feature_views == 1
+    flips = getattr(arguments, "horizontal_flip", False) and getattr(arguments, "augmentation", "none") != "none"
+    asked = {"augmentation", "random_erasing"} | ({"horizontal_flip"} if flips else set())
+    augments = bool(typed & asked) and arguments.feature_views == 1
     if augments:
         outdated.add("feature_views")  # the default, which every recipe has
     trains = bool(typed & (OF_HEAD_TRAINING if arguments.method == "frozen" else {"head_epochs"}))

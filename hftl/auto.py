@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import gc
 import math
 import shutil
 import time
@@ -32,7 +33,7 @@ from hftl.averaging import INGREDIENTS
 from hftl.batches import decoding_threads
 from hftl.callbacks import TimeLimit
 from hftl.data import Splits
-from hftl.errors import DiskError, UsageError
+from hftl.errors import Diverged, UsageError
 from hftl.features import OF_KEPT_FEATURES, gives_features
 from hftl.folder import CHECKPOINTS, METRICS, PREDICTIONS, RECIPE, read_json, say
 from hftl.launch import started
@@ -42,11 +43,13 @@ from hftl.methods.plan import LEAST_STEPS, MOST_EVALUATIONS, PAIR_EPOCHS, PAIR_S
 from hftl.metrics import SHARES
 from hftl.tables import aligned, as_csv
 from hftl.tasks.classification import ClassificationTask
-from hftl.training import train_plan
+from hftl.training import check_plan, train_plan
 from hftl.yaml_files import read_yaml
 
 #: the table of what was tried, in the run folder, and the folder of the trial that trains
 TABLE, TRIALS = "trials.csv", "trials"
+#: in that folder: seconds of the whole run when an interrupted trial went on
+_SPENT = "spent.json"
 #: budgets, and nothing else
 PRESETS = {"fast": "1m", "medium": "10m", "best": "1h"}
 #: ways to train more than the head, with a factor of their default rates; the first is taken unseen where there is time
@@ -109,6 +112,10 @@ class Trial:
     best: bool
 
 
+class _NotForTheModel(UsageError):
+    """A method that the model does not take."""
+
+
 class Budget:
     """The time limit; what was spent before an interruption counts."""
 
@@ -147,6 +154,8 @@ class Ladder:
         self.splits = dataclasses.replace(splits, test=None)
         self.path = Path(str(self.arguments.output_dir))
         self.trials, spent = _read_table(self.path / TABLE) if self.arguments.resume else ([], 0.0)
+        if self.arguments.resume and (self.path / TRIALS / _SPENT).is_file():
+            spent = max(spent, float(read_json(self.path / TRIALS / _SPENT)))
         self.budget = Budget(budget_seconds(self.arguments), spent)
         #: seconds that come after the last step of training: evaluations, and writing
         self.reserve = _WRITING
@@ -188,9 +197,11 @@ class Ladder:
         if runs > 1 or self._cooks(self._epochs(epochs)):  # whose ingredients are scored one by one
             self.reserve += 1.2 * prediction * INGREDIENTS * len(self.splits.validation)
             runs, epochs = _shape(self.left / epoch, _later(self.arguments))
-        if epochs >= _LEAST_EPOCHS:
+        fits = epochs >= _LEAST_EPOCHS
+        if fits:
             self._train("final", method, factor, self._epochs(epochs), runs)
-        elif self.left > _PARTIAL_COSTS * self._of("probe")[0].seconds:
+        failed = not fits or math.isinf(self.trials[-1].score)
+        if failed and self.left > _PARTIAL_COSTS * self._of("probe")[0].seconds:
             self._train("final", "partial", 1.0, self._epochs(3.0))
 
     def _epochs(self, usual: float) -> float:
@@ -249,13 +260,15 @@ class Ladder:
         for recipe in sorted((self.path / TRIALS).glob(f"*/{CHECKPOINTS}/{RECIPE}")):
             _, rung, method, factor = recipe.parents[1].name.split("-")
             settings = read_yaml(recipe)
-            self.budget.started -= _seconds_until_interrupted(recipe)
+            earlier = _seconds_until_interrupted(recipe)
+            self.budget.started -= earlier
+            folder.write_json(self.path / TRIALS / _SPENT, self.budget.spent)  # it may be interrupted once more
             epochs, runs = float(settings.get("num_train_epochs") or 0.0), int(settings.get("soup_runs") or 1)
-            self._train(rung, method, float(factor), epochs, runs)
+            self._train(rung, method, float(factor), epochs, runs, earlier)
 
-    def _train(self, rung: str, method: str, factor: float, epochs: float, runs: int = 1) -> None:
-        """Train one way; where it is better than the run so far it takes its place."""
-        started = time.time()
+    def _train(self, rung: str, method: str, factor: float, epochs: float, runs: int = 1, earlier: float = 0.0) -> None:
+        """Train one way, `earlier` seconds of it before an interruption; if it is better it takes the run's place."""
+        started = time.time() - earlier
         place = self.path / TRIALS / f"{len(self.trials) + 1}-{rung}-{method}-{factor:g}"
         length = f" for {epochs:g} epoch{'' if epochs == 1 else 's'}" if epochs else ""
         length = f" {runs} times{length}" if runs > 1 else length
@@ -278,24 +291,38 @@ class Ladder:
         )
         score, better = -math.inf if self.arguments.greater_is_better else math.inf, False
         try:
-            plan = build_plan(copy.deepcopy(self.model), arguments)
-            if factor != 1:
-                stages, rates = scaled(plan, list(plan.stages), main_rate(plan) * factor, keeps_head=False)
-                plan = dataclasses.replace(plan, stages=tuple(stages), settings=plan.settings | rates)
+            plan = self._plan(arguments, factor)
             limit = TimeLimit(self.budget.ends - self.reserve)
             train_plan(self.task, plan, self.splits, arguments, [limit])
             usual = epochs >= self._epochs(self.arguments.usual_epochs) and method != "partial"
             whole = (method == _PAIRS or (usual and not self._of("pairs"))) and not limit.stopped
             score, better = self._score(place), self._is_better(place, whole)
-        except (UsageError, torch.OutOfMemoryError) as error:  # it diverged, or the model does not take the method
-            if not self.trials or isinstance(error, DiskError):
+        except (Diverged, _NotForTheModel, torch.OutOfMemoryError) as error:
+            if not self.trials:
                 raise
             say(f"auto: {method} failed: {error}")
+            gc.collect()  # what the training held
         if better:
             folder.promote(place, self.path)
         shutil.rmtree(place, ignore_errors=True)
         self.trials.append(Trial(rung, method, factor, runs, epochs, score, time.time() - started, better))
         _write_table(self.path / TABLE, self.trials, self.budget.spent)
+
+    def _plan(self, arguments: TransferArguments, factor: float) -> Plan:
+        """A plan for a copy of the model, at a factor of the method's rates.
+
+        Raises:
+            _NotForTheModel: the model does not take the method: LoRA where every layer is a grouped convolution, say.
+        """
+        try:
+            plan = build_plan(copy.deepcopy(self.model), arguments)
+            check_plan(plan, arguments)
+        except UsageError as error:
+            raise _NotForTheModel(str(error)) from error
+        if factor == 1:
+            return plan
+        stages, rates = scaled(plan, list(plan.stages), main_rate(plan) * factor, keeps_head=False)
+        return dataclasses.replace(plan, stages=tuple(stages), settings=plan.settings | rates)
 
     def _cooks(self, epochs: float) -> bool:
         """Whether a run of so many epochs is evaluated often enough for a soup of its checkpoints."""
@@ -350,7 +377,8 @@ class Ladder:
         batch = compute.typical_batch(data, self.task.collate)
         # Beside the model, which may be the faster of the two, by the threads that a prediction has.
         preparing = compute.seconds_to_prepare(data, self.task.collate) / decoding_threads(self.splits.train)
-        batch = {name: value.to(self.arguments.device) for name, value in batch.items()}
+        count = 1 if self.arguments.auto_find_batch_size else self.arguments.per_device_train_batch_size
+        batch = {name: value[:count].to(self.arguments.device) for name, value in batch.items()}
         rows = self.stretch * _MOST_RUNS * (_MOST_EPOCHS + _later(self.arguments)) * len(self.splits.train)
         loss = self.task.loss(self.splits)
         try:
@@ -361,6 +389,7 @@ class Ladder:
         except torch.OutOfMemoryError:
             say("auto: the memory does not hold a training of the whole model: only its end is trained")
             training = math.inf
+            model.zero_grad()
         prediction = compute.seconds_a_row(model.eval(), batch, loss, False, self.arguments.precision)
         pairs_fit = self.arguments.per_device_train_batch_size != 1 and not self.arguments.auto_find_batch_size
         few_texts = self.task.modality.is_text and self.stretch > 1

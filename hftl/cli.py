@@ -606,10 +606,11 @@ def _cached(entry: Path) -> str:
     """What is kept in a folder of the cache: last use, model and place."""
     import datetime
 
+    from hftl.builtin import cache_folder
     from hftl.yaml_files import read_yaml
 
     path = entry / "settings.json"
-    if entry.parent.name != "features":
+    if entry.parent == cache_folder():
         return next(content for kind, content in _SHARED_BY_ALL.items() if entry.name.endswith(kind))
     if not path.is_file():
         return "unfinished"

@@ -424,11 +424,12 @@ def _announce(
             f"they need {needed / 1e9:.2g} GB beside the {used / 1e9:.2g} GB there, more than --feature_cache_gb "
             f"{budget:g} or half of the {free / 1e9:.2f} GB free allow (hftl cache rm makes room)"
         )
+    held = compute.local_processes() * len(every) * row_bytes
     available = psutil.virtual_memory().available
-    if solves and len(every) * row_bytes > available / 2:
+    if solves and held > available / 2:
         raise NotKept(
-            f"solving a head holds them in memory, {len(every) * row_bytes / 1e9:.2g} GB, more than half of the "
-            f"{available / 1e9:.2g} GB that are free"
+            f"solving a head holds them in memory, {held / 1e9:.2g} GB, more than half of the {available / 1e9:.2g} GB "
+            "that are free"
         )
     state = f"{missing:,} to compute" if missing else "all in the cache"
     say(
@@ -829,7 +830,8 @@ def keep_features(
     if arguments.feature_cache == "off" or first == 0:
         return None
     if first * 2 < head and arguments.feature_cache != "on":  # large activations would be kept for little
-        say("features: not kept, since less than half of the blocks is frozen (--feature_cache on keeps them)")
+        if arguments.typed & {"unfreeze_blocks", "lora_blocks"}:
+            say("features: not kept, since less than half of the blocks is frozen (--feature_cache on keeps them)")
         return None
     solves = first == head and _may_solve(task, stage, splits, alone, last)
     try:

@@ -429,12 +429,12 @@ def tidy(folder: Path) -> int:
     for place, _, names in os.walk(folder):
         for name in names:
             path = Path(place, name)
-            with contextlib.suppress(FileNotFoundError):  # another process renamed or removed it
+            with contextlib.suppress(OSError):  # gone meanwhile; or of somebody else, and stays
                 state = path.stat()
+                total += state.st_size
                 if time.time() - state.st_mtime > (A_DAY if name.startswith(".") else 30 * A_DAY):
                     path.unlink()
-                else:
-                    total += state.st_size
+                    total -= state.st_size
     return total
 
 

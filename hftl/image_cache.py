@@ -25,7 +25,7 @@ from hftl.images import content_key, image_header_size
 #: mark, sizes, type of the values; the mark changes with the format and with how pictures are resized
 _HEADER = struct.Struct("<8sIII4s")
 _CHECKSUM = struct.Struct("<I")
-_MARK = b"hftlpic2"
+_MARK = b"hftlpic3"
 #: rows looked at to judge a data set: enough for its median size
 _SAMPLE = 64
 #: `auto` starts at photos whose shorter side is so many times the working side. Core time of a training image at 317
@@ -102,12 +102,13 @@ class ImageCache:
             others: bytes that are to be written there beside.
         """
         folder = cache_folder() / "images"
+        used = tidy(folder)  # of what is missing afterwards
         sizes = _sizes(rows)
         mean = float(np.mean([each(size) for _, size in sizes]))
         missing = [not _place(folder, picture_key(value, self.settings)).is_file() for value, _ in sizes]
         needed = mean * len(rows) * float(np.mean(missing))
         free = shutil.disk_usage(nearest_existing(folder)).free
-        room = min(limit_gb * 1e9 - tidy(folder), free / 2) - others
+        room = min(limit_gb * 1e9 - used, free / 2) - others
         if needed > room:
             say(
                 f"{what}: decoded in every epoch; keeping them takes {needed / 1e9:.2g} GB and there is "

@@ -57,15 +57,12 @@ class KeptTokens:
         """All that tokens depend on beside the texts."""
         tokenizer = self.tokenizer
         backend = tokenizer.backend_tokenizer
+        backend.no_truncation()  # every call sets both anew
+        backend.no_padding()
         names = ("model_max_length", "truncation_side", "model_input_names", "split_special_tokens")
         settings = [type(tokenizer).__name__, *(getattr(tokenizer, name, None) for name in names)]
-        settings += [
-            __version__,
-            version_of("transformers"),
-            version_of("tokenizers"),
-            _digest(backend, len(tokenizer)),
-        ]
-        return repr(settings).encode()
+        settings += [__version__, version_of("transformers"), version_of("tokenizers"), backend.to_str()]
+        return hashlib.blake2b(repr(settings).encode()).digest()
 
     def get(self, columns: Sequence[list[Any]], how: str, make: Callable[[], Tokens]) -> Tokens:
         """The tokens of texts, from the disk or else by `make`, which is then written.
@@ -100,14 +97,6 @@ class KeptTokens:
         except OSError as error:
             say(f"tokens: not kept in {self.folder}: {error.strerror or error}")
             self.folder = None
-
-
-@functools.lru_cache(maxsize=2)
-def _digest(backend: Any, tokens: int) -> bytes:
-    """Of a tokenizer with so many tokens; 250,000 of them take a tenth of a second."""
-    backend.no_truncation()  # every call sets both anew
-    backend.no_padding()
-    return hashlib.blake2b(backend.to_str().encode()).digest()
 
 
 def _smallest(numbers: list[int]) -> np.ndarray[Any, Any]:

@@ -295,10 +295,7 @@ def _run_stages(
     chooses = any(stage.choose is not None for stage in stages)
     limits = [callback for callback in callbacks if isinstance(callback, TimeLimit)]
 
-    @functools.cache
-    def inputs() -> dict[str, Any]:
-        return data | {"validation": task.kept_for_evaluations(data["validation"], data["train"])}
-
+    inputs = functools.cache(lambda: task.kept_for_epochs(data))
     start: dict[str, torch.Tensor] = {}
     first_run = len(stages) - task.arguments.soup_runs  # of the last stage, which mostly has one
     for index in range(len(stages)):

@@ -182,7 +182,9 @@ def test_a_trial_goes_on_from_its_checkpoint(
     (recipe,) = (tmp_path / "run" / auto.TRIALS).glob(f"*/{auto.CHECKPOINTS}/{auto.RECIPE}")
     os.utime(recipe, (recipe.stat().st_mtime - 20,) * 2)  # as if the trial had taken so many seconds more
     train(world, tmp_path / "run", "--preset=fast", "--per_device_train_batch_size=16", "--resume")
-    assert float(rows_of(tmp_path / "run")[-1]["spent"]) > 20
+    rows = rows_of(tmp_path / "run")
+    assert float(rows[-1]["seconds"]) > 20
+    assert float(rows[-1]["spent"]) > sum(float(row["seconds"]) for row in rows)
     printed = capsys.readouterr().out
     assert "going on from checkpoint-3 of stage 'all, run 1'" in printed
     assert "soup: the mean of" in printed
@@ -220,7 +222,7 @@ def test_a_trial_that_diverges_does_not_end_the_ladder(
 
 
 @pytest.mark.usefixtures("many_rows")
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), hftl.UsageError("takes no such layer")])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), hftl.UsageError("takes no such layer")], ids=type)
 def test_a_method_that_the_model_does_not_take_does_not_end_the_ladder(
     world: Path, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,8 +237,17 @@ def test_a_method_that_the_model_does_not_take_does_not_end_the_ladder(
     monkeypatch.setattr(auto, "build_plan", fails)
     train(world, tmp_path / "run", "--time_budget=60s")
     assert f"auto: full failed: {error}" in capsys.readouterr().out
-    assert [row["score"] for row in rows_of(tmp_path / "run")][1:] == ["-inf"]
+    assert tried(tmp_path / "run") == [("probe", "frozen"), ("final", "full"), ("final", "partial")]
+    assert rows_of(tmp_path / "run")[1]["score"] == "-inf"
     assert hftl.load_run(tmp_path / "run").metrics["test"]
+
+
+@pytest.mark.usefixtures("many_rows")
+def test_an_error_that_is_no_fault_of_the_method_ends_the_ladder(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(hftl.UsageError, match="lr_scheduler_kwargs"):
+        train(world, tmp_path / "run", "--time_budget=60s", '--lr_scheduler_kwargs={"wrong": 1}')
 
 
 def test_a_model_too_large_to_train_has_its_end_trained(

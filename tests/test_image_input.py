@@ -85,6 +85,11 @@ def kept(home: Path) -> list[Path]:
     return sorted(path for path in home.glob("**/*") if path.is_file())
 
 
+def in_training(task: Any, given: Any) -> Any:
+    """Rows as a stage gets them that prepares them in every epoch."""
+    return task.kept_for_epochs({"train": task.dataset(given, training=True)})["train"]
+
+
 def pixels(dataset: Any, epoch: int = 0) -> torch.Tensor:
     dataset.set_epoch(epoch)
     return torch.stack([dataset[row]["pixel_values"] for row in range(len(dataset))])
@@ -214,12 +219,12 @@ def test_a_processor_that_does_not_resize_gets_the_whole_picture(place: Path) ->
 
 def test_a_second_epoch_decodes_nothing(place: Path, home: Path, decoded: list[Any]) -> None:
     task = task_for(place)  # auto: these photos are much larger than 46 pixels
-    data = task.dataset(rows(place), training=True)
+    data = in_training(task, rows(place))
     first, again = pixels(data), pixels(data)
     assert len(decoded) == len(data) == len(kept(home)) == 12
     assert torch.equal(first, again)
     assert not torch.equal(first, pixels(data, epoch=1))
-    anew = task.dataset(rows(place), training=True)
+    anew = in_training(task, rows(place))
     assert torch.equal(pixels(anew, epoch=1), pixels(data, epoch=1))
     assert len(decoded) == 12
     assert np.fromfile(kept(home)[0], np.uint8).size <= 28 + 3 * 46 * 69
@@ -230,7 +235,8 @@ def evaluated(place: Path, *flags: str, **settings: Any) -> Any:
     task = task_for(place, *flags, **settings)
     photos = [{"image": str(path)} for path in sorted((place / "data" / "validation").glob("*/*.jpg"))]
     plain = task.dataset(photos, training=False)
-    return task.kept_for_evaluations(plain, task.dataset(rows(place), training=True)), plain
+    data = {"train": task.dataset(rows(place), training=True), "validation": plain}
+    return task.kept_for_epochs(data)["validation"], plain
 
 
 def test_a_second_evaluation_decodes_nothing(place: Path, home: Path, decoded: list[Any]) -> None:
@@ -263,17 +269,18 @@ def test_pictures_of_validation_take_what_those_of_training_leave(
 
 @pytest.mark.parametrize("missing", [False, True])
 def test_pictures_beside_texts_are_kept_where_all_are_there(place: Path, home: Path, missing: bool) -> None:
-    flags = [f"--model={place / 'vit'}", "--num_train_epochs=2"]
+    flags = [f"--model={place / 'vit'}"]
     task = hftl.ImageTextClassification(hftl.parse(hftl.ImageTextArguments, flags))
     write_tiny_text_model(place / "bert")
-    task.image, task.text = ImageClassification(task.arguments), hftl.TextClassification(task.arguments)
     task.image.load_processor(place / "vit")
     task.text.load_processor(place / "bert")
     given = [{**row, "id": str(number), "text": "a film"} for number, row in enumerate(rows(place))]
     if missing:
         given[0]["image"] = None
     plain = task.dataset(given, training=False)
-    data = task.kept_for_evaluations(plain, task.dataset(given, training=True))
+    both = {"train": task.dataset(given, training=True), "validation": plain}
+    task.arguments.num_train_epochs = 2
+    data = task.kept_for_epochs(both)["validation"]
     batch, expected = (task.collate([rows[row] for row in range(12)]) for rows in (data, plain))
     assert batch.keys() == expected.keys()
     assert all(torch.equal(batch[name], expected[name]) for name in batch)
@@ -281,8 +288,8 @@ def test_pictures_beside_texts_are_kept_where_all_are_there(place: Path, home: P
 
 
 def test_pixels_without_augmentation_are_kept_as_they_are(place: Path, home: Path, decoded: list[Any]) -> None:
-    plain = pixels(task_for(place, "--augmentation=none", "--image_cache=off").dataset(rows(place), training=True))
-    data = task_for(place, "--augmentation=none").dataset(rows(place), training=True)
+    plain = pixels(in_training(task_for(place, "--augmentation=none", "--image_cache=off"), rows(place)))
+    data = in_training(task_for(place, "--augmentation=none"), rows(place))
     decoded.clear()
     assert torch.equal(pixels(data), plain)
     assert torch.equal(pixels(data, epoch=1), plain)
@@ -309,9 +316,9 @@ def test_when_pictures_of_validation_are_not_kept(place: Path, home: Path, flags
 
 
 def test_pixels_are_the_same_kept_or_not(place: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with_room = pixels(task_for(place).dataset(rows(place), training=True))
+    with_room = pixels(in_training(task_for(place), rows(place)))
     shutil.rmtree(home)
-    without = pixels(task_for(place, "--image_cache_gb=1e-6").dataset(rows(place), training=True))
+    without = pixels(in_training(task_for(place, "--image_cache_gb=1e-6"), rows(place)))
     assert torch.equal(with_room, without)
     assert not kept(home)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("images:")]
@@ -320,7 +327,7 @@ def test_pixels_are_the_same_kept_or_not(place: Path, home: Path, capsys: pytest
 
 
 def test_kept_pictures_look_like_the_photo(place: Path) -> None:
-    data = task_for(place, "--image_cache=on", model="timm").dataset([{"image": str(place / "large.jpg")}], True)
+    data = in_training(task_for(place, "--image_cache=on", model="timm"), [{"image": str(place / "large.jpg")}])
     found = data.open_image(data.rows[0]["image"])
     assert found.shape == (91, 136, 3)
     expected = images.open_image(place / "large.jpg").resize((136, 91), Image.Resampling.BICUBIC)
@@ -349,7 +356,7 @@ def test_kept_pictures_look_like_the_photo(place: Path) -> None:
 def test_when_pictures_are_kept(place: Path, home: Path, flags: list[str], name: str, expected: bool) -> None:
     small = [{"image": {"bytes": _png(photo(60, 40)), "path": None}}]
     given = {"data": rows(place), "small": small, "pictures": [{"image": photo(600, 400)}], "none": []}[name]
-    data = task_for(place, *flags).dataset(given, training=True)
+    data = in_training(task_for(place, *flags), given)
     for row in range(len(data)):
         data[row]
     assert len(kept(home)) == (len(given) if expected else 0)
@@ -370,7 +377,7 @@ def _png(picture: Image.Image) -> bytes:
 def test_a_damaged_picture_is_made_again(
     place: Path, home: Path, decoded: list[Any], damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = task_for(place).dataset(rows(place), training=True)
+    data = in_training(task_for(place), rows(place))
     before = pixels(data)
     path = kept(home)[3]
     content = bytearray(path.read_bytes())
@@ -413,12 +420,12 @@ def test_the_key_is_the_content(place: Path, tmp_path: Path) -> None:
 def test_a_full_disk_ends_the_keeping_not_the_training(
     place: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = task_for(place).dataset(rows(place), training=True)
+    data = in_training(task_for(place), rows(place))
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    expected = pixels(task_for(place, "--image_cache_gb=1e-6").dataset(rows(place), training=True))
+    expected = pixels(in_training(task_for(place, "--image_cache_gb=1e-6"), rows(place)))
     monkeypatch.setattr(os, "replace", full)
     assert torch.equal(pixels(data), expected)
     assert not kept(home)
@@ -432,7 +439,7 @@ def test_two_runs_at_once_share_what_they_keep(place: Path, home: Path) -> None:
 
     def train(number: int) -> None:
         # No augmentation draws here: the random generator belongs to the whole process.
-        data = tasks[number].dataset(rows(place), training=True)
+        data = in_training(tasks[number], rows(place))
         found[number] = torch.cat(
             [torch.from_numpy(data.open_image(data.rows[row]["image"])).flatten() for row in range(len(data))]
         )
@@ -453,7 +460,7 @@ def test_what_a_killed_process_left_is_removed_a_day_later(place: Path, home: Pa
     for name, age in ((".old", 2 * 86_400), (".new", 0)):
         (home / "ab" / name).write_bytes(b"half")
         os.utime(home / "ab" / name, (home.stat().st_mtime - age,) * 2)
-    task_for(place).dataset(rows(place), training=True)
+    in_training(task_for(place), rows(place))
     assert [path.name for path in kept(home)] == [".new"]
 
 
@@ -462,7 +469,7 @@ def test_what_nobody_used_for_a_month_is_removed(place: Path, home: Path) -> Non
     for name, days in (("old", 31), ("new", 29)):
         (home / "ab" / name).write_bytes(b"")
         os.utime(home / "ab" / name, (home.stat().st_mtime - days * 86_400,) * 2)
-    data = task_for(place).dataset(rows(place), training=True)
+    data = in_training(task_for(place), rows(place))
     assert [path.name for path in kept(home)] == ["new"]
     pixels(data)
     for path in kept(home):
@@ -520,9 +527,10 @@ def test_training_has_channels_last_and_batches_ahead_in_pinned_memory_on_a_gpu(
     monkeypatch.setattr(TransferTrainer, "get_train_dataloader", prepared)
     settings: dict[str, Any] = {"model": place / "timm", "dataset": place / "data", "max_steps": 2}
     settings |= {"dataloader_num_workers": workers, "report_to": "none"}
+    settings |= {"dataloader_prefetch_factor": 3} if workers else {}
     hftl.finetune("image-classification", output_dir=tmp_path / "run", **settings)
     assert layouts == {(True, True)}
-    assert loaders == {(torch.cuda.is_available(), workers, 2 if workers else None)}
+    assert loaders == {(torch.cuda.is_available(), workers, 3 if workers else None)}
 
 
 # --- workers ---------------------------------------------------------------------------------------------------------

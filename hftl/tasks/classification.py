@@ -189,14 +189,9 @@ class ClassificationTask:
         """The examples of a split, ready for `collate`; augmented in training."""
         raise NotImplementedError
 
-    def kept_for_evaluations(self, dataset: Any, training: Any) -> Any:
-        """The examples of validation, for one evaluation after another; perhaps they are prepared once.
-
-        Args:
-            dataset: what `dataset(rows, training=False)` gave.
-            training: what `dataset(rows, training=True)` gave of the training rows.
-        """
-        return dataset
+    def kept_for_epochs(self, data: dict[str, Any]) -> dict[str, Any]:
+        """The data sets of the splits, for a stage that goes over the rows again and again: perhaps prepared once."""
+        return data
 
     def views(self, rows: Any, count: int, training: Any) -> list[Any]:
         """What is kept of the training rows: a data set, or one for each of `count` fixed augmentations.

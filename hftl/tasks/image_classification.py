@@ -180,13 +180,10 @@ class ImageClassification(ClassificationTask):
         self.auto_class = DualEncoderForImageClassification if own else type(self).auto_class
 
     def dataset(self, rows: Any, training: bool) -> Dataset[dict[str, Any]]:
-        """Images decoded when they are asked for; in training perhaps once and kept, see `--image_cache`."""
+        """Images decoded when they are asked for."""
         if training and self.arguments.augmentation != "none":
-            transform = self._training_transform()
-            cache = self._training_cache(rows)
-            return ImageDataset(rows, cache or self._opener(), transform, seed=self.arguments.seed)
-        plain = ImageDataset(rows, self._opener(), self.plain_transform)
-        return self._with_kept_pixels(plain, "images") if training else plain
+            return ImageDataset(rows, self._opener(), self._training_transform(), seed=self.arguments.seed)
+        return ImageDataset(rows, self._opener(), self.plain_transform)
 
     def _training_transform(self) -> v2.Compose:
         arguments = self.arguments
@@ -243,43 +240,39 @@ class ImageClassification(ClassificationTask):
     def _opens_images_its_own_way(self) -> bool:
         return getattr(self.open_image, "__func__", None) is not ImageClassification.open_image
 
-    def _training_cache(self, rows: Any) -> ImageCache | None:
-        """Training pictures at working size, where it pays to keep them."""
-        if not self._keeps_images(rows):
-            return None
-        side = training_side(self.processor)
-        make = functools.partial(at_working_size, side=side, open_image=self._opener())
-        cache = ImageCache(make, f"{side} {decoded_side(self.processor)}")
-        limit = self.arguments.image_cache_gb
-        cache.plan(rows, lambda size: 3 * math.prod(working_size(size, side)), limit, "images")
-        return cache
+    def kept_for_epochs(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Training pictures at working size, and validation as what the model takes of it: made once, where that pays.
 
-    def _keeps_images(self, rows: Any) -> bool:
-        if self._opens_images_its_own_way():
-            return False
-        epochs = (self.arguments.num_train_epochs or 0) + (self.arguments.head_epochs or 0)
-        return pays(rows, training_side(self.processor), self.arguments.image_cache, epochs)
+        See `--image_cache`. The test split, and predictions, read the files.
+        """
+        if self._opens_images_its_own_way() or type(self).dataset is not ImageClassification.dataset:
+            return data
+        kept = {**data, "train": self._kept(data["train"], "images")}
+        if self.arguments.eval_strategy != "no" and "validation" in data:
+            others = getattr(kept["train"].open_image, "missing_bytes", 0.0)
+            kept["validation"] = self._kept(data["validation"], "images of validation", others)
+        return kept
 
-    def kept_for_evaluations(self, dataset: Any, training: Any) -> Any:
-        """Pictures of validation, kept as just what the processor makes of the files, where training keeps its own."""
-        trained = getattr(training, "open_image", None)
-        if self.arguments.eval_strategy == "no" or not isinstance(trained, ImageCache):
+    def _kept(self, dataset: ImageDataset, what: str, others: float = 0.0) -> ImageDataset:
+        """Augmented pictures at working size, others as the processor makes them; unchanged where it does not pay."""
+        arguments, side = self.arguments, training_side(self.processor)
+        epochs = (arguments.num_train_epochs or 0) + (arguments.head_epochs or 0)
+        if not pays(dataset.rows, side, arguments.image_cache, epochs):
             return dataset
-        return self._with_kept_pixels(dataset, "images of validation", trained.missing_bytes)
-
-    def _with_kept_pixels(self, dataset: Any, what: str, others: float = 0.0) -> Any:
-        """Pictures as the processor makes them, each once, where that pays and nobody else's code has a part in it."""
-        own = any(
-            getattr(type(self), name) is not getattr(ImageClassification, name)
-            for name in ("dataset", "plain_transform")
-        )
-        own = own or not type(self.processor).__module__.startswith("transformers.")
-        if own or not self._keeps_images(dataset.rows):
+        if dataset.seed is not None:
+            make = functools.partial(at_working_size, side=side, open_image=dataset.open_image)
+            cache = ImageCache(make, f"{side} {decoded_side(self.processor)}")
+            cache.plan(
+                dataset.rows, lambda size: 3 * math.prod(working_size(size, side)), arguments.image_cache_gb, what
+            )
+            return ImageDataset(dataset.rows, cache, dataset.transform, seed=dataset.seed)
+        plain = type(self).plain_transform is ImageClassification.plain_transform
+        if not plain or not type(self.processor).__module__.startswith("transformers."):  # code that may change
             return dataset
         made_by = [type(self.processor).__name__, self.preprocessing(), compute.library_versions()]
         cache = ImageCache(dataset.pixels, json.dumps(made_by, default=str))
-        each, limit = dataset[0]["pixel_values"].nbytes, self.arguments.image_cache_gb
-        cache.plan(dataset.rows, lambda _: each, limit, what, others)
+        each = dataset[0]["pixel_values"].nbytes
+        cache.plan(dataset.rows, lambda _: each, arguments.image_cache_gb, what, others)
         return ImageDataset(dataset.rows, cache, torch.from_numpy)
 
     def plain_transform(self, image: Any) -> torch.Tensor:

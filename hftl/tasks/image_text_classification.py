@@ -187,11 +187,7 @@ class ImageTextClassification(ClassificationTask):
 
     def dataset(self, rows: Any, training: bool) -> Dataset[dict[str, Any]]:
         """Images decoded when they are asked for, texts tokenised at once."""
-        task = self.image
-        if any(map(is_missing, data.column_of(rows, "image"))):  # what is not there cannot be kept for later epochs
-            task = ImageClassification(stage_arguments(self.arguments, image_cache="off"))
-            task.processor = self.image.processor
-        return ImageTextDataset(task.dataset(rows, training), self._texts(rows, training), self.table)
+        return ImageTextDataset(self.image.dataset(rows, training), self._texts(rows, training), self.table)
 
     def _texts(self, rows: Any, training: bool) -> Any:
         self.text.says_cut, self.text.is_training = self.says_cut, self.is_training
@@ -200,12 +196,14 @@ class ImageTextClassification(ClassificationTask):
             texts = [{**row, "label": label} for row, label in zip(texts, data.column_of(rows, "label"), strict=True)]
         return self.text.dataset(texts, training)
 
-    def kept_for_evaluations(self, dataset: Any, training: Any) -> Any:
-        """As for images; where some are missing none are kept."""
-        if not all(dataset.has_image):
-            return dataset
-        pictures = self.image.kept_for_evaluations(dataset.pictures, training.pictures)
-        return ImageTextDataset(pictures, dataset.texts, self.table)
+    def kept_for_epochs(self, data: dict[str, Any]) -> dict[str, Any]:
+        """As for images, where none are missing."""
+        if not all(all(dataset.has_image) for dataset in data.values()):
+            return data
+        for name in ("num_train_epochs", "head_epochs"):  # which are known by now
+            setattr(self.image.arguments, name, getattr(self.arguments, name))
+        pictures = self.image.kept_for_epochs({name: dataset.pictures for name, dataset in data.items()})
+        return {name: ImageTextDataset(pictures[name], rows.texts, self.table) for name, rows in data.items()}
 
     def views(self, rows: Any, count: int, training: Any) -> list[Any]:
         """As for images."""
