@@ -176,7 +176,10 @@ class TransferArguments(TrainingArguments):
         choices=("auto", "on", "off"),
     )
     # One: the plain view. Each further one costs a pass over the rows.
-    feature_views: int = _argument(1, "Augmented views kept of each training example; 1 is the plain one.")
+    feature_views: int = _argument(
+        1,
+        "Augmented views kept of each training example; 1 is the plain one, 0 keeps none and augments in every epoch.",
+    )
     feature_cache_gb: float = _argument(10.0, "What all kept features may take on disk.")
     feature_cache_dtype: str = _argument(
         "auto",
@@ -708,6 +711,7 @@ def _outdated(arguments: TransferArguments, typed: set[str], config: list[str]) 
         outdated.add("head_solver")  # a recipe says how the head was found
     if "head_solver" in outdated - typed:
         arguments.head_solver = "auto"
+        arguments.feature_views = arguments.feature_views or 1  # nor does another method keep nothing
     return outdated - typed
 
 
@@ -951,7 +955,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
             "per_device_eval_batch_size", "gradient_accumulation_steps", "eval_accumulation_steps",
             "max_train_samples", "max_eval_samples", "shots", "repeats", "soup_runs", "learning_rate",
             "head_learning_rate", "lora_r", "lora_alpha", "lora_blocks", "lora_plus_ratio", "reinit_blocks", "mixup",
-            "cutmix", "feature_views", "feature_layers", "feature_cache_gb", "frames", "image_size", "image_cache_gb",
+            "cutmix", "feature_layers", "feature_cache_gb", "frames", "image_size", "image_cache_gb",
             "max_length", "clip_seconds", "test_time_windows", "early_stopping_patience", "embedding_size",
             "temperature",
         ),
@@ -959,6 +963,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         "be above 0",
     ),
     (("max_steps",), lambda value: value > 0 or value == -1, "be above 0"),
+    (("feature_views",), lambda value: value >= 0, "be 0 or more"),
     (("dataloader_num_workers",), lambda value: value >= -1, "be 0 or more (-1 chooses)"),
     (("weight_decay", "max_grad_norm"), lambda value: value >= 0, "be a number from 0 on"),
     (("lora_dropout", "label_smoothing_factor"), lambda value: 0 <= value < 1, "lie between 0 and 1"),

@@ -576,8 +576,12 @@ def _copy(argv: list[str]) -> None:
     print(without_home(f"copied to {target}"))
 
 
-#: folders of the cache that hold what is made for any model
-_SHARED_BY_ALL = {"images": "pictures of training and validation", "tokens": "texts as tokens"}
+#: entries of the cache that are of no one model
+_SHARED_BY_ALL = {
+    "images": "pictures of training and validation",
+    "tokens": "texts as tokens",
+    "precision.json": "what --precision auto measured",
+}
 
 
 def _cache(argv: list[str]) -> None:
@@ -589,7 +593,7 @@ def _cache(argv: list[str]) -> None:
     from hftl.builtin import cache_folder
     from hftl.folder import folder_bytes
 
-    shared = [entry for kind in _SHARED_BY_ALL for entry in cache_folder().glob(f"*{kind}/")]
+    shared = [entry for kind in _SHARED_BY_ALL for entry in cache_folder().glob(f"*{kind}")]
     entries = [*sorted(cache_folder().glob("features/*/")), *shared]
     if options.action == "size":
         print(without_home(f"{sum(map(folder_bytes, entries)) / 1e6:,.1f} MB in {cache_folder()}"))
@@ -599,7 +603,9 @@ def _cache(argv: list[str]) -> None:
     else:
         for entry in entries if options.all else [_named_entry(entries, options.name)]:
             entry = entry.rename(entry.with_name(f".{uuid.uuid4().hex}-{entry.name}"))  # which runs may write meanwhile
-            shutil.rmtree(entry)
+            size = folder_bytes(entry)
+            entry.unlink() if entry.is_file() else shutil.rmtree(entry)
+            print(f"removed {size / 1e6:,.1f} MB")
 
 
 def _cached(entry: Path) -> str:

@@ -386,7 +386,8 @@ def keep(task: Any, model: nn.Module, source: Source, data: dict[str, list[Any]]
     if any(compute.of_all_processes(rounded and extraction.smallest_type != "float16")):
         shards = extraction.shards("float32")
     with _together():
-        _announce(shards, keys, data, arguments.feature_cache_gb, solves=isinstance(source, PooledFeatures))
+        solves, frozen = isinstance(source, PooledFeatures), _frozen_part(model, source)
+        _announce(shards, keys, data, arguments.feature_cache_gb, solves, frozen)
     for _ in range(2):  # a second time where another run removed shards meanwhile
         with _together():
             for split, views in data.items():
@@ -403,10 +404,29 @@ def keep(task: Any, model: nn.Module, source: Source, data: dict[str, list[Any]]
     raise NotKept("another run keeps emptying the cache")
 
 
+def _frozen_part(model: nn.Module, source: Source) -> float:
+    """The part of the parameters that lies before what is kept."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return 1 - sum(size for name, size in sizes.items() if source.is_trained(name)) / sum(sizes.values())
+
+
 def _announce(
-    shards: Shards, keys: dict[str, list[Any]], data: dict[str, list[Any]], budget: float, solves: bool
+    shards: Shards,
+    keys: dict[str, list[Any]],
+    data: dict[str, list[Any]],
+    budget: float,
+    solves: bool,
+    frozen: float,
 ) -> None:
-    """Say what is kept, what is there already and what it takes; refuse what does not fit.
+    """Say what is kept, what is there already, what it saves and what it takes; refuse what does not fit.
+
+    Args:
+        shards: where it is kept.
+        keys: of the rows, by split and view.
+        data: the data sets.
+        budget: 10^9 bytes that all kept features may take.
+        solves: whether a head is solved on it, in memory.
+        frozen: part of the parameters that run once.
 
     Raises:
         NotKept: over the budget, or more than half of the free disk; for a head that is solved, of the free memory.
@@ -433,8 +453,8 @@ def _announce(
         )
     state = f"{missing:,} to compute" if missing else "all in the cache"
     say(
-        f"features: the frozen part runs once for each of {len(every):,} examples ({state}); "
-        f"{len(every) * row_bytes / 1e6:,.1f} MB as {settings['dtype']} in {shards.folder}"
+        f"features: the frozen part runs once for each of {len(every):,} examples ({state}), {frozen:.0%} of the "
+        f"parameters; {len(every) * row_bytes / 1e6:,.1f} MB as {settings['dtype']} in {shards.folder}"
     )
 
 
@@ -768,6 +788,10 @@ def _check_head(arguments: TransferArguments) -> None:
     flag = joined if kind == "logistic" and joined else f"--head {kind}"
     if arguments.method not in ("frozen", "setfit"):
         raise UsageError(f"{flag} belongs to --method frozen and setfit, not to {arguments.method}. Leave it out.")
+    if arguments.head_solver == "lbfgs" and "head_solver" in arguments.typed and kind in BESIDE:
+        raise UsageError(
+            f"--head_solver lbfgs solves a linear head, which --head {kind} is not: leave one of them out."
+        )
     if kind == "logistic" and not joined:
         return
     head = f"{flag}: the head" if kind == "logistic" else flag
@@ -800,6 +824,14 @@ def mostly_frozen(stage: Stage, model: nn.Module) -> bool:
     return min((blocks[name] for name in stage.trainable), default=head) * 2 >= head
 
 
+def sees_plain_rows(task: Any, stage: Stage, model: nn.Module) -> bool:
+    """Whether a stage trains on the plain view of its rows, as what is kept of them is: its results do not depend on
+    whether it can be kept.
+    """
+    changes = _augmentation_asked_for(task.arguments) or task.mixing() is not None
+    return bool(stage.trainable) and not changes and mostly_frozen(stage, model)
+
+
 def longest_stage(stages: Sequence[Stage], model: nn.Module) -> Stage:
     """The last stage that trains more than the end of the model, else the last one."""
     return next((stage for stage in reversed(stages) if not mostly_frozen(stage, model)), stages[-1])
@@ -827,6 +859,8 @@ def keep_features(
         return None  # each row goes through the model once, and none of train does
     blocks = backbones.parameter_blocks(model)
     first, head = min(blocks[name] for name in stage.trainable), max(blocks.values())
+    if first > 0 and _augmentation_asked_for(arguments):
+        arguments.feature_views = 0  # as the recipe will say, where every flag counts as given
     if arguments.feature_cache == "off" or first == 0:
         return None
     if first * 2 < head and arguments.feature_cache != "on":  # large activations would be kept for little
@@ -848,8 +882,6 @@ def keep_features(
             raise UsageError(f"--{flag} {value} cannot be: {error}.") from error
         trained = ", and the head is trained by SGD" if solves else ""
         say(f"features: not kept, since {error}; the frozen part runs in every epoch{trained}")
-        if _augmentation_asked_for(arguments):
-            arguments.feature_cache = "off"  # as the recipe will say, where every flag counts as given
         return None
     if first == head:
         arguments.head_solver = "lbfgs" if isinstance(source, PooledFeatures) else "sgd"  # as the recipe will say
@@ -901,13 +933,15 @@ def _unsolved(arguments: TransferArguments, last: bool) -> list[str]:
 
 def _augmentation_asked_for(arguments: Any) -> str | None:
     """The flag that somebody gave and that kept plain views would drop."""
-    if "feature_views" in arguments.given:
+    if "feature_views" in arguments.given and arguments.feature_views > 0:
         return None
     augmentation = getattr(arguments, "augmentation", "none")
     if augmentation != "none" and "horizontal_flip" in arguments.typed and arguments.horizontal_flip:
         return "--horizontal_flip true"
     if "augmentation" in arguments.given and augmentation != "none":
         return f"--augmentation {augmentation}"
+    if augmentation != "none" and arguments.feature_views == 0:
+        return "--feature_views 0"
     return "--random_erasing" if getattr(arguments, "random_erasing", None) else None
 
 

@@ -404,8 +404,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def folder_bytes(folder: Path) -> int:
-    """What the files below a folder take."""
-    total = 0
+    """What the files below a folder take; or a file."""
+    total = folder.stat().st_size if folder.is_file() else 0
     for place, _, names in os.walk(folder):  # which passes over folders that are removed meanwhile
         for name in names:
             with contextlib.suppress(FileNotFoundError):

@@ -116,6 +116,11 @@ class ImageCache:
                 "space; hftl cache rm images)"
             )
             return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            say(f"{what}: decoded in every epoch, since {folder} cannot be used: {error.strerror or error}")
+            return
         state = f"kept for later epochs, {mean * len(rows) / 1e9:.2g} GB" if any(missing) else "kept from before"
         say(f"{what}: {state}, in {folder} (--image_cache off: decoded every time)")
         self.folder, self.missing_bytes = folder, needed
@@ -154,7 +159,7 @@ def _read(path: Path) -> np.ndarray[Any, Any] | None:
     """What is kept; None where there is nothing, or it is damaged, which is said."""
     try:
         content = np.fromfile(path, dtype=np.uint8)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         say(f"images: the kept picture {path} cannot be read ({error.strerror}) and is made again")

@@ -76,7 +76,7 @@ class Shards:
             _remove_orphans(folder)
             self.settings = read_json(path)
         except (OSError, ValueError) as error:
-            raise NotKept(f"{folder} cannot be used: {error}") from error
+            raise NotKept(f"{folder} cannot be used: {getattr(error, 'strerror', None) or error}") from error
         self.dtype = DTYPES[self.settings["dtype"]]
         self._opened: dict[Path, _Shard] = {}
         self._unreleased = 0
@@ -168,7 +168,7 @@ class Shards:
                 np.savez(file, keys=keys, ends=ends, checksum=np.int64(zlib.crc32(stored.data)))
         except OSError as error:
             (self.folder / f"{name}.bin").unlink(missing_ok=True)
-            raise NotKept(f"the cache cannot be written: {error}") from error
+            raise NotKept(f"the cache cannot be written: {error.strerror or error}") from error
 
 
 def _remove_orphans(folder: Path) -> None:

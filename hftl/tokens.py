@@ -26,6 +26,8 @@ from hftl.folder import mark_as_used, replacing, say, tidy
 _LEAST = 200
 #: names in a file beside those of a tokenizer's columns, and what stands before the name of one for its lengths
 _CUT, _WORDS, _LENGTHS = "cut texts", "words", "lengths of "
+#: folders that took no file: that is said once
+_unusable: set[Path] = set()
 
 
 class Tokens(NamedTuple):
@@ -49,7 +51,8 @@ class KeptTokens:
         """Nothing is read or written yet; without `keep` nothing ever is."""
         own = type(tokenizer).__module__.startswith("transformers.") and tokenizer.is_fast
         self.tokenizer = tokenizer
-        self.folder = cache_folder() / "tokens" if keep and own else None
+        place = cache_folder() / "tokens"
+        self.folder = place if keep and own and place not in _unusable else None
         self._tidied = False
 
     @functools.cached_property
@@ -96,6 +99,7 @@ class KeptTokens:
                 tidy(path.parent)
         except OSError as error:
             say(f"tokens: not kept in {self.folder}: {error.strerror or error}")
+            _unusable.add(path.parent)
             self.folder = None
 
 
@@ -114,7 +118,7 @@ def _read(path: Path) -> Tokens | None:
         cut, names = lists.pop(_CUT), [name for name in lists if not name.startswith(_LENGTHS)]
         columns = {name: _in_rows(lists[name], lists[_LENGTHS + name]) for name in names}
         words = columns.pop(_WORDS)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     # zipfile has a RuntimeError for what it takes to be encrypted, or packed in a way that it does not know
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:

@@ -36,7 +36,15 @@ from hftl.compute import of_all_processes, wait_for_all
 from hftl.data import JOINED, Splits
 from hftl.errors import Diverged, UsageError, without_worker
 from hftl.feature_map import keep_features_of
-from hftl.features import KeptFeatures, check_wishes, headless, keep_features, longest_stage, mostly_frozen
+from hftl.features import (
+    KeptFeatures,
+    check_wishes,
+    headless,
+    keep_features,
+    longest_stage,
+    mostly_frozen,
+    sees_plain_rows,
+)
 from hftl.folder import CHECKPOINTS, LOGS, RECIPE, read_json, say
 from hftl.losses import check_loss
 from hftl.lr_find import PICTURE, STEPS, check_one_process, draw, report, scaled, sweep
@@ -295,7 +303,11 @@ def _run_stages(
     chooses = any(stage.choose is not None for stage in stages)
     limits = [callback for callback in callbacks if isinstance(callback, TimeLimit)]
 
-    inputs = functools.cache(lambda: task.kept_for_epochs(data))
+    @functools.cache
+    def inputs(plain: bool) -> dict[str, Any]:
+        view = {"train": task.views(splits.train, 1, data["train"])[0]} if plain else {}
+        return task.kept_for_epochs(data | view)
+
     start: dict[str, torch.Tensor] = {}
     first_run = len(stages) - task.arguments.soup_runs  # of the last stage, which mostly has one
     for index in range(len(stages)):
@@ -312,7 +324,7 @@ def _run_stages(
         stage = stages[index]
         kept = keep_features(task, stage, model, splits, data, alone=len(stages) == 1, last=is_last)
         stage = stage if kept is None else kept.stage
-        rows = inputs() if kept is None else kept.data
+        rows = inputs(sees_plain_rows(task, stage, model)) if kept is None else kept.data
         with contextlib.ExitStack() as after:
             if kept is not None:
                 after.callback(kept.release)  # also where the stage fails, or a second fit would keep what stubs give

@@ -100,6 +100,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if found is None:
             parser.error(f"--{library}-python {given}: there is no such program")
         setattr(options, f"{library}_python", os.path.abspath(found))  # jobs run in other folders
+    if options.work is not None:
+        options.work.mkdir(parents=True, exist_ok=True)
     for folder in (options.data_root, options.work):
         if folder is not None and not folder.is_dir():
             parser.error(f"{folder}: there is no such folder")

@@ -271,7 +271,21 @@ def test_a_solved_head_takes_every_view(home: Path) -> None:
     assert labels.tolist() == [0, 1, 1, 0, 1, 1]
 
 
-@pytest.mark.parametrize("flags", [[], ["--augmentation=strong"], ["--random_erasing=0.5"]])
+@pytest.mark.parametrize("method", ["--method=frozen --head_solver=sgd --num_train_epochs=2", "--method=partial"])
+def test_the_default_augmentation_does_not_depend_on_the_cache(place: Path, tmp_path: Path, method: str) -> None:
+    flags = [*method.split(), "--precision=fp32", "--feature_cache_dtype=float32"]
+    train(place, "cnn", tmp_path / "kept", *flags)
+    train(place, "cnn", tmp_path / "off", *flags, "--feature_cache=off")
+    train(place, "cnn", tmp_path / "again", f"--config={tmp_path / 'off' / 'recipe.yaml'}")
+    train(place, "cnn", tmp_path / "anew", *flags, "--feature_views=0")
+    train(place, "cnn", tmp_path / "asked", *flags, "--augmentation=light")
+    assert log(tmp_path / "off", "loss") == pytest.approx(log(tmp_path / "kept", "loss"), rel=1e-4)
+    assert log(tmp_path / "again", "loss") == log(tmp_path / "off", "loss")
+    assert log(tmp_path / "anew", "loss") == log(tmp_path / "asked", "loss")
+    assert log(tmp_path / "anew", "loss") != log(tmp_path / "off", "loss")
+
+
+@pytest.mark.parametrize("flags", [[], ["--augmentation=strong"], ["--random_erasing=0.5"], ["--feature_cache=off"]])
 def test_a_recipe_augments_as_the_run_that_wrote_it(place: Path, tmp_path: Path, flags: list[str]) -> None:
     train(place, "cnn", tmp_path / "one", "--method=partial", "--unfreeze_blocks=1", "--max_steps=4", *flags)
     train(place, "cnn", tmp_path / "two", f"--config={tmp_path / 'one' / 'recipe.yaml'}")
@@ -463,7 +477,7 @@ def test_a_disk_that_is_full_ends_the_keeping_not_the_run(
     monkeypatch.setattr("hftl.shards.np.savez", full)
     capsys.readouterr()
     train(place, "cnn", tmp_path / "run", *flags)
-    assert "features: not kept, since the cache cannot be written: [Errno 28]" in capsys.readouterr().out
+    assert "features: not kept, since the cache cannot be written: No space left" in capsys.readouterr().out
     assert log(tmp_path / "run", "loss") == log(tmp_path / "without", "loss")
     assert not [*home.glob("features/*/*.bin")]
 
@@ -576,7 +590,13 @@ def test_values_too_large_for_half_precision_are_refused(home: Path) -> None:
         ("bert", ["--method=frozen", "--head_solver=lbfgs", "--learning_rate=auto"], "--learning_rate is for a head"),
         ("bert", ["--method=frozen", "--feature_views=2"], "has no augmentation"),
         ("cnn", ["--method=frozen", "--feature_views=2", "--augmentation=none"], "needs an augmentation"),
-        ("cnn", ["--method=frozen", "--feature_views=0"], "must be above 0"),
+        ("cnn", ["--method=frozen", "--feature_views=-1"], "must be 0 or more"),
+        ("cnn", ["--method=frozen", "--feature_views=0", "--feature_cache=on"], "changes the images every epoch"),
+        (
+            "cnn",
+            ["--method=frozen", "--head=mlp", "--head_solver=lbfgs"],
+            "solves a linear head, which --head mlp is not",
+        ),
         ("cnn", ["--method=frozen", "--feature_views=2", "--feature_cache=off"], "leave out --feature_cache off"),
         ("cnn", ["--method=frozen", "--feature_cache=on", "--augmentation=light"], "changes the images every epoch"),
         ("cnn", ["--method=frozen", "--feature_cache=on", "--horizontal_flip=true"], "changes the images every epoch"),

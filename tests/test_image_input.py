@@ -296,6 +296,15 @@ def test_pixels_without_augmentation_are_kept_as_they_are(place: Path, home: Pat
     assert len(decoded) == 12
 
 
+def test_a_folder_that_cannot_be_made_is_said_once(place: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home.parent.mkdir(parents=True)
+    home.write_text("in the way")
+    data = in_training(task_for(place), rows(place))
+    assert torch.equal(pixels(data), pixels(data))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("images")]
+    assert said == [f"images: decoded in every epoch, since {home} cannot be used: File exists"]
+
+
 class OwnPixels(ImageClassification):
     """A task whose pixels are its own."""
 

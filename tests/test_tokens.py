@@ -161,6 +161,7 @@ def test_a_full_disk_ends_the_keeping_not_the_run(
     expected = contents(task_of("texts", model, "--feature_cache=off").dataset(rows_of("texts"), training=True))
     monkeypatch.setattr(os, "replace", full)
     assert contents(task_of("texts", model).dataset(rows_of("texts"), training=True)) == expected
+    task_of("texts", model).dataset(rows_of("texts"), training=False)
     assert capsys.readouterr().out.count("tokens: not kept in") == 1
     assert not [*home.iterdir()]
 
