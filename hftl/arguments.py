@@ -711,7 +711,6 @@ def _outdated(arguments: TransferArguments, typed: set[str], config: list[str]) 
         outdated.add("head_solver")  # a recipe says how the head was found
     if "head_solver" in outdated - typed:
         arguments.head_solver = "auto"
-        arguments.feature_views = arguments.feature_views or 1  # nor does another method keep nothing
     return outdated - typed
 
 

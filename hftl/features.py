@@ -744,7 +744,7 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
     if arguments.feature_cache == "on" and max(first) == 0:
         raise UsageError(f"--feature_cache on: --method {arguments.method} trains the whole model. Leave it out.")
     for name, default in OF_KEPT_FEATURES.items() if max(first) == 0 else ():
-        if getattr(arguments, name) != default:
+        if getattr(arguments, name) not in (default, 0):  # no views are kept, as a recipe may say
             raise UsageError(
                 f"--{name}: --method {arguments.method} trains from the first block on and keeps no features, unlike "
                 "frozen, partial and others. Leave it out."
@@ -773,13 +773,17 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
         _check_head(arguments)
 
 
+#: views of which none are kept: as a recipe may say, whatever the method beside it
+_NONE = ("feature_views", 0)
+
+
 def _check_untrained(arguments: TransferArguments) -> None:
     """Refuse what is for a training, where nothing trains."""
     defaults = {name: field.default for name, field in type(arguments).__dataclass_fields__.items()}
     for name in sorted(
         {*OF_HEAD_TRAINING, *_OF_ANY_TRAINING, *OF_KEPT_FEATURES} - {"learning_rate", "head_learning_rate"}
     ):
-        if name in defaults and getattr(arguments, name) != defaults[name]:
+        if name in defaults and getattr(arguments, name) != defaults[name] and (name, arguments.feature_views) != _NONE:
             raise UsageError(f"--{name}: --method {arguments.method} trains nothing. Leave it out.")
 
 
@@ -825,8 +829,9 @@ def mostly_frozen(stage: Stage, model: nn.Module) -> bool:
 
 
 def sees_plain_rows(task: Any, stage: Stage, model: nn.Module) -> bool:
-    """Whether a stage trains on the plain view of its rows, as what is kept of them is: its results do not depend on
-    whether it can be kept.
+    """Whether a stage of which nothing is kept trains on the plain view, as it would on what is kept.
+
+    Then its results do not depend on whether that can be. Not where an augmentation is asked for.
     """
     changes = _augmentation_asked_for(task.arguments) or task.mixing() is not None
     return bool(stage.trainable) and not changes and mostly_frozen(stage, model)
@@ -875,7 +880,7 @@ def keep_features(
         started = time.perf_counter()
         source, stage = _source(task, stage, model, data, solves)
         views = {name: [rows] for name, rows in data.items()}
-        views["train"] = task.views(splits.train, arguments.feature_views, data["train"])
+        views["train"] = task.views(splits.train, max(1, arguments.feature_views), data["train"])
         kept = keep(task, model.eval(), source, views)
     except (NoCut, NotKept) as error:
         for flag, value in _insists(arguments, fits_head=first == head):

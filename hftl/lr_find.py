@@ -26,7 +26,7 @@ from transformers.trainer_utils import IntervalStrategy
 from hftl.arguments import TransferArguments, unwatched
 from hftl.data import Splits
 from hftl.errors import UsageError
-from hftl.features import keep_features
+from hftl.features import keep_features, sees_plain_rows
 from hftl.folder import say
 from hftl.methods import Plan, Stage
 from hftl.tasks.classification import ClassificationTask
@@ -178,6 +178,10 @@ def sweep(
         kept = keep_features(task, stage, plan.model, splits, rows, alone=len(plan.stages) == 1, last=True)
         if kept is not None:
             after.callback(kept.release)
+        if kept is not None:
+            rows = kept.data
+        elif sees_plain_rows(task, stage, plan.model):
+            rows = {"train": task.views(splits.train, 1, rows["train"])[0]}
         workers = 0 if kept else data_workers(task, stage, plan.model, rows["train"], splits)
         place = after.enter_context(tempfile.TemporaryDirectory())
         trainer = _RangeTrainer(
@@ -186,7 +190,7 @@ def sweep(
             model=plan.model,
             args=_settings(task, stage, place, steps, workers),
             cut=None if kept is None else kept.cut,
-            train_dataset=(rows if kept is None else kept.data)["train"],
+            train_dataset=rows["train"],
             data_collator=task.collate if kept is None else kept.collate,
             items=task.problem.items,
             mixing=None if stage.headless else task.mixing(),

@@ -93,7 +93,8 @@ class KeptTokens:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as beside, beside.open("wb") as file:
-                np.savez(file, **values, **lengths, **{_CUT: np.array(tokens.cut, bool)})
+                arrays: dict[str, Any] = {**values, **lengths, _CUT: np.array(tokens.cut, bool)}
+                np.savez(file, **arrays)
             if not self._tidied:
                 self._tidied = True
                 tidy(path.parent)

@@ -313,6 +313,20 @@ def test_flags_beside_a_recipe_change_what_followed_from_others(
     assert "--horizontal_flip true changes the images every epoch" in capsys.readouterr().out
 
 
+def test_augmentation_that_was_asked_for_stays_beside_other_flags(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(place, "cnn", tmp_path / "one", "--method=frozen", "--augmentation=strong", "--max_steps=2")
+    recipe = f"--config={tmp_path / 'one' / 'recipe.yaml'}"
+    capsys.readouterr()
+    train(place, "cnn", tmp_path / "two", recipe, "--max_steps=3")
+    assert "--augmentation strong changes the images every epoch" in capsys.readouterr().out
+    train(place, "cnn", tmp_path / "three", recipe, "--augmentation=none")  # of which there is nothing to keep anew
+    assert "the frozen part runs once" in capsys.readouterr().out
+    train(place, "cnn", tmp_path / "four", recipe, "--method=full")
+    assert "stage: all" in capsys.readouterr().out
+
+
 def test_epochs_of_the_head_beside_a_recipe_train_it(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -299,9 +299,10 @@ class TextDataset(Dataset[dict[str, Any]]):
     def _encoded(self, chunk: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """What the tokenizer makes of some rows; those that it cuts are counted."""
         texts = [[row[name] for row in chunk] for name in self.columns]
-        if self.template is None:
+        template = self.template
+        if template is None:
             return self._counted(self.kept.get(texts, "texts", lambda: self._tokenised(*texts)))
-        return self._counted(self.kept.get(texts, self.template.text, lambda: self._filled(self.template, texts)))
+        return self._counted(self.kept.get(texts, template.text, lambda: self._filled(template, texts)))
 
     def _filled(self, template: Template, texts: list[list[str]]) -> Tokens:
         """The tokens of texts in a template, which cuts them itself."""
