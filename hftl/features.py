@@ -945,9 +945,9 @@ def _augmentation_asked_for(arguments: Any) -> str | None:
         return "--horizontal_flip true"
     if "augmentation" in arguments.given and augmentation != "none":
         return f"--augmentation {augmentation}"
-    if augmentation != "none" and arguments.feature_views == 0:
-        return "--feature_views 0"
-    return "--random_erasing" if getattr(arguments, "random_erasing", None) else None
+    if getattr(arguments, "random_erasing", None):
+        return "--random_erasing"
+    return "--feature_views 0" if augmentation != "none" and arguments.feature_views == 0 else None
 
 
 def _check_possible(task: Any, stage: Stage, data: dict[str, Any], solves: bool) -> None:

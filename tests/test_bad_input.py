@@ -431,11 +431,6 @@ METHODS = [
         ("--batch_norm adapt", "BertForSequenceClassification has no BatchNorm layer"),
     ),
     Bad(
-        "statistics that the model has not",
-        f"{TEXT} --batch_norm frozen",
-        ("--batch_norm frozen", "BertForSequenceClassification has no BatchNorm layer"),
-    ),
-    Bad(
         "statistics of a model that is not pretrained",
         f"{with_model('random:resnet18', 'image', 'images')} --batch_norm adapt",
         ("--batch_norm adapt needs a pretrained model",),

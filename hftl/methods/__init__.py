@@ -95,11 +95,8 @@ def build_plan(model: nn.Module, arguments: TransferArguments) -> Plan:
         if unknown:
             near = did_you_mean(unknown[0], names)
             raise UsageError(f"--method {arguments.method}: the model has no parameter {unknown[0]!r}.{near}")
-    asked = arguments.batch_norm == "adapt" or "batch_norm" in arguments.typed
-    if asked and not backbones.batch_norms(plan.model):
-        raise UsageError(
-            f"--batch_norm {arguments.batch_norm}: {type(model).__name__} has no BatchNorm layer. Leave it out."
-        )
+    if arguments.batch_norm == "adapt" and not backbones.batch_norms(plan.model):
+        raise UsageError(f"--batch_norm adapt: {type(model).__name__} has no BatchNorm layer. Leave it out.")
     return penalties.with_penalty(plan, arguments, reference)
 
 
