@@ -377,7 +377,8 @@ class Ladder:
         batch = compute.typical_batch(data, self.task.collate)
         # Beside the model, which may be the faster of the two, by the threads that a prediction has.
         preparing = compute.seconds_to_prepare(data, self.task.collate) / decoding_threads(self.splits.train)
-        count = 1 if self.arguments.auto_find_batch_size else self.arguments.per_device_train_batch_size
+        size = self.arguments.per_device_train_batch_size or self.task.batch_size
+        count = 2 if self.arguments.auto_find_batch_size else max(2, size)  # BatchNorm has no statistics of one row
         batch = {name: value[:count].to(self.arguments.device) for name, value in batch.items()}
         rows = self.stretch * _MOST_RUNS * (_MOST_EPOCHS + _later(self.arguments)) * len(self.splits.train)
         loss = self.task.loss(self.splits)

@@ -744,7 +744,7 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
     if arguments.feature_cache == "on" and max(first) == 0:
         raise UsageError(f"--feature_cache on: --method {arguments.method} trains the whole model. Leave it out.")
     for name, default in OF_KEPT_FEATURES.items() if max(first) == 0 else ():
-        if getattr(arguments, name) not in (default, 0):  # no views are kept, as a recipe may say
+        if _is_set(arguments, name, default):
             raise UsageError(
                 f"--{name}: --method {arguments.method} trains from the first block on and keeps no features, unlike "
                 "frozen, partial and others. Leave it out."
@@ -773,8 +773,10 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
         _check_head(arguments)
 
 
-#: views of which none are kept: as a recipe may say, whatever the method beside it
-_NONE = ("feature_views", 0)
+def _is_set(arguments: TransferArguments, name: str, default: Any) -> bool:
+    """Whether a setting says something; that no views are kept is in a recipe whatever the method beside it."""
+    value = getattr(arguments, name)
+    return value != default and (name, value) != ("feature_views", 0)
 
 
 def _check_untrained(arguments: TransferArguments) -> None:
@@ -783,7 +785,7 @@ def _check_untrained(arguments: TransferArguments) -> None:
     for name in sorted(
         {*OF_HEAD_TRAINING, *_OF_ANY_TRAINING, *OF_KEPT_FEATURES} - {"learning_rate", "head_learning_rate"}
     ):
-        if name in defaults and getattr(arguments, name) != defaults[name] and (name, arguments.feature_views) != _NONE:
+        if name in defaults and _is_set(arguments, name, defaults[name]):
             raise UsageError(f"--{name}: --method {arguments.method} trains nothing. Leave it out.")
 
 

@@ -250,6 +250,26 @@ def test_an_error_that_is_no_fault_of_the_method_ends_the_ladder(
         train(world, tmp_path / "run", "--time_budget=60s", '--lr_scheduler_kwargs={"wrong": 1}')
 
 
+def test_few_rows_at_once_are_measured_where_more_may_not_fit(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of them: where BatchNorm sees one number a channel, a single row ends a training."""
+    measured: list[int] = []
+    seconds_a_row = auto.compute.seconds_a_row
+
+    def noted(model: Any, batch: Any, *others: Any) -> float:
+        measured.append(len(batch["labels"]))
+        return seconds_a_row(model, batch, *others)
+
+    monkeypatch.setattr(auto.compute, "seconds_a_row", noted)
+    write_tiny_cnn(tmp_path / "cnn")
+    write_images(tmp_path / "images", {"train": 6, "validation": 3})
+    flags = [f"--model={tmp_path / 'cnn'}", f"--dataset={tmp_path / 'images'}", "--image_size=8", "--report_to=none"]
+    flags += ["--method=auto", "--time_budget=60s", "--auto_find_batch_size", f"--output_dir={tmp_path / 'run'}"]
+    cli._run(["train", "image-classification", *flags])
+    assert set(measured[:2]) == {2}
+
+
 def test_a_model_too_large_to_train_has_its_end_trained(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
