@@ -602,10 +602,13 @@ def _cache(argv: list[str]) -> None:
             print(f"{entry.name:<32}  {folder_bytes(entry) / 1e6:9,.1f} MB  {_cached(entry)}")
     else:
         for entry in entries if options.all else [_named_entry(entries, options.name)]:
-            entry = entry.rename(entry.with_name(f".{uuid.uuid4().hex}-{entry.name}"))  # which runs may write meanwhile
-            size = folder_bytes(entry)
-            entry.unlink() if entry.is_file() else shutil.rmtree(entry)
-            print(f"removed {size / 1e6:,.1f} MB")
+            try:
+                aside = entry.rename(entry.with_name(f".{uuid.uuid4().hex}-{entry.name}"))  # runs may write meanwhile
+                size = folder_bytes(aside)
+                aside.unlink() if aside.is_file() else shutil.rmtree(aside)
+            except OSError as error:
+                raise UsageError(f"hftl cache rm: {entry} cannot be removed: {error.strerror}.") from error
+            print(f"removed {entry.name}, {size / 1e6:,.1f} MB")
 
 
 def _cached(entry: Path) -> str:

@@ -48,11 +48,15 @@ class Cut:
     """The boundary between the frozen and the trained part of a model in one stage.
 
     Attributes:
-        entry: name of the module where the trained part begins, as the model names it without adapters.
+        entry: name of the module where the trained part begins, as the model names it without adapters; where a head
+            is solved on what is kept, as there.
         carried: names of the inputs that the trained part may still need (token ids, masks); floating-point ones, such
             as pixels, are only read by the frozen part.
         ragged: whether the second dimension of what is kept is that of the tokens.
+        is_solvable: whether what is kept are the features on which a head is solved.
     """
+
+    is_solvable = False
 
     def __init__(self, model: nn.Module, stage: Stage, frozen: list[nn.Module], batches: tuple[Batch, Batch]) -> None:
         """Find the place.
@@ -80,7 +84,7 @@ class Cut:
             self._blocks = backbones.parameter_blocks(model)
             self._first = min(self._blocks[name] for name in stage.trainable)
             self._name = entry_module(model, self._blocks, self._first, frozen, traces[0])
-            self.entry = backbones.plain_name(model, self._name)
+            self.entry = self._plain_name = backbones.plain_name(model, self._name)
             self.carried = tuple(name for name, value in batches[0].items() if not value.is_floating_point())
             self._inputs = _merged(*(_described(dict(batch)) for batch in batches), *sizes)
             self._stubs = {
@@ -120,7 +124,7 @@ class Cut:
             captured.append(first_tensor(arguments, named))
             raise _Captured
 
-        name = self._name if hasattr(model, "peft_config") else self.entry
+        name = self._name if hasattr(model, "peft_config") else self._plain_name
         hook = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
         try:
             with torch.no_grad(), contextlib.suppress(_Captured):

@@ -45,7 +45,7 @@ from hftl.sources import in_threads
 _ROWS = 32
 #: values that float16 holds are up to 65,504; of other rows they may be a few times as large as of those
 _LARGEST = 16_000
-#: a shard is published when it holds so many bytes, or after so many seconds: what an interruption can lose
+#: a shard is published when it holds so many bytes, or after so many seconds: what a killed run can lose
 _SHARD_BYTES = 32_000_000
 _SECONDS_BETWEEN_SHARDS = 30.0
 #: the settings of kept features, which a method that keeps none does not use, and their defaults
@@ -119,6 +119,7 @@ class PooledFeatures:
     """
 
     entry = "output layer"
+    is_solvable = True
     ragged = False
     carried: tuple[str, ...] = ()
     joined = Joined()  # nothing, before `join`
@@ -540,7 +541,7 @@ class _Extraction:
         """Whether rounding hides what tells rows apart: a solved head stretches every feature by its deviation."""
         rounded, kept = (values.flatten(0, -2) for values in (rounded, kept))
         error = (rounded.float() - kept).square().mean(dim=0).sqrt()
-        return isinstance(self.source, PooledFeatures) and bool((error > 0.01 * kept.std(dim=0)).any())
+        return self.source.is_solvable and bool((error > 0.01 * kept.std(dim=0)).any())
 
     def run(self, shards: Shards, dataset: Any, keys: np.ndarray[Any, Any]) -> None:
         """Compute the rows that are missing, of equal ones the first: this process its share of them."""
@@ -555,20 +556,29 @@ class _Extraction:
         threads = 0 if lengths is not None else batches.decoding_threads(getattr(dataset, "rows", ()))
         threads = min(threads, 1) if getattr(dataset, "view", None) is not None else threads
         pending: list[tuple[int, torch.Tensor]] = []
-        for number, (group, examples) in enumerate(batches.prepared(dataset, chosen, threads, False), start=1):
-            batch = self.task.collate(examples)
-            kept = self.capture(self.inputs(batch)).cpu()
-            real = batch["attention_mask"].bool() if self.source.ragged else None
-            rows = [kept[row] if real is None else kept[row][real[row]] for row in range(len(group))]
-            pending += zip(group, rows, strict=True)
-            size = sum(row.numel() for _, row in pending) * shards.dtype.itemsize
-            due = time.monotonic() - self.last_line > _SECONDS_BETWEEN_SHARDS
-            if due or size >= _SHARD_BYTES or number == len(chosen):
-                shards.write(keys[[index for index, _ in pending]], [row for _, row in pending])
-                pending = []
-            if due:
-                self.last_line = time.monotonic()
-                say(f"features: {number} of {len(chosen)} batches")
+
+        def publish() -> None:
+            rows = pending.copy()
+            pending.clear()
+            shards.write(keys[[index for index, _ in rows]], [row for _, row in rows])
+
+        try:
+            for number, (group, examples) in enumerate(batches.prepared(dataset, chosen, threads, False), start=1):
+                batch = self.task.collate(examples)
+                kept = self.capture(self.inputs(batch)).cpu()
+                real = batch["attention_mask"].bool() if self.source.ragged else None
+                rows = [kept[row] if real is None else kept[row][real[row]] for row in range(len(group))]
+                pending += zip(group, rows, strict=True)
+                size = sum(row.numel() for _, row in pending) * shards.dtype.itemsize
+                due = time.monotonic() - self.last_line > _SECONDS_BETWEEN_SHARDS
+                if due or size >= _SHARD_BYTES:
+                    publish()
+                if due:
+                    self.last_line = time.monotonic()
+                    say(f"features: {number} of {len(chosen)} batches")
+        finally:
+            if pending:  # of a run that is stopped as well
+                publish()
 
 
 def _keys(dataset: Any, arguments: Any) -> np.ndarray[Any, Any]:
@@ -868,6 +878,8 @@ def keep_features(
     first, head = min(blocks[name] for name in stage.trainable), max(blocks.values())
     if first > 0 and _augmentation_asked_for(arguments):
         arguments.feature_views = 0  # as the recipe will say, where every flag counts as given
+    if arguments.feature_cache == "off" and first == head and _may_solve(task, stage, splits, alone, last):
+        say("head: trained by SGD, since --feature_cache off keeps nothing to solve it on")
     if arguments.feature_cache == "off" or first == 0:
         return None
     if first * 2 < head and arguments.feature_cache != "on":  # large activations would be kept for little
@@ -935,6 +947,7 @@ def _unsolved(arguments: TransferArguments, last: bool) -> list[str]:
     found = [] if LOSSES.get(arguments.loss) else [f"--loss {arguments.loss}"]
     found += ["--sampler balanced"] if arguments.sampler == "balanced" else []
     found += ["--keep_head"] if arguments.keep_head and arguments.loss == "contrastive" else []
+    found += ["--torch_compile"] if last and arguments.torch_compile else []
     return found + ([f"--average {arguments.average}"] if last and arguments.average != "none" else [])
 
 
@@ -1001,10 +1014,24 @@ def _source(task: Any, stage: Stage, model: nn.Module, data: dict[str, Any], sol
             return source, dataclasses.replace(stage, trainable=names)
     with compute.autocast(arguments.precision, arguments.device):
         cut = Cut(model, stage, frozen, probes)
+    if _reads_features(cut, model.eval(), probes[0]):  # one cache for heads that are trained and solved
+        cut.entry, cut.is_solvable = PooledFeatures.entry, True
     made = set(cut.carried) - set(_without_files(data["train"], 0)) if cut.carried else set()
     if made:
         raise NoCut(f"{', '.join(sorted(made))} is made from the inputs of a batch")
     return cut, stage
+
+
+def _reads_features(cut: Cut, model: nn.Module, batch: Batch) -> bool:
+    """Whether what enters the trained part is what a head is solved on."""
+    head = backbones.structure(model).head
+    if cut.ragged or cut.entry != backbones.plain_name(model, head[0]):
+        return False
+    try:
+        features = PooledFeatures(model, batch).capture(model, batch)
+    except NoCut:
+        return False
+    return features.equal(cut.capture(model, batch))
 
 
 def _probes(task: Any, dataset: Any, device: torch.device) -> tuple[Batch, Batch]:

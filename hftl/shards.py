@@ -76,6 +76,8 @@ class Shards:
             _remove_orphans(folder)
             self.settings = read_json(path)
         except (OSError, ValueError) as error:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only an empty one can be removed
             raise NotKept(f"{folder} cannot be used: {getattr(error, 'strerror', None) or error}") from error
         self.dtype = DTYPES[self.settings["dtype"]]
         self._opened: dict[Path, _Shard] = {}
@@ -168,7 +170,9 @@ class Shards:
                 np.savez(file, keys=keys, ends=ends, checksum=np.int64(zlib.crc32(stored.data)))
         except OSError as error:
             (self.folder / f"{name}.bin").unlink(missing_ok=True)
-            raise NotKept(f"the cache cannot be written: {error.strerror or error}") from error
+            removed = isinstance(error, FileNotFoundError)
+            reason = "its folder was removed meanwhile" if removed else error.strerror or error
+            raise NotKept(f"the cache cannot be written: {reason}") from error
 
 
 def _remove_orphans(folder: Path) -> None:

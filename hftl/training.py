@@ -493,7 +493,8 @@ def _stage_record(
         return _solve_stage(task, trainer, kept)
     if not stage.trainable:
         return _score_stage(trainer, stage)
-    return _train_stage(trainer, stage, task.arguments.resume, pretrained)
+    record = _train_stage(trainer, stage, task.arguments.resume, pretrained)
+    return record if kept is None else _with_features(record, kept.seconds)
 
 
 def _train_stage(
@@ -530,6 +531,13 @@ def _train_stage(
         **averaged,
         **_parameters(trainer),
     }
+
+
+def _with_features(record: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The record of a training on kept features with the time that those took; that of a solved head has it too."""
+    total = record["seconds"] + seconds
+    rows = record["samples_per_second"] * record["seconds"]
+    return record | {"seconds": total, "samples_per_second": rows / total}
 
 
 def _solve_stage(task: ClassificationTask, trainer: TransferTrainer, kept: KeptFeatures) -> dict[str, Any]:

@@ -195,6 +195,11 @@ FLAGS = [
         f"{TEXT} --method frozen --average ema --head_solver lbfgs",
         ("--head_solver lbfgs", "--average ema"),
     ),
+    Bad(
+        "a solved head that is to be compiled",
+        f"{TEXT} --method frozen --torch_compile --head_solver lbfgs",
+        ("--head_solver lbfgs", "--torch_compile"),
+    ),
     Bad("average within auto", f"{TEXT} --method auto --average soup", ("--average", "--method auto")),
     Bad("mix without a start", with_model("random:bert") + " --wise_ft", ("--wise_ft", "random:", "Leave it out")),
     Bad("mix of adapters", f"{TEXT} --method lora --wise_ft", ("--wise_ft", "--method lora", "lp_ft")),

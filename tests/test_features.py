@@ -223,7 +223,7 @@ def test_a_norm_behind_the_boundary_is_not_folded_into_what_is_before_it() -> No
 
 def test_activations_in_float16_are_compared_in_float16() -> None:
     layer = torch.nn.Linear(6, 2)
-    source = SimpleNamespace(carried=(), outputs=lambda kept, carried: layer(kept))
+    source = SimpleNamespace(is_solvable=False, carried=(), outputs=lambda kept, carried: layer(kept))
     half = extraction(layer, source, "fp16")
     vars(half)["first"] = torch.randn(4, 6).half()
     assert half.smallest_type == "float16"
@@ -455,6 +455,65 @@ def test_an_interrupted_extraction_goes_on(
     assert all(other[name].equal(value) for name, value in one.items())
 
 
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt, SystemExit])
+def test_an_interruption_loses_nothing_that_was_computed(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stopped: Any
+) -> None:
+    monkeypatch.setattr(batches, "_TOKENS_ON_CPU", 1)  # one row at a time
+    collate = features.batches.prepared
+
+    def stop_later(*arguments: Any) -> Any:
+        for number, batch in enumerate(collate(*arguments)):
+            if number == 5:
+                raise stopped
+            yield batch
+
+    monkeypatch.setattr(batches, "prepared", stop_later)
+    with pytest.raises(stopped):
+        train(place, "bert", tmp_path / "run", "--method=frozen")
+    monkeypatch.setattr(batches, "prepared", collate)
+    capsys.readouterr()
+    train(place, "bert", tmp_path / "run", "--method=frozen")
+    line = next(line for line in capsys.readouterr().out.splitlines() if "runs once" in line)
+    rows, missing = int(line.split("each of ")[1].split()[0]), int(line.split("(")[1].split()[0])
+    assert missing == rows - 5
+
+
+def test_trained_and_solved_heads_share_what_the_output_layer_reads(
+    place: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cnn", "vit"):
+        train(place, name, tmp_path / "sgd", "--method=frozen", "--head_solver=sgd", "--max_steps=2")
+        assert "to compute" in capsys.readouterr().out
+        train(place, name, tmp_path / name, "--method=frozen")
+        assert "all in the cache" in capsys.readouterr().out
+    shutil.rmtree(home / "features")
+    cold = train(place, "cnn", tmp_path / "cold", "--method=frozen")
+    train(place, "cnn", tmp_path / "sgd", "--method=frozen", "--head_solver=sgd", "--max_steps=2")
+    assert "all in the cache" in capsys.readouterr().out
+    one, other = (load_file(folder / "model.safetensors") for folder in (cold.folder, tmp_path / "cnn"))
+    assert all(torch.allclose(other[name], value, atol=1e-5) for name, value in one.items())
+    train(place, "bert", tmp_path / "pooler", "--method=frozen", "--head_solver=sgd", "--max_steps=2")
+    train(place, "bert", tmp_path / "output", "--method=frozen")
+    assert "all in the cache" not in capsys.readouterr().out  # the pooler trains in one of them
+
+
+@pytest.mark.parametrize("flags", [["--method=frozen", "--head_solver=sgd"], ["--method=partial"], ["--method=frozen"]])
+def test_the_time_of_features_counts_as_training(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    made = features.KeptFeatures.__init__
+
+    def slow(self: Any, *arguments: Any) -> None:
+        made(self, *arguments)
+        self.seconds += 1000
+
+    monkeypatch.setattr(features.KeptFeatures, "__init__", slow)
+    trained = train(place, "cnn", tmp_path / "run", *flags).metrics["train"]
+    assert trained["seconds"] > 1000
+    assert trained["samples_per_second"] < 10
+
+
 def test_a_cache_that_cannot_be_written_is_said(
     place: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -507,7 +566,7 @@ def test_another_run_may_remove_the_cache(
 
     monkeypatch.setattr(Shards, "reload", remove)
     train(place, "cnn", tmp_path / "run", "--method=frozen", "--num_train_epochs=1")
-    assert "features: not kept, since the cache cannot be written" in capsys.readouterr().out
+    assert "cannot be written: its folder was removed meanwhile" in capsys.readouterr().out
 
 
 def test_another_run_may_empty_the_cache(
@@ -687,7 +746,12 @@ def test_two_processes_share_the_extraction(place: Path, tmp_path: Path, home: P
     assert log(tmp_path / "two", "eval_loss") == pytest.approx(log(tmp_path / "one", "eval_loss"), rel=1e-2)
 
 
-def test_the_cache_command(place: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cache_command(
+    place: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read_only(*_: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
     train(place, "cnn", tmp_path / "run", "--method=frozen")
     capsys.readouterr()
     cli._run(["cache", "ls"])
@@ -699,6 +763,10 @@ def test_the_cache_command(place: Path, tmp_path: Path, home: Path, capsys: pyte
     assert "MB" in capsys.readouterr().out
     with pytest.raises(hftl.UsageError, match="there is no"):
         cli._run(["cache", "rm", "nothing"])
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", read_only)
+        with pytest.raises(hftl.UsageError, match="cannot be removed: Read-only file system"):
+            cli._run(["cache", "rm", "--all"])
     cli._run(["cache", "rm", name[:8]])
     assert not (home / "features" / name).exists()
     train(place, "cnn", tmp_path / "run", "--method=frozen")
