@@ -558,9 +558,9 @@ class _Extraction:
         pending: list[tuple[int, torch.Tensor]] = []
 
         def publish() -> None:
-            rows = pending.copy()
-            pending.clear()
-            shards.write(keys[[index for index, _ in rows]], [row for _, row in rows])
+            if pending:
+                shards.write(keys[[index for index, _ in pending]], [row for _, row in pending])
+                pending.clear()
 
         try:
             for number, (group, examples) in enumerate(batches.prepared(dataset, chosen, threads, False), start=1):
@@ -576,9 +576,13 @@ class _Extraction:
                 if due:
                     self.last_line = time.monotonic()
                     say(f"features: {number} of {len(chosen)} batches")
-        finally:
-            if pending:  # of a run that is stopped as well
+        except NotKept:
+            raise
+        except BaseException:  # what stops the run is told, whatever happens to the last rows
+            with contextlib.suppress(NotKept):
                 publish()
+            raise
+        publish()
 
 
 def _keys(dataset: Any, arguments: Any) -> np.ndarray[Any, Any]:
@@ -878,7 +882,8 @@ def keep_features(
     first, head = min(blocks[name] for name in stage.trainable), max(blocks.values())
     if first > 0 and _augmentation_asked_for(arguments):
         arguments.feature_views = 0  # as the recipe will say, where every flag counts as given
-    if arguments.feature_cache == "off" and first == head and _may_solve(task, stage, splits, alone, last):
+    solves = first == head and _may_solve(task, stage, splits, alone, last)
+    if arguments.feature_cache == "off" and solves:
         say("head: trained by SGD, since --feature_cache off keeps nothing to solve it on")
     if arguments.feature_cache == "off" or first == 0:
         return None
@@ -886,7 +891,6 @@ def keep_features(
         if arguments.typed & {"unfreeze_blocks", "lora_blocks"}:
             say("features: not kept, since less than half of the blocks is frozen (--feature_cache on keeps them)")
         return None
-    solves = first == head and _may_solve(task, stage, splits, alone, last)
     try:
         if not solves and (arguments.head not in (None, "logistic") or wished(arguments)):
             raise NotKept("the task or the stage has a loss of its own")
@@ -938,7 +942,8 @@ def _may_solve(task: Any, stage: Stage, splits: Any, alone: bool, last: bool) ->
     if unsolved:
         say(f"head: trained by SGD, as {unsolved[0]} asks")
     elif given:
-        say(f"head: trained by SGD, as --{given[0]} asks (--head_solver lbfgs solves it)")
+        hint = "" if arguments.feature_cache == "off" else " (--head_solver lbfgs solves it)"
+        say(f"head: trained by SGD, as --{given[0]} asks{hint}")
     return not given and not unsolved and stage.loss is None and is_solvable(task.loss(splits))
 
 
@@ -947,7 +952,7 @@ def _unsolved(arguments: TransferArguments, last: bool) -> list[str]:
     found = [] if LOSSES.get(arguments.loss) else [f"--loss {arguments.loss}"]
     found += ["--sampler balanced"] if arguments.sampler == "balanced" else []
     found += ["--keep_head"] if arguments.keep_head and arguments.loss == "contrastive" else []
-    found += ["--torch_compile"] if last and arguments.torch_compile else []
+    found += ["--torch_compile"] if last and arguments.torch_compile and arguments.method != "setfit" else []
     return found + ([f"--average {arguments.average}"] if last and arguments.average != "none" else [])
 
 

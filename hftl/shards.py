@@ -169,7 +169,8 @@ class Shards:
             with replacing(self.folder / f"{name}.npz") as beside, beside.open("wb") as file:
                 np.savez(file, keys=keys, ends=ends, checksum=np.int64(zlib.crc32(stored.data)))
         except OSError as error:
-            (self.folder / f"{name}.bin").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # as here, what cannot be written
+                (self.folder / f"{name}.bin").unlink(missing_ok=True)
             removed = isinstance(error, FileNotFoundError)
             reason = "its folder was removed meanwhile" if removed else error.strerror or error
             raise NotKept(f"the cache cannot be written: {reason}") from error

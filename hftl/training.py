@@ -493,14 +493,13 @@ def _stage_record(
         return _solve_stage(task, trainer, kept)
     if not stage.trainable:
         return _score_stage(trainer, stage)
-    record = _train_stage(trainer, stage, task.arguments.resume, pretrained)
-    return record if kept is None else _with_features(record, kept.seconds)
+    return _train_stage(trainer, stage, task.arguments.resume, pretrained, 0.0 if kept is None else kept.seconds)
 
 
 def _train_stage(
-    trainer: TransferTrainer, stage: Stage, resume: bool, pretrained: dict[str, torch.Tensor]
+    trainer: TransferTrainer, stage: Stage, resume: bool, pretrained: dict[str, torch.Tensor], preparing: float
 ) -> dict[str, Any]:
-    """Train one stage, from its last whole checkpoint if there is one.
+    """Train one stage, from its last whole checkpoint if there is one; its features took seconds of `preparing`.
 
     Weights are averaged behind it: those of its steps or epochs, then with the pretrained ones, if any are given.
     """
@@ -514,14 +513,15 @@ def _train_stage(
     output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     averaged = {} if trainer.average is None else trainer.average.finish()
     averaged |= interpolate(trainer, pretrained) if pretrained else {}
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started + preparing
+    runtime = output.metrics["train_runtime"]
     patience = trainer.args.early_stopping_patience
     if patience and not stage.headless and trainer.state.global_step < trainer.state.max_steps:
         say(f"{stage.name}: stopped early, no better evaluation in {patience}")
     return {
         "name": stage.name,
         "seconds": seconds,
-        "samples_per_second": output.metrics.get("train_samples_per_second", 0.0),
+        "samples_per_second": output.metrics["train_samples_per_second"] * runtime / (runtime + preparing),
         "steps": trainer.state.global_step,
         "epochs": stage.epochs,
         "rows_a_step": trainer.rows_together * trainer.args.world_size,
@@ -531,13 +531,6 @@ def _train_stage(
         **averaged,
         **_parameters(trainer),
     }
-
-
-def _with_features(record: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """The record of a training on kept features with the time that those took; that of a solved head has it too."""
-    total = record["seconds"] + seconds
-    rows = record["samples_per_second"] * record["seconds"]
-    return record | {"seconds": total, "samples_per_second": rows / total}
 
 
 def _solve_stage(task: ClassificationTask, trainer: TransferTrainer, kept: KeptFeatures) -> dict[str, Any]:

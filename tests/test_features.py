@@ -450,33 +450,39 @@ def test_an_interrupted_extraction_goes_on(
     train(place, "bert", tmp_path / "run", "--method=partial", "--num_train_epochs=1")
     line = next(line for line in capsys.readouterr().out.splitlines() if "runs once" in line)
     rows, missing = int(line.split("each of ")[1].split()[0]), int(line.split("(")[1].split()[0])
-    assert missing == rows - 2
+    assert missing == rows - 3
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
     assert all(other[name].equal(value) for name, value in one.items())
 
 
-@pytest.mark.parametrize("stopped", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("full", [False, True])
 def test_an_interruption_loses_nothing_that_was_computed(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stopped: Any
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], full: bool
 ) -> None:
     monkeypatch.setattr(batches, "_TOKENS_ON_CPU", 1)  # one row at a time
-    collate = features.batches.prepared
+    prepared, write = batches.prepared, Shards.write
+    flags = ["--method=frozen", "--precision=fp32"]
 
     def stop_later(*arguments: Any) -> Any:
-        for number, batch in enumerate(collate(*arguments)):
+        for number, batch in enumerate(prepared(*arguments)):
             if number == 5:
-                raise stopped
+                raise KeyboardInterrupt
             yield batch
 
+    def no_space(*_: Any) -> None:
+        raise NotKept("the disk is full")
+
     monkeypatch.setattr(batches, "prepared", stop_later)
-    with pytest.raises(stopped):
-        train(place, "bert", tmp_path / "run", "--method=frozen")
-    monkeypatch.setattr(batches, "prepared", collate)
+    monkeypatch.setattr(Shards, "write", no_space if full else write)
+    with pytest.raises(KeyboardInterrupt):
+        train(place, "bert", tmp_path / "run", *flags)
+    monkeypatch.setattr(batches, "prepared", prepared)
+    monkeypatch.setattr(Shards, "write", write)
     capsys.readouterr()
-    train(place, "bert", tmp_path / "run", "--method=frozen")
+    train(place, "bert", tmp_path / "run", *flags)
     line = next(line for line in capsys.readouterr().out.splitlines() if "runs once" in line)
     rows, missing = int(line.split("each of ")[1].split()[0]), int(line.split("(")[1].split()[0])
-    assert missing == rows - 5
+    assert missing == rows - (0 if full else 5)
 
 
 def test_trained_and_solved_heads_share_what_the_output_layer_reads(
@@ -493,9 +499,18 @@ def test_trained_and_solved_heads_share_what_the_output_layer_reads(
     assert "all in the cache" in capsys.readouterr().out
     one, other = (load_file(folder / "model.safetensors") for folder in (cold.folder, tmp_path / "cnn"))
     assert all(torch.allclose(other[name], value, atol=1e-5) for name, value in one.items())
-    train(place, "bert", tmp_path / "pooler", "--method=frozen", "--head_solver=sgd", "--max_steps=2")
-    train(place, "bert", tmp_path / "output", "--method=frozen")
-    assert "all in the cache" not in capsys.readouterr().out  # the pooler trains in one of them
+    for solver in ("sgd", "lbfgs"):  # the pooler trains in one of them
+        train(place, "bert", tmp_path / solver, "--method=frozen", f"--head_solver={solver}")
+        assert "to compute" in capsys.readouterr().out
+
+
+def test_a_head_that_cannot_be_solved_without_the_cache_is_told(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(place, "cnn", tmp_path / "run", "--method=frozen", "--feature_cache=off")
+    assert "head: trained by SGD, since --feature_cache off keeps nothing" in capsys.readouterr().out
+    train(place, "cnn", tmp_path / "run", "--method=frozen", "--feature_cache=off", "--max_steps=1")
+    assert "head: trained by SGD, as --max_steps asks\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [["--method=frozen", "--head_solver=sgd"], ["--method=partial"], ["--method=frozen"]])
