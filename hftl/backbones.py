@@ -157,6 +157,15 @@ def starts_from_texts(model: nn.Module) -> bool:
     return bool(getattr(getattr(without_adapters(model), "config", None), "prompts", None))
 
 
+@torch.no_grad()
+def scale_output_layer(model: nn.Module, factor: float) -> None:
+    """Multiply weight and bias of an output layer that is one linear layer, and with them the logits."""
+    layer = model.get_submodule(structure(model).head[0])
+    assert isinstance(layer, nn.Linear)
+    for parameter in layer.parameters():
+        parameter.mul_(factor)
+
+
 def feature_encoder(model: nn.Module) -> frozenset[str]:
     """The parameters of the convolutions that transformers' models of waveforms leave fixed in fine-tuning."""
     freeze = getattr(model, "freeze_feature_encoder", None)

@@ -313,6 +313,8 @@ def _run_stages(
     for index in range(len(stages)):
         is_late = bool(start) and any(limit.is_up for limit in limits)  # what there is makes the soup
         is_last = index + 1 == len(stages) or is_late
+        if records and "penalty" in records[-1]:
+            backbones.scale_output_layer(model, stages[index].solved_head_scale)
         if index == first_run and not is_last:
             start = {name: tensor.clone() for name, tensor in changing_tensors(model, stages[index]).items()}
         elif start:

@@ -390,6 +390,17 @@ def test_lp_ft_starts_from_a_solved_head(place: Path, tmp_path: Path, capsys: py
     assert "solved on the features" in out
 
 
+@pytest.mark.parametrize("flags", [[], ["--soup_runs=2"], ["--wise_ft=true"]])
+def test_lp_ft_scales_a_solved_head_down(place: Path, tmp_path: Path, flags: list[str]) -> None:
+    train(place, "bert", tmp_path / "head", "--method=frozen", "--precision=fp32")
+    still = ["--learning_rate=1e-12", "--num_train_epochs=1", "--precision=fp32"]
+    train(place, "bert", tmp_path / "both", "--method=lp_ft", *still, *flags)
+    solved, found = (load_file(tmp_path / name / "model.safetensors") for name in ("head", "both"))
+    assert solved["classifier.weight"].abs().max() > 1e-3
+    for name in ("classifier.weight", "classifier.bias"):
+        assert torch.allclose(0.1 * solved[name], found[name], atol=1e-6)
+
+
 def test_settings_of_training_train_the_head(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(place, "cnn", tmp_path / "run", "--method=frozen", "--head_learning_rate=0.01", "--num_train_epochs=1")
     assert "trained by SGD, as --head_learning_rate asks" in capsys.readouterr().out

@@ -38,6 +38,7 @@ class Stage:
         penalty: `(stage, model, batch, outputs) -> scalar`, a mean over the rows of the batch, see `hftl.penalties`.
         penalty_weight: the loss in training is the task's plus this times the penalty.
         reference: the model as it was pretrained, for penalties that compare with it.
+        solved_head_scale: what a head that the stage before solved is multiplied with when the stage begins.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Stage:
     penalty: Callable[..., Any] | None = None
     penalty_weight: float = 0.0
     reference: nn.Module | None = None
+    solved_head_scale: float = 1.0
 
     def __post_init__(self) -> None:
         """Take any collection of names."""
