@@ -302,6 +302,8 @@ class TransferArguments(TrainingArguments):
     typed: ClassVar[frozenset[str]] = frozenset()
     # Neither: `--learning_rate auto`, whose field is None until the rate is found.
     finds_learning_rate: ClassVar[bool] = False
+    # Nor: bf16 because the GPU is made for it, which nobody asked for and whose loss is looked at before it is used.
+    bf16_is_unasked: ClassVar[bool] = False
     #: three: on 8,000 movie reviews more gained nothing (MiniLM, 0.874 to 0.878)
     usual_epochs: ClassVar[float] = 3.0
 
@@ -871,7 +873,8 @@ def _check_gpu_wish(namespace: argparse.Namespace, given: set[str]) -> None:
 def _match_precision(arguments: TransferArguments) -> None:
     """`--precision` and Trainer's own `--bf16` and `--fp16` say the same; what the launcher asks for wins over auto.
 
-    On a GPU auto is settled here: bf16 on those made for it (NVIDIA: Ampere and later), else float32.
+    On a GPU auto is settled here: bf16 on those made for it (NVIDIA: Ampere and later), else float32. Before a training
+    the loss may still say float32.
     """
     import torch
 
@@ -886,6 +889,7 @@ def _match_precision(arguments: TransferArguments) -> None:
         elif torch.accelerator.is_available() and not arguments.use_cpu and launcher != "fp8":
             made_for_it = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
             arguments.precision = "bf16" if made_for_it else "fp32"
+            object.__setattr__(arguments, "bf16_is_unasked", made_for_it)
             if made_for_it and arguments.tf32 is None:
                 torch.set_float32_matmul_precision("high")  # what autocast leaves in float32
     elif flags and flags[0] != arguments.precision:

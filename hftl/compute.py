@@ -200,7 +200,8 @@ def choose_precision(
     arguments: TransferArguments,
     before: Callable[[], object] = lambda: None,
 ) -> str:
-    """The precision of `--precision`; what `auto` is on a GPU the arguments know, and on a CPU it is measured.
+    """The precision of `--precision`; what `auto` is on a GPU the arguments know (see `checked_bf16`), and on a CPU it
+    is measured.
 
     bf16 makes some models faster and others slower (EfficientNet-Lite0 trains at 1.9 times the speed of
     float32 where MiniLM is slower), so that the first time a model comes on a machine both are timed, and the answer
@@ -285,19 +286,8 @@ def _measured(model: nn.Module, batch: dict[str, torch.Tensor], loss: Loss, trai
     """What the two precisions do on one batch, in turns, with a copy of the model: the choice and its reason."""
     inputs = backbones.inputs_of(batch)
     with torch.random.fork_rng(devices=[]):
-        copied = copy.deepcopy(model).eval()
-        logits = {"fp32": _logits(copied, inputs, "fp32")}
-        try:
-            logits["bf16"] = _logits(copied, inputs, "bf16")
-        except RuntimeError as error:  # an operation that bf16 does not have
-            reason = " ".join(str(error).split())[:200]
-            return {"precision": "fp32", "reason": f"bf16 does not work with this model: {reason}"}
-        # Where there are no labels, how sure float32 is of its own answers stands for the loss.
-        labels = batch["labels"] if "labels" in batch else logits["fp32"].argmax(dim=-1)
-        losses = {name: float(loss({"logits": values}, labels)) for name, values in logits.items()}
-        allowed = _LOSS_TOLERANCE * max(_LEAST_LOSS, losses["fp32"])
-        if not abs(losses["bf16"] - losses["fp32"]) <= allowed:
-            reason = f"bf16 moves the loss from {losses['fp32']:.4g} to {losses['bf16']:.4g}"
+        labels, reason = _compared(copy.deepcopy(model).eval(), batch, loss)
+        if reason:
             return {"precision": "fp32", "reason": reason}
         copied = copy.deepcopy(model)  # in the modes of the work to come
         seconds: dict[str, list[float]] = {"fp32": [], "bf16": []}
@@ -315,9 +305,41 @@ def _measured(model: nn.Module, batch: dict[str, torch.Tensor], loss: Loss, trai
     return {"precision": chosen, "reason": f"{step}, {other} {fastest[other]:.2g} s"}
 
 
+def checked_bf16(model: nn.Module, batch: dict[str, torch.Tensor], loss: Loss) -> str:
+    """bf16, or fp32 where that moves the loss by more than a hundredth, which is said; the same in every process.
+
+    Args:
+        model: on the device of the batch; in eval mode at the end.
+        batch: what `forward` takes, and `labels`; the first 16 rows are used.
+        loss: of outputs and labels.
+    """
+    _, own = _compared(model.eval(), {name: value[:_MEASURED_ROWS] for name, value in batch.items()}, loss)
+    reason = next(filter(None, of_all_processes(own)), "")
+    if reason:
+        say(f"precision: fp32 ({reason})")
+    return "fp32" if reason else "bf16"
+
+
+def _compared(model: nn.Module, batch: dict[str, torch.Tensor], loss: Loss) -> tuple[torch.Tensor, str]:
+    """Labels of a batch, and why bf16 will not do for a model in eval mode; nothing where it does."""
+    inputs = backbones.inputs_of(batch)
+    logits = {"fp32": _logits(model, inputs, "fp32")}
+    # Where there are no labels, how sure float32 is of its own answers stands for the loss.
+    labels = batch["labels"] if "labels" in batch else logits["fp32"].argmax(dim=-1)
+    try:
+        logits["bf16"] = _logits(model, inputs, "bf16")
+    except RuntimeError as error:  # an operation that bf16 does not have
+        return labels, f"bf16 does not work with this model: {' '.join(str(error).split())[:200]}"
+    losses = {name: float(loss({"logits": values}, labels)) for name, values in logits.items()}
+    allowed = _LOSS_TOLERANCE * max(_LEAST_LOSS, losses["fp32"])
+    if not abs(losses["bf16"] - losses["fp32"]) <= allowed:
+        return labels, f"bf16 moves the loss from {losses['fp32']:.4g} to {losses['bf16']:.4g}"
+    return labels, ""
+
+
 @torch.no_grad()
 def _logits(model: nn.Module, inputs: dict[str, torch.Tensor], precision: str) -> torch.Tensor:
-    with autocast(precision):
+    with autocast(precision, next(iter(inputs.values())).device):
         return model(**inputs).logits.float()
 
 

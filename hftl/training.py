@@ -253,7 +253,9 @@ def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, 
     Accelerate knows one precision a process, and one is what the recipe can say.
     """
     arguments = task.arguments
-    if arguments.precision != "auto" or arguments.mixed_precision != "no":  # fp8, which the launcher asks for
+    checks = arguments.bf16_is_unasked and not compute.is_sharded()  # no process may have room for the whole model
+    measures = arguments.precision == "auto" and arguments.mixed_precision == "no"  # fp8: the launcher asks for it
+    if not checks and not measures:
         return
     if arguments.resume:
         path = Path(str(arguments.output_dir), CHECKPOINTS, RECIPE)
@@ -261,12 +263,17 @@ def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, 
     else:
         prepare_modules(model, stage)
         batch = compute.typical_batch(rows, task.collate)
+        loss = task.loss(splits) if stage.headless else stage.loss or task.loss(splits)
+        if checks:
+            on_device = {name: value.to(arguments.device) for name, value in batch.items()}
+            set_precision(arguments, compute.checked_bf16(model.to(arguments.device), on_device, loss))
+            return
         steps = arguments.max_steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
         passes = steps if arguments.max_steps > 0 else len(rows) * stage.epochs / arguments.world_size
         precision = compute.choose_precision(
             model,
             batch,
-            task.loss(splits) if stage.headless else stage.loss or task.loss(splits),
+            loss,
             training=not mostly_frozen(stage, model),
             rows=passes,
             arguments=arguments,

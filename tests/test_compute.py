@@ -340,6 +340,22 @@ def test_a_chosen_precision_is_in_the_recipe_and_stays_when_a_run_goes_on(
     assert "bf16" not in yaml.safe_load((resumed.folder / "recipe.yaml").read_text())  # would contradict --precision
 
 
+@pytest.mark.parametrize(("tolerance", "expected"), [(0.01, "bf16"), (0.0, "fp32")])
+def test_a_gpu_that_is_made_for_bf16_does_without_where_the_loss_moves(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tolerance: float, expected: str
+) -> None:
+    def as_on_a_gpu(arguments: Any) -> None:
+        arguments.precision, arguments.bf16 = "bf16", True
+        object.__setattr__(arguments, "bf16_is_unasked", True)
+
+    monkeypatch.setattr("hftl.arguments._match_precision", as_on_a_gpu)
+    monkeypatch.setattr(compute, "_LOSS_TOLERANCE", tolerance)
+    run = train(place, f"gpu-{expected}", overwrite=True)
+    assert ("precision: fp32 (bf16 moves the loss" in capsys.readouterr().out) == (expected == "fp32")
+    assert yaml.safe_load((run.folder / "recipe.yaml").read_text())["precision"] == expected
+    assert run.metrics["train"]["precision"] == expected
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_every_stage_runs_in_half_precision(place: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
     """Accelerate takes a model that it has seen before for prepared, and gives it neither autocast nor compilation."""
