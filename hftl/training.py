@@ -266,18 +266,17 @@ def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, 
         loss = task.loss(splits) if stage.headless else stage.loss or task.loss(splits)
         if checks:
             on_device = {name: value.to(arguments.device) for name, value in batch.items()}
-            set_precision(arguments, compute.checked_bf16(model.to(arguments.device), on_device, loss))
-            return
-        steps = arguments.max_steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-        passes = steps if arguments.max_steps > 0 else len(rows) * stage.epochs / arguments.world_size
-        precision = compute.choose_precision(
-            model,
-            batch,
-            loss,
-            training=not mostly_frozen(stage, model),
-            rows=passes,
-            arguments=arguments,
-        )
+            precision = compute.checked_bf16(model.to(arguments.device), on_device, loss)
+        else:
+            steps = arguments.max_steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+            precision = compute.choose_precision(
+                model,
+                batch,
+                loss,
+                training=not mostly_frozen(stage, model),
+                rows=steps if arguments.max_steps > 0 else len(rows) * stage.epochs / arguments.world_size,
+                arguments=arguments,
+            )
     set_precision(arguments, precision)
 
 
