@@ -153,7 +153,7 @@ def choose(setting: Setting, options: argparse.Namespace, notes: list[str]) -> d
     """The comparisons that were asked for and can be made here; the others are noted."""
     chosen: dict[str, Comparison] = {}
     for name in options.names:
-        if name == "two-processes" and options.gpu and int(_answer(_COUNT)) < 2:
+        if name.startswith("two-processes") and options.gpu and int(_answer(_COUNT)) < 2:
             notes.append(f"{name}: needs two GPUs")
         else:
             chosen[name] = COMPARISONS[name](setting)[name]

@@ -270,13 +270,23 @@ def memory(setting: Setting) -> dict[str, Comparison]:
 
 def two_processes(setting: Setting) -> dict[str, Comparison]:
     """The same global batch on one process with all threads and on two that share them; training alone."""
-    flags = ["--method=full", "--num_train_epochs=1"]
-    one = hftl_train(setting, "hftl full, 1 process", "image", *flags, "--per_device_train_batch_size=32")
-    two = hftl_train(
-        setting, "hftl full, 2 processes", "image", *flags, "--per_device_train_batch_size=16", processes=2
-    )
-    measures = ("train_seconds", "train_seconds")
-    return {"two-processes": Comparison("2 processes, full, images", two, (one,), 0.9, measures)}
+    made = {}
+    for task in ("image", "text"):
+        one, two = (
+            hftl_train(
+                setting,
+                f"hftl full, {text}",
+                task,
+                "--method=full",
+                "--num_train_epochs=1",
+                f"--per_device_train_batch_size={32 // count}",
+                processes=count,
+            )
+            for count, text in ((1, "1 process"), (2, "2 processes"))
+        )
+        measures = ("train_seconds", "train_seconds")
+        made[f"two-processes-{task}"] = Comparison(f"2 processes, full, {task}s", two, (one,), 0.9, measures)
+    return made
 
 
 def cached_step(setting: Setting) -> dict[str, Comparison]:
@@ -308,7 +318,8 @@ COMPARISONS: dict[str, Callable[[Setting], dict[str, Comparison]]] = {
     "predict-text": predict,
     "first-step": first_step,
     "memory": memory,
-    "two-processes": two_processes,
+    "two-processes-image": two_processes,
+    "two-processes-text": two_processes,
     "cached-step": cached_step,
 }
 
