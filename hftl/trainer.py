@@ -22,7 +22,7 @@ from torch.utils.data import BatchSampler, Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from hftl import backbones, batches, folder, optim, penalties
+from hftl import backbones, batches, compute, folder, optim, penalties
 from hftl.arguments import TransferArguments
 from hftl.averaging import AVERAGES, Averaging
 from hftl.cut import Cut
@@ -68,6 +68,7 @@ class TransferTrainer(Trainer):
         self.frozen_modules = prepare_modules(model, stage)
         self.seeded_step = -1
         self.head_steps: HeadSteps | None = None
+        self.sparse_weight: torch.Tensor | None = None
         self.evaluations: dict[int, Any] = {}
         self.chosen_evaluation: Any = None
         #: inputs whose logits are averaged in an evaluation, for a batch of it
@@ -170,8 +171,12 @@ class TransferTrainer(Trainer):
                 folder.say(f"batch: {batch_size} rows, {self.args.gradient_accumulation_steps} times a step")
         if self.average is not None:
             self.average.start(resumed=settings.get("resume_from_checkpoint") is not None)
+        # A penalty may give the weight a dense gradient beside the sparse one; compiled code is not made for it.
+        plain = self.stage.penalty is None and not self.args.torch_compile and not self.is_sharded
+        sparse = compute.sparse_word_gradients(self.model) if plain else contextlib.nullcontext()
         try:
-            return super()._inner_training_loop(batch_size, **settings)
+            with sparse as self.sparse_weight:
+                return super()._inner_training_loop(batch_size, **settings)
         finally:
             self.head_steps = None  # which holds all features
 
@@ -210,6 +215,9 @@ class TransferTrainer(Trainer):
                 "--batch_norm train: BatchNorm has no statistics of a single row whose maps are one pixel. Leave a "
                 "last batch of one row out with --dataloader_drop_last, or take another --per_device_train_batch_size."
             ) from error
+        if self.sparse_weight is not None and self.accelerator.sync_gradients:  # all processes have added theirs
+            assert self.sparse_weight.grad is not None
+            self.sparse_weight.grad = self.sparse_weight.grad.to_dense()
         if not torch.isfinite(loss):
             self.not_finite(loss, self.state.global_step)
         return loss

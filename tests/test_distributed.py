@@ -105,6 +105,21 @@ class Late(TrainerCallback):
 def late(model, arguments):
     return dataclasses.replace(METHODS["full"](model, arguments), callbacks=(Late(),))
 
+class Words(TrainerCallback):
+    def write(self, model):
+        embedding = model.get_input_embeddings()
+        with open(f"gradients-{os.environ.get('RANK', 'alone')}", "a") as file:
+            file.write(f"{embedding.sparse} {embedding.weight.grad.is_sparse}\\n")
+
+    def on_substep_end(self, args, state, control, model, **others):
+        self.write(model)
+
+    def on_pre_optimizer_step(self, args, state, control, model, **others):
+        self.write(model)
+
+def words(model, arguments):
+    return dataclasses.replace(METHODS["full"](model, arguments), callbacks=(Words(),))
+
 class Stopping(CrossEntropyLoss):
     calls = 0
 
@@ -208,6 +223,25 @@ def test_two_processes_train_as_one(place: Path, kind: str) -> None:
 def predictions(run: Path) -> list[list[str]]:
     with (run / "predictions.csv").open(newline="") as file:
         return list(csv.reader(file))[1:]
+
+
+@pytest.mark.slow
+def test_two_processes_exchange_the_rows_of_their_words(place: Path) -> None:
+    """Also behind parts of a step, which each process adds up alone."""
+    flags = ["--model=bert", "--dataset=texts", "--method=mine.py:words", "--max_train_samples=28", *COMMON]
+    flags += ["--gradient_accumulation_steps=2"]
+    recipe = str(ROOT / "recipes" / "text_classification.py")
+    printed(run_command([recipe, *flags, "--per_device_train_batch_size=4", "--output_dir=words-1"], place))
+    for done in run_ranks([recipe, *flags, "--per_device_train_batch_size=2", "--output_dir=words-2"], place):
+        printed(done)
+    parts = {name: (place / f"gradients-{name}").read_text().splitlines() for name in ("alone", "0", "1")}
+    assert set(parts["alone"]) == {"False False"}
+    for rank in ("0", "1"):
+        assert parts[rank][:2] == ["True True", "True False"]  # the part of a step; the whole, for the optimizer
+        assert len(parts[rank]) == len(parts["alone"])
+    one, two = (load_file(place / run / "model.safetensors") for run in ("words-1", "words-2"))
+    for name, weight in one.items():
+        assert two[name].sub(weight).abs().max() < 1e-4, name
 
 
 @pytest.mark.slow
