@@ -141,8 +141,32 @@ def of_all_processes(value: Any) -> list[Any]:
     return values
 
 
+class WordGradient:
+    """The gradient of a word embedding that processes exchange by its rows, and that an optimizer reads as a whole.
+
+    Attributes:
+        weight: of the embedding, shape (words, width).
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """No word was seen."""
+        self.weight, self.dense = weight, torch.zeros_like(weight)
+        self.words = torch.empty(0, dtype=torch.long)
+
+    def make_dense(self) -> None:
+        """Put the whole gradient in the place of its rows; of the step before only rows that were not zero are wiped.
+
+        To be called when all processes have added theirs, before anything reads the gradient.
+        """
+        assert self.weight.grad is not None
+        rows = self.weight.grad.coalesce()
+        self.dense.index_fill_(0, self.words, 0)
+        self.words = rows.indices()[0]
+        self.weight.grad = self.dense.index_copy_(0, self.words, rows.values())
+
+
 @contextlib.contextmanager
-def sparse_word_gradients(model: Any) -> Iterator[torch.Tensor | None]:
+def exchanged_by_rows(model: Any) -> Iterator[WordGradient | None]:
     """Let processes on CPUs exchange the gradient of the word embedding as the rows of those words that they had.
 
     A batch has a few hundred of the 30,000 words of BERT, or of the 250,000 of a multilingual model, and to add up the
@@ -154,8 +178,8 @@ def sparse_word_gradients(model: Any) -> Iterator[torch.Tensor | None]:
         model: not yet in `DistributedDataParallel`.
 
     Yields:
-        The weight whose gradient is sparse within the context, to be made dense before anything reads it; None where
-        there is one process, the weight does not train, or other modules have it too.
+        The gradient, sparse within the context until it is made dense; None where there is one process, the weight
+        does not train, or other modules have it too.
     """
     found = _word_embedding(model) if _several_processes() and torch.distributed.get_backend() == "gloo" else None
     if found is None or not found.weight.requires_grad:
@@ -163,7 +187,7 @@ def sparse_word_gradients(model: Any) -> Iterator[torch.Tensor | None]:
         return
     found.sparse = True
     try:
-        yield found.weight
+        yield WordGradient(found.weight)
     finally:
         found.sparse = False
 

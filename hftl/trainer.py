@@ -68,7 +68,7 @@ class TransferTrainer(Trainer):
         self.frozen_modules = prepare_modules(model, stage)
         self.seeded_step = -1
         self.head_steps: HeadSteps | None = None
-        self.sparse_weight: torch.Tensor | None = None
+        self.word_gradient: compute.WordGradient | None = None
         self.evaluations: dict[int, Any] = {}
         self.chosen_evaluation: Any = None
         #: inputs whose logits are averaged in an evaluation, for a batch of it
@@ -77,6 +77,8 @@ class TransferTrainer(Trainer):
         _check_penalty(model, self.frozen_modules, stage, args)
         with _explained_settings():
             super().__init__(model=model, args=args, compute_loss_func=loss, **others)
+        # Gradients that lie where they are exchanged need not be copied back, and take no memory of their own.
+        self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.remove_callback(PrinterCallback)  # `hftl.callbacks` has what a person can read
         self.model_accepts_loss_kwargs = False  # the loss is ours: forward has no use for the number of rows
         self.rows_together = self._train_batch_size * args.gradient_accumulation_steps
@@ -173,9 +175,9 @@ class TransferTrainer(Trainer):
             self.average.start(resumed=settings.get("resume_from_checkpoint") is not None)
         # A penalty may give the weight a dense gradient beside the sparse one; compiled code is not made for it.
         plain = self.stage.penalty is None and not self.args.torch_compile and not self.is_sharded
-        sparse = compute.sparse_word_gradients(self.model) if plain else contextlib.nullcontext()
+        exchanged = compute.exchanged_by_rows(self.model) if plain else contextlib.nullcontext()
         try:
-            with sparse as self.sparse_weight:
+            with exchanged as self.word_gradient:
                 return super()._inner_training_loop(batch_size, **settings)
         finally:
             self.head_steps = None  # which holds all features
@@ -215,9 +217,8 @@ class TransferTrainer(Trainer):
                 "--batch_norm train: BatchNorm has no statistics of a single row whose maps are one pixel. Leave a "
                 "last batch of one row out with --dataloader_drop_last, or take another --per_device_train_batch_size."
             ) from error
-        if self.sparse_weight is not None and self.accelerator.sync_gradients:  # all processes have added theirs
-            assert self.sparse_weight.grad is not None
-            self.sparse_weight.grad = self.sparse_weight.grad.to_dense()
+        if self.word_gradient is not None and self.accelerator.sync_gradients:
+            self.word_gradient.make_dense()
         if not torch.isfinite(loss):
             self.not_finite(loss, self.state.global_step)
         return loss
