@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import DynamoBackend
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import BatchSampler, Dataset, Sampler
@@ -68,7 +69,7 @@ class TransferTrainer(Trainer):
         self.frozen_modules = prepare_modules(model, stage)
         self.seeded_step = -1
         self.head_steps: HeadSteps | None = None
-        self.word_gradient: compute.WordGradient | None = None
+        self.sparse_weight: torch.Tensor | None = None
         self.evaluations: dict[int, Any] = {}
         self.chosen_evaluation: Any = None
         #: inputs whose logits are averaged in an evaluation, for a batch of it
@@ -77,7 +78,7 @@ class TransferTrainer(Trainer):
         _check_penalty(model, self.frozen_modules, stage, args)
         with _explained_settings():
             super().__init__(model=model, args=args, compute_loss_func=loss, **others)
-        # Gradients that lie where they are exchanged need not be copied back, and take no memory of their own.
+        # Gradients that lie where they are exchanged need not be copied back.
         self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.remove_callback(PrinterCallback)  # `hftl.callbacks` has what a person can read
         self.model_accepts_loss_kwargs = False  # the loss is ours: forward has no use for the number of rows
@@ -174,13 +175,15 @@ class TransferTrainer(Trainer):
         if self.average is not None:
             self.average.start(resumed=settings.get("resume_from_checkpoint") is not None)
         # A penalty may give the weight a dense gradient beside the sparse one; compiled code is not made for it.
-        plain = self.stage.penalty is None and not self.args.torch_compile and not self.is_sharded
-        exchanged = compute.exchanged_by_rows(self.model) if plain else contextlib.nullcontext()
+        compiled = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO  # by the flag or by the launcher
+        may_be_sparse = self.stage.penalty is None and not compiled and not self.is_sharded
+        sparse = compute.sparse_word_gradient(self.model) if may_be_sparse else contextlib.nullcontext()
         try:
-            with exchanged as self.word_gradient:
+            with sparse as self.sparse_weight:
                 return super()._inner_training_loop(batch_size, **settings)
         finally:
             self.head_steps = None  # which holds all features
+            self.sparse_weight = None
 
     def _run_epoch(self, **settings: Any) -> None:
         """Trainer's, or that of a linear head on kept features, which has no use for the model in a step."""
@@ -217,8 +220,9 @@ class TransferTrainer(Trainer):
                 "--batch_norm train: BatchNorm has no statistics of a single row whose maps are one pixel. Leave a "
                 "last batch of one row out with --dataloader_drop_last, or take another --per_device_train_batch_size."
             ) from error
-        if self.word_gradient is not None and self.accelerator.sync_gradients:
-            self.word_gradient.make_dense()
+        if self.sparse_weight is not None and self.accelerator.sync_gradients:  # all processes have added theirs
+            assert self.sparse_weight.grad is not None
+            self.sparse_weight.grad = self.sparse_weight.grad.to_dense()
         if not torch.isfinite(loss):
             self.not_finite(loss, self.state.global_step)
         return loss

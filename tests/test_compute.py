@@ -618,29 +618,17 @@ def test_words_are_exchanged_by_rows_where_nothing_else_reads_their_weight(kind:
         model = TINY["timm_resnet18" if kind == "timm" else "bert"]()
     if kind == "bert without gradients":
         model.requires_grad_(False)
-    with compute.exchanged_by_rows(model) as gradient:
+    with compute.sparse_word_gradient(model) as weight:
         sparse = [name for name, part in model.named_modules() if getattr(part, "sparse", False)]
         if kind == "bert":
-            assert gradient.weight is model.get_input_embeddings().weight
+            assert weight is model.get_input_embeddings().weight
             assert sparse == ["bert.embeddings.word_embeddings"]
         else:
-            assert gradient is None
+            assert weight is None
             assert sparse == []
     assert not any(getattr(part, "sparse", False) for part in model.modules())
 
 
 def test_one_process_has_dense_gradients() -> None:
-    with compute.exchanged_by_rows(TINY["bert"]()) as gradient:
-        assert gradient is None
-
-
-def test_a_gradient_by_rows_becomes_the_whole_one() -> None:
-    embedding = nn.Embedding(6, 3, sparse=True)
-    gradient = compute.WordGradient(embedding.weight)
-    for words in ([1, 4, 4], [0, 1], [5]):
-        embedding.weight.grad = None
-        embedding(torch.tensor(words)).square().sum().backward()
-        expected = embedding.weight.grad.to_dense()
-        gradient.make_dense()
-        assert embedding.weight.grad.equal(expected)
-        embedding.weight.grad.mul_(0.5)  # as clipping does
+    with compute.sparse_word_gradient(TINY["bert"]()) as weight:
+        assert weight is None
