@@ -23,7 +23,7 @@ from tiny_models import TINY, tiny_inputs
 from tiny_training import every_tensor, tiny_arguments, tiny_trainer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers import BertModel, GPT2Config, GPT2LMHeadModel, TrainerCallback
 from transformers.utils import ModelOutput
 
 import hftl
@@ -608,12 +608,14 @@ def gloo() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("gloo")
-@pytest.mark.parametrize("kind", ["bert", "bert without gradients", "tied", "timm", "no model of transformers"])
+@pytest.mark.parametrize("kind", ["bert", "bert without gradients", "tied", "timm", "plain", "own"])
 def test_words_are_exchanged_by_rows_where_nothing_else_reads_their_weight(kind: str) -> None:
     if kind == "tied":
         model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=20))
-    elif kind == "no model of transformers":
+    elif kind == "plain":
         model = nn.Embedding(20, 8)
+    elif kind == "own":  # whose forward pass may read the weight itself
+        model = type("Own", (BertModel,), {"__module__": "mine"})(TINY["bert"]().config)
     else:
         model = TINY["timm_resnet18" if kind == "timm" else "bert"]()
     if kind == "bert without gradients":
