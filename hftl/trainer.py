@@ -23,11 +23,12 @@ from torch.utils.data import BatchSampler, Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from hftl import backbones, batches, compute, folder, optim, penalties
+from hftl import backbones, batches, folder, optim, penalties
 from hftl.arguments import TransferArguments
 from hftl.averaging import AVERAGES, Averaging
 from hftl.cut import Cut
 from hftl.errors import Diverged, UsageError
+from hftl.exchange import GradientExchange, gradient_exchange
 from hftl.head_steps import HeadSteps, head_steps
 from hftl.methods import Stage
 from hftl.methods.plan import prepare_modules
@@ -69,7 +70,7 @@ class TransferTrainer(Trainer):
         self.frozen_modules = prepare_modules(model, stage)
         self.seeded_step = -1
         self.head_steps: HeadSteps | None = None
-        self.sparse_weight: torch.Tensor | None = None
+        self.exchange: GradientExchange | None = None
         self.evaluations: dict[int, Any] = {}
         self.chosen_evaluation: Any = None
         #: inputs whose logits are averaged in an evaluation, for a batch of it
@@ -174,16 +175,15 @@ class TransferTrainer(Trainer):
                 folder.say(f"batch: {batch_size} rows, {self.args.gradient_accumulation_steps} times a step")
         if self.average is not None:
             self.average.start(resumed=settings.get("resume_from_checkpoint") is not None)
-        # A penalty may give the weight a dense gradient beside the sparse one; compiled code is not made for it.
-        compiled = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO  # by the flag or by the launcher
-        may_be_sparse = self.stage.penalty is None and not compiled and not self.is_sharded
-        sparse = compute.sparse_word_gradient(self.model) if may_be_sparse else contextlib.nullcontext()
+        # Compiled code, by the flag or by the launcher, is not made for sparse gradients.
+        compiled = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+        own = contextlib.nullcontext() if compiled or self.is_sharded else gradient_exchange(self.model)
         try:
-            with sparse as self.sparse_weight:
+            with own as self.exchange:
                 return super()._inner_training_loop(batch_size, **settings)
         finally:
             self.head_steps = None  # which holds all features
-            self.sparse_weight = None
+            self.exchange = None
 
     def _run_epoch(self, **settings: Any) -> None:
         """Trainer's, or that of a linear head on kept features, which has no use for the model in a step."""
@@ -201,7 +201,7 @@ class TransferTrainer(Trainer):
             lambda norm, rate: self._maybe_log_save_evaluate(self._tr_loss, norm, *given, learning_rate=rate),
         )
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One step, or one part of an accumulated one, seeded by `seed`.
 
         Raises:
@@ -212,7 +212,8 @@ class TransferTrainer(Trainer):
             self.seed(self.seeded_step)
         inputs = self.mixing(inputs) if self.mixing is not None else inputs
         try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            with contextlib.nullcontext() if self.exchange is None else model.no_sync():
+                loss = super().training_step(model, inputs, num_items_in_batch)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -220,12 +221,25 @@ class TransferTrainer(Trainer):
                 "--batch_norm train: BatchNorm has no statistics of a single row whose maps are one pixel. Leave a "
                 "last batch of one row out with --dataloader_drop_last, or take another --per_device_train_batch_size."
             ) from error
-        if self.sparse_weight is not None and self.accelerator.sync_gradients:  # all processes have added theirs
-            assert self.sparse_weight.grad is not None
-            self.sparse_weight.grad = self.sparse_weight.grad.to_dense()
+        if self.exchange is not None and self.accelerator.sync_gradients:
+            self.exchange.average()
         if not torch.isfinite(loss):
             self.not_finite(loss, self.state.global_step)
         return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        if self.exchange is None:
+            return super()._clip_grad_norm(model)
+        return self._clip_exchanged(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> Any:
+        if self.exchange is not None and grad_norm is None:
+            grad_norm = self._clip_exchanged(math.inf)
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _clip_exchanged(self, most: float) -> torch.Tensor:
+        assert self.exchange is not None
+        return self.exchange.clip(lambda weights: self.accelerator.clip_grad_norm_(weights, most))
 
     def seed(self, step: int) -> None:
         """Make the randomness of a step a function of (seed, step, process), so that a resumed run repeats it."""

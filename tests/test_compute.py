@@ -23,7 +23,7 @@ from tiny_models import TINY, tiny_inputs
 from tiny_training import every_tensor, tiny_arguments, tiny_trainer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import BertModel, GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils import ModelOutput
 
 import hftl
@@ -596,41 +596,3 @@ def test_compiled_training_gives_an_ordinary_run(
     first, second = (load_file(entry.folder / "model.safetensors") for entry in (plain, run))
     assert first.keys() == second.keys()  # no prefixes
     assert run.metrics["validation"]["loss"] == pytest.approx(plain.metrics["validation"]["loss"], rel=1e-3)
-
-
-@pytest.fixture
-def gloo() -> Iterator[None]:
-    """The processes of a run on CPUs, of which there is one."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("gloo")
-@pytest.mark.parametrize("kind", ["bert", "bert without gradients", "tied", "timm", "plain", "own"])
-def test_words_are_exchanged_by_rows_where_nothing_else_reads_their_weight(kind: str) -> None:
-    if kind == "tied":
-        model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=20))
-    elif kind == "plain":
-        model = nn.Embedding(20, 8)
-    elif kind == "own":  # whose forward pass may read the weight itself
-        model = type("Own", (BertModel,), {"__module__": "mine"})(TINY["bert"]().config)
-    else:
-        model = TINY["timm_resnet18" if kind == "timm" else "bert"]()
-    if kind == "bert without gradients":
-        model.requires_grad_(False)
-    with compute.sparse_word_gradient(model) as weight:
-        sparse = [name for name, part in model.named_modules() if getattr(part, "sparse", False)]
-        if kind == "bert":
-            assert weight is model.get_input_embeddings().weight
-            assert sparse == ["bert.embeddings.word_embeddings"]
-        else:
-            assert weight is None
-            assert sparse == []
-    assert not any(getattr(part, "sparse", False) for part in model.modules())
-
-
-def test_one_process_has_dense_gradients() -> None:
-    with compute.sparse_word_gradient(TINY["bert"]()) as weight:
-        assert weight is None
