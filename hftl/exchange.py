@@ -25,9 +25,10 @@ class GradientExchange:
 
     That copies the gradients on CPUs into buckets, and gloo sends these through sockets. Here each process writes its
     own into memory that all of them see, adds up its share of everybody's, and takes the averages: for two processes
-    the very numbers of DistributedDataParallel. It is a reduce-scatter and an all-gather (Thakur, Rabenseifner and
-    Gropp 2005) without messages. The gradient of the word embedding goes by gloo as the rows of those words that the
-    batches had, a few hundred of the 30,000 of BERT, or of the 250,000 of a multilingual model.
+    the very numbers of DistributedDataParallel, for more up to the order of sums. It is a reduce-scatter and an
+    all-gather (Thakur, Rabenseifner and Gropp 2005) without messages. The gradient of the word embedding goes by gloo
+    as the rows of those words that the batches had, a few hundred of the 30,000 of BERT, or of the 250,000 of a
+    multilingual model.
     """
 
     def __init__(self, weights: Sequence[nn.Parameter], words: nn.Parameter | None, memory: torch.Tensor) -> None:
@@ -67,7 +68,7 @@ class GradientExchange:
         dist.barrier()  # before the next step writes
         if self.words is not None and kind_of_words != _NO_GRADIENT:
             gradient = _no_rows(self.words) if self.words.grad is None else self.words.grad
-            gradient = (gradient.to_dense() if kind_of_words == _DENSE else gradient) / self.count
+            gradient = (gradient.to_dense() if kind_of_words == _DENSE else gradient.coalesce()) / self.count
             dist.all_reduce(gradient)
             self.words.grad = gradient
 
@@ -78,9 +79,10 @@ class GradientExchange:
             clip: scales the gradients of weights in place and returns their norm. Of the words it gets the rows that
                 are there: the zeros of the others would be read twice and written.
         """
-        if self.words is None or _kind(self.words) != _SPARSE:
-            return clip([*self.weights, *([] if self.words is None else [self.words])])
-        assert self.words.grad is not None
+        if self.words is None:
+            return clip([*self.weights])
+        if self.words.grad is None or not self.words.grad.is_sparse:
+            return clip([*self.weights, self.words])
         self.words.grad = self.words.grad.coalesce()
         rows = nn.Parameter(self.words.grad.values())
         rows.grad = rows.detach()
@@ -106,21 +108,26 @@ def _places(row: torch.Tensor, weights: Sequence[nn.Parameter]) -> list[torch.Te
 
 
 @contextlib.contextmanager
-def gradient_exchange(model: Any) -> Iterator[GradientExchange | None]:
+def gradient_exchange(model: Any, words_by_rows: bool = True) -> Iterator[GradientExchange | None]:
     """What averages the gradients of a training in the processes of one machine with Linux, on its CPUs.
 
     Args:
         model: not yet in `DistributedDataParallel`, whose `no_sync` then holds for every step.
+        words_by_rows: whether the gradient of the word embedding is one of few words.
 
     Yields:
         None where the processes do not speak by gloo or are on several machines, where a weight that trains is not
-        float32 and on the CPU, or where DistributedDataParallel has buffers to keep equal, such as those of BatchNorm.
+        float32 and on the CPU or has a sparse gradient anyway, or where the model saves buffers, such as those of
+        BatchNorm, which DistributedDataParallel keeps equal.
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    embedding = _word_embedding(model)
+    if not _is_for(model, weights):
+        yield None
+        return
+    embedding = _word_embedding(model) if words_by_rows else None
     words = None if embedding is None else embedding.get_parameter("weight")
     dense = [weight for weight in weights if weight is not words]
-    memory = _shared_memory(sum(weight.numel() for weight in dense)) if _is_for(model, weights) else None
+    memory = _shared_memory(sum(weight.numel() for weight in dense))
     if memory is None:
         yield None
         return
@@ -140,6 +147,7 @@ def _is_for(model: nn.Module, weights: Sequence[nn.Parameter]) -> bool:
         and os.environ.get("LOCAL_WORLD_SIZE") == str(dist.get_world_size())  # all on this machine
         and all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in weights)
         and not any(name in saved for name, _ in model.named_buffers())
+        and not any(getattr(part, "sparse", False) is True for part in model.modules())
     )
 
 
@@ -150,14 +158,30 @@ def _shared_memory(length: int) -> torch.Tensor | None:
     """
     count = dist.get_world_size()
     length = -(-length // count) * count
-    file = os.memfd_create("hftl-gradients") if dist.get_rank() == 0 else -1
-    path = compute.of_all_processes(f"/proc/{os.getpid()}/fd/{file}")[0]
-    may_open = all(compute.of_all_processes(os.access(path, os.R_OK | os.W_OK)))
-    memory = torch.from_file(path, shared=True, size=count * length) if may_open else None
-    compute.wait_for_all()  # until all have opened it
-    if file >= 0:
-        os.close(file)
+    with contextlib.ExitStack() as stack:
+        file = _memory_file() if dist.get_rank() == 0 else None
+        if file is not None:
+            stack.callback(os.close, file)
+        path = compute.of_all_processes(f"/proc/{os.getpid()}/fd/{file}")[0]
+        seen = compute.of_all_processes(_identity(path))
+        memory = torch.from_file(path, shared=True, size=count * length) if seen[0] and len(set(seen)) == 1 else None
+        compute.wait_for_all()  # until all have opened it
     return None if memory is None else memory.view(count, length)
+
+
+def _memory_file() -> int | None:
+    try:
+        return os.memfd_create("hftl-gradients")
+    except OSError:  # forbidden here
+        return None
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """What tells this file from all others of the machine, if it may be written."""
+    if not os.access(path, os.R_OK | os.W_OK):
+        return None
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def _word_embedding(model: Any) -> nn.Embedding | None:
@@ -168,7 +192,7 @@ def _word_embedding(model: Any) -> nn.Embedding | None:
         found = model.get_input_embeddings()
     except NotImplementedError:  # of a model without words
         return None
-    if type(found) is not nn.Embedding or not found.weight.requires_grad:
+    if type(found) is not nn.Embedding or found.scale_grad_by_freq or not found.weight.requires_grad:
         return None
     owners = sum(weight is found.weight for _, weight in model.named_parameters(remove_duplicate=False))
     return found if owners == 1 else None

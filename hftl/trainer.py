@@ -79,7 +79,7 @@ class TransferTrainer(Trainer):
         _check_penalty(model, self.frozen_modules, stage, args)
         with _explained_settings():
             super().__init__(model=model, args=args, compute_loss_func=loss, **others)
-        # Gradients that lie where they are exchanged need not be copied back.
+        # Where there is no `exchange`: gradients that lie where they are exchanged need not be copied back.
         self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.remove_callback(PrinterCallback)  # `hftl.callbacks` has what a person can read
         self.model_accepts_loss_kwargs = False  # the loss is ours: forward has no use for the number of rows
@@ -175,11 +175,14 @@ class TransferTrainer(Trainer):
                 folder.say(f"batch: {batch_size} rows, {self.args.gradient_accumulation_steps} times a step")
         if self.average is not None:
             self.average.start(resumed=settings.get("resume_from_checkpoint") is not None)
-        # Compiled code, by the flag or by the launcher, is not made for sparse gradients.
+        # Compiled code, by the flag or by the launcher, is not made for sparse gradients; a static graph has no use for
+        # `no_sync`, in which its backward pass fails (pytorch issue 143580).
         compiled = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
-        own = contextlib.nullcontext() if compiled or self.is_sharded else gradient_exchange(self.model)
+        left = compiled or self.args.ddp_static_graph or self.is_sharded
+        # A penalty that looks at all weights has a gradient for all words.
+        own = gradient_exchange(self.model, words_by_rows=self.stage.penalty is None)
         try:
-            with own as self.exchange:
+            with contextlib.nullcontext() if left else own as self.exchange:
                 return super()._inner_training_loop(batch_size, **settings)
         finally:
             self.head_steps = None  # which holds all features

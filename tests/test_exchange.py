@@ -20,14 +20,13 @@ from hftl.exchange import GradientExchange, _shared_memory, gradient_exchange
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-generator = torch.Generator().manual_seed(rank)
 
 def model_of(name):
     torch.manual_seed(0)
     return TINY[name]()
 
 def backward(model):
-    words = torch.randint(5, 25, (3, 7), generator=generator.manual_seed(rank))
+    words = torch.randint(5, 25, (3, 7), generator=torch.Generator().manual_seed(rank))
     model(input_ids=words).logits.square().sum().backward()
 
 def gradients(model):
@@ -56,15 +55,15 @@ with gradient_exchange(ours) as exchange:
         with distributed.no_sync():
             backward(distributed)
         words = ours.bert.embeddings.word_embeddings.weight
-        mine = words.grad.coalesce()
         assert words.grad.is_sparse
         exchange.average()
         assert words.grad.is_sparse
-    alone = [weight for weight in ours.parameters() if weight.grad is not None]
+    for weight, same in zip(ours.parameters(), theirs.parameters(), strict=True):
+        if weight is not words and weight.grad is not None:
+            assert weight.grad.equal(same.grad)
     norm = exchange.clip(lambda weights: nn.utils.clip_grad_norm_(weights, 0.01))
 assert not ours.bert.embeddings.word_embeddings.sparse
 assert not words.grad.is_sparse
-assert words.grad[mine.indices()[0]].ne(mine.values()).any()  # it has the rows of the other process too
 expected = nn.utils.clip_grad_norm_([w for w in theirs.parameters() if w.grad is not None], 0.01)
 assert norm > 0.01
 torch.testing.assert_close(norm, expected)
@@ -122,20 +121,39 @@ assert exchanged(frozen) is False
 assert exchanged(nn.Embedding(20, 8)) is False
 assert exchanged(model_of("timm_resnet18")) is None  # buffers of BatchNorm
 assert exchanged(model_of("bert").double()) is None
-may_open = os.access
+by_number = model_of("bert")
+by_number.get_input_embeddings().scale_grad_by_freq = True
+assert exchanged(by_number) is False
+own = model_of("bert")
+own.bert.embeddings.position_embeddings.sparse = True
+with gradient_exchange(own) as exchange:
+    assert exchange is None
+with gradient_exchange(model_of("bert"), words_by_rows=False) as exchange:
+    assert exchange.words is None
+may_open, make = os.access, os.memfd_create
 os.access = lambda path, mode: rank == 0
 assert exchanged(model_of("bert")) is None
 os.access = may_open
+def forbidden(name):
+    raise PermissionError(name)
+os.memfd_create = forbidden
+assert exchanged(model_of("bert")) is None
+os.memfd_create = make
+assert exchanged(model_of("bert")) is True
 os.environ["LOCAL_WORLD_SIZE"] = "1"  # of two machines
 assert exchanged(model_of("bert")) is None
 """
     two_processes(tmp_path, script)
 
 
-def test_no_memory_stays_open(tmp_path: Path) -> None:
+def test_the_memory_ends_with_the_training(tmp_path: Path) -> None:
     script = """
+from pathlib import Path
 before = len(os.listdir("/proc/self/fd"))
 with gradient_exchange(model_of("bert")) as exchange:
     assert len(os.listdir("/proc/self/fd")) == before
+    assert "hftl-gradients" in Path("/proc/self/maps").read_text()
+del exchange
+assert "hftl-gradients" not in Path("/proc/self/maps").read_text()
 """
     two_processes(tmp_path, script)
