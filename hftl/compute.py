@@ -117,7 +117,8 @@ def keep_freed_memory() -> None:
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
-def _several_processes() -> bool:
+def several_processes() -> bool:
+    """Whether this run has processes that talk to each other."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -128,13 +129,13 @@ def is_sharded() -> bool:
 
 def wait_for_all() -> None:
     """Wait until every process of this run has come here."""
-    if _several_processes():
+    if several_processes():
         torch.distributed.barrier()
 
 
 def of_all_processes(value: Any) -> list[Any]:
     """The value of every process."""
-    if not _several_processes():
+    if not several_processes():
         return [value]
     values = [value] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
@@ -227,9 +228,9 @@ def choose_precision(
     if arguments.precision != "auto" or arguments.mixed_precision != "no":  # fp8, which the launcher asks for
         return arguments.precision
     answer = [""]
-    if not _several_processes() or torch.distributed.get_rank() == 0:
+    if not several_processes() or torch.distributed.get_rank() == 0:
         answer = [_precision_of_cpu(model, batch, loss, training, rows, before)]
-    if _several_processes():
+    if several_processes():
         torch.distributed.broadcast_object_list(answer, src=0)
     return answer[0]
 

@@ -49,13 +49,12 @@ class GradientExchange:
     @torch.no_grad()
     def average(self) -> None:
         """Replace the gradients of every process by their average; a weight that has none in all of them keeps none."""
-        kinds = [_kind(weight) for weight in self.weights]
         for weight, place in zip(self.weights, self.own, strict=True):
             if weight.grad is None:
                 place.zero_()
             else:
                 torch.mul(weight.grad, 1 / self.count, out=place)
-        found = torch.tensor([*kinds, _NO_GRADIENT if self.words is None else _kind(self.words)])
+        found = torch.tensor([_kind(weight) for weight in (*self.weights, self.words)])
         dist.all_reduce(found, dist.ReduceOp.MAX)  # which waits until all have written
         for share in self.shares[1:]:
             self.shares[0].add_(share)
@@ -91,8 +90,8 @@ class GradientExchange:
         return norm
 
 
-def _kind(weight: torch.Tensor) -> int:
-    if weight.grad is None:
+def _kind(weight: torch.Tensor | None) -> int:
+    if weight is None or weight.grad is None:
         return _NO_GRADIENT
     return _SPARSE if weight.grad.is_sparse else _DENSE
 
@@ -139,7 +138,7 @@ def gradient_exchange(model: Any, words_by_rows: bool = True) -> Iterator[Gradie
 
 
 def _is_for(model: nn.Module, weights: Sequence[nn.Parameter]) -> bool:
-    if sys.platform != "linux" or not (dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo"):
+    if sys.platform != "linux" or not compute.several_processes() or dist.get_backend() != "gloo":
         return False
     saved = model.state_dict().keys()
     return (
