@@ -153,7 +153,7 @@ def _is_for(model: nn.Module, weights: Sequence[nn.Parameter]) -> bool:
 def _shared_memory(length: int) -> torch.Tensor | None:
     """So many float32 numbers for every process, rounded up, (processes, numbers); it ends with the last of them.
 
-    None where the system does not let a process open what another made.
+    None where the system does not let every process open, with so many numbers, what one of them made.
     """
     count = dist.get_world_size()
     length = -(-length // count) * count
@@ -163,15 +163,22 @@ def _shared_memory(length: int) -> torch.Tensor | None:
             stack.callback(os.close, file)
         path = compute.of_all_processes(f"/proc/{os.getpid()}/fd/{file}")[0]
         seen = compute.of_all_processes(_identity(path))
-        memory = torch.from_file(path, shared=True, size=count * length) if seen[0] and len(set(seen)) == 1 else None
-        compute.wait_for_all()  # until all have opened it
-    return None if memory is None else memory.view(count, length)
+        memory = _opened(path, count * length) if seen[0] and len(set(seen)) == 1 else None
+        by_all = all(compute.of_all_processes(memory is not None))  # which waits until all have opened it
+    return memory.view(count, length) if memory is not None and by_all else None
 
 
 def _memory_file() -> int | None:
     try:
         return os.memfd_create("hftl-gradients")
     except OSError:  # forbidden here
+        return None
+
+
+def _opened(path: str, length: int) -> torch.Tensor | None:
+    try:
+        return torch.from_file(path, shared=True, size=length)
+    except RuntimeError:  # a limit of this process: of its memory, its files, or their size
         return None
 
 

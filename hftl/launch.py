@@ -96,7 +96,7 @@ def launch(main: Callable[..., Any], *arguments: Any) -> None:
     except RuntimeError as error:
         if not any(sign in str(error) for sign in _PEER_IS_GONE):
             raise
-        print("Another process of this run has ended: see what it said.", file=sys.stderr, flush=True)
+        print("Another process of this run has ended: see what it said, if it could.", file=sys.stderr, flush=True)
         os._exit(1)  # leaving the group in order would wait for the other
     except BaseException as error:
         # Compared by name: importing the class would cost `hftl --help` the import of torch.

@@ -11,7 +11,7 @@ from forked import run_ranks
 pytestmark = pytest.mark.slow
 
 BEGINNING = """
-import os, torch, torch.distributed as dist
+import os, resource, torch, torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertModel, GPT2Config, GPT2LMHeadModel
@@ -139,6 +139,11 @@ def forbidden(name):
 os.memfd_create = forbidden
 assert exchanged(model_of("bert")) is None
 os.memfd_create = make
+for limit, ranks in ((resource.RLIMIT_NOFILE, (1,)), (resource.RLIMIT_FSIZE, (0, 1))):
+    soft, hard = resource.getrlimit(limit)
+    resource.setrlimit(limit, (3 if rank in ranks else soft, hard))
+    assert exchanged(model_of("bert")) is None
+    resource.setrlimit(limit, (soft, hard))
 assert exchanged(model_of("bert")) is True
 os.environ["LOCAL_WORLD_SIZE"] = "1"  # of two machines
 assert exchanged(model_of("bert")) is None
