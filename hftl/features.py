@@ -694,6 +694,16 @@ class KeptFeatures:
             self.probe = self._fit_beside(kind, train, validation, trainer, score)
         return solution
 
+    def gain(self) -> float:
+        """How far the logits move where the features of a row move by their own length: what a step may do to them.
+
+        The mean of the rows of validation, and of the classes the root of the mean square.
+        """
+        layer: Any = self.source.layer  # type: ignore[union-attr]
+        features = self.data["validation"].matrix()[0][:, : layer.in_features]
+        weight = layer.weight.detach().cpu().float()
+        return float(weight.norm() / len(weight) ** 0.5 * features.float().norm(dim=1).mean())
+
     def _known_layer(self, trainer: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Weight and bias of an output layer that knows the classes, from texts or before; None where it is fresh."""
         layer: Any = self.source.layer  # type: ignore[union-attr]

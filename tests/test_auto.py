@@ -122,7 +122,7 @@ def test_few_rows_have_runs_of_many_epochs_and_no_trials(
     monkeypatch.setattr(auto, "_shape", shape)
     train(world, tmp_path / "run", "--time_budget=1h", "--per_device_train_batch_size=4")
     rows = [(row["rung"], row["method"], row["epochs"]) for row in rows_of(tmp_path / "run")]
-    assert rows == [("probe", "frozen", "0.0"), ("pairs", "setfit", "10.0"), ("final", "full", "7.0")]
+    assert rows == [("probe", "frozen", "0.0"), ("pairs", "setfit", "10.0"), ("final", "lp_ft", "7.0")]
     assert shapes[0] > auto._EPOCHS_FOR_TRIALS
     printed = capsys.readouterr().out
     assert "auto: to train the whole model for 2 epochs takes about" in printed
@@ -155,7 +155,7 @@ def test_an_interrupted_ladder_leaves_a_run_and_goes_on(
     table.write_text(rows)
     capsys.readouterr()
     train(world, tmp_path / "run", "--preset=fast", "--resume")
-    assert tried(tmp_path / "run") == [("probe", "frozen"), ("pairs", "setfit"), ("final", "full")]
+    assert tried(tmp_path / "run") == [("probe", "frozen"), ("pairs", "setfit"), ("final", "lp_ft")]
     assert "auto: probe" not in capsys.readouterr().out
     assert "test" in hftl.load_run(tmp_path / "run").metrics
 

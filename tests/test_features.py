@@ -392,13 +392,23 @@ def test_lp_ft_starts_from_a_solved_head(place: Path, tmp_path: Path, capsys: py
 
 @pytest.mark.parametrize("flags", [[], ["--soup_runs=2"], ["--wise_ft=true"]])
 def test_lp_ft_scales_a_solved_head_down(place: Path, tmp_path: Path, flags: list[str]) -> None:
-    train(place, "bert", tmp_path / "head", "--method=frozen", "--precision=fp32")
+    train(place, "vit", tmp_path / "head", "--method=frozen", "--precision=fp32")
     still = ["--learning_rate=1e-12", "--num_train_epochs=1", "--precision=fp32"]
-    train(place, "bert", tmp_path / "both", "--method=lp_ft", *still, *flags)
+    train(place, "vit", tmp_path / "both", "--method=lp_ft", *still, *flags)
     solved, found = (load_file(tmp_path / name / "model.safetensors") for name in ("head", "both"))
     assert solved["classifier.weight"].abs().max() > 1e-3
     for name in ("classifier.weight", "classifier.bias"):
         assert torch.allclose(0.1 * solved[name], found[name], atol=1e-6)
+
+
+def test_lp_ft_does_not_start_from_a_head_that_blows_every_step_up(place: Path, tmp_path: Path) -> None:
+    """The features of a random BERT hardly differ from row to row: what tells them apart has weights of thousands."""
+    run = train(place, "bert", tmp_path / "run", "--method=lp_ft", "--num_train_epochs=2")
+    head, _ = run.metrics["train"]["stages"]
+    assert head["gain"] > 1000
+    losses = log(run.folder, "loss")
+    assert losses
+    assert max(losses) < 10  # with a tenth of the head hundreds
 
 
 def test_settings_of_training_train_the_head(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
