@@ -54,8 +54,8 @@ _SPENT = "spent.json"
 PRESETS = {"fast": "1m", "medium": "10m", "best": "1h"}
 #: ways to train more than the head, with a factor of their default rates; the first is taken unseen where there is time
 #: for one (2,000 movie reviews, MiniLM, scored on 6,056 others: three runs of `full` 0.853, of `lp_ft` 0.848 at most),
-#: and with less time than for one run the second, whose first stage is the probe, done already; and with few rows, of
-#: which it makes more: 1.8 points on test with 16 a class, the mean over six data sets (benchmarks/quality.md)
+#: and with less time than for one run the second, whose first stage is the probe, done already; and with few rows
+#: to choose by: 1.8 points better with 16 a class, as good with all, means over six data sets (benchmarks/quality.md)
 _WAYS = (("full", 1.0), ("lp_ft", 1.0), ("lora", 1.0), ("full", 2.0), ("lp_ft", 2.0), ("partial", 1.0))
 #: what the ladder sets itself
 _CHOSEN = {"num_train_epochs", "max_steps", "head_solver", "early_stopping_patience"}

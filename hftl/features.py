@@ -619,9 +619,12 @@ class KeptFeatures:
         source: where they were taken.
         seconds: what it took to have them.
         probe: a head of `--head` that the model cannot hold; None where its own answers.
+        gain: of a solved head: how far its logits move where the features of a row move by their own length, which says
+            what a step may do to them; of the rows of validation the mean, of the classes the root of the mean square.
     """
 
     probe: Probe | None = None
+    gain: float = 0.0
 
     def __init__(self, task: Any, stage: Stage, source: Source, data: dict[str, KeptDataset], seconds: float) -> None:
         """Keep all of it."""
@@ -690,19 +693,11 @@ class KeptFeatures:
                 layer.bias.copy_(solution.bias)
             for parameter in layer.parameters() if trainer.args.world_size > 1 else ():
                 torch.distributed.broadcast(parameter, src=0)
+        rows, _ = ordinary[1]
+        self.gain = float(solution.weight.norm() / len(solution.weight) ** 0.5 * rows.float().norm(dim=1).mean())
         if beside:
             self.probe = self._fit_beside(kind, train, validation, trainer, score)
         return solution
-
-    def gain(self) -> float:
-        """How far the logits move where the features of a row move by their own length: what a step may do to them.
-
-        The mean of the rows of validation, and of the classes the root of the mean square.
-        """
-        layer: Any = self.source.layer  # type: ignore[union-attr]
-        features = self.data["validation"].matrix()[0][:, : layer.in_features]
-        weight = layer.weight.detach().cpu().float()
-        return float(weight.norm() / len(weight) ** 0.5 * features.float().norm(dim=1).mean())
 
     def _known_layer(self, trainer: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Weight and bias of an output layer that knows the classes, from texts or before; None where it is fresh."""

@@ -322,8 +322,8 @@ def _run_stages(
     for index in range(len(stages)):
         is_late = bool(start) and any(limit.is_up for limit in limits)  # what there is makes the soup
         is_last = index + 1 == len(stages) or is_late
-        if records and "gain" in records[-1]:
-            backbones.scale_output_layer(model, _head_scale(stages[index], records[-1]["gain"]))
+        if records and "penalty" in records[-1]:
+            backbones.scale_output_layer(model, _head_scale(stages[index], records[-1].get("gain", 0.0)))
         if index == first_run and not is_last:
             start = {name: tensor.clone() for name, tensor in changing_tensors(model, stages[index]).items()}
         elif start:
@@ -545,11 +545,12 @@ def _train_stage(
 
 
 def _head_scale(stage: Stage, gain: float) -> float:
-    """What a solved head is multiplied with when `stage` begins: what that says, or less where a step would be too far.
+    """What a solved head is multiplied with when `stage` begins: its scale, or less where a step would go too far.
 
     Where features hardly vary, a solved head has huge weights, and the first step of the backbone blows the loss up.
     """
-    return min(stage.solved_head_scale, _MOST_GAIN / max(gain, _MOST_GAIN)) if stage.solved_head_scale < 1 else 1.0
+    scale = stage.solved_head_scale
+    return scale if scale >= 1 else min(scale, _MOST_GAIN / max(gain, _MOST_GAIN))
 
 
 def _solve_stage(task: ClassificationTask, trainer: TransferTrainer, kept: KeptFeatures) -> dict[str, Any]:
@@ -563,7 +564,7 @@ def _solve_stage(task: ClassificationTask, trainer: TransferTrainer, kept: KeptF
     }
     stays = math.isinf(solution.strength)  # no penalty gave a better head than the one that knew the classes
     solved: dict[str, Any] = {"head": "as it was" if stays else task.arguments.head or task.problem.head}
-    solved |= {} if stays else {"penalty": solution.strength, "gain": kept.gain()}
+    solved |= {} if stays else {"penalty": solution.strength, "gain": kept.gain}
     trainer.log({**scores, **solved, "seconds": seconds})
     return {
         "name": trainer.stage.name,

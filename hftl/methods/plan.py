@@ -38,8 +38,8 @@ class Stage:
         penalty: `(stage, model, batch, outputs) -> scalar`, a mean over the rows of the batch, see `hftl.penalties`.
         penalty_weight: the loss in training is the task's plus this times the penalty.
         reference: the model as it was pretrained, for penalties that compare with it.
-        solved_head_scale: what a head that the stage before solved is multiplied with when the stage begins, or with
-            less where its logits would still move by more than 20 when the features of a row move by their own length.
+        solved_head_scale: what a head that the stage before solved is multiplied with as the stage begins; below 1
+            with less where its logits would still move by more than 20 when a row's features move by their own length.
     """
 
     name: str
