@@ -694,7 +694,7 @@ class KeptFeatures:
             for parameter in layer.parameters() if trainer.args.world_size > 1 else ():
                 torch.distributed.broadcast(parameter, src=0)
         rows, _ = ordinary[1]
-        self.gain = float(solution.weight.norm() / len(solution.weight) ** 0.5 * rows.float().norm(dim=1).mean())
+        self.gain = float(layer.weight.norm()) / len(layer.weight) ** 0.5 * float(rows.float().norm(dim=1).mean())
         if beside:
             self.probe = self._fit_beside(kind, train, validation, trainer, score)
         return solution
