@@ -885,9 +885,10 @@ def keep_features(
         return None  # each row goes through the model once, and none of train does
     blocks = backbones.parameter_blocks(model)
     first, head = min(blocks[name] for name in stage.trainable), max(blocks.values())
-    if first > 0 and _augmentation_asked_for(arguments):
-        arguments.feature_views = 0  # as the recipe will say, where every flag counts as given
     solves = first == head and _may_solve(task, stage, splits, alone, last)
+    starts = solves and not last  # the stages behind it see the rows as they are asked for
+    if first > 0 and _augmentation_asked_for(arguments, starts):
+        arguments.feature_views = 0  # as the recipe will say, where every flag counts as given
     if arguments.feature_cache == "off" and solves:
         say("head: trained by SGD, since --feature_cache off keeps nothing to solve it on")
     if arguments.feature_cache == "off" or first == 0:
@@ -899,7 +900,7 @@ def keep_features(
     try:
         if not solves and (arguments.head not in (None, "logistic") or wished(arguments)):
             raise NotKept("the task or the stage has a loss of its own")
-        _check_possible(task, stage, data, solves)
+        _check_possible(task, stage, data, solves, starts)
         started = time.perf_counter()
         source, stage = _source(task, stage, model, data, solves)
         views = {name: [rows] for name, rows in data.items()}
@@ -961,11 +962,11 @@ def _unsolved(arguments: TransferArguments, last: bool) -> list[str]:
     return found + ([f"--average {arguments.average}"] if last and arguments.average != "none" else [])
 
 
-def _augmentation_asked_for(arguments: Any) -> str | None:
-    """The flag that somebody gave and that kept plain views would drop."""
-    if "feature_views" in arguments.given and arguments.feature_views > 0:
-        return None
+def _augmentation_asked_for(arguments: Any, starts: bool = False) -> str | None:
+    """The flag that somebody gave and that kept plain views would drop; not where other stages follow it."""
     augmentation = getattr(arguments, "augmentation", "none")
+    if starts or ("feature_views" in arguments.given and arguments.feature_views > 0):
+        return "--feature_views 0" if augmentation != "none" and arguments.feature_views == 0 else None
     if augmentation != "none" and "horizontal_flip" in arguments.typed and arguments.horizontal_flip:
         return "--horizontal_flip true"
     if "augmentation" in arguments.given and augmentation != "none":
@@ -975,18 +976,18 @@ def _augmentation_asked_for(arguments: Any) -> str | None:
     return "--feature_views 0" if augmentation != "none" and arguments.feature_views == 0 else None
 
 
-def _check_possible(task: Any, stage: Stage, data: dict[str, Any], solves: bool) -> None:
+def _check_possible(task: Any, stage: Stage, data: dict[str, Any], solves: bool, starts: bool) -> None:
     """Refuse what would give other results, or none.
 
     Raises:
         NotKept: as said.
     """
     arguments = task.arguments
-    if asked := _augmentation_asked_for(arguments):
+    if asked := _augmentation_asked_for(arguments, starts):
         raise NotKept(f"{asked} changes the images every epoch (--feature_views 4 keeps 4 of each)")
     if getattr(arguments, "word_dropout", None):
         raise NotKept("--word_dropout changes the texts every epoch")
-    if task.mixing() is not None:
+    if task.mixing() is not None and not starts:
         raise NotKept("the rows of a batch are mixed anew in every step")
     if stage.penalty is not None and stage.penalty not in penalties.WITHOUT_INPUTS:
         raise NotKept(f"--penalty {arguments.penalty} looks at the inputs")

@@ -390,6 +390,23 @@ def test_lp_ft_starts_from_a_solved_head(place: Path, tmp_path: Path, capsys: py
     assert "solved on the features" in out
 
 
+def test_a_head_before_other_stages_is_solved_on_plain_images(place: Path, tmp_path: Path) -> None:
+    """What changes the images is for the stages behind it."""
+    flags = ["--method=lp_ft", "--num_train_epochs=1", "--logging_steps=1", "--precision=fp32"]
+    runs = {"plain": [], "changed": ["--augmentation=strong", "--mixup=0.5"]}
+    stages = {
+        name: train(place, "cnn", tmp_path / name, *flags, *asked).metrics["train"]["stages"]
+        for name, asked in runs.items()
+    }
+    assert stages["plain"][0]["penalty"] == stages["changed"][0]["penalty"]
+    assert log(tmp_path / "plain", "loss") != log(tmp_path / "changed", "loss")
+    repeated = train(place, "cnn", tmp_path / "two", f"--config={tmp_path / 'changed' / 'recipe.yaml'}")
+    assert log(tmp_path / "two", "loss") == log(tmp_path / "changed", "loss")
+    assert "penalty" in repeated.metrics["train"]["stages"][0]
+    train(place, "cnn", tmp_path / "anew", *flags, "--feature_views=0")
+    assert "penalty" not in json.loads((tmp_path / "anew" / "metrics.json").read_text())["train"]["stages"][0]
+
+
 @pytest.mark.parametrize("flags", [[], ["--soup_runs=2"], ["--wise_ft=true"]])
 def test_lp_ft_scales_a_solved_head_down(place: Path, tmp_path: Path, flags: list[str]) -> None:
     train(place, "vit", tmp_path / "head", "--method=frozen", "--precision=fp32")
