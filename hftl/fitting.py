@@ -25,7 +25,7 @@ from hftl.report import write_report
 from hftl.run import Run, load_run
 from hftl.tasks import find_task
 from hftl.tasks.classification import ClassificationTask
-from hftl.training import prepare, scores_of, searched_stage, train_plan
+from hftl.training import prepare, reach_searched_stage, scores_of, train_plan
 
 
 def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> Run:
@@ -146,7 +146,7 @@ def score_on_test(task_class: type[ClassificationTask], splits: Splits, argument
 
 
 def find_learning_rate(task_name: str, tokens: Sequence[str], output: Path, steps: int) -> None:
-    """`hftl lr-find`: the range test alone; nothing is trained or saved but the picture.
+    """`hftl lr-find`: the range test, behind the stage of the head where there is one; only the picture is saved.
 
     Raises:
         UsageError: bad input.
@@ -169,11 +169,8 @@ def find_learning_rate(task_name: str, tokens: Sequence[str], output: Path, step
         splits = dataclasses.replace(task.load_splits(), test=None)
         plan = build_plan(task.build_model(splits), arguments)
         stages, data = prepare(task, plan, splits, arguments)
-        found = sweep(task, plan, stages[-1], splits, data, steps)
+        found = sweep(task, plan, reach_searched_stage(task, plan, stages, splits, data), splits, data, steps)
     say(f"\n{report(found)}")
     with folder.explained_disk_errors(output.parent):
         draw(found, output)
-    both = "--learning_rate auto does both"
-    if searched_stage(plan, arguments):
-        both = "with a head that has learned nothing yet; --learning_rate auto looks where its stage ends"
-    say(f"\nnext: --learning_rate {found.valley:.2g} ({both})")
+    say(f"\nnext: --learning_rate {found.valley:.2g} (--learning_rate auto does both)")

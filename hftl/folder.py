@@ -30,6 +30,8 @@ METRICS = "metrics.json"
 PREDICTIONS = "predictions.csv"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
+#: beside the weights at the end of a stage: what was trained and how it went
+STAGE_RECORD = "stage.json"
 #: in the logs: rows of each class and split, and what was noticed
 FOUND_IN_DATA = "data.json"
 #: where the files of a run stand until all of them are there
@@ -284,12 +286,18 @@ def empty(folder: Path, but: Path | None = None) -> None:
             path.unlink()
 
 
+def _is_solved_head(checkpoint: Path) -> bool:
+    """Whether a checkpoint is the end of a stage without steps."""
+    record = checkpoint / STAGE_RECORD
+    return record.is_file() and "learning_rate" not in read_json(record)
+
+
 def discard_start(folder: Path) -> None:
     """Remove what a run that failed has begun, unless there is a checkpoint or an earlier stage to go on from.
 
-    A finished run that it was to replace comes back.
+    A head that was solved is none: it is there again in seconds. A finished run that it was to replace comes back.
     """
-    if is_main_process() and not any((folder / CHECKPOINTS).glob("*/*")):
+    if is_main_process() and all(map(_is_solved_head, (folder / CHECKPOINTS).glob("*/*"))):
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         shutil.rmtree(folder / LOGS, ignore_errors=True)
         if (folder / REPLACED).is_dir():

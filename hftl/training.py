@@ -189,6 +189,17 @@ def searched_stage(plan: Plan, arguments: TransferArguments) -> int:
     return next((number for number, stage in enumerate(plan.stages) if not stage.trainable <= fresh), 0)
 
 
+def reach_searched_stage(
+    task: ClassificationTask, plan: Plan, stages: list[Stage], splits: Splits, data: dict[str, Any]
+) -> Stage:
+    """The stage of `searched_stage`, once those before it are trained."""
+    number = searched_stage(plan, task.arguments)
+    if number:
+        Path(str(task.arguments.output_dir), LOGS).mkdir(parents=True)
+        _run_stages(task, plan, stages, splits, data, plan.callbacks, until=number)
+    return stages[number]
+
+
 def _with_rate(
     task: ClassificationTask,
     plan: Plan,
@@ -302,10 +313,12 @@ def _run_stages(
     splits: Splits,
     data: dict[str, Any],
     callbacks: Sequence[Any],
+    until: int | None = None,
 ) -> tuple[TransferTrainer, list[dict[str, Any]], dict[str, Any]]:
-    """Train every stage that is not finished yet; the results are those of the last one."""
+    """Train every stage that is not finished yet, or those before `until`; the results are those of the last one."""
     model = plan.model
     records: list[dict[str, Any]] = []
+    results: dict[str, Any] = {}
     finals: list[Path] = []
     pretrained = pretrained_weights(Plan(model, tuple(stages))) if task.arguments.wise_ft else {}
     searched = searched_stage(plan, task.arguments) if task.arguments.finds_learning_rate else None
@@ -329,6 +342,8 @@ def _run_stages(
         elif start:
             put(changing_tensors(model, stages[index]), start)
         stages[index] = _chosen(task, stages[index], model, splits)
+        if index == until:
+            break
         if index == searched:
             trained = any("learning_rate" in record for record in records)  # a head that was not solved
             stages[index:] = _with_rate(task, plan, stages[index:], splits, data, keeps_head=trained)
@@ -363,7 +378,7 @@ def _run_stages(
                     probe = None if kept is None else kept.probe
                     _keep_result(trainer, record, final, probe, as_ingredient=bool(start))
             if final.is_dir():
-                records.append(read_json(final / "stage.json"))
+                records.append(read_json(final / folder.STAGE_RECORD))
                 finals.append(final)
             if is_last and start:
                 records[-1] |= soup_of_runs(trainer, finals[first_run:])
@@ -640,7 +655,7 @@ def _keep_result(
     if folder.is_main_process():
         if probe is not None:
             probe.save(partial / PROBE)
-        folder.write_json(partial / "stage.json", record)
+        folder.write_json(partial / folder.STAGE_RECORD, record)
         os.replace(partial, final)
         for path in (*final.parent.glob("checkpoint-*"), *final.parent.glob("soup")):
             if not trainer.args.keep_checkpoints:

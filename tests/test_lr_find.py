@@ -219,6 +219,20 @@ def test_the_rate_of_the_second_stage_is_chosen_from_where_the_first_ends(
     assert stages[1]["head_learning_rate"] == stages[1]["learning_rate"]  # one rate stays one
 
 
+@pytest.mark.parametrize("flags", [["--method=full"], ["--method=lp_ft"], ["--method=gradual"], ["--method=surgical"]])
+def test_the_command_finds_what_auto_finds(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    """Also behind a head that is fitted first."""
+    monkeypatch.chdir(tmp_path)
+    common = settings(world, "text", "--num_train_epochs=1", *flags)
+    cli._run(["train", "text-classification", *common, "--learning_rate=auto", "--output_dir=run"])
+    capsys.readouterr()
+    cli._run(["lr-find", "text-classification", *common])
+    rate = read_yaml(tmp_path / "run" / "recipe.yaml")["learning_rate"]
+    assert f"next: --learning_rate {rate:.2g} (" in capsys.readouterr().out
+
+
 def assert_equal_weights(run: Path, *others: Path) -> None:
     weights = load_file(run / "model.safetensors")
     for other in others:
