@@ -107,7 +107,9 @@ class TransferArguments(TrainingArguments):
 
     # Method
     method: str = _argument(
-        "full", "How the model is adapted: a method's name, or module:function, or file.py:function."
+        "",
+        "How the model is adapted: a method's name, or module:function, or file.py:function (default: lp_ft for images "
+        "or texts of one class each where a pretrained model gets a new head, unless --max_steps is given; else full).",
     )
     unfreeze_blocks: int | None = _argument(None, "partial: how many of the last blocks train (default 2).")
     layer_decay: float | None = _argument(
@@ -306,10 +308,13 @@ class TransferArguments(TrainingArguments):
     bf16_is_unasked: ClassVar[bool] = False
     #: three: on 8,000 movie reviews more gained nothing (MiniLM, 0.874 to 0.878)
     usual_epochs: ClassVar[float] = 3.0
+    #: the default of `method` where rows have one class each and a pretrained model gets a new head
+    usual_method: ClassVar[str] = "full"
 
     def __post_init__(self) -> None:
         """Choose the device before TrainingArguments asks for it, and check what Trainer would only trip over."""
         self.loss = self.loss or ("mse" if self.problem_type == "regression" else "cross_entropy")
+        self.method = self.method or _usual_method(self)
         _match_precision(self)
         _check_device(self)
         metric: str | None = self.metric_for_best_model  # type: ignore[has-type]  # a field of TrainingArguments
@@ -345,6 +350,19 @@ class TransferArguments(TrainingArguments):
         return int(self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * num_training_steps)
 
 
+def _usual_method(arguments: TransferArguments) -> str:
+    """Name of the method where none is given: that of the task where a new head is to be fitted, else full.
+
+    Not where it would not be solved on kept features: where weights are sharded, or steps are counted.
+    """
+    from hftl.compute import is_sharded  # which imports this module
+
+    has_new_head = is_pretrained(arguments) and not arguments.keep_head
+    solves = arguments.max_steps < 0 and not is_sharded()
+    one_class = arguments.problem_type == "single_label_classification"
+    return arguments.usual_method if has_new_head and solves and one_class else "full"
+
+
 def _with_home(value: Any) -> Any:
     """`~/…` as the path that it stands for, which a shell does not see to behind `=`; anything else as it is."""
     if isinstance(value, list):
@@ -366,6 +384,9 @@ ArgumentsType = TypeVar("ArgumentsType", bound=TransferArguments)
 @dataclass
 class ImageArguments(TransferArguments):
     """Arguments of image tasks."""
+
+    #: a point more than full over twelve columns of images and texts (benchmarks/quality.md)
+    usual_method: ClassVar[str] = "lp_ft"
 
     task: str = _argument("image-classification", "Name of the task.")
     image_column: str | None = _argument(None, "Column of the images (guessed when not given).")
@@ -526,6 +547,9 @@ class ChoiceArguments(ReadingArguments):
 class TextArguments(ReadingArguments):
     """Arguments of text tasks."""
 
+    #: as for images
+    usual_method: ClassVar[str] = "lp_ft"
+
     task: str = _argument("text-classification", "Name of the task.")
     text_pair_column: str | None = _argument(None, "Column of the second text of a pair (guessed when not given).")
     pooling: str = _argument(
@@ -546,6 +570,8 @@ class ImageTextArguments(ImageArguments, TextArguments):
 
     #: what is told by both together alone is learned late: of the builtin captions 0.917 in three epochs, 1.000 in five
     usual_epochs: ClassVar[float] = 5.0
+    #: a head that joins both has several layers, which are not solved
+    usual_method: ClassVar[str] = "full"
 
     task: str = _argument("image-text-classification", "Name of the task.")
     text_model: str | None = _argument(
@@ -574,7 +600,7 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
     """Descriptions as they are written; a default of None is explained in the text of its flag."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
 
 
 def averaged_views(arguments: TransferArguments) -> str | None:

@@ -156,6 +156,8 @@ class Search:
         self.arguments = parse(self.task_class.arguments_class, tokens)
         self.space = read_space(space, flag_names(self.task_class.arguments_class))
         _check(self.arguments, self.space)
+        if "method" not in {dimension.name for dimension in self.space}:  # the default may depend on another flag
+            self.tokens.append(f"--method={self.arguments.method}")
         #: flags that are left out where another searched one has not the value that goes with all of theirs
         self.dependent = {dimension.name for dimension in self.space if self._depends(dimension)}
         self.space.sort(key=lambda dimension: dimension.name in self.dependent)

@@ -1,6 +1,6 @@
 r"""Fine-tune an image classifier.
 
-Full fine-tuning, of a model from the Hub on a folder of class folders:
+First the new head, then everything, of a model from the Hub on a folder of class folders:
 
     accelerate launch recipes/image_classification.py \
         --model timm/resnet50.a1_in1k --dataset path/to/folder --output_dir runs/pets

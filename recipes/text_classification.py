@@ -1,6 +1,6 @@
 r"""Fine-tune a text classifier.
 
-Full fine-tuning, of a model from the Hub on a table with texts and labels:
+First the new head, then everything, of a model from the Hub on a table with texts and labels:
 
     accelerate launch recipes/text_classification.py \
         --model google-bert/bert-base-uncased --dataset path/to/table.csv --output_dir runs/reviews

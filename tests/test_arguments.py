@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -54,6 +55,32 @@ def test_recipe_gives_the_same_arguments(tmp_path: Path) -> None:
     second = tmp_path / "second.yaml"
     second.write_text(yaml.safe_dump(recipe))
     assert to_recipe(hftl.parse(hftl.ImageArguments, ["--config", str(second)])) == recipe
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "method"),
+    [
+        (hftl.ImageClassification, ["--model=some/model"], "lp_ft"),
+        (hftl.ImageClassification, ["--model=random:resnet18", "--weights=mine.safetensors"], "lp_ft"),
+        (hftl.ImageClassification, ["--model=random:resnet18"], "full"),
+        (hftl.TextClassification, ["--model=some/model", "--keep_head"], "full"),
+        (hftl.TextClassification, ["--model=some/model", "--max_steps=9"], "full"),
+        (hftl.TextClassification, ["--model=some/model", "--problem_type=regression"], "full"),
+        (hftl.TokenClassification, ["--model=some/model"], "full"),
+        (hftl.ImageSimilarity, ["--model=some/model"], "full"),
+        (hftl.ImageTextClassification, ["--model=some/model", "--text_model=another"], "full"),
+        (hftl.VideoClassification, ["--model=some/model"], "full"),
+    ],
+)
+def test_a_new_head_of_a_pretrained_model_is_fitted_first_by_default(task: Any, flags: list[str], method: str) -> None:
+    arguments = hftl.parse(task.arguments_class, flags)
+    assert arguments.method == to_recipe(arguments)["method"] == method
+    assert hftl.parse(task.arguments_class, [*flags, "--method=lora"]).method == "lora"
+
+
+def test_sharded_weights_train_at_once_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert hftl.parse(hftl.TextArguments, ["--model=some/model"]).method == "full"
 
 
 def test_no_secret_and_no_place_in_the_recipe() -> None:

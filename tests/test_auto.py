@@ -195,7 +195,7 @@ def test_the_time_limit_ends_a_training_with_an_evaluated_model(world: Path, tmp
     arguments = hftl.parse(
         hftl.TextArguments,
         [f"--model={world / 'bert'}", f"--dataset={world / 'texts'}", f"--output_dir={tmp_path / 'run'}",
-         "--num_train_epochs=3", "--report_to=none"],
+         "--method=full", "--num_train_epochs=3", "--report_to=none"],
     )  # fmt: skip
     from hftl.training import train_plan
 

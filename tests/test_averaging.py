@@ -294,7 +294,8 @@ def test_time_that_is_up_makes_the_soup_of_what_there_is(
     arguments = hftl.parse(
         hftl.TextArguments,
         [f"--dataset={place / 'texts'}", f"--model={place / 'bert'}", f"--output_dir={tmp_path / 'run'}",
-         "--report_to=none", "--precision=fp32", "--num_train_epochs=1", "--soup_runs=4", "--keep_checkpoints"],
+         "--method=full", "--report_to=none", "--precision=fp32", "--num_train_epochs=1", "--soup_runs=4",
+         "--keep_checkpoints"],
     )  # fmt: skip
     step = TransferTrainer.training_step
     limit = callbacks.TimeLimit(until=time.time() + 3600)
@@ -362,7 +363,7 @@ def test_any_mix_can_win(place: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     plain = train(place, "bert", tmp_path / "plain")
     monkeypatch.setattr(TransferTrainer, "validate", preferring)
     run = train(place, "bert", tmp_path / "mixed", "--wise_ft")
-    assert run.metrics["train"]["stages"][0]["wise_ft"]["mix"] == 0.3
+    assert run.metrics["train"]["stages"][-1]["wise_ft"]["mix"] == 0.3
     start = load_file(place / "bert" / "model.safetensors")
     one, tuned = (load_file(tmp_path / name / "model.safetensors") for name in ("mixed", "plain"))
     moved = 0

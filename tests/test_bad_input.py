@@ -362,13 +362,13 @@ METHODS = [
         f"{TEXT} --method full --lora_r 4",
         ("--method full does not use --lora_r", "used by: lora"),
     ),
-    Bad("head of another method", f"{TEXT} --head svm", ("--method full does not use --head", "used by: frozen")),
+    Bad("head of another method", f"{TEXT} --head svm", ("--method lp_ft does not use --head", "used by: frozen")),
     Bad("unknown head", f"{TEXT} --method frozen --head swm", ("--head", "'swm'", "nearest_mean")),
     Bad("no layers", f"{TEXT} --method frozen --feature_layers 0", ("--feature_layers must be above 0",)),
     Bad("layers that are not there", f"{TEXT} --method frozen --feature_layers 5", ("between 1", "4 blocks, not 5")),
     Bad("unknown pooling", f"{TEXT} --method frozen --feature_pooling median", ("--feature_pooling", "'median'")),
-    Bad("layers of another method", f"{TEXT} --feature_layers 2", ("full does not use --feature_layers", "frozen")),
-    Bad("pooling of another method", f"{TEXT} --feature_pooling max", ("full does not use --feature_pooling",)),
+    Bad("layers of another method", f"{TEXT} --feature_layers 2", ("lp_ft does not use --feature_layers", "frozen")),
+    Bad("pooling of another method", f"{TEXT} --feature_pooling max", ("lp_ft does not use --feature_pooling",)),
     Bad(
         "layers of a method of one's own",
         f"{TEXT} --method my.py:my_method --feature_layers 2",
@@ -402,8 +402,14 @@ METHODS = [
     Bad("checkpoints of trials", f"{TEXT} --method auto --keep_checkpoints", ("--keep_checkpoints", "auto removes")),
     Bad("repeats of auto", f"{TEXT} --method auto --repeats 2", ("--repeats", "Name a method")),
     Bad("repeats below one", f"{TEXT} --repeats 0", ("--repeats", "above 0")),
-    Bad("repeats that fail", f"{TEXT} --repeats 2 --feature_cache on", ("--feature_cache on", "whole model")),
-    Bad("budget for another method", f"{TEXT} --time_budget 10s", ("--method full does not use --time_budget", "auto")),
+    Bad(
+        "repeats that fail",
+        f"{TEXT} --method full --repeats 2 --feature_cache on",
+        ("--feature_cache on", "whole model"),
+    ),
+    Bad(
+        "budget for another method", f"{TEXT} --time_budget 10s", ("--method lp_ft does not use --time_budget", "auto")
+    ),
     Bad("budget that is no time", f"{TEXT} --method auto --time_budget soon", ("--time_budget", "200s, 10m", "'soon'")),
     Bad("two budgets", f"{TEXT} --method auto --time_budget 1m --preset fast", ("--time_budget and --preset exclude",)),
     Bad("budget too short", f"{TEXT} --method auto --time_budget 1s", ("too short for anything", "Give at least that")),
@@ -527,7 +533,7 @@ METHODS = [
         "pattern that is none", f"{TEXT} --method lora --lora_layers_pattern '('", ("--lora_layers_pattern", "regular")
     ),
     Bad("rank for a type without one", f"{TEXT} --method ia3 --lora_r 4", ("--method ia3 does not use --lora_r",)),
-    Bad("8 bits, whole model", f"{TEXT} --load_in_8bit", ("--method full does not use --load_in_8bit", "lora, peft")),
+    Bad("8 bits, whole model", f"{TEXT} --load_in_8bit", ("--method lp_ft does not use --load_in_8bit", "lora, peft")),
     Bad("8 and 4 bits", f"{TEXT} --method lora --load_in_8bit --load_in_4bit", ("exclude each other",)),
     Bad("4 bits, type without them", f"{TEXT} --method vera --load_in_4bit", ("VERA does not go with", "LORA")),
     Bad(
@@ -827,7 +833,7 @@ CHOOSING += [
     Bad("tune of a bad choice", f"{TUNE} class_weights=none,balancd", ("'balancd'", "balanced")),
     Bad("tune of no such method", f"{TUNE} method=full,lorra", ("'lorra'", "Did you mean 'lora'")),
     Bad("tune of auto", f"{TUNE} method=full,auto", ("--method auto",)),
-    Bad("tune of what no method uses", f"{TUNE} 'lora_r=int(2,8)'", ("--method full does not use lora_r",)),
+    Bad("tune of what no method uses", f"{TUNE} 'lora_r=int(2,8)'", ("--method lp_ft does not use lora_r",)),
     Bad("tune of what is given", f"{TUNE} learning_rate=1e-4,1e-3 --learning_rate 1e-4", ("given and searched",)),
     Bad("tune with --repeats", f"{TUNE} learning_rate=1e-4,1e-3 --repeats 2", ("leave out --repeats",)),
     Bad("tune with --resume", f"{TUNE} learning_rate=1e-4,1e-3 --resume", ("leave out --resume",)),
@@ -873,10 +879,14 @@ VALUES = [
         ("--neftune_noise_alpha", "embeddings of tokens"),
     ),
     Bad("kernels that are not installed", f"{TEXT} --use_liger_kernel", ("liger", "not installed")),
-    Bad("views of what all trains", f"{IMAGE} --feature_views 4", ("--method full", "--feature_views", "frozen")),
+    Bad(
+        "views of what all trains",
+        f"{IMAGE} --method full --feature_views 4",
+        ("--method full", "--feature_views", "frozen"),
+    ),
     Bad(
         "kept features of what all trains",
-        f"{TEXT} --feature_cache_dtype float32",
+        f"{TEXT} --method full --feature_cache_dtype float32",
         ("--method full", "--feature_cache_dtype", "partial"),
     ),
     Bad(

@@ -105,7 +105,7 @@ def test_the_default_folder_has_a_name(place: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(place)
     for dataset, name in ((".", place.name), ("../", place.parent.name), ("a/b.csv", "b")):
         arguments = hftl.parse(hftl.ImageArguments, ["--model=some/model", f"--dataset={dataset}"])
-        assert default_output_dir(arguments) == f"runs/{name}-model-full"
+        assert default_output_dir(arguments) == f"runs/{name}-model-lp_ft"
 
 
 def test_a_task_of_ones_own_is_loaded_in_python(image_run: hftl.Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,6 +413,7 @@ def test_the_best_epoch_is_restored(place: Path, monkeypatch: pytest.MonkeyPatch
         "text-classification",
         model=place / "bert",
         dataset=place / "texts",
+        method="full",
         num_train_epochs=3,
         per_device_train_batch_size=8,
         metric_for_best_model="accuracy",
@@ -441,7 +442,7 @@ def test_a_model_that_is_saved_wrongly_is_not_published(place: Path, monkeypatch
         with pytest.raises(RuntimeError, match="gives other logits than the trained one"):
             hftl.finetune("text-classification", **settings)
     assert {path.name for path in folder.iterdir() if path.name[0] != "."} == {"checkpoints", "logs"}
-    trained = load_file(folder / "checkpoints" / "1-all" / "final" / "model.safetensors")
+    trained = load_file(folder / "checkpoints" / "2-all" / "final" / "model.safetensors")
     hftl.finetune("text-classification", **settings, resume=True)
     saved = load_file(folder / "model.safetensors")
     assert [name for name in trained if not trained[name].equal(saved[name])] == []

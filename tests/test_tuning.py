@@ -203,6 +203,12 @@ def test_a_flag_is_left_out_where_one_of_its_values_is_refused(
     assert set(search._suggest(optuna.trial.FixedTrial(chosen))) == suggested
 
 
+def test_the_default_method_is_that_of_every_trial(world: Path, tmp_path: Path) -> None:
+    settings = [f"--model={world / 'bert'}", f"--dataset={world / 'texts'}", f"--output_dir={tmp_path / 'run'}"]
+    search = Search("text-classification", settings, "keep_head=true,false head_epochs=1,2", 2)
+    assert {search._settings({"keep_head": value}).method for value in ("true", "false")} == {"lp_ft"}
+
+
 def test_a_run_whose_trial_was_not_told_is_not_trained_again(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

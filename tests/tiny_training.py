@@ -21,8 +21,9 @@ from hftl.tasks.image_classification import ImageClassification
 from hftl.tasks.text_classification import TextClassification
 from hftl.trainer import TransferTrainer
 
-# No warm-up and no schedule: a step is as large as the rate says. Nothing evaluated, nothing written.
+# One stage, no warm-up and no schedule: a step is as large as the rate says. Nothing evaluated, nothing written.
 PLAIN = [
+    "--method=full",
     "--model=some/model",
     "--output_dir=unused",
     "--per_device_train_batch_size=2",
