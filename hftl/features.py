@@ -963,17 +963,24 @@ def _unsolved(arguments: TransferArguments, last: bool) -> list[str]:
 
 
 def _augmentation_asked_for(arguments: Any, starts: bool = False) -> str | None:
-    """The flag that somebody gave and that kept plain views would drop; not where other stages follow it."""
+    """The flag that somebody gave and that kept plain views would drop.
+
+    Before other stages none but `--feature_views 0`, and that not where a recipe says that the head was solved: those
+    stages left it there.
+    """
     augmentation = getattr(arguments, "augmentation", "none")
-    if starts or ("feature_views" in arguments.given and arguments.feature_views > 0):
-        return "--feature_views 0" if augmentation != "none" and arguments.feature_views == 0 else None
+    unkept = "--feature_views 0" if augmentation != "none" and arguments.feature_views == 0 else None
+    if starts:
+        return unkept if arguments.head_solver == "auto" else None
+    if "feature_views" in arguments.given and arguments.feature_views > 0:
+        return None
     if augmentation != "none" and "horizontal_flip" in arguments.typed and arguments.horizontal_flip:
         return "--horizontal_flip true"
     if "augmentation" in arguments.given and augmentation != "none":
         return f"--augmentation {augmentation}"
     if getattr(arguments, "random_erasing", None):
         return "--random_erasing"
-    return "--feature_views 0" if augmentation != "none" and arguments.feature_views == 0 else None
+    return unkept
 
 
 def _check_possible(task: Any, stage: Stage, data: dict[str, Any], solves: bool, starts: bool) -> None:

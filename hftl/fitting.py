@@ -10,7 +10,7 @@ from typing import Any
 
 from hftl import backbones, folder, merging
 from hftl.answers import write_answers
-from hftl.arguments import TransferArguments, parse
+from hftl.arguments import TransferArguments, parse, stage_arguments
 from hftl.auto import TRIALS, check, search
 from hftl.callbacks import StopSignals
 from hftl.compute import wait_for_all
@@ -18,7 +18,7 @@ from hftl.data import Splits, labels_of
 from hftl.errors import UsageError
 from hftl.folder import FOUND_IN_DATA, LOGS, METRICS, PREDICTIONS, say
 from hftl.known_rows import look, read_splits
-from hftl.lr_find import FEWEST, draw, report, sweep
+from hftl.lr_find import FEWEST, check_one_process, draw, report, sweep
 from hftl.methods import Plan, build_plan
 from hftl.repeats import repeat
 from hftl.report import write_report
@@ -157,6 +157,8 @@ def find_learning_rate(task_name: str, tokens: Sequence[str], output: Path, step
     arguments = parse(task_class.arguments_class, tokens)
     # A rate is what is looked for: a head alone is then trained, not solved.
     object.__setattr__(arguments, "given", arguments.given | {"learning_rate"})
+    arguments = stage_arguments(arguments, report_to=[])
+    check_one_process(arguments)
     if arguments.method == "auto":
         raise UsageError("--method auto chooses its rates itself. Name a method.")
     if arguments.method == "zero_shot":

@@ -286,8 +286,8 @@ def empty(folder: Path, but: Path | None = None) -> None:
             path.unlink()
 
 
-def _is_solved_head(checkpoint: Path) -> bool:
-    """Whether a checkpoint is the end of a stage without steps."""
+def _took_no_steps(checkpoint: Path) -> bool:
+    """Whether a checkpoint is the end of a stage in which nothing was trained step by step."""
     record = checkpoint / STAGE_RECORD
     return record.is_file() and "learning_rate" not in read_json(record)
 
@@ -295,9 +295,10 @@ def _is_solved_head(checkpoint: Path) -> bool:
 def discard_start(folder: Path) -> None:
     """Remove what a run that failed has begun, unless there is a checkpoint or an earlier stage to go on from.
 
-    A head that was solved is none: it is there again in seconds. A finished run that it was to replace comes back.
+    A head that was solved is none: its features are kept elsewhere, and solving takes seconds. A finished run that it
+    was to replace comes back.
     """
-    if is_main_process() and all(map(_is_solved_head, (folder / CHECKPOINTS).glob("*/*"))):
+    if is_main_process() and all(map(_took_no_steps, (folder / CHECKPOINTS).glob("*/*"))):
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         shutil.rmtree(folder / LOGS, ignore_errors=True)
         if (folder / REPLACED).is_dir():

@@ -65,6 +65,7 @@ def test_recipe_gives_the_same_arguments(tmp_path: Path) -> None:
         (hftl.ImageClassification, ["--model=random:resnet18"], "full"),
         (hftl.TextClassification, ["--model=some/model", "--keep_head"], "full"),
         (hftl.TextClassification, ["--model=some/model", "--max_steps=9"], "full"),
+        (hftl.TextClassification, ["--model=some/model", "--fsdp=full_shard"], "full"),
         (hftl.TextClassification, ["--model=some/model", "--problem_type=regression"], "full"),
         (hftl.TokenClassification, ["--model=some/model"], "full"),
         (hftl.ImageSimilarity, ["--model=some/model"], "full"),

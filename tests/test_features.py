@@ -313,6 +313,23 @@ def test_flags_beside_a_recipe_change_what_followed_from_others(
     assert "--horizontal_flip true changes the images every epoch" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method=frozen"], ["--method=full", "--num_train_epochs=1"], ["--loss=focal"], ["--sampler=balanced"],
+        ["--word_dropout=0.1"], ["--reinit_blocks=1"], ["--max_steps=2"], ["--feature_cache=off"],
+    ],
+)  # fmt: skip
+def test_flags_go_with_the_recipe_of_the_default_method(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    train(place, "bert", tmp_path / "one", "--num_train_epochs=1")
+    assert "stage 1 of 2: head" in (said := capsys.readouterr().out)
+    assert "head: solved" in said
+    run = train(place, "bert", tmp_path / "two", f"--config={tmp_path / 'one' / 'recipe.yaml'}", *flags)
+    assert "penalty" not in run.metrics["train"]["stages"][0]  # not solved any more
+
+
 def test_augmentation_that_was_asked_for_stays_beside_other_flags(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -390,9 +407,10 @@ def test_lp_ft_starts_from_a_solved_head(place: Path, tmp_path: Path, capsys: py
     assert "solved on the features" in out
 
 
-def test_a_head_before_other_stages_is_solved_on_plain_images(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lp_ft", "gradual"])
+def test_a_head_before_other_stages_is_solved_on_plain_images(place: Path, tmp_path: Path, method: str) -> None:
     """What changes the images is for the stages behind it."""
-    flags = ["--method=lp_ft", "--num_train_epochs=1", "--logging_steps=1", "--precision=fp32"]
+    flags = [f"--method={method}", "--num_train_epochs=1", "--logging_steps=1", "--precision=fp32"]
     runs = {"plain": [], "changed": ["--augmentation=strong", "--mixup=0.5"]}
     stages = {
         name: train(place, "cnn", tmp_path / name, *flags, *asked).metrics["train"]["stages"]

@@ -207,6 +207,9 @@ def test_the_default_method_is_that_of_every_trial(world: Path, tmp_path: Path) 
     settings = [f"--model={world / 'bert'}", f"--dataset={world / 'texts'}", f"--output_dir={tmp_path / 'run'}"]
     search = Search("text-classification", settings, "keep_head=true,false head_epochs=1,2", 2)
     assert {search._settings({"keep_head": value}).method for value in ("true", "false")} == {"lp_ft"}
+    (tmp_path / "head.yaml").write_text("head_solver: sgd\n")
+    search = Search("text-classification", [*settings, f"--config={tmp_path / 'head.yaml'}"], "weight_decay=0,0.1", 2)
+    assert search._settings({"weight_decay": "0"}).head_solver == "sgd"
 
 
 def test_a_run_whose_trial_was_not_told_is_not_trained_again(
