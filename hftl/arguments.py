@@ -304,6 +304,8 @@ class TransferArguments(TrainingArguments):
     typed: ClassVar[frozenset[str]] = frozenset()
     # Neither: `--learning_rate auto`, whose field is None until the rate is found.
     finds_learning_rate: ClassVar[bool] = False
+    # Nor: the method of a configuration file, where another one is typed beside it.
+    old_method: ClassVar[str] = ""
     # Nor: bf16 because the GPU is made for it, which nobody asked for and whose loss is looked at before it is used.
     bf16_is_unasked: ClassVar[bool] = False
     #: three: on 8,000 movie reviews more gained nothing (MiniLM, 0.874 to 0.878)
@@ -747,8 +749,10 @@ def _outdated(arguments: TransferArguments, typed: set[str], config: list[str]) 
     is_new = old_method != f"--method={arguments.method}"
     if config and (augments or trains or is_new):
         outdated.add("head_solver")  # a recipe says how the head was found
-    if is_new:
+    if is_new or ("head_solver" in outdated and "--head_solver=lbfgs" in config):  # which took none of the epochs
         outdated.add("head_epochs")
+    if is_new:
+        object.__setattr__(arguments, "old_method", old_method.removeprefix("--method="))
     outdated -= typed
     for name in outdated & {"head_solver", "head_epochs"}:
         setattr(arguments, name, type(arguments).__dataclass_fields__[name].default)

@@ -45,6 +45,7 @@ def fit(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Transfe
         Interrupted: SIGTERM or Ctrl-C; a checkpoint to go on from is written.
     """
     saves = _pushes(arguments) if arguments.push_to_hub else []
+    _say_what_stays(arguments)
     if arguments.method == "auto":
         run = _search(task, plan, splits, arguments)
     elif arguments.repeats > 1:
@@ -120,6 +121,14 @@ def _repeat(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tra
             folder.finish(path)
     wait_for_all()
     return run
+
+
+def _say_what_stays(arguments: TransferArguments) -> None:
+    """A recipe has the rates and epochs that its method chose too; beside another method they stay as given."""
+    names = ("learning_rate", "head_learning_rate", "num_train_epochs")
+    kept = [f"{name} {getattr(arguments, name):g}" for name in names if name in arguments.given - arguments.typed]
+    if arguments.old_method and kept and arguments.method != "auto":
+        say(f"from the configuration of --method {arguments.old_method}: {', '.join(kept)} (or give others)")
 
 
 def score_on_test(task_class: type[ClassificationTask], splits: Splits, arguments: TransferArguments) -> Run:

@@ -328,6 +328,19 @@ def test_flags_go_with_the_recipe_of_the_default_method(
     assert "head: solved" in said
     run = train(place, "bert", tmp_path / "two", f"--config={tmp_path / 'one' / 'recipe.yaml'}", *flags)
     assert "penalty" not in run.metrics["train"]["stages"][0]  # not solved any more
+    said = capsys.readouterr().out
+    assert ("--head_epochs asks" in said) is False
+    assert ("from the configuration of --method lp_ft: learning_rate " in said) == ("--method" in flags[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [("bert", ["--penalty=l2_sp"]), ("bert", ["--average=ema"]), ("cnn", ["--augmentation=trivial", "--mixup=0.2"])],
+)
+def test_a_head_is_solved_beside_other_flags_too(place: Path, tmp_path: Path, model: str, flags: list[str]) -> None:
+    train(place, model, tmp_path / "one", "--num_train_epochs=1")
+    run = train(place, model, tmp_path / "two", f"--config={tmp_path / 'one' / 'recipe.yaml'}", *flags)
+    assert "penalty" in run.metrics["train"]["stages"][0]
 
 
 def test_augmentation_that_was_asked_for_stays_beside_other_flags(
