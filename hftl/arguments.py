@@ -358,8 +358,6 @@ def _usual_method(arguments: TransferArguments) -> str:
     Not where steps are counted: 100 of each stage are no better than 100 of `full` (three data sets of texts, and
     digits, two seeds: 0.4 points less). Not where weights are sharded, of which no features are kept either.
     """
-    from hftl.compute import is_sharded  # which imports this module
-
     has_new_head = is_pretrained(arguments) and not arguments.keep_head
     is_whole = arguments.max_steps < 0 and not (is_sharded() or arguments.fsdp or arguments.deepspeed)
     one_class = arguments.problem_type == "single_label_classification"
@@ -1191,6 +1189,11 @@ NOT_IN_RECIPE = {
     "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "bf16", "fp16",  # precision says it
 }  # fmt: skip
+
+
+def is_sharded() -> bool:
+    """Whether the launcher asks for FSDP or DeepSpeed, with which no process holds the whole model."""
+    return any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
 
 
 def has_checkpoint(arguments: TransferArguments) -> bool:

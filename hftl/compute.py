@@ -122,11 +122,6 @@ def several_processes() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def is_sharded() -> bool:
-    """Whether the launcher asks for FSDP or DeepSpeed, with which no process holds the whole model."""
-    return any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
-
-
 def wait_for_all() -> None:
     """Wait until every process of this run has come here."""
     if several_processes():

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from hftl import backbones, batches, compute, penalties
-from hftl.arguments import OF_HEAD_TRAINING, TransferArguments, averaged_views
+from hftl.arguments import OF_HEAD_TRAINING, TransferArguments, averaged_views, is_sharded
 from hftl.builtin import cache_folder
 from hftl.cut import Batch, Cut, NoCut, explained_probe
 from hftl.errors import UsageError
@@ -1002,7 +1002,7 @@ def _check_possible(task: Any, stage: Stage, data: dict[str, Any], solves: bool,
         raise NotKept("one process has several GPUs (start one for each with accelerate launch)")
     if arguments.torch_compile and not solves:
         raise NotKept("--torch_compile compiles the whole model")
-    if compute.is_sharded() and arguments.device.type != "cpu":  # on a CPU Accelerate shards nothing
+    if is_sharded() and arguments.device.type != "cpu":  # on a CPU Accelerate shards nothing
         raise NotKept("the model is sharded")
     if not all(hasattr(rows, name) for rows in data.values() for name in ("key", "labels")):
         raise NotKept("the task's data sets have no `key` and `labels`")

@@ -81,7 +81,7 @@ def test_two_runs(place: Path) -> None:
     for name, accuracy in zip("ab", accuracies, strict=True):
         assert any(line.startswith(name) and f"{accuracy:.4f} (" in line for line in done.stdout.splitlines())
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert ["method", "frozen", "lp_ft"] in lines
+    assert ["method", "frozen", "full"] in lines
     assert not any(line and line[0] in ("dataset_name", "output_dir", "seed") for line in lines)
     page = (place / "page.html").read_text()
     assert "Where b and a disagree" in page

@@ -144,7 +144,7 @@ TRAININGS = {
         "image_classification.py --dataset=builtin:digits --model=builtin:efficientnet_lite0 --augmentation=none "
         "--image_size=64 --max_train_samples=64 --max_eval_samples=20"
     ),
-    "texts": "text_classification.py --dataset=texts --model=bert",
+    "texts": "text_classification.py --dataset=texts --model=bert --method=full",
     "texts with adapters": "text_classification.py --dataset=texts --model=bert --method=lora --lora_dropout=0",
     "sounds": "audio_classification.py --dataset=sounds --model=wav2vec2 --augmentation=none",
     "videos": "video_classification.py --dataset=videos --model=videomae --augmentation=none",
@@ -164,7 +164,7 @@ TRAININGS = {
         "--loss=focal --word_dropout=0.2 --penalty=delta"
     ),
     "moving average of texts, passed twice": (
-        "text_classification.py --dataset=texts --model=bert --average=ema --penalty=mine.py:twice"
+        "text_classification.py --dataset=texts --model=bert --method=full --average=ema --penalty=mine.py:twice"
     ),
 }
 

@@ -72,7 +72,7 @@ def test_validation_takes_what_is_left(place: Path) -> None:
 
 def test_many_short_epochs_are_evaluated_ten_times(place: Path, tmp_path: Path) -> None:
     flags = {"model": place / "bert", "dataset": place / "texts", "shots": 4, "report_to": "none"}
-    flags |= {"per_device_train_batch_size": 4, "precision": "fp32"}  # 2 steps an epoch: 40 epochs
+    flags |= {"per_device_train_batch_size": 4, "precision": "fp32", "method": "full"}  # 2 steps an epoch: 40 epochs
     run = hftl.finetune("text-classification", **flags, output_dir=tmp_path / "run")
     entries = [json.loads(line) for line in (tmp_path / "run" / "logs" / "log.jsonl").read_text().splitlines()]
     assert [entry["epoch"] for entry in entries if "eval_loss" in entry] == list(range(4, 41, 4))

@@ -210,6 +210,7 @@ def test_a_run_chooses_its_checkpoint_by_a_local_metric(metric_folder: Path, tmp
         model=str(write_tiny_text_model(tmp_path / "model")),
         dataset=str(tmp_path / "table.csv"),
         output_dir=str(tmp_path / "run"),
+        method="full",
         num_train_epochs=2,
         validation_fraction=0.5,
         metrics=[str(metric_folder)],
