@@ -359,9 +359,9 @@ def _usual_method(arguments: TransferArguments) -> str:
     digits, two seeds: 0.4 points less). Not where weights are sharded, of which no features are kept either.
     """
     has_new_head = is_pretrained(arguments) and not arguments.keep_head
-    is_whole = arguments.max_steps < 0 and not (is_sharded() or arguments.fsdp or arguments.deepspeed)
     one_class = arguments.problem_type == "single_label_classification"
-    return arguments.usual_method if has_new_head and is_whole and one_class else "full"
+    fits_head = has_new_head and one_class and arguments.max_steps < 0 and not is_sharded(arguments)
+    return arguments.usual_method if fits_head else "full"
 
 
 def _with_home(value: Any) -> Any:
@@ -1191,9 +1191,10 @@ NOT_IN_RECIPE = {
 }  # fmt: skip
 
 
-def is_sharded() -> bool:
-    """Whether the launcher asks for FSDP or DeepSpeed, with which no process holds the whole model."""
-    return any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+def is_sharded(arguments: TransferArguments) -> bool:
+    """Whether the launcher or a flag asks for FSDP or DeepSpeed, with which no process holds the whole model."""
+    launched = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+    return launched or bool(arguments.fsdp or arguments.deepspeed)
 
 
 def has_checkpoint(arguments: TransferArguments) -> bool:

@@ -1002,7 +1002,7 @@ def _check_possible(task: Any, stage: Stage, data: dict[str, Any], solves: bool,
         raise NotKept("one process has several GPUs (start one for each with accelerate launch)")
     if arguments.torch_compile and not solves:
         raise NotKept("--torch_compile compiles the whole model")
-    if is_sharded() and arguments.device.type != "cpu":  # on a CPU Accelerate shards nothing
+    if is_sharded(arguments) and arguments.device.type != "cpu":  # on a CPU Accelerate shards nothing
         raise NotKept("the model is sharded")
     if not all(hasattr(rows, name) for rows in data.values() for name in ("key", "labels")):
         raise NotKept("the task's data sets have no `key` and `labels`")

@@ -168,9 +168,8 @@ def sweep(
         steps: at most; with fewer the curve is coarser.
 
     Raises:
-        UsageError: the loss runs away at once, or several processes were started.
+        UsageError: the loss runs away at once.
     """
-    check_one_process(task.arguments)
     main = main_rate(plan)
     rates = [LEAST * (MOST / LEAST) ** (step / max(1, steps - 1)) for step in range(steps)]
     recorder = _Recorder()

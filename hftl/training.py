@@ -267,7 +267,7 @@ def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, 
     Accelerate knows one precision a process, and one is what the recipe can say.
     """
     arguments = task.arguments
-    checks = arguments.bf16_is_unasked and not is_sharded()  # no process may have room for the whole model
+    checks = arguments.bf16_is_unasked and not is_sharded(arguments)  # no process may have room for the whole model
     measures = arguments.precision == "auto" and arguments.mixed_precision == "no"  # fp8: the launcher asks for it
     if not checks and not measures:
         return

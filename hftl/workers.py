@@ -54,8 +54,7 @@ def data_workers(task: ClassificationTask, stage: Stage, model: nn.Module, rows:
     """
     arguments, most = task.arguments, most_workers(task)
     # Where a batch, or the whole model, may not fit.
-    spares_memory = arguments.auto_find_batch_size or arguments.activation_checkpointing
-    spares_memory = spares_memory or arguments.deepspeed or arguments.fsdp or is_sharded()
+    spares_memory = arguments.auto_find_batch_size or arguments.activation_checkpointing or is_sharded(arguments)
     if arguments.dataloader_num_workers < 0 and most > 1:
         most = min(most, _UNMEASURED if spares_memory else _keep_pace(task, stage, model, rows, splits))
     arguments.dataloader_num_workers = most

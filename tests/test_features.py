@@ -329,7 +329,7 @@ def test_flags_go_with_the_recipe_of_the_default_method(
     run = train(place, "bert", tmp_path / "two", f"--config={tmp_path / 'one' / 'recipe.yaml'}", *flags)
     assert "penalty" not in run.metrics["train"]["stages"][0]  # not solved any more
     said = capsys.readouterr().out
-    assert ("--head_epochs asks" in said) is False
+    assert "--head_epochs asks" not in said
     assert ("from the configuration of --method lp_ft: learning_rate " in said) == ("--method" in flags[0])
 
 
