@@ -1,6 +1,6 @@
 """The table of tasks and methods: each cell a small training through its recipe, and what came of it.
 
-As a script: all cells of `TASKS` in this process, one of several that know each other; the records go to a file.
+As a script: the cells of a task in this process, one of several that know each other; the records go to a file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import gc
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -195,10 +196,6 @@ def cell(words: list[str], method: str, output: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    records = {
-        f"{task}, {method}": cell(words, method, Path(f"two {task} {method}"))
-        for task, words in TASKS.items()
-        for method in METHODS
-    }
-    rank = os.environ["RANK"]
-    Path(f"records-{rank}.json").write_text(json.dumps(records))
+    task = sys.argv[1]
+    records = {method: cell(TASKS[task], method, Path(f"two {task} {method}")) for method in METHODS}
+    Path(f"{task} {os.environ['RANK']}.json").write_text(json.dumps(records))
