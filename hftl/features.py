@@ -272,20 +272,17 @@ def head_source(model: nn.Module, batch: Batch) -> PooledFeatures:
         return HeadInputs(model, batch)
 
 
-def pooled(task: Any, stage: Stage, model: nn.Module, dataset: Any) -> tuple[PooledFeatures, KeptDataset]:
+def pooled(task: Any, model: nn.Module, dataset: Any) -> tuple[PooledFeatures, KeptDataset]:
     """One vector a row that a head would read, from the cache or computed now.
 
     Args:
         task: puts batches together; its arguments say how features are kept.
-        stage: of the head alone.
-        model: as it was loaded; it is put on its device and into the stage's modes.
+        model: on its device, prepared for a stage of the head alone.
         dataset: the rows.
 
     Raises:
         UsageError: the model has no such place, or its features cannot be kept.
     """
-    model.to(task.arguments.device)
-    prepare_modules(model, stage)
     model.eval()
     batch, _ = _probes(task, dataset, task.arguments.device)
     name = task.arguments.model_name_or_path
@@ -344,12 +341,7 @@ class KeptDataset(Dataset[dict[str, Any]]):
             tokens = [self.shards.read(place)[own >= 0] for place, own in pairs]
             self.shards.release()
             return torch.cat(tokens), torch.cat([own[own >= 0] for own in labels])
-        places = self.places.reshape(-1, 3)
-        first = self.shards.read(places[0])
-        values = first.new_empty(len(places), *first.shape)
-        for value, place in zip(values, places, strict=True):
-            value.copy_(self.shards.read(place))
-        self.shards.release()
+        values = self.shards.read_all(self.places.reshape(-1, 3))
         return values, torch.cat([torch.tensor(self.labels)] * len(self.places))
 
     def tokens(self) -> list[torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,20 @@ def weight_options(arguments: TransferArguments) -> dict[str, Any]:
     return {"use_safetensors": not arguments.allow_pickle or None, "weights_only": True}
 
 
+#: within `read_once`: the model that was read last, by what read it and its checkpoint
+_READ: ContextVar[dict[tuple[Any, str], PreTrainedModel] | None] = ContextVar("read", default=None)
+
+
+@contextlib.contextmanager
+def read_once() -> Iterator[None]:
+    """Read a checkpoint only the first of several times in a row; the others, with the same flags, get copies."""
+    token = _READ.set({})
+    try:
+        yield
+    finally:
+        _READ.reset(token)
+
+
 def load_model(
     auto_class: Any, source: str, label_names: Sequence[str], arguments: TransferArguments
 ) -> PreTrainedModel:
@@ -195,6 +211,18 @@ def load_model(
     Raises:
         UsageError: the model cannot be loaded, is of another kind, or its weights do not fill the architecture.
     """
+    read = _READ.get()
+    if read is None:
+        return _load_model(auto_class, source, label_names, arguments)
+    if (auto_class, source) not in read:
+        read.clear()
+        read[auto_class, source] = _load_model(auto_class, source, label_names, arguments)
+    return copy.deepcopy(read[auto_class, source])
+
+
+def _load_model(
+    auto_class: Any, source: str, label_names: Sequence[str], arguments: TransferArguments
+) -> PreTrainedModel:
     name = str(arguments.model_name_or_path)
     labels = dict(enumerate(label_names))
     options = hub_options(arguments, source)

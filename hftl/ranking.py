@@ -6,7 +6,9 @@ Every model runs once over the training rows (from the cache of features where i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import math
 import re
 import shlex
@@ -41,8 +43,8 @@ from hftl.tasks.classification import ClassificationTask
 MEASURES = ("logme", "probe", "h_score", "transrate", "leep", "nce")
 #: a model that is so many times as fast is worth naming
 _FASTER = 1.25
-#: beside the shards of features: how fast they come
-_SPEEDS = "speeds.json"
+#: beside the shards of features: how fast they come, and what was made of them
+_SPEEDS, _SCORES = "speeds.json", "scores.json"
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Pooled:
     seconds_a_row: float
     #: the rows as the task prepares them
     rows: Any
+    #: where the features are kept
+    place: Path
 
 
 def rank(
@@ -120,7 +124,9 @@ def rank(
         """Wait for the scores of the models before, so that the features of two at most are in memory."""
         wait(waiting)
 
-    with ThreadPoolExecutor(1) as beside:
+    checkpoints = {arguments.model_name_or_path for arguments in settings}
+    read_once = pretrained.read_once() if len(checkpoints) < len(models) else contextlib.nullcontext()
+    with read_once, ThreadPoolExecutor(1) as beside:
         for name, arguments in zip(models, settings, strict=True):
             found = features_of(task_class(arguments), splits, settle)
             model = str(arguments.model_name_or_path)
@@ -203,40 +209,71 @@ def features_of(task: ClassificationTask, splits: Splits, settle: Callable[[], N
         model, batch, loss, training=False, rows=passes, arguments=arguments, before=settle
     )
     set_precision(arguments, precision)
-    source, kept = pooled(task, stage, model, rows)
+    source, kept = pooled(task, model, rows)
     features, labels = kept.matrix()
-    path, machine = kept.shards.folder / _SPEEDS, f"{compute.machine()}, {arguments.device}"
-    speeds = read_json(path) if path.is_file() else {}
-    if machine not in speeds:
+
+    def measured() -> float:
         settle()
-        speeds[machine] = compute.seconds_a_row(model, batch, loss, False, arguments.precision)
-        folder.write_json(path, speeds)
+        return compute.seconds_a_row(model, batch, loss, False, arguments.precision)
+
+    machine = f"{compute.machine()}, {arguments.device}"
     return Pooled(
         task,
         model,
         source,
         features.float().numpy(),
         labels.numpy(),
-        speeds[machine],
+        _known(kept.shards.folder / _SPEEDS, machine, measured),
         rows,
+        kept.shards.folder,
     )
+
+
+def _known(path: Path, key: str, find: Callable[[], Any]) -> Any:
+    """What a JSON file of the cache has under a key; found, and kept there, where it has nothing."""
+    try:
+        known = dict(read_json(path)) if path.is_file() else {}
+    except (ValueError, TypeError):
+        say(f"{str(path)!r} is damaged and is made again")
+        known = {}
+    if key not in known:
+        known[key] = find()
+        folder.write_json(path, known)
+    return known[key]
 
 
 def _scored(name: str, found: Pooled, head: nn.Module | None) -> Candidate:
-    spectrum = transferability.decompose(transferability.with_constant(found.features))
-    said = head_probabilities(head, found.features)
     return Candidate(
         rank=0,
         model=name,
-        logme=transferability.logme(spectrum, found.labels),
-        h_score=transferability.h_score(spectrum, found.labels),
-        transrate=transferability.transrate(spectrum, found.labels),
-        leep=None if said is None else transferability.leep(said, found.labels),
-        nce=None if said is None else transferability.nce(said.argmax(axis=1), found.labels),
-        probe=transferability.linear_probe(spectrum, found.labels),
+        **_known(found.place / _SCORES, _content(found, head), lambda: _scores(found, head)),
         parameters=sum(parameter.numel() for parameter in found.model.parameters()),
         features_per_second=1 / found.seconds_a_row,
     )
+
+
+def _content(found: Pooled, head: nn.Module | None) -> str:
+    """A name for all that determines the scores: the code, the features, the labels and the trained head."""
+    digest = hashlib.blake2b(digest_size=16)
+    for code in (transferability.__file__, __file__):
+        digest.update(Path(code).read_bytes())
+    weights = [] if head is None else [value.numpy() for value in head.state_dict().values()]
+    for part in (found.features, found.labels, *weights):
+        digest.update(f"{part.shape} {part.dtype}".encode() + part.tobytes())
+    return digest.hexdigest()
+
+
+def _scores(found: Pooled, head: nn.Module | None) -> dict[str, float | None]:
+    spectrum = transferability.decompose(transferability.with_constant(found.features))
+    said = head_probabilities(head, found.features)
+    return {
+        "logme": transferability.logme(spectrum, found.labels),
+        "h_score": transferability.h_score(spectrum, found.labels),
+        "transrate": transferability.transrate(spectrum, found.labels),
+        "leep": None if said is None else transferability.leep(said, found.labels),
+        "nce": None if said is None else transferability.nce(said.argmax(axis=1), found.labels),
+        "probe": transferability.linear_probe(spectrum, found.labels),
+    }
 
 
 def trained_head(found: Pooled) -> nn.Module | None:

@@ -7,6 +7,7 @@ folder, and an interrupted extraction goes on.
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 import time
@@ -140,10 +141,24 @@ class Shards:
         self._unreleased += int(end - start) * self.dtype.itemsize
         if self._unreleased > _UNRELEASED:
             self.release()
-        values = torch.from_numpy(np.array(self._shards[number].values[start:end]))
-        values = values.view(torch.bfloat16) if self.settings["dtype"] == "bfloat16" else values
-        shape = self.settings["shape"]
-        return values.view(-1, *shape) if self.settings["ragged"] else values.view(shape)
+        rows = self._typed(np.array(self._shards[number].values[start:end]))
+        return rows if self.settings["ragged"] else rows[0]
+
+    def read_all(self, places: np.ndarray[Any, Any]) -> torch.Tensor:
+        """Rows of one size from their places, shape (rows, *shape)."""
+        width = math.prod(self.settings["shape"])
+        values = np.empty((len(places), width), self._shards[0].values.dtype)
+        for number in np.unique(places[:, 0]):
+            chosen = places[:, 0] == number
+            values[chosen] = self._shards[number].values.reshape(-1, width)[places[chosen, 1] // width]
+            self._shards[number].release()
+        return self._typed(values)
+
+    def _typed(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
+        """Numbers as they are stored, as rows."""
+        found = torch.from_numpy(values)
+        found = found.view(torch.bfloat16) if self.settings["dtype"] == "bfloat16" else found
+        return found.view(-1, *self.settings["shape"])
 
     def release(self) -> None:
         """Give back the memory of what was read so far."""

@@ -15,7 +15,7 @@ from small_data import write_images, write_texts
 from tiny_models import write_timm_folder, write_tiny_image_model, write_tiny_text_model
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
-from hftl import cli, ranking, transferability
+from hftl import cli, pretrained, ranking, transferability
 from hftl.tasks.image_classification import ImageClassification
 
 
@@ -93,6 +93,63 @@ def test_scores_are_those_of_the_models_own_outputs(images: Path) -> None:
     assert found.nce == pytest.approx(transferability.nce(probabilities.argmax(axis=1), labels), abs=1e-6)
     spectrum = transferability.decompose(transferability.with_constant(entered[0].numpy()))
     assert found.transrate == pytest.approx(transferability.transrate(spectrum, labels), rel=1e-2)
+
+
+def test_scores_are_kept_for_the_same_features_labels_and_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    write_tiny_image_model(tmp_path / "vit")
+    write_images(tmp_path / "data", {"train": 6})
+    decomposed: list[int] = []
+    decompose = transferability.decompose
+    monkeypatch.setattr(transferability, "decompose", lambda found: decomposed.append(len(found)) or decompose(found))
+    tokens = [f"--dataset={tmp_path / 'data'}"]
+    monkeypatch.setenv("HFTL_HOME", str(tmp_path / "home"))
+
+    def ranked() -> ranking.Candidate:
+        (found,), _ = ranking.rank("image-classification", [str(tmp_path / "vit")], tokens)
+        return found
+
+    first = ranked()
+    assert ranked() == first
+    assert len(decomposed) == 1
+    (kept,) = (tmp_path / "home").rglob("scores.json")
+    kept.write_text("{")
+    assert ranked() == first
+    assert len(decomposed) == 2
+    assert "scores.json' is damaged and is made again" in capsys.readouterr().out
+
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "vit")
+    with torch.no_grad():
+        model.classifier.weight.neg_()
+    model.save_pretrained(tmp_path / "vit")  # another trained head on the same features
+    other = ranked()
+    assert len(decomposed) == 3
+    assert other.leep != first.leep
+    assert other.logme == first.logme
+    one, two = sorted((tmp_path / "data" / "train").iterdir())[:2]
+    moved = next(one.iterdir())
+    moved.rename(two / f"moved-{moved.name}")  # a row has another label
+    assert ranked().logme != other.logme
+    assert len(decomposed) == 4
+
+
+def test_a_model_at_several_sizes_is_read_once_and_changed_by_none(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Any] = []
+    load = pretrained._load_model
+    monkeypatch.setattr(pretrained, "_load_model", lambda *all: read.append(all[1]) or load(*all))
+    tokens = [f"--dataset={images / 'data'}"]
+    models = [f"{images / 'vit'}@{side}" for side in (40, 56)]
+    together, _ = ranking.rank("image-classification", models, tokens)
+    assert len(read) == 1
+    alone = [ranking.rank("image-classification", [model], tokens)[0][0] for model in models]
+    assert len(read) == 3  # outside of a ranking of several nothing is held
+    by_name = {entry.model: entry for entry in together}
+    assert [by_name[entry.model].logme for entry in alone] == [entry.logme for entry in alone]
+    assert [by_name[entry.model].parameters for entry in alone] == [entry.parameters for entry in alone]
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "gpt2"])
