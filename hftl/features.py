@@ -341,7 +341,7 @@ class KeptDataset(Dataset[dict[str, Any]]):
             tokens = [self.shards.read(place)[own >= 0] for place, own in pairs]
             self.shards.release()
             return torch.cat(tokens), torch.cat([own[own >= 0] for own in labels])
-        values = self.shards.read_all(self.places.reshape(-1, 3))
+        values = self.shards.read_rows(self.places.reshape(-1, 3))
         return values, torch.cat([torch.tensor(self.labels)] * len(self.places))
 
     def tokens(self) -> list[torch.Tensor]:

@@ -183,13 +183,13 @@ def weight_options(arguments: TransferArguments) -> dict[str, Any]:
     return {"use_safetensors": not arguments.allow_pickle or None, "weights_only": True}
 
 
-#: within `read_once`: the model that was read last, by what read it and its checkpoint
+#: within `read_once`: the models, by what read them and their checkpoint
 _READ: ContextVar[dict[tuple[Any, str], PreTrainedModel] | None] = ContextVar("read", default=None)
 
 
 @contextlib.contextmanager
 def read_once() -> Iterator[None]:
-    """Read a checkpoint only the first of several times in a row; the others, with the same flags, get copies."""
+    """Read a checkpoint only the first time; all get copies, and have to have the same flags."""
     token = _READ.set({})
     try:
         yield
@@ -215,7 +215,6 @@ def load_model(
     if read is None:
         return _load_model(auto_class, source, label_names, arguments)
     if (auto_class, source) not in read:
-        read.clear()
         read[auto_class, source] = _load_model(auto_class, source, label_names, arguments)
     return copy.deepcopy(read[auto_class, source])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import math
 import re
 import shlex
@@ -33,7 +34,6 @@ from hftl.finished import require_one_of_several
 from hftl.folder import read_json, say
 from hftl.methods.parts import frozen
 from hftl.methods.plan import prepare_modules
-from hftl.metrics import softmax
 from hftl.modality import Modality
 from hftl.tables import aligned, as_csv
 from hftl.tasks import find_task
@@ -110,7 +110,6 @@ def rank(
         check(arguments)
     splits = load_rows(settings[0], task_class.modality)
     started = before = time.perf_counter()
-    heads: dict[str, nn.Module | None] = {}
     waiting: list[Future[Candidate]] = []
     # On one core: threads of NumPy and of PyTorch, which prepares the next model, would wait for each other's cores.
     # What there is to limit is listed here, where nothing is being imported beside it.
@@ -124,18 +123,17 @@ def rank(
         """Wait for the scores of the models before, so that the features of two at most are in memory."""
         wait(waiting)
 
-    checkpoints = {arguments.model_name_or_path for arguments in settings}
-    read_once = pretrained.read_once() if len(checkpoints) < len(models) else contextlib.nullcontext()
-    with read_once, ThreadPoolExecutor(1) as beside:
-        for name, arguments in zip(models, settings, strict=True):
-            found = features_of(task_class(arguments), splits, settle)
-            model = str(arguments.model_name_or_path)
-            if model not in heads:  # a model at several sizes is loaded once more, not once for each
-                heads[model] = trained_head(found)
-            settle()
-            waiting.append(beside.submit(scored, name, found, heads[model]))
-            say(f"{name}: ready after {time.perf_counter() - before:.1f} s")
-            before = time.perf_counter()
+    with ThreadPoolExecutor(1) as beside:
+        for sizes in _at_several_sizes(models, settings):
+            head: nn.Module | None = None
+            with pretrained.read_once() if len(sizes) > 1 else contextlib.nullcontext():
+                for number, (name, arguments) in enumerate(sizes):
+                    found = features_of(task_class(arguments), splits, settle)
+                    head = trained_head(found) if number == 0 else head
+                    settle()
+                    waiting.append(beside.submit(scored, name, found, head))
+                    say(f"{name}: ready after {time.perf_counter() - before:.1f} s")
+                    before = time.perf_counter()
         candidates = [entry.result() for entry in waiting]
     say(f"{len(models)} models ranked on {len(splits.train):,} rows in {time.perf_counter() - started:.1f} s")
     without = [entry.model for entry in candidates if getattr(entry, by) is None]
@@ -144,6 +142,12 @@ def rank(
     candidates.sort(key=lambda entry: -getattr(entry, by))
     ranked = [dataclasses.replace(entry, rank=number) for number, entry in enumerate(candidates, start=1)]
     return ranked, len(splits.train)
+
+
+def _at_several_sizes(models: Sequence[str], settings: Sequence[Any]) -> list[list[tuple[str, Any]]]:
+    """The models as they were named, with their flags; those that stand in a row and are one checkpoint together."""
+    pairs = zip(models, settings, strict=True)
+    return [list(group) for _, group in itertools.groupby(pairs, key=lambda pair: pair[1].model_name_or_path)]
 
 
 def _model_tokens(task_name: str, name: str) -> list[str]:
@@ -210,23 +214,15 @@ def features_of(task: ClassificationTask, splits: Splits, settle: Callable[[], N
     )
     set_precision(arguments, precision)
     source, kept = pooled(task, model, rows)
-    features, labels = kept.matrix()
+    place = kept.shards.folder
 
     def measured() -> float:
         settle()
         return compute.seconds_a_row(model, batch, loss, False, arguments.precision)
 
-    machine = f"{compute.machine()}, {arguments.device}"
-    return Pooled(
-        task,
-        model,
-        source,
-        features.float().numpy(),
-        labels.numpy(),
-        _known(kept.shards.folder / _SPEEDS, machine, measured),
-        rows,
-        kept.shards.folder,
-    )
+    speed = _known(place / _SPEEDS, f"{compute.machine()}, {arguments.device}", measured)
+    features, labels = kept.matrix()
+    return Pooled(task, model, source, features.float().numpy(), labels.numpy(), speed, rows, place)
 
 
 def _known(path: Path, key: str, find: Callable[[], Any]) -> Any:
@@ -238,42 +234,34 @@ def _known(path: Path, key: str, find: Callable[[], Any]) -> Any:
         known = {}
     if key not in known:
         known[key] = find()
-        folder.write_json(path, known)
+        try:
+            folder.write_json(path, known)
+        except OSError as error:  # a full disk, or the folder was removed meanwhile
+            say(f"{str(path)!r} cannot be kept ({error.strerror}): it is found again next time")
     return known[key]
 
 
 def _scored(name: str, found: Pooled, head: nn.Module | None) -> Candidate:
+    def scores() -> dict[str, float | None]:
+        return transferability.scores(found.features, found.labels, head_probabilities(head, found.features))
+
     return Candidate(
         rank=0,
         model=name,
-        **_known(found.place / _SCORES, _content(found, head), lambda: _scores(found, head)),
+        **_known(found.place / _SCORES, _content(found, head), scores),
         parameters=sum(parameter.numel() for parameter in found.model.parameters()),
         features_per_second=1 / found.seconds_a_row,
     )
 
 
 def _content(found: Pooled, head: nn.Module | None) -> str:
-    """A name for all that determines the scores: the code, the features, the labels and the trained head."""
-    digest = hashlib.blake2b(digest_size=16)
-    for code in (transferability.__file__, __file__):
-        digest.update(Path(code).read_bytes())
+    """A name for all that determines the scores: their code, the features, the labels and the trained head."""
+    digest = hashlib.blake2b(Path(transferability.__file__).read_bytes(), digest_size=16)
     weights = [] if head is None else [value.numpy() for value in head.state_dict().values()]
     for part in (found.features, found.labels, *weights):
-        digest.update(f"{part.shape} {part.dtype}".encode() + part.tobytes())
+        digest.update(f"{part.shape} {part.dtype}".encode())
+        digest.update(np.ascontiguousarray(part).data)
     return digest.hexdigest()
-
-
-def _scores(found: Pooled, head: nn.Module | None) -> dict[str, float | None]:
-    spectrum = transferability.decompose(transferability.with_constant(found.features))
-    said = head_probabilities(head, found.features)
-    return {
-        "logme": transferability.logme(spectrum, found.labels),
-        "h_score": transferability.h_score(spectrum, found.labels),
-        "transrate": transferability.transrate(spectrum, found.labels),
-        "leep": None if said is None else transferability.leep(said, found.labels),
-        "nce": None if said is None else transferability.nce(said.argmax(axis=1), found.labels),
-        "probe": transferability.linear_probe(spectrum, found.labels),
-    }
 
 
 def trained_head(found: Pooled) -> nn.Module | None:
@@ -301,7 +289,7 @@ def head_probabilities(head: nn.Module | None, features: np.ndarray[Any, Any]) -
     if head is None:
         return None
     with torch.no_grad():
-        return softmax(head(torch.from_numpy(features)).numpy())
+        return head(torch.from_numpy(features)).softmax(dim=1).numpy()
 
 
 _COLUMNS = {

@@ -144,10 +144,10 @@ class Shards:
         rows = self._typed(np.array(self._shards[number].values[start:end]))
         return rows if self.settings["ragged"] else rows[0]
 
-    def read_all(self, places: np.ndarray[Any, Any]) -> torch.Tensor:
+    def read_rows(self, places: np.ndarray[Any, Any]) -> torch.Tensor:
         """Rows of one size from their places, shape (rows, *shape)."""
         width = math.prod(self.settings["shape"])
-        values = np.empty((len(places), width), self._shards[0].values.dtype)
+        values = np.empty((len(places), width), _STORED[self.settings["dtype"]])
         for number in np.unique(places[:, 0]):
             chosen = places[:, 0] == number
             values[chosen] = self._shards[number].values.reshape(-1, width)[places[chosen, 1] // width]

@@ -53,6 +53,25 @@ def with_constant(features: Array) -> Array:
     return np.concatenate([features, np.full((len(features), 1), size, features.dtype)], axis=1)
 
 
+def scores(features: Array, labels: Array, probabilities: Array | None) -> dict[str, float | None]:
+    """All scores by name; LEEP and NCE are None without what a trained head says.
+
+    Args:
+        features: shape (rows, features).
+        labels: shape (rows,).
+        probabilities: of the trained head, shape (rows, its classes).
+    """
+    spectrum = decompose(with_constant(features))
+    return {
+        "logme": logme(spectrum, labels),
+        "h_score": h_score(spectrum, labels),
+        "transrate": transrate(spectrum, labels),
+        "leep": None if probabilities is None else leep(probabilities, labels),
+        "nce": None if probabilities is None else nce(probabilities.argmax(axis=1), labels),
+        "probe": linear_probe(spectrum, labels),
+    }
+
+
 def logme(spectrum: Spectrum, labels: Array) -> float:
     """Log of maximum evidence, a row and a class (You et al. 2021, "LogME", algorithms 1 and 3).
 

@@ -268,6 +268,7 @@ def test_a_solved_head_takes_every_view(home: Path) -> None:
     places = np.stack([rows.find(np.arange(first, first + 3, dtype=np.uint64)) for first in (0, 50)])
     values, labels = features.KeptDataset(rows, places, SimpleNamespace(labels=[0, 1, 1]), ()).matrix()
     assert values[:, 0].tolist() == [0.0, 1.0, 2.0, 50.0, 51.0, 52.0]
+    assert values.equal(torch.stack([rows.read(place) for place in places.reshape(-1, 3)]))
     assert labels.tolist() == [0, 1, 1, 0, 1, 1]
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +18,7 @@ from small_data import write_images, write_texts
 from tiny_models import write_timm_folder, write_tiny_image_model, write_tiny_text_model
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
-from hftl import cli, pretrained, ranking, transferability
+from hftl import cli, folder, pretrained, ranking, transferability
 from hftl.tasks.image_classification import ImageClassification
 
 
@@ -99,7 +102,9 @@ def test_scores_are_kept_for_the_same_features_labels_and_head(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
-    write_tiny_image_model(tmp_path / "vit")
+    write_timm_folder(tmp_path / "model", "resnet18", channels=[8, 8, 8, 8], stem_width=8)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")  # as it is saved below
     write_images(tmp_path / "data", {"train": 6})
     decomposed: list[int] = []
     decompose = transferability.decompose
@@ -108,7 +113,7 @@ def test_scores_are_kept_for_the_same_features_labels_and_head(
     monkeypatch.setenv("HFTL_HOME", str(tmp_path / "home"))
 
     def ranked() -> ranking.Candidate:
-        (found,), _ = ranking.rank("image-classification", [str(tmp_path / "vit")], tokens)
+        (found,), _ = ranking.rank("image-classification", [str(tmp_path / "model")], tokens)
         return found
 
     first = ranked()
@@ -120,19 +125,37 @@ def test_scores_are_kept_for_the_same_features_labels_and_head(
     assert len(decomposed) == 2
     assert "scores.json' is damaged and is made again" in capsys.readouterr().out
 
-    model = AutoModelForImageClassification.from_pretrained(tmp_path / "vit")
     with torch.no_grad():
-        model.classifier.weight.neg_()
-    model.save_pretrained(tmp_path / "vit")  # another trained head on the same features
+        model.get_submodule("timm_model.fc").weight.neg_()
+    model.save_pretrained(tmp_path / "model")  # another trained head on the same features
     other = ranked()
     assert len(decomposed) == 3
-    assert other.leep != first.leep
+    assert first.leep is not None
+    assert other.leep not in (first.leep, None)
     assert other.logme == first.logme
     one, two = sorted((tmp_path / "data" / "train").iterdir())[:2]
     moved = next(one.iterdir())
     moved.rename(two / f"moved-{moved.name}")  # a row has another label
     assert ranked().logme != other.logme
     assert len(decomposed) == 4
+    assert len(json.loads(kept.read_text())) == 3  # no other folder of features was begun
+
+
+def test_scores_that_cannot_be_kept_are_said_and_not_lost(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = folder.write_json
+
+    def full(path: Path, content: Any) -> None:
+        if path.name in ("scores.json", "speeds.json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, content)
+
+    monkeypatch.setattr(folder, "write_json", full)
+    monkeypatch.setenv("HFTL_HOME", str(tmp_path))
+    (found,), _ = ranking.rank("image-classification", [str(images / "vit")], [f"--dataset={images / 'data'}"])
+    assert found.probe > 1 / 3
+    assert capsys.readouterr().out.count("cannot be kept (No space left on device)") == 2
 
 
 def test_a_model_at_several_sizes_is_read_once_and_changed_by_none(
