@@ -349,12 +349,13 @@ class Ladder:
 
         If it is better by more than chance: by more than one standard error of the paired difference on validation,
         counted over the rows on which the two disagree (McNemar 1947; the one-standard-error rule, Breiman et al.
-        1984). A `whole` training, of more than the last blocks and of usual length, is taken unless it is worse by more
-        than two standard errors: over six data sets, with all rows and with 16 a class, `full` is 7 points better on
-        test than the solved head on average, and on no data set more than half a point worse (benchmarks/quality.md);
-        by 32 rows of validation it may look 12 points worse. So are pairs, behind which no other training counts as one
-        that is better as a rule. Of a score that is no share of the rows, such as a loss, those rows do not tell the
-        chance: there the better one is taken.
+        1984), and a row, since rows are whole (the correction for continuity, Edwards 1948). A `whole` training, of
+        more than the last blocks and of usual length, is taken unless it is worse by more than two standard errors:
+        over six data sets, with all rows and with 16 a class, `full` is 7 points better on test than the solved head on
+        average, and on no data set more than half a point worse (benchmarks/quality.md); by 32 rows of validation it
+        may look 12 points worse. So are pairs, behind which no other training counts as one that is better as a rule.
+        Of a score that is no share of the rows, such as a loss, those rows do not tell the chance: there the better one
+        is taken.
         """
         if not (self.path / METRICS).is_file():
             return True
@@ -366,7 +367,7 @@ class Ladder:
         names = self.task.label_names
         before, now = (read_answers(path / PREDICTIONS, names).correct for path in (self.path, place))
         chance = math.sqrt(np.sum(now != before)) / len(now) + rounding
-        return gain >= -2 * chance if whole else gain > chance
+        return gain >= -2 * chance if whole else gain > chance + 1 / len(now)
 
     def _measure(self) -> tuple[float, float, bool]:
         """Seconds to train the whole model on a row, and to predict one, in the precision that every rung will have.

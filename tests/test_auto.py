@@ -334,8 +334,8 @@ def run_folder(folder: Path, accuracy: float, right: list[int]) -> Path:
 
 @pytest.mark.parametrize(
     ("gains", "losses", "short", "usual"),
-    [(1, 0, False, True), (2, 0, True, True), (3, 2, False, True), (9, 2, True, True), (0, 1, False, True),
-     (0, 2, False, True), (0, 5, False, False), (2, 9, False, False)],
+    [(1, 0, False, True), (2, 0, False, True), (3, 0, True, True), (3, 2, False, True), (9, 2, True, True),
+     (0, 1, False, True), (0, 2, False, True), (0, 5, False, False), (2, 9, False, False)],
 )  # fmt: skip
 def test_only_more_than_chance_takes_the_place_or_keeps_it(
     tmp_path: Path, gains: int, losses: int, short: bool, usual: bool
