@@ -124,14 +124,14 @@ def rank(
         wait(waiting)
 
     with ThreadPoolExecutor(1) as beside:
-        for sizes in _at_several_sizes(models, settings):
-            head: nn.Module | None = None
+        for sizes in _by_checkpoint(models, settings):
+            heads: list[nn.Module | None] = []  # one, of all sizes
             with pretrained.read_once() if len(sizes) > 1 else contextlib.nullcontext():
-                for number, (name, arguments) in enumerate(sizes):
+                for name, arguments in sizes:
                     found = features_of(task_class(arguments), splits, settle)
-                    head = trained_head(found) if number == 0 else head
+                    heads = heads or [trained_head(found)]
                     settle()
-                    waiting.append(beside.submit(scored, name, found, head))
+                    waiting.append(beside.submit(scored, name, found, *heads))
                     say(f"{name}: ready after {time.perf_counter() - before:.1f} s")
                     before = time.perf_counter()
         candidates = [entry.result() for entry in waiting]
@@ -144,7 +144,7 @@ def rank(
     return ranked, len(splits.train)
 
 
-def _at_several_sizes(models: Sequence[str], settings: Sequence[Any]) -> list[list[tuple[str, Any]]]:
+def _by_checkpoint(models: Sequence[str], settings: Sequence[Any]) -> list[list[tuple[str, Any]]]:
     """The models as they were named, with their flags; those that stand in a row and are one checkpoint together."""
     pairs = zip(models, settings, strict=True)
     return [list(group) for _, group in itertools.groupby(pairs, key=lambda pair: pair[1].model_name_or_path)]
