@@ -27,7 +27,7 @@ from hftl.compute import wait_for_all
 from hftl.errors import UsageError
 from hftl.folder import is_main_process, replacing, say
 from hftl.methods import Plan, Stage
-from hftl.metrics import SHARES, written
+from hftl.metrics import SHARES, SINGLE_LABEL_METRICS, swapped_answers, written
 
 if TYPE_CHECKING:
     from hftl.trainer import TransferTrainer
@@ -263,7 +263,9 @@ def cook(
             score, trainer.chosen_evaluation = _score_in(path), known
         else:
             score = trainer.validate()[0] * (1 if trainer.args.greater_is_better else -1)
-        slack = _standard_error(evaluation, trainer.chosen_evaluation) if lenient and chosen else 0.0
+        slack = 0.0
+        if lenient and chosen:
+            slack = _standard_error(str(trainer.args.metric_for_best_model), evaluation, trainer.chosen_evaluation)
         if score >= best - slack:
             best, mean, evaluation = score, candidate, trainer.chosen_evaluation
             chosen.append(path)
@@ -272,10 +274,16 @@ def cook(
     return chosen, best if trainer.args.greater_is_better else -best
 
 
-def _standard_error(before: Any, now: Any) -> float:
-    """Of the difference of two accuracies on the same rows, from those on which the answers differ (McNemar 1947)."""
-    answers = [np.asarray(evaluation.predictions).argmax(axis=1) for evaluation in (before, now)]
-    return math.sqrt(np.sum(answers[0] != answers[1])) / len(answers[0])
+def _standard_error(metric: str, before: Any, now: Any) -> float:
+    """Of the difference of two scores of the same rows, from those on which the answers differ; see `swapped_answers`.
+
+    Of what has no one class a row (several labels, words, vectors) as if the score were a share of rows.
+    """
+    answers = [np.asarray(evaluation.predictions).argmax(axis=-1) for evaluation in (before, now)]
+    if metric in SINGLE_LABEL_METRICS and np.ndim(now.label_ids) == 1:
+        return float(np.linalg.norm(swapped_answers(metric, now.label_ids, *answers)))
+    changed = (answers[0] != answers[1]).reshape(len(answers[0]), -1).any(axis=1)
+    return math.sqrt(changed.sum()) / len(changed)
 
 
 def keep_ingredient(trainer: TransferTrainer, folder: Path) -> None:

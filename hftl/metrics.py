@@ -83,6 +83,48 @@ def share_interval(hits: int, rows: int) -> tuple[float, float]:
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
+def swapped_answers(
+    metric: str, labels: npt.NDArray[Any], before: npt.NDArray[Any], now: npt.NDArray[Any]
+) -> npt.NDArray[np.float64]:
+    """What the score `now` loses by taking back one answer, for every row on which that changes the score.
+
+    Were two models alike, each such row might as well have been answered the other way round (Yeh 2000), so that the
+    root of the sum of squares is the standard error of the difference of their scores: for accuracy that of McNemar
+    (1947), where a row counts as much as any other; with few rows of some class, macro F1 moves much further by one.
+
+    Args:
+        metric: one of `SHARES`; of those that are no mean over classes a row counts as in accuracy.
+        labels: class ids, shape (rows,).
+        before: predicted class ids of the same shape.
+        now: those of the other model.
+    """
+    classes = 1 + int(max(part.max() for part in (labels, before, now)))
+    hits, said, rows = (np.bincount(part, minlength=classes) for part in (labels[now == labels], now, labels))
+    changed = np.flatnonzero(before != now)
+    whole = _class_score(metric, hits, said, rows)
+    differences = np.empty(len(changed))
+    for number, row in enumerate(changed):
+        own, other = hits.copy(), said.copy()
+        own[labels[row]] += int(before[row] == labels[row]) - int(now[row] == labels[row])
+        other[before[row]] += 1
+        other[now[row]] -= 1
+        differences[number] = whole - _class_score(metric, own, other, rows)
+    return differences[np.abs(differences) > 1e-12]
+
+
+def _class_score(metric: str, hits: npt.NDArray[Any], said: npt.NDArray[Any], rows: npt.NDArray[Any]) -> float:
+    """A score from how many rows of each class are right, were given that class, and are of it."""
+    if metric in ("f1_macro", "f1_weighted"):
+        of_class = 2 * hits / np.maximum(said + rows, 1)
+    elif metric == "precision_macro":
+        of_class = hits / np.maximum(said, 1)
+    elif metric == "recall_macro":
+        of_class = hits / np.maximum(rows, 1)
+    else:
+        return float(hits.sum() / rows.sum())
+    return float(np.average(of_class, weights=rows if metric == "f1_weighted" else rows > 0))
+
+
 def classification_metrics(
     logits: npt.NDArray[Any], labels: npt.NDArray[Any], label_names: Sequence[str]
 ) -> dict[str, float]:

@@ -322,11 +322,15 @@ def test_presets_are_budgets(preset: str | None, seconds: float) -> None:
     assert auto.budget_seconds(arguments) == seconds
 
 
-def run_folder(folder: Path, accuracy: float, right: list[int]) -> Path:
-    """What a comparison of two runs reads: a score, and which predictions are right."""
+def run_folder(folder: Path, score: float, right: list[int], bad: int = 0, metric: str = "accuracy") -> Path:
+    """What a comparison of two runs reads: a score, and which predictions are right; the last rows are bad ones."""
     folder.mkdir()
-    (folder / "metrics.json").write_text(json.dumps({"validation": {"accuracy": accuracy}}))
-    rows = [f"{row},good,{'good' if entry else 'bad'},0.5,0.5" for row, entry in enumerate(right)]
+    (folder / "metrics.json").write_text(json.dumps({"validation": {metric: score}}))
+    labels = ["good"] * (len(right) - bad) + ["bad"] * bad
+    said = [
+        label if entry else {"good": "bad", "bad": "good"}[label] for label, entry in zip(labels, right, strict=True)
+    ]
+    rows = [f"{row},{label},{answer},0.5,0.5" for row, (label, answer) in enumerate(zip(labels, said, strict=True))]
     head = "id,label,prediction,probability_bad,probability_good"
     (folder / PREDICTIONS).write_text("\n".join([head, *rows]) + "\n")
     return folder
@@ -349,6 +353,21 @@ def test_only_more_than_chance_takes_the_place_or_keeps_it(
     ladder.arguments = arguments
     trial = run_folder(tmp_path / "trial", now.mean(), now.tolist())
     assert [ladder._is_better(trial, whole) for whole in (False, True)] == [short, usual]
+
+
+@pytest.mark.parametrize(("metric", "loss", "whole"), [("accuracy", 1 / 40, True), ("f1_macro", 0.0779, True),
+                                                       ("f1_macro", 0.16, False)])  # fmt: skip
+def test_a_row_of_a_small_class_counts_as_much_as_it_moves_the_score(
+    tmp_path: Path, metric: str, loss: float, whole: bool
+) -> None:
+    """Of four rows one moves macro F1 by 0.078, three times as far as accuracy."""
+    ladder = object.__new__(auto.Ladder)
+    ladder.path = run_folder(tmp_path / "run", 1.0, [1] * 40, 4, metric)
+    ladder.task = SimpleNamespace(label_names=["bad", "good"])  # type: ignore[assignment]
+    arguments: Any = type("Arguments", (), {"metric_for_best_model": metric, "greater_is_better": True})
+    ladder.arguments = arguments
+    trial = run_folder(tmp_path / "trial", 1 - loss, [1] * 39 + [0], 4, metric)
+    assert [ladder._is_better(trial, usual) for usual in (False, True)] == [False, whole]
 
 
 @pytest.mark.parametrize(("now", "better"), [(0.28, True), (0.31, False)])
@@ -390,12 +409,21 @@ def test_a_probe_that_is_kept_of_few_rows_loads_again(
     assert hftl.load_run(tmp_path / "run").predict("a good film").pop().label in ("bad", "good")
 
 
-@pytest.mark.parametrize("pairs", [False, True])
-@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize(
+    ("cut", "pairs", "epochs", "is_whole"),
+    [(False, False, 3.0, True), (False, False, 2.0, True), (False, False, 1.0, False), (True, False, 3.0, False),
+     (False, True, 3.0, False), (True, True, 3.0, False)],
+)  # fmt: skip
 def test_a_training_that_the_limit_ended_is_no_whole_one(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool, pairs: bool
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cut: bool,
+    pairs: bool,
+    epochs: float,
+    is_whole: bool,
 ) -> None:
-    """One that was over before the limit is, also where the limit passes while its run is written.
+    """One that was over before the limit is, also where the limit passes while its run is written; a short one is none.
 
     Behind pairs of few texts the others have to be better by more than chance.
     """
@@ -413,12 +441,12 @@ def test_a_training_that_the_limit_ended_is_no_whole_one(
         return made
 
     monkeypatch.setattr(auto.Ladder, "_is_better", is_better)
-    monkeypatch.setattr(auto, "_shape", lambda *_: (1, 3.0))
+    monkeypatch.setattr(auto, "_shape", lambda *_: (1, epochs))
     monkeypatch.setattr(auto, "TimeLimit", passing)
     if not pairs:
         monkeypatch.setattr(auto, "gives_features", lambda *_: False)
     train(world, tmp_path / "run", "--time_budget=1h", "--per_device_train_batch_size=4")
-    assert judged == [("probe", False), *([("pairs", not cut), ("final", False)] if pairs else [("final", not cut)])]
+    assert judged == [("probe", False), *([("pairs", not cut)] if pairs else []), ("final", is_whole)]
 
 
 def test_pairs_are_for_texts_and_a_linear_head(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.stats import binomtest
+from sklearn.metrics import f1_score
 from tiny_models import TINY, write_tiny_text_model
 from tiny_training import tiny_arguments
 
@@ -21,6 +22,7 @@ from hftl.metrics import (
     expected_calibration_error,
     share_interval,
     softmax,
+    swapped_answers,
 )
 from hftl.tasks.text_classification import TextClassification
 
@@ -96,6 +98,46 @@ def test_one_class_only() -> None:
 def test_the_interval_of_a_share_is_that_of_scipy(hits: int) -> None:
     expected = binomtest(hits, 100).proportion_ci(method="wilson")
     assert share_interval(hits, 100) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1_macro", "f1_weighted", "precision_macro", "recall_macro"])
+def test_an_answer_taken_back_changes_the_score_by_what_is_said(metric: str) -> None:
+    random = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 3], [40, 15, 5])  # and none of the class 2
+    before, now = (np.where(random.random(60) < 0.8, labels, random.integers(0, 4, 60)) for _ in range(2))
+
+    def score(predictions: np.ndarray) -> float:
+        return classification_metrics(np.eye(4)[predictions], labels, list("abcd"))[metric]
+
+    expected = []
+    for row in range(60):
+        swapped = now.copy()
+        swapped[row] = before[row]
+        expected.append(score(now) - score(swapped))
+    found = swapped_answers(metric, labels, before, now)
+    assert found == pytest.approx([value for value in expected if abs(value) > 1e-12])
+    assert len(found) > 5
+
+
+def test_chance_in_the_difference_of_two_accuracies_is_that_of_mcnemar() -> None:
+    labels = np.repeat([0, 1, 2], 20)
+    before, now = labels.copy(), labels.copy()
+    before[:3], now[25:32], before[40], now[40] = 1, 2, 0, 1  # of the last both are wrong
+    assert np.linalg.norm(swapped_answers("accuracy", labels, before, now)) == pytest.approx(math.sqrt(10) / 60)
+    assert not len(swapped_answers("accuracy", labels, now, now))
+
+
+def test_chance_in_the_difference_of_two_macro_f1_is_that_of_random_swaps() -> None:
+    """Of few rows of a class, where the rows that differ say too little by their number alone (Yeh 2000)."""
+    random = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], [900, 50, 50])
+    before, now = (np.where(random.random(1000) < 0.97, labels, random.integers(0, 3, 1000)) for _ in range(2))
+    swaps = random.random((200, 1000)) < 0.5
+    one, other = np.where(swaps, before, now), np.where(swaps, now, before)
+    drawn = [[f1_score(labels, part, average="macro") for part in pair] for pair in zip(one, other, strict=True)]
+    found = np.linalg.norm(swapped_answers("f1_macro", labels, before, now))
+    assert found == pytest.approx(np.std(np.diff(drawn)), rel=0.2)
+    assert found > 2 * math.sqrt(np.sum(before != now)) / 1000
 
 
 def test_softmax_of_large_logits() -> None:
