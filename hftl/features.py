@@ -34,7 +34,7 @@ from hftl.errors import UsageError
 from hftl.folder import folder_bytes, nearest_existing, say
 from hftl.inert import public_name
 from hftl.joined import Joined, as_flags, find_joined, mean_of_positions, wished
-from hftl.losses import LOSSES, is_solvable
+from hftl.losses import LOSSES, Loss, is_solvable
 from hftl.methods import Plan, Stage
 from hftl.methods.plan import prepare_modules
 from hftl.probes import BESIDE, LinearHead, Probe, check_every_class, fit_linear_head, fit_probe, linear_probe
@@ -45,6 +45,8 @@ from hftl.sources import in_threads
 _ROWS = 32
 #: values that float16 holds are up to 65,504; of other rows they may be a few times as large as of those
 _LARGEST = 16_000
+#: rows by which a loss is told from others
+_ROWS_OF_LOSS = 1000
 #: a shard is published when it holds so many bytes, or after so many seconds: what a killed run can lose
 _SHARD_BYTES = 32_000_000
 _SECONDS_BETWEEN_SHARDS = 30.0
@@ -652,7 +654,10 @@ class KeptFeatures:
             self.cut.remove()
 
     def solve(self, trainer: Any) -> LinearHead:
-        """Solve the output layer of the model, once for all processes; and a head beside it, where one answers."""
+        """Solve the output layer of the model, once for all processes; and a head beside it, where one answers.
+
+        What the task solved last is not solved again: `lp_ft` behind `frozen` begins with the same layer.
+        """
         layer: Any = self.source.layer  # type: ignore[union-attr]
         sign = 1 if trainer.args.greater_is_better else -1
         words = [sum(tag >= 0 for tag in own) for own in self.data["validation"].labels] if self.source.ragged else []
@@ -668,25 +673,22 @@ class KeptFeatures:
         kind = self.task.arguments.head or usual
         beside = kind in BESIDE or bool(wished(self.task.arguments))
         train, validation = (self.data[split].matrix() for split in ("train", "validation"))
-        ordinary = [(features[:, : layer.in_features], labels) for features, labels in (train, validation)]
-        solution = fit_linear_head(
-            usual if beside else kind,
-            ordinary[0],
-            ordinary[1],
-            self.task.label_names,
-            trainer.compute_loss_func,
-            score,
-            intercept=layer.bias is not None,
-            start=self._known_layer(trainer),
-        )
+        rows, held_out = ((features[:, : layer.in_features], labels) for features, labels in (train, validation))
+        loss, start, intercept = trainer.compute_loss_func, self._known_layer(trainer), layer.bias is not None
+        wanted = (usual if beside else kind, self.task.label_names, intercept, trainer.args.metric_for_best_model)
+        key = _key_of_solution(wanted, loss, rows, held_out, start or ())
+        if key not in self.task.solved:
+            head = fit_linear_head(wanted[0], rows, held_out, self.task.label_names, loss, score, intercept, start)
+            self.task.solved = {key: head}
+        solution = self.task.solved[key]
         with torch.no_grad():
             layer.weight.copy_(solution.weight)
             if layer.bias is not None:
                 layer.bias.copy_(solution.bias)
             for parameter in layer.parameters() if trainer.args.world_size > 1 else ():
                 torch.distributed.broadcast(parameter, src=0)
-        rows, _ = ordinary[1]
-        self.gain = float(layer.weight.norm()) / len(layer.weight) ** 0.5 * float(rows.float().norm(dim=1).mean())
+        length = float(held_out[0].float().norm(dim=1).mean())
+        self.gain = float(layer.weight.norm()) / len(layer.weight) ** 0.5 * length
         if beside:
             self.probe = self._fit_beside(kind, train, validation, trainer, score)
         return solution
@@ -733,6 +735,25 @@ class KeptFeatures:
         if self.probe is not None and not ordinary:
             logits = self.probe.logits(features, logits)
         return logits.numpy(), labels.numpy()
+
+
+def _key_of_solution(wanted: tuple[Any, ...], loss: Loss, *parts: Sequence[torch.Tensor | None]) -> bytes:
+    """What a solved layer follows from: what is wanted, all features and labels, and a layer that it starts from.
+
+    Args:
+        wanted: settings.
+        loss: known by what it says of the same numbers.
+        parts: features of shape (rows, features) and labels of the training rows; the same of others; a layer, or none.
+    """
+    digest = hashlib.blake2b(repr(wanted).encode(), digest_size=16)
+    for tensor in (tensor for part in parts for tensor in part if tensor is not None):
+        digest.update(repr(tensor.shape).encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    labels = parts[0][1]
+    assert labels is not None
+    labels = labels[:: max(1, len(labels) // _ROWS_OF_LOSS)]
+    logits = torch.linspace(-4, 4, len(labels) * len(wanted[1]), dtype=torch.float64).view(len(labels), -1)
+    digest.update(repr(float(loss({"logits": logits}, labels))).encode())
+    return digest.digest()
 
 
 def as_rows(values: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from tiny_models import write_tiny_cnn, write_tiny_text_model
 from transformers import AutoModelForSequenceClassification, TrainerControl, TrainerState
 
 import hftl
-from hftl import auto, cli
+from hftl import auto, cli, features, probes
 from hftl.folder import PREDICTIONS
 from hftl.run import Run
 
@@ -127,6 +127,21 @@ def test_few_rows_have_runs_of_many_epochs_and_no_trials(
     printed = capsys.readouterr().out
     assert "auto: to train the whole model for 2 epochs takes about" in printed
     assert "all, run 2: epoch 7, validation" in printed
+
+
+def test_the_head_is_solved_once(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    solved: list[Any] = []
+
+    def solve(*arguments: Any) -> Any:
+        solved.append(probes.fit_linear_head(*arguments))
+        return solved[-1]
+
+    monkeypatch.setattr(features, "fit_linear_head", solve)
+    monkeypatch.setattr(auto, "_shape", lambda *_: (1, 2.0))
+    monkeypatch.setattr(auto, "gives_features", lambda *_: False)  # no pairs
+    train(world, tmp_path / "run", "--time_budget=1h")
+    assert tried(tmp_path / "run") == [("probe", "frozen"), ("final", "lp_ft")]
+    assert len(solved) == 1
 
 
 def test_an_interrupted_ladder_leaves_a_run_and_goes_on(

@@ -26,6 +26,7 @@ from tiny_training import tiny_arguments
 import hftl
 from hftl import batches, cli, features, methods, shards, sources
 from hftl.cut import Cut, NoCut
+from hftl.losses import CrossEntropyLoss
 from hftl.methods.plan import prepare_modules
 from hftl.shards import NotKept, Shards
 
@@ -458,6 +459,29 @@ def test_lp_ft_does_not_start_from_a_head_that_blows_every_step_up(place: Path, 
     losses = log(run.folder, "loss")
     assert losses
     assert max(losses) < 10  # with a tenth of the head hundreds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_head_is_the_same_as_before_where_all_that_it_follows_from_is(dtype: torch.dtype) -> None:
+    wanted, loss = ("logistic", ["a", "b"], True, "accuracy"), CrossEntropyLoss()
+    rows, labels = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).to(dtype), torch.arange(9) % 2
+    layer = (torch.ones(2, 4), None)
+
+    def key(wanted: Any = wanted, loss: Any = loss, rows: Any = rows, labels: Any = labels, layer: Any = ()) -> bytes:
+        return features._key_of_solution(wanted, loss, (rows, labels), (rows[:5], labels[:5]), layer)
+
+    other = torch.nextafter(rows[:1], torch.full_like(rows[:1], 9.0))
+    changed = [
+        key(wanted=("svm", *wanted[1:])),
+        key(wanted=(*wanted[:3], "f1_macro")),
+        key(loss=CrossEntropyLoss(torch.tensor([0.5, 1.5]))),
+        key(loss=CrossEntropyLoss(label_smoothing=0.1)),
+        key(rows=torch.cat([other, rows[1:]])),
+        key(labels=labels.flip(0).roll(1)),
+        key(layer=layer),
+    ]
+    assert key() == key(rows=rows.clone(), loss=CrossEntropyLoss())
+    assert len({key(), *changed}) == 1 + len(changed)
 
 
 def test_settings_of_training_train_the_head(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from hftl.examples import Shown
 from hftl.losses import Loss
 from hftl.metrics import LOWER_IS_BETTER, ExtraMetrics
 from hftl.modality import Modality
+from hftl.probes import LinearHead
 from hftl.problems import Problem, problem_of
 from hftl.problems.base import Result
 
@@ -61,6 +62,8 @@ class ClassificationTask:
         #: whether it is for rows to train with, or to be measured by; not of a finished run, which predicts
         self.is_training = True
         self.label_names: list[str] = []
+        #: the output layer that was solved last, by what it follows from
+        self.solved: dict[bytes, LinearHead] = {}
 
     @functools.cached_property
     def _extra_metrics(self) -> ExtraMetrics:
