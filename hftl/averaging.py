@@ -27,7 +27,7 @@ from hftl.compute import wait_for_all
 from hftl.errors import UsageError
 from hftl.folder import is_main_process, replacing, say
 from hftl.methods import Plan, Stage
-from hftl.metrics import SHARES, SINGLE_LABEL_METRICS, swapped_answers, written
+from hftl.metrics import SHARES, swapped_answers, written
 
 if TYPE_CHECKING:
     from hftl.trainer import TransferTrainer
@@ -275,15 +275,9 @@ def cook(
 
 
 def _standard_error(metric: str, before: Any, now: Any) -> float:
-    """Of the difference of two scores of the same rows, from those on which the answers differ; see `swapped_answers`.
-
-    Of what has no one class a row (several labels, words, vectors) as if the score were a share of rows.
-    """
-    answers = [np.asarray(evaluation.predictions).argmax(axis=-1) for evaluation in (before, now)]
-    if metric in SINGLE_LABEL_METRICS and np.ndim(now.label_ids) == 1:
-        return float(np.linalg.norm(swapped_answers(metric, now.label_ids, *answers)))
-    changed = (answers[0] != answers[1]).reshape(len(answers[0]), -1).any(axis=1)
-    return math.sqrt(changed.sum()) / len(changed)
+    """Of the difference of two scores of the same rows, which have a class each; see `swapped_answers`."""
+    answers = (np.asarray(evaluation.predictions).argmax(axis=1) for evaluation in (before, now))
+    return float(np.linalg.norm(swapped_answers(metric, now.label_ids, *answers)))
 
 
 def keep_ingredient(trainer: TransferTrainer, folder: Path) -> None:

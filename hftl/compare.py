@@ -21,6 +21,7 @@ from hftl.examples import Shown
 from hftl.finished import Finished, find_run
 from hftl.folder import say
 from hftl.launch import quick_imports
+from hftl.metrics import class_score
 from hftl.tables import aligned
 from hftl.tasks import TASKS
 
@@ -244,9 +245,8 @@ def _draws(answers: Answers, classes: int) -> dict[str, npt.NDArray[np.float64]]
         right = np.bincount(hits[chosen], minlength=classes + 1)[:classes]
         labels = np.bincount(answers.labels[chosen], minlength=classes)
         predicted = np.bincount(answers.predictions[chosen], minlength=classes)
-        there = labels > 0
-        f1 = 2 * right[there] / (labels + predicted)[there]
-        values[number] = right.sum() / count, f1.mean(), own[chosen].mean()
+        scores = (class_score(metric, right, predicted, labels) for metric in ("accuracy", "f1_macro"))
+        values[number] = *scores, own[chosen].mean()
     return dict(zip(SCORES, values.T, strict=True))
 
 

@@ -86,11 +86,12 @@ def share_interval(hits: int, rows: int) -> tuple[float, float]:
 def swapped_answers(
     metric: str, labels: npt.NDArray[Any], before: npt.NDArray[Any], now: npt.NDArray[Any]
 ) -> npt.NDArray[np.float64]:
-    """What the score `now` loses by taking back one answer, for every row on which that changes the score.
+    """What one answer of the model `now` in place of that of `before` adds to a score, for every row where it adds any.
 
-    Were two models alike, each such row might as well have been answered the other way round (Yeh 2000), so that the
-    root of the sum of squares is the standard error of the difference of their scores: for accuracy that of McNemar
+    Were the two alike, each such row might as well have been answered the other way round (Yeh 2000), so that the root
+    of the sum of squares is about the standard error of the difference of their scores: for accuracy that of McNemar
     (1947), where a row counts as much as any other; with few rows of some class, macro F1 moves much further by one.
+    A row's part is the mean of what it adds to the answers of one and takes from those of the other.
 
     Args:
         metric: one of `SHARES`; of those that are no mean over classes a row counts as in accuracy.
@@ -98,22 +99,31 @@ def swapped_answers(
         before: predicted class ids of the same shape.
         now: those of the other model.
     """
-    classes = 1 + int(max(part.max() for part in (labels, before, now)))
-    hits, said, rows = (np.bincount(part, minlength=classes) for part in (labels[now == labels], now, labels))
-    changed = np.flatnonzero(before != now)
-    whole = _class_score(metric, hits, said, rows)
-    differences = np.empty(len(changed))
-    for number, row in enumerate(changed):
-        own, other = hits.copy(), said.copy()
-        own[labels[row]] += int(before[row] == labels[row]) - int(now[row] == labels[row])
-        other[before[row]] += 1
-        other[now[row]] -= 1
-        differences[number] = whole - _class_score(metric, own, other, rows)
+    differences = (_effects(metric, labels, before, now) - _effects(metric, labels, now, before)) / 2
     return differences[np.abs(differences) > 1e-12]
 
 
-def _class_score(metric: str, hits: npt.NDArray[Any], said: npt.NDArray[Any], rows: npt.NDArray[Any]) -> float:
-    """A score from how many rows of each class are right, were given that class, and are of it."""
+def _effects(
+    metric: str, labels: npt.NDArray[Any], answers: npt.NDArray[Any], others: npt.NDArray[Any]
+) -> npt.NDArray[np.float64]:
+    """How much each single answer of `others` raises the score of `answers`, for the rows on which they differ."""
+    classes = 1 + int(max(part.max() for part in (labels, answers, others)))
+    right = labels[answers == labels]
+    hits, said, rows = (np.bincount(part, minlength=classes) for part in (right, answers, labels))
+    whole = class_score(metric, hits, said, rows)
+    changed = np.flatnonzero(answers != others)
+    effects = np.empty(len(changed))
+    for number, row in enumerate(changed):
+        own, given = hits.copy(), said.copy()
+        own[labels[row]] += int(others[row] == labels[row]) - int(answers[row] == labels[row])
+        given[others[row]] += 1
+        given[answers[row]] -= 1
+        effects[number] = class_score(metric, own, given, rows) - whole
+    return effects
+
+
+def class_score(metric: str, hits: npt.NDArray[Any], said: npt.NDArray[Any], rows: npt.NDArray[Any]) -> float:
+    """A score from how many rows of each class are right, were given that class, and are of it; see `SHARES`."""
     if metric in ("f1_macro", "f1_weighted"):
         of_class = 2 * hits / np.maximum(said + rows, 1)
     elif metric == "precision_macro":

@@ -76,7 +76,16 @@ def test_the_whole_ladder(
     predicted: list[int] = []
     logits = Run.logits
     monkeypatch.setattr(Run, "logits", lambda self, rows: predicted.append(len(rows)) or logits(self, rows))
+    judged: list[tuple[str, bool]] = []
+    is_better = auto.Ladder._is_better
+
+    def judge(self: Any, place: Path, whole: bool) -> bool:
+        judged.append((place.name.split("-")[1], whole))
+        return is_better(self, place, whole)
+
+    monkeypatch.setattr(auto.Ladder, "_is_better", judge)
     train(world, tmp_path / "run", "--time_budget=100s", "--hub_model_id=someone/mine")
+    assert [rung for rung, whole in judged if whole] == ["final"]
     rungs = tried(tmp_path / "run")
     ways = [method for method, _ in auto._WAYS]
     assert rungs[0] == ("probe", "frozen")
@@ -370,19 +379,23 @@ def test_only_more_than_chance_takes_the_place_or_keeps_it(
     assert [ladder._is_better(trial, whole) for whole in (False, True)] == [short, usual]
 
 
-@pytest.mark.parametrize(("metric", "loss", "whole"), [("accuracy", 1 / 40, True), ("f1_macro", 0.0779, True),
-                                                       ("f1_macro", 0.16, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("metric", "gain", "better"),
+    [("accuracy", -1 / 40, (False, True)), ("f1_macro", -0.0779, (False, True)), ("f1_macro", -0.16, (False, False)),
+     ("accuracy", 0.06, (True, True)), ("f1_macro", 0.15, (False, True)), ("f1_macro", 0.16, (True, True))],
+)  # fmt: skip
 def test_a_row_of_a_small_class_counts_as_much_as_it_moves_the_score(
-    tmp_path: Path, metric: str, loss: float, whole: bool
+    tmp_path: Path, metric: str, gain: float, better: tuple[bool, bool]
 ) -> None:
     """Of four rows one moves macro F1 by 0.078, three times as far as accuracy."""
+    places = [[1] * 40, [1] * 39 + [0]][:: 1 if gain < 0 else -1]
     ladder = object.__new__(auto.Ladder)
-    ladder.path = run_folder(tmp_path / "run", 1.0, [1] * 40, 4, metric)
+    ladder.path = run_folder(tmp_path / "run", 0.5, places[0], 4, metric)
     ladder.task = SimpleNamespace(label_names=["bad", "good"])  # type: ignore[assignment]
     arguments: Any = type("Arguments", (), {"metric_for_best_model": metric, "greater_is_better": True})
     ladder.arguments = arguments
-    trial = run_folder(tmp_path / "trial", 1 - loss, [1] * 39 + [0], 4, metric)
-    assert [ladder._is_better(trial, usual) for usual in (False, True)] == [False, whole]
+    trial = run_folder(tmp_path / "trial", 0.5 + gain, places[1], 4, metric)
+    assert tuple(ladder._is_better(trial, whole) for whole in (False, True)) == better
 
 
 @pytest.mark.parametrize(("now", "better"), [(0.28, True), (0.31, False)])
@@ -426,7 +439,7 @@ def test_a_probe_that_is_kept_of_few_rows_loads_again(
 
 @pytest.mark.parametrize(
     ("cut", "pairs", "epochs", "is_whole"),
-    [(False, False, 3.0, True), (False, False, 2.0, True), (False, False, 1.0, False), (True, False, 3.0, False),
+    [(False, False, 3.0, True), (False, False, 1.5, True), (False, False, 1.0, False), (True, False, 3.0, False),
      (False, True, 3.0, False), (True, True, 3.0, False)],
 )  # fmt: skip
 def test_a_training_that_the_limit_ended_is_no_whole_one(

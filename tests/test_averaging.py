@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from tiny_training import TinyData, every_tensor, tiny_arguments, tiny_trainer
 from transformers import TrainerCallback
 
 import hftl
-from hftl import callbacks, cli, methods, training
+from hftl import averaging, callbacks, cli, methods, training
 from hftl.errors import Diverged
 from hftl.trainer import TransferTrainer
 
@@ -316,6 +317,15 @@ def test_time_that_is_up_makes_the_soup_of_what_there_is(
     stages = json.loads((tmp_path / "run" / "metrics.json").read_text())["train"]["stages"]
     assert [stage["name"] for stage in stages] == ["all, run 1", "all, run 3"]
     assert stages[-1]["soup"]["tried"] == 2
+
+
+def test_chance_in_the_score_of_a_soup_is_that_of_its_metric() -> None:
+    """Of 40 rows one of a class of four: it moves accuracy by 0.025 and macro F1 by 0.078."""
+    labels = np.repeat([0, 1], [36, 4])
+    answers = [labels, np.where(np.arange(40) == 39, 0, labels)]
+    evaluations = [SimpleNamespace(predictions=np.eye(2)[part], label_ids=labels) for part in answers]
+    assert averaging._standard_error("accuracy", *evaluations) == pytest.approx(0.025)
+    assert averaging._standard_error("f1_macro", *evaluations) == pytest.approx(0.0782, abs=1e-4)
 
 
 def test_runs_of_a_head_alone_are_refused(place: Path, tmp_path: Path) -> None:

@@ -467,20 +467,27 @@ def test_a_head_is_the_same_as_before_where_all_that_it_follows_from_is(dtype: t
     rows, labels = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).to(dtype), torch.arange(9) % 2
     layer = (torch.ones(2, 4), None)
 
-    def key(wanted: Any = wanted, loss: Any = loss, rows: Any = rows, labels: Any = labels, layer: Any = ()) -> bytes:
-        return features._key_of_solution(wanted, loss, (rows, labels), (rows[:5], labels[:5]), layer)
+    train, held_out = (rows, labels), (rows[:6] + 1, labels[:6])
 
-    other = torch.nextafter(rows[:1], torch.full_like(rows[:1], 9.0))
+    def key(
+        settings: Any = wanted, loss: Any = loss, one: Any = train, two: Any = held_out, start: Any = None
+    ) -> bytes:
+        return features._key_of_solution(settings, loss, one, two, start)
+
+    moved = torch.nextafter(rows[:1], torch.full_like(rows[:1], 9.0))
     changed = [
-        key(wanted=("svm", *wanted[1:])),
-        key(wanted=(*wanted[:3], "f1_macro")),
+        key(("svm", *wanted[1:])),
+        key((*wanted[:3], "f1_macro")),
         key(loss=CrossEntropyLoss(torch.tensor([0.5, 1.5]))),
         key(loss=CrossEntropyLoss(label_smoothing=0.1)),
-        key(rows=torch.cat([other, rows[1:]])),
-        key(labels=labels.flip(0).roll(1)),
-        key(layer=layer),
+        key(one=(torch.cat([moved, rows[1:]]), labels)),
+        key(one=(rows, 1 - labels)),
+        key(two=(rows[:6], labels[:6])),
+        key(two=(held_out[0], 1 - labels[:6])),
+        key(start=layer),
+        key(start=(torch.ones(2, 4), torch.ones(2))),
     ]
-    assert key() == key(rows=rows.clone(), loss=CrossEntropyLoss())
+    assert key() == key(loss=CrossEntropyLoss(), one=(rows.clone(), labels))
     assert len({key(), *changed}) == 1 + len(changed)
 
 

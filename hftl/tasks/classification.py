@@ -62,8 +62,8 @@ class ClassificationTask:
         #: whether it is for rows to train with, or to be measured by; not of a finished run, which predicts
         self.is_training = True
         self.label_names: list[str] = []
-        #: the output layer that was solved last, by what it follows from
-        self.solved: dict[bytes, LinearHead] = {}
+        #: what the output layer that was solved last follows from, and the layer
+        self.last_solution: tuple[bytes, LinearHead] | None = None
 
     @functools.cached_property
     def _extra_metrics(self) -> ExtraMetrics:
