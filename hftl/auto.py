@@ -61,8 +61,9 @@ _WAYS = (("full", 1.0), ("lp_ft", 1.0), ("lora", 1.0), ("full", 2.0), ("lp_ft", 
 _CHOSEN = {"num_train_epochs", "max_steps", "head_solver", "early_stopping_patience"}
 #: what changes the rows in each epoch: the probe, whose rows run once, does without, and so do pairs
 _PLAIN = {"mixup": None, "cutmix": None, "random_erasing": None, "word_dropout": None, "augmentation": "none"}
-#: of the time left, what planned work may take: machines are noisy, and the limit is to be kept
-_PLANNED = 0.85
+#: of the time left, what planned work may take: machines are noisy; what takes longer is ended at the limit, at a rate
+#: near zero by then. With 0.85 a third of 400 s was left over, where whole epochs came to less still
+_PLANNED = 0.95
 #: of a run: three to five score alike on a few thousand rows (MiniLM on movie reviews), eight overfit them
 _MOST_EPOCHS = 5.0
 #: time for more goes into further runs of the last training, whose mean is better than any of them; a third adds little
@@ -299,9 +300,9 @@ class Ladder:
             plan = self._plan(arguments, factor)
             limit = TimeLimit(self.budget.ends - self.reserve)
             train_plan(self.task, plan, self.splits, arguments, [limit])
-            long = rung == "final" and epochs >= self._epochs(_LONG * self.arguments.usual_epochs)
+            long = rung == "final" and epochs * limit.done >= self._epochs(_LONG * self.arguments.usual_epochs)
             usual = long and method != "partial" and not self._of("pairs")
-            whole = (method == _PAIRS or usual) and not limit.stopped
+            whole = usual or (method == _PAIRS and limit.done == 1)
             score, better = self._score(place), self._is_better(place, whole)
         except (Diverged, _NotForTheModel, torch.OutOfMemoryError) as error:
             if not self.trials:
@@ -355,7 +356,7 @@ class Ladder:
         If it is better by more than chance: by more than one standard error of the paired difference on validation,
         from the rows on which the two disagree (McNemar 1947; of macro F1 and its like Yeh 2000; the one-standard-error
         rule, Breiman et al. 1984), and a row, since rows are whole (the correction for continuity, Edwards 1948). A
-        `whole` training, the last one, of more than the last blocks and of half the usual length, is taken unless it is
+        `whole` training, the last one, of more than the last blocks and half the usual length, is taken unless it is
         worse by more than two standard errors: over six data sets, with all rows and with 16 a class, `full` is 6
         points better on test than the solved head on average, and worse on cats and dogs alone, by a point
         (benchmarks/quality.md); by 32 rows of validation it may look 12 points worse. So are pairs, behind which no

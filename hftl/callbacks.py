@@ -99,8 +99,8 @@ class TimeLimit(TrainerCallback):
     def __init__(self, until: float) -> None:
         """Keep the moment, as `time.time()` counts."""
         self.until = until
-        #: whether a training was ended
-        self.stopped = False
+        #: share of its steps that a training had made when it was ended; 1 if none was
+        self.done = 1.0
 
     @property
     def is_up(self) -> bool:
@@ -111,7 +111,7 @@ class TimeLimit(TrainerCallback):
         """Stop when the time is up."""
         if self.is_up and state.global_step < state.max_steps:
             say("the time is up")
-            self.stopped = True
+            self.done = state.global_step / state.max_steps
             control.should_training_stop = True
             control.should_evaluate = args.eval_strategy == "steps"
             control.should_save = args.save_strategy == "steps"

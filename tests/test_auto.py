@@ -439,21 +439,22 @@ def test_a_probe_that_is_kept_of_few_rows_loads_again(
 
 @pytest.mark.parametrize(
     ("cut", "pairs", "epochs", "is_whole"),
-    [(False, False, 3.0, True), (False, False, 1.5, True), (False, False, 1.0, False), (True, False, 3.0, False),
-     (False, True, 3.0, False), (True, True, 3.0, False)],
+    [(1.0, False, 3.0, True), (1.0, False, 1.5, True), (1.0, False, 1.0, False), (0.0, False, 3.0, False),
+     (0.6, False, 3.0, True), (0.4, False, 3.0, False), (1.0, True, 3.0, False), (0.6, True, 3.0, False)],
 )  # fmt: skip
-def test_a_training_that_the_limit_ended_is_no_whole_one(
+def test_a_training_that_the_limit_ended_early_is_no_whole_one(
     world: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    cut: bool,
+    cut: float,
     pairs: bool,
     epochs: float,
     is_whole: bool,
 ) -> None:
     """One that was over before the limit is, also where the limit passes while its run is written; a short one is none.
 
-    Behind pairs of few texts the others have to be better by more than chance.
+    Behind pairs of few texts the others have to be better by more than chance. `cut` is the share of the steps behind
+    which the time is up.
     """
     judged: list[tuple[str, bool]] = []
 
@@ -464,8 +465,12 @@ def test_a_training_that_the_limit_ended_is_no_whole_one(
     limit = auto.TimeLimit
 
     def passing(until: float) -> auto.TimeLimit:
-        made = limit(0.0 if cut else until)
-        monkeypatch.setattr(made, "on_train_end", lambda *_, **__: setattr(made, "until", 0.0))
+        made = limit(until)
+
+        def on_step_begin(args: Any, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+            made.until = until if state.global_step + 1 < cut * state.max_steps else 0.0
+
+        monkeypatch.setattr(made, "on_step_begin", on_step_begin)
         return made
 
     monkeypatch.setattr(auto.Ladder, "_is_better", is_better)
@@ -474,7 +479,7 @@ def test_a_training_that_the_limit_ended_is_no_whole_one(
     if not pairs:
         monkeypatch.setattr(auto, "gives_features", lambda *_: False)
     train(world, tmp_path / "run", "--time_budget=1h", "--per_device_train_batch_size=4")
-    assert judged == [("probe", False), *([("pairs", not cut)] if pairs else []), ("final", is_whole)]
+    assert judged == [("probe", False), *([("pairs", cut == 1)] if pairs else []), ("final", is_whole)]
 
 
 def test_pairs_are_for_texts_and_a_linear_head(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

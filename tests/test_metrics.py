@@ -137,7 +137,7 @@ def test_chance_in_the_difference_of_two_macro_f1_is_that_of_random_swaps(right:
     one, other = np.where(swaps, before, now), np.where(swaps, now, before)
     drawn = [[f1_score(labels, part, average="macro") for part in pair] for pair in zip(one, other, strict=True)]
     found = np.linalg.norm(swapped_answers("f1_macro", labels, before, now))
-    assert found == pytest.approx(np.std(np.diff(drawn)), rel=0.25)
+    assert found == pytest.approx(np.std(np.diff(drawn)), rel=0.3)
     assert found > 1.5 * math.sqrt(np.sum(before != now)) / 1000
 
 
