@@ -61,8 +61,8 @@ _WAYS = (("full", 1.0), ("lp_ft", 1.0), ("lora", 1.0), ("full", 2.0), ("lp_ft", 
 _CHOSEN = {"num_train_epochs", "max_steps", "head_solver", "early_stopping_patience"}
 #: what changes the rows in each epoch: the probe, whose rows run once, does without, and so do pairs
 _PLAIN = {"mixup": None, "cutmix": None, "random_erasing": None, "word_dropout": None, "augmentation": "none"}
-#: of the time left, what planned work may take: machines are noisy; what takes longer is ended at the limit, at a rate
-#: near zero by then. With 0.85 a third of 400 s was left over, where whole epochs came to less still
+#: of the time left, what planned work may take: machines are noisy; what takes longer is ended at the limit, the rate
+#: having fallen that far. With 0.85 most runs of 400 s left a quarter to a third over: whole epochs took less still
 _PLANNED = 0.95
 #: of a run: three to five score alike on a few thousand rows (MiniLM on movie reviews), eight overfit them
 _MOST_EPOCHS = 5.0
