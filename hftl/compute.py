@@ -24,6 +24,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from hftl import __version__, backbones, builtin, merging
 from hftl.arguments import TransferArguments
+from hftl.cpu_kernels import cpu_kernels
 from hftl.folder import read_json, say, write_json
 from hftl.losses import Loss
 
@@ -348,7 +349,8 @@ def _pass(
     training: bool,
 ) -> None:
     """One step without the optimizer, or one prediction."""
-    with torch.set_grad_enabled(training), autocast(precision, labels.device):
+    kernels = cpu_kernels() if training else contextlib.nullcontext()
+    with torch.set_grad_enabled(training), autocast(precision, labels.device), kernels:
         logits = model(**inputs).logits
     if training:
         loss({"logits": logits.float()}, labels).backward()
@@ -359,7 +361,7 @@ def _key(model: nn.Module, batch: dict[str, torch.Tensor], training: bool) -> st
     """What the answer depends on: the machine, the model by its name and what trains, and the shape of a row."""
     parameters = list(model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    kind = f"training {trained:,} of them" if training else "inference"
+    kind = f"training {trained:,} of them with hftl.cpu_kernels" if training else "inference"
     inner: Any = backbones.without_adapters(model)
     architecture = getattr(inner.config, "architecture", "")  # timm's, which all have one class
     # Of two checkpoints of one architecture bf16 may suit one alone: the values differ.

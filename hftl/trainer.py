@@ -26,6 +26,7 @@ from transformers.trainer_utils import SaveStrategy
 from hftl import backbones, batches, folder, optim, penalties
 from hftl.arguments import TransferArguments
 from hftl.averaging import AVERAGES, Averaging
+from hftl.cpu_kernels import cpu_kernels
 from hftl.cut import Cut
 from hftl.errors import Diverged, UsageError
 from hftl.exchange import GradientExchange, gradient_exchange
@@ -71,6 +72,7 @@ class TransferTrainer(Trainer):
         self.seeded_step = -1
         self.head_steps: HeadSteps | None = None
         self.exchange: GradientExchange | None = None
+        self.kernels: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self.evaluations: dict[int, Any] = {}
         self.chosen_evaluation: Any = None
         #: inputs whose logits are averaged in an evaluation, for a batch of it
@@ -178,6 +180,8 @@ class TransferTrainer(Trainer):
         # Compiled code, by the flag or by the launcher, is not made for sparse gradients; a static graph has no use for
         # `no_sync`, in which its backward pass fails (pytorch issue 143580).
         compiled = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+        if self.args.device.type == "cpu" and not compiled:
+            self.kernels = cpu_kernels
         left = compiled or self.args.ddp_static_graph or self.is_sharded
         # A penalty that looks at all weights has a gradient for all words.
         own = gradient_exchange(self.model, words_by_rows=self.stage.penalty is None)
@@ -215,7 +219,7 @@ class TransferTrainer(Trainer):
             self.seed(self.seeded_step)
         inputs = self.mixing(inputs) if self.mixing is not None else inputs
         try:
-            with contextlib.nullcontext() if self.exchange is None else model.no_sync():
+            with contextlib.nullcontext() if self.exchange is None else model.no_sync(), self.kernels():
                 loss = super().training_step(model, inputs, num_items_in_batch)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
