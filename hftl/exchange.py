@@ -6,15 +6,14 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from hftl import compute
-
-Norm = TypeVar("Norm")
+from hftl.word_rows import Norm, WordRows, word_rows
 
 #: what a weight has behind a step; of several processes the most counts
 _NO_GRADIENT, _SPARSE, _DENSE = range(3)
@@ -27,16 +26,15 @@ class GradientExchange:
     own into memory that all of them see, adds up its share of everybody's, and takes the averages: for two processes
     the very numbers of DistributedDataParallel, for more up to the order of sums. It is a reduce-scatter and an
     all-gather (Thakur, Rabenseifner and Gropp 2005) without messages. The gradient of the word embedding goes by gloo
-    as the rows of those words that the batches had, a few hundred of the 30,000 of BERT, or of the 250,000 of a
-    multilingual model.
+    as the rows of those words that the batches had.
     """
 
-    def __init__(self, weights: Sequence[nn.Parameter], words: nn.Parameter | None, memory: torch.Tensor) -> None:
+    def __init__(self, weights: Sequence[nn.Parameter], words: WordRows | None, memory: torch.Tensor) -> None:
         """Lay out the memory.
 
         Args:
             weights: float32, on the CPU; they train.
-            words: the weight whose gradient may be sparse.
+            words: whose gradient may be sparse.
             memory: float32 numbers that all processes see, (processes, at least those of the weights, rounded up to a
                 multiple of the processes).
         """
@@ -54,7 +52,8 @@ class GradientExchange:
                 place.zero_()
             else:
                 torch.mul(weight.grad, 1 / self.count, out=place)
-        found = torch.tensor([_kind(weight) for weight in (*self.weights, self.words)])
+        words = None if self.words is None else self.words.weight
+        found = torch.tensor([_kind(weight) for weight in (*self.weights, words)])
         dist.all_reduce(found, dist.ReduceOp.MAX)  # which waits until all have written
         for share in self.shares[1:]:
             self.shares[0].add_(share)
@@ -65,29 +64,15 @@ class GradientExchange:
                 weight.grad = torch.empty_like(weight) if weight.grad is None else weight.grad
                 weight.grad.copy_(place)
         dist.barrier()  # before the next step writes
-        if self.words is not None and kind_of_words != _NO_GRADIENT:
-            gradient = _no_rows(self.words) if self.words.grad is None else self.words.grad
+        if words is not None and kind_of_words != _NO_GRADIENT:
+            gradient = _no_rows(words) if words.grad is None else words.grad
             gradient = (gradient.to_dense() if kind_of_words == _DENSE else gradient.coalesce()) / self.count
             dist.all_reduce(gradient)
-            self.words.grad = gradient
+            words.grad = gradient
 
     def clip(self, clip: Callable[[list[nn.Parameter]], Norm]) -> Norm:
-        """Clip the averages, then give the words the dense gradient that an optimizer asks for.
-
-        Args:
-            clip: scales the gradients of weights in place and returns their norm. Of the words it gets the rows that
-                are there: the zeros of the others would be read twice and written.
-        """
-        if self.words is None:
-            return clip([*self.weights])
-        if self.words.grad is None or not self.words.grad.is_sparse:
-            return clip([*self.weights, self.words])
-        self.words.grad = self.words.grad.coalesce()
-        rows = nn.Parameter(self.words.grad.values())
-        rows.grad = rows.detach()
-        norm = clip([*self.weights, rows])
-        self.words.grad = self.words.grad.to_dense()
-        return norm
+        """Clip the averages; the gradient of the words, see `WordRows.clip`, is dense then."""
+        return clip([*self.weights]) if self.words is None else self.words.clip(self.weights, clip)
 
 
 def _kind(weight: torch.Tensor | None) -> int:
@@ -123,18 +108,13 @@ def gradient_exchange(model: Any, words_by_rows: bool = True) -> Iterator[Gradie
     if not _is_for(model, weights):
         yield None
         return
-    embedding = _word_embedding(model) if words_by_rows else None
-    words = None if embedding is None else embedding.get_parameter("weight")
-    dense = [weight for weight in weights if weight is not words]
-    memory = _shared_memory(sum(weight.numel() for weight in dense))
-    if memory is None:
-        yield None
-        return
-    with contextlib.ExitStack() as stack:
-        if embedding is not None:
-            embedding.sparse = True
-            stack.callback(setattr, embedding, "sparse", False)
-        yield GradientExchange(dense, words, memory)
+    with word_rows(model) if words_by_rows else contextlib.nullcontext() as words:
+        dense = [weight for weight in weights if words is None or weight is not words.weight]
+        memory = _shared_memory(sum(weight.numel() for weight in dense))
+        if memory is not None:
+            yield GradientExchange(dense, words, memory)
+            return
+    yield None
 
 
 def _is_for(model: nn.Module, weights: Sequence[nn.Parameter]) -> bool:
@@ -188,17 +168,3 @@ def _identity(path: str) -> tuple[int, int] | None:
         return None
     status = os.stat(path)
     return status.st_dev, status.st_ino
-
-
-def _word_embedding(model: Any) -> nn.Embedding | None:
-    """The ordinary embedding by which words enter, if its weight trains and is its own: tied ones get all rows too."""
-    if not hasattr(model, "get_input_embeddings"):
-        return None
-    try:
-        found = model.get_input_embeddings()
-    except NotImplementedError:  # of a model without words
-        return None
-    if type(found) is not nn.Embedding or found.scale_grad_by_freq or not found.weight.requires_grad:
-        return None
-    owners = sum(weight is found.weight for _, weight in model.named_parameters(remove_duplicate=False))
-    return found if owners == 1 else None

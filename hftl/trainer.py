@@ -33,6 +33,7 @@ from hftl.exchange import GradientExchange, gradient_exchange
 from hftl.head_steps import HeadSteps, head_steps
 from hftl.methods import Stage
 from hftl.methods.plan import prepare_modules
+from hftl.word_rows import word_rows
 
 #: rows of a class that stand together at most: M of the "M per class" of Musgrave et al. 2020
 _GROUP = 4
@@ -72,6 +73,8 @@ class TransferTrainer(Trainer):
         self.seeded_step = -1
         self.head_steps: HeadSteps | None = None
         self.exchange: GradientExchange | None = None
+        #: clips by what it is given, in the place of Trainer's own
+        self.clip: Callable[[Callable[[list[nn.Parameter]], torch.Tensor]], torch.Tensor] | None = None
         self.kernels: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self.evaluations: dict[int, Any] = {}
         self.chosen_evaluation: Any = None
@@ -183,14 +186,30 @@ class TransferTrainer(Trainer):
         if self.args.device.type == "cpu" and not compiled:
             self.kernels = cpu_kernels
         left = compiled or self.args.ddp_static_graph or self.is_sharded
-        # A penalty that looks at all weights has a gradient for all words.
-        own = gradient_exchange(self.model, words_by_rows=self.stage.penalty is None)
         try:
-            with contextlib.nullcontext() if left else own as self.exchange:
+            with contextlib.nullcontext() if left else self._own_gradients():
                 return super()._inner_training_loop(batch_size, **settings)
         finally:
             self.head_steps = None  # which holds all features
-            self.exchange = None
+
+    @contextlib.contextmanager
+    def _own_gradients(self) -> Iterator[None]:
+        """Gradients of words by rows, and averaged over the processes of one machine, where that is quicker."""
+        by_rows = self.stage.penalty is None  # one that looks at all weights has a gradient for all words
+        try:
+            with contextlib.ExitStack() as stack:
+                self.exchange = stack.enter_context(gradient_exchange(self.model, by_rows))
+                if self.exchange is not None:
+                    self.clip = self.exchange.clip
+                elif by_rows and self.args.world_size == 1:
+                    words = stack.enter_context(word_rows(self.model))
+                    if words is not None:
+                        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+                        others = [weight for weight in trained if weight is not words.weight]
+                        self.clip = functools.partial(words.clip, others)
+                yield
+        finally:
+            self.exchange = self.clip = None
 
     def _run_epoch(self, **settings: Any) -> None:
         """Trainer's, or that of a linear head on kept features, which has no use for the model in a step."""
@@ -235,18 +254,16 @@ class TransferTrainer(Trainer):
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
-        if self.exchange is None:
-            return super()._clip_grad_norm(model)
-        return self._clip_exchanged(self.args.max_grad_norm)
+        return super()._clip_grad_norm(model) if self.clip is None else self._clipped(self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> Any:
-        if self.exchange is not None and grad_norm is None:
-            grad_norm = self._clip_exchanged(math.inf)
+        if self.clip is not None and grad_norm is None:
+            grad_norm = self._clipped(math.inf)
         return super()._get_grad_norm(model, grad_norm)
 
-    def _clip_exchanged(self, most: float) -> torch.Tensor:
-        assert self.exchange is not None
-        return self.exchange.clip(lambda weights: self.accelerator.clip_grad_norm_(weights, most))
+    def _clipped(self, most: float) -> torch.Tensor:
+        assert self.clip is not None
+        return self.clip(lambda weights: self.accelerator.clip_grad_norm_(weights, most))
 
     def seed(self, step: int) -> None:
         """Make the randomness of a step a function of (seed, step, process), so that a resumed run repeats it."""

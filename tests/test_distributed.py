@@ -239,10 +239,9 @@ def test_two_processes_exchange_the_rows_of_their_words(place: Path, most: str) 
     parts = {name: file.read_text().splitlines() for name, file in seen.items()}
     for file in seen.values():
         file.unlink()
-    assert set(parts["alone"]) == {"False False"}
-    for rank in ("0", "1"):
-        assert parts[rank][:2] == ["True True", "True False"]  # the part of a step; the whole, for the optimizer
-        assert len(parts[rank]) == len(parts["alone"])
+    for lines in parts.values():
+        assert lines[:2] == ["True True", "True False"]  # the part of a step; the whole, for the optimizer
+        assert len(lines) == len(parts["alone"])
     one, two = (load_file(place / run / "model.safetensors") for run in ("words-1", "words-2"))
     for name, weight in one.items():
         assert two[name].sub(weight).abs().max() < 1e-4, name

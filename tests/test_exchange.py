@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BertModel, GPT2Config, GPT2LMHeadModel
 from tiny_models import TINY
 from hftl.exchange import GradientExchange, _shared_memory, gradient_exchange
+from hftl.word_rows import WordRows
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -84,7 +85,7 @@ for dense in (False, True):
     words = nn.Parameter(torch.zeros(4, 2))
     for weight in weights:
         weight.grad = None
-    exchange = GradientExchange(weights, words, _shared_memory(24))
+    exchange = GradientExchange(weights, WordRows(words), _shared_memory(24))
     weights[0].grad = torch.full((3, 1), 2.0 + rank)
     if rank:
         weights[1].grad = torch.arange(15.0).view(3, 5)
