@@ -349,12 +349,13 @@ def _pass(
     training: bool,
 ) -> None:
     """One step without the optimizer, or one prediction."""
-    kernels = cpu_kernels() if training else contextlib.nullcontext()
-    with torch.set_grad_enabled(training), autocast(precision, labels.device), kernels:
-        logits = model(**inputs).logits
-    if training:
-        loss({"logits": logits.float()}, labels).backward()
-        model.zero_grad()
+    on_cpu = labels.device.type == "cpu"
+    with torch.set_grad_enabled(training), cpu_kernels() if training and on_cpu else contextlib.nullcontext():
+        with autocast(precision, labels.device):
+            logits = model(**inputs).logits
+        if training:
+            loss({"logits": logits.float()}, labels).backward()
+            model.zero_grad()
 
 
 def _key(model: nn.Module, batch: dict[str, torch.Tensor], training: bool) -> str:

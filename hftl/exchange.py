@@ -72,7 +72,7 @@ class GradientExchange:
 
     def clip(self, clip: Callable[[list[nn.Parameter]], Norm]) -> Norm:
         """Clip the averages; the gradient of the words, see `WordRows.clip`, is dense then."""
-        return clip([*self.weights]) if self.words is None else self.words.clip(self.weights, clip)
+        return clip([*self.weights]) if self.words is None else self.words.clip(clip)
 
 
 def _kind(weight: torch.Tensor | None) -> int:
@@ -108,13 +108,13 @@ def gradient_exchange(model: Any, words_by_rows: bool = True) -> Iterator[Gradie
     if not _is_for(model, weights):
         yield None
         return
-    with word_rows(model) if words_by_rows else contextlib.nullcontext() as words:
-        dense = [weight for weight in weights if words is None or weight is not words.weight]
+    with contextlib.ExitStack() as stack:
+        words = stack.enter_context(word_rows(model)) if words_by_rows else None
+        dense = weights if words is None else words.others
         memory = _shared_memory(sum(weight.numel() for weight in dense))
-        if memory is not None:
-            yield GradientExchange(dense, words, memory)
-            return
-    yield None
+        if memory is None:
+            stack.close()  # DistributedDataParallel has a dense gradient of the words
+        yield None if memory is None else GradientExchange(dense, words, memory)
 
 
 def _is_for(model: nn.Module, weights: Sequence[nn.Parameter]) -> bool:

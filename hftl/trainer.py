@@ -33,7 +33,7 @@ from hftl.exchange import GradientExchange, gradient_exchange
 from hftl.head_steps import HeadSteps, head_steps
 from hftl.methods import Stage
 from hftl.methods.plan import prepare_modules
-from hftl.word_rows import word_rows
+from hftl.word_rows import WordRows, word_rows
 
 #: rows of a class that stand together at most: M of the "M per class" of Musgrave et al. 2020
 _GROUP = 4
@@ -73,9 +73,7 @@ class TransferTrainer(Trainer):
         self.seeded_step = -1
         self.head_steps: HeadSteps | None = None
         self.exchange: GradientExchange | None = None
-        #: clips by what it is given, in the place of Trainer's own
-        self.clip: Callable[[Callable[[list[nn.Parameter]], torch.Tensor]], torch.Tensor] | None = None
-        self.kernels: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        self.words: WordRows | None = None
         self.evaluations: dict[int, Any] = {}
         self.chosen_evaluation: Any = None
         #: inputs whose logits are averaged in an evaluation, for a batch of it
@@ -84,6 +82,10 @@ class TransferTrainer(Trainer):
         _check_penalty(model, self.frozen_modules, stage, args)
         with _explained_settings():
             super().__init__(model=model, args=args, compute_loss_func=loss, **others)
+        # Compiled code, by the flag or by the launcher, is made of torch's own functions.
+        self.is_compiled = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+        own = self.args.device.type == "cpu" and not self.is_compiled
+        self.kernels = cpu_kernels if own else contextlib.nullcontext
         # Where there is no `exchange`: gradients that lie where they are exchanged need not be copied back.
         self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.remove_callback(PrinterCallback)  # `hftl.callbacks` has what a person can read
@@ -180,12 +182,9 @@ class TransferTrainer(Trainer):
                 folder.say(f"batch: {batch_size} rows, {self.args.gradient_accumulation_steps} times a step")
         if self.average is not None:
             self.average.start(resumed=settings.get("resume_from_checkpoint") is not None)
-        # Compiled code, by the flag or by the launcher, is not made for sparse gradients; a static graph has no use for
-        # `no_sync`, in which its backward pass fails (pytorch issue 143580).
-        compiled = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
-        if self.args.device.type == "cpu" and not compiled:
-            self.kernels = cpu_kernels
-        left = compiled or self.args.ddp_static_graph or self.is_sharded
+        # Compiled code is not made for sparse gradients; a static graph has no use for `no_sync`, in which its backward
+        # pass fails (pytorch issue 143580).
+        left = self.is_compiled or self.args.ddp_static_graph or self.is_sharded
         try:
             with contextlib.nullcontext() if left else self._own_gradients():
                 return super()._inner_training_loop(batch_size, **settings)
@@ -194,22 +193,18 @@ class TransferTrainer(Trainer):
 
     @contextlib.contextmanager
     def _own_gradients(self) -> Iterator[None]:
-        """Gradients of words by rows, and averaged over the processes of one machine, where that is quicker."""
+        """On CPUs gradients of words by rows, and of the processes of one machine averaged there, where they can be."""
         by_rows = self.stage.penalty is None  # one that looks at all weights has a gradient for all words
         try:
             with contextlib.ExitStack() as stack:
                 self.exchange = stack.enter_context(gradient_exchange(self.model, by_rows))
                 if self.exchange is not None:
-                    self.clip = self.exchange.clip
-                elif by_rows and self.args.world_size == 1:
-                    words = stack.enter_context(word_rows(self.model))
-                    if words is not None:
-                        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-                        others = [weight for weight in trained if weight is not words.weight]
-                        self.clip = functools.partial(words.clip, others)
+                    self.words = self.exchange.words
+                elif by_rows and self.args.device.type == "cpu" and self.args.world_size == 1:
+                    self.words = stack.enter_context(word_rows(self.model))
                 yield
         finally:
-            self.exchange = self.clip = None
+            self.exchange = self.words = None
 
     def _run_epoch(self, **settings: Any) -> None:
         """Trainer's, or that of a linear head on kept features, which has no use for the model in a step."""
@@ -249,21 +244,25 @@ class TransferTrainer(Trainer):
             ) from error
         if self.exchange is not None and self.accelerator.sync_gradients:
             self.exchange.average()
+        elif self.words is not None:
+            self.words.merge()
         if not torch.isfinite(loss):
             self.not_finite(loss, self.state.global_step)
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
-        return super()._clip_grad_norm(model) if self.clip is None else self._clipped(self.args.max_grad_norm)
+        norm = self._clipped(self.args.max_grad_norm)
+        return super()._clip_grad_norm(model) if norm is None else norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> Any:
-        if self.clip is not None and grad_norm is None:
+        if grad_norm is None:
             grad_norm = self._clipped(math.inf)
         return super()._get_grad_norm(model, grad_norm)
 
-    def _clipped(self, most: float) -> torch.Tensor:
-        assert self.clip is not None
-        return self.clip(lambda weights: self.accelerator.clip_grad_norm_(weights, most))
+    def _clipped(self, most: float) -> torch.Tensor | None:
+        """The norm of gradients that are not Trainer's to clip."""
+        owner = self.exchange or self.words
+        return None if owner is None else owner.clip(lambda weights: self.accelerator.clip_grad_norm_(weights, most))
 
     def seed(self, step: int) -> None:
         """Make the randomness of a step a function of (seed, step, process), so that a resumed run repeats it."""

@@ -16,41 +16,48 @@ class WordRows:
     """Gives an optimizer the dense gradient of word embeddings without making all of it in every step.
 
     A batch has a few hundred of the 30,000 words of BERT, or of the 250,000 of a multilingual model. Torch fills the
-    rows of all others with zeros anew in each backward pass, and reads them for the norm: 12 % of a step of MiniLM.
+    rows of all others with zeros anew in each backward pass, and reads them for the norm: 12 % of a step of MiniLM. The
+    gradient takes its memory as long as the training lasts.
     """
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: nn.Parameter, others: Sequence[nn.Parameter]) -> None:
         """Begin without a gradient.
 
         Args:
             weight: of the embedding, (words, size); its gradient may be sparse.
+            others: weights that train too.
         """
-        self.weight = weight
+        self.weight, self.others = weight, others
         self.dense: torch.Tensor | None = None
-        self.rows = torch.empty(0, dtype=torch.long)
+        self.version, self.rows = 0, torch.empty(0, dtype=torch.long)
 
-    def clip(self, others: Sequence[nn.Parameter], clip: Callable[[list[nn.Parameter]], Norm]) -> Norm:
-        """Clip the gradients, then give the words the dense one that an optimizer asks for.
+    def merge(self) -> None:
+        """Add up the rows of words that the parts of a step have in common."""
+        if self.weight.grad is not None and self.weight.grad.is_sparse:
+            self.weight.grad = self.weight.grad.coalesce()
 
-        It lies in the same memory in every step, until the next one.
+    def clip(self, clip: Callable[[list[nn.Parameter]], Norm]) -> Norm:
+        """Clip the gradients, then give the words the dense one that an optimizer asks for, valid until the next call.
 
         Args:
-            others: weights that train too.
             clip: scales the gradients of weights in place and returns their norm. Of the words it gets the rows that
                 are there: the zeros of the others would be read twice and written.
         """
+        self.merge()
         gradient = self.weight.grad
         if gradient is None or not gradient.is_sparse:
-            return clip([*others, self.weight])
-        gradient = gradient.coalesce()
+            return clip([*self.others, self.weight])
         values = nn.Parameter(gradient.values())
         values.grad = values.detach()
-        norm = clip([*others, values])
-        if self.dense is None:
+        norm = clip([*self.others, values])
+        # Schedule-free optimizers add the decay to the gradient itself.
+        if self.dense is None or self.dense._version != self.version:
             self.dense = torch.zeros_like(self.weight)
-        self.dense.index_fill_(0, self.rows, 0)
+        else:
+            self.dense.index_fill_(0, self.rows, 0)
         self.rows = gradient.indices()[0]
         self.weight.grad = self.dense.index_copy_(0, self.rows, values.grad)
+        self.version = self.dense._version
         return norm
 
 
@@ -68,7 +75,8 @@ def word_rows(model: Any) -> Iterator[WordRows | None]:
         return
     embedding.sparse = True
     try:
-        yield WordRows(embedding.get_parameter("weight"))
+        words = embedding.get_parameter("weight")
+        yield WordRows(words, [weight for weight in model.parameters() if weight.requires_grad and weight is not words])
     finally:
         embedding.sparse = False
 

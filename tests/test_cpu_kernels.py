@@ -12,11 +12,16 @@ import pytest
 import small_data
 import tiny_models
 import torch
+from tiny_training import tiny_arguments, tiny_trainer
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
+from hftl import compute
 from hftl import cpu_kernels as kernels
 from hftl.cpu_kernels import cpu_kernels
+from hftl.losses import CrossEntropyLoss
+from hftl.methods import build_plan
 from recipes import image_classification, text_classification
 
 BF16 = torch.bfloat16
@@ -31,7 +36,9 @@ def in_bf16() -> Any:
 def near(found: Tensor, expected: Tensor, part: float = 0.02) -> None:
     """Within rounding, by the largest number there."""
     assert found.shape == expected.shape
-    torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=part * float(expected.abs().max()))
+    torch.testing.assert_close(
+        found.float(), expected.float(), rtol=0, atol=part * float(expected.detach().abs().max())
+    )
 
 
 def test_torch_has_its_own_again() -> None:
@@ -108,17 +115,66 @@ def test_other_convolutions_are_torchs(settings: dict[str, Any], precision: Any)
     assert all(ours.equal(theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
-def test_what_does_not_train_has_no_gradient() -> None:
-    layer = nn.Conv2d(4, 4, 5, groups=4)
-    layer.weight.requires_grad_(False)
-    input = torch.randn(2, 4, 8, 8)
+@pytest.mark.parametrize("trained", ["weight", "input"])
+def test_what_does_not_train_has_no_gradient(trained: str) -> None:
+    torch.manual_seed(0)
+    layer, input = nn.Conv2d(20, 20, 5, 2, groups=20, bias=False), torch.randn(2, 20, 9, 9)
+    parts = {"weight": layer.weight, "input": input}
+    for name, part in parts.items():
+        part.requires_grad_(name == trained)
+    layer(input).sum().backward()
+    expected, parts[trained].grad = parts[trained].grad, None
     with in_bf16(), cpu_kernels():
-        layer(input).float().sum().backward()
-        assert layer.weight.grad is None
-        assert layer.bias is not None
-        assert layer.bias.grad is not None
-        with torch.no_grad():
-            assert layer(input).equal(_TORCH["conv2d"](input, layer.weight, layer.bias, groups=4))
+        output = layer(input)
+    assert output.grad_fn.name() == "_DepthwiseBackward"
+    output.float().sum().backward()
+    assert [name for name, part in parts.items() if part.grad is not None] == [trained]
+    near(parts[trained].grad, expected)
+
+
+def test_what_nothing_trains_is_torchs() -> None:
+    layer, input = nn.Conv2d(4, 4, 5, groups=4), torch.randn(2, 4, 8, 8)
+    with in_bf16():
+        expected = layer(input)
+        with cpu_kernels(), torch.no_grad():
+            assert layer(input).equal(expected)
+        with cpu_kernels():
+            layer.requires_grad_(False)
+            assert layer(input).equal(expected)
+
+
+def test_a_model_in_bf16_and_one_in_float64() -> None:
+    """Without autocast, and with one that leaves float64 alone."""
+    torch.manual_seed(0)
+    layer, input = nn.Conv2d(20, 20, 5, groups=20), torch.randn(2, 20, 9, 9)
+    expected, _ = convolved(layer, input)
+    with cpu_kernels():
+        found, node = convolved(layer.to(BF16), input.to(BF16))
+        assert node == "_DepthwiseBackward"
+        with pytest.raises(RuntimeError, match="type"):  # as torch
+            layer.float()(input.to(BF16))
+        with in_bf16():
+            _, node = convolved(layer.double(), input.double())
+    assert node == "ConvolutionBackward0"
+    for ours, theirs in zip(found, expected, strict=True):
+        near(ours, theirs, part=0.04)
+
+
+def test_what_is_not_on_a_cpu_is_torchs() -> None:
+    def nodes(device: str) -> list[str]:
+        layer = nn.Conv2d(4, 4, 5, groups=4, device=device, dtype=BF16)
+        image, part = (
+            torch.ones(1, 4, 9, 9, device=device, dtype=BF16),
+            torch.ones(1, 1, 2, 8, device=device, dtype=BF16),
+        )
+        part.requires_grad_()
+        made = (layer(image), functional.dropout(part, 0.5), functional.scaled_dot_product_attention(part, part, part))
+        return [output.grad_fn.name() for output in made]
+
+    expected = nodes("meta")
+    with cpu_kernels():
+        assert nodes("meta") == expected
+        assert all(ours != torchs for ours, torchs in zip(nodes("cpu"), expected, strict=True))
 
 
 # --- dropout ---------------------------------------------------------------------------------------------------------
@@ -141,6 +197,16 @@ def test_dropout_leaves_out_its_part_and_keeps_the_mean(part: float, dtype: torc
     assert input.grad.equal(output)  # the same numbers, raised by the same
     for neighbours in (kept[:, 1:] & kept[:, :-1], kept[1:] & kept[:-1], kept[4:] & kept[:-4]):
         assert abs(float(neighbours.float().mean()) - (1 - part) ** 2) < 0.01  # drawn one without the other
+
+
+def test_dropout_of_what_does_not_lie_in_a_row() -> None:
+    input = torch.ones(4, 6, 5).transpose(0, 2).requires_grad_()
+    with cpu_kernels():
+        output = functional.dropout(input, 0.5)
+    output.sum().backward()
+    assert output.shape == (5, 6, 4)
+    assert output.equal(input.grad)
+    assert set(output.flatten().tolist()) == {0.0, 2.0}
 
 
 def test_dropout_is_a_function_of_the_seed() -> None:
@@ -211,10 +277,55 @@ def test_attention_with_dropout_has_the_mean_of_that_without(monkeypatch: pytest
     assert ((drawn.mean(dim=0) - expected).abs() < 5 * error).all()
 
 
-def test_a_row_of_nothing_but_padding_has_numbers() -> None:
-    mask = torch.zeros(2, 1, 5, 7, dtype=torch.bool)
-    with cpu_kernels(), in_bf16():
-        assert all(values.isfinite().all() for values in attended(torch.float32, mask))
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_row_of_nothing_but_padding_is_zeros(kind: str, dropout: float) -> None:
+    """As torch's, and as `nn.MultiheadAttention` needs it, whose mask is one of numbers."""
+    mask: Tensor = PADDED.clone()
+    mask[0] = False
+    if kind == "float":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    expected = attended(torch.float32, mask)
+    with cpu_kernels(), in_bf16() if dropout == 0 else contextlib.nullcontext():
+        found = attended(torch.float32, mask, dropout_p=dropout)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.isfinite().all()
+        assert not ours[0].any()
+        if dropout == 0:
+            near(ours, theirs)
+
+
+def test_attention_with_dropout_has_the_gradients_of_its_draws() -> None:
+    parts = [torch.randn(1, 2, length, 4, dtype=torch.float64, requires_grad=True) for length in (3, 5, 5)]
+
+    def drawn(*given: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        with cpu_kernels():
+            return functional.scaled_dot_product_attention(*given, dropout_p=0.4)
+
+    assert torch.autograd.gradcheck(drawn, parts)
+
+
+def test_a_mask_beside_causality_is_refused_as_by_torch() -> None:
+    with cpu_kernels(), pytest.raises(RuntimeError, match="is_causal"):
+        attended(torch.float32, PADDED, is_causal=True, dropout_p=0.1)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_computed_again_draws_again_what_it_drew(reentrant: bool) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, batch_first=True)
+    input = torch.randn(2, 5, 8)
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        layer.zero_grad()
+        given = input.clone().requires_grad_()
+        with cpu_kernels(), in_bf16():
+            output = checkpoint(layer, given, use_reentrant=reentrant) if again else layer(given)
+            output.float().square().sum().backward()
+        found.append([output, given.grad, *(weight.grad for weight in layer.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        near(ours, theirs, part=1e-5)
 
 
 def test_attention_that_torch_does_well_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,3 +394,21 @@ def test_a_text_training_draws_here(tmp_path: Path, counted: Counter[str]) -> No
     assert counted["dropout"] > 0
     assert counted["scaled_dot_product_attention"] > 0
     assert all(getattr(functional, name) is _TORCH[name] for name in _NAMES)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_row_takes_is_measured_with_them(training: bool, counted: Counter[str]) -> None:
+    model = tiny_models.TINY["bert"]()
+    batch = {**tiny_models.tiny_inputs(model), "labels": torch.tensor([0, 1])}
+    compute.seconds_a_row(model.train(training), batch, CrossEntropyLoss(), training, "bf16")
+    assert (counted["dropout"] > 0) == training
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--torch_compile", "--torch_compile_backend=aot_eager"]], ids=["plain", "compiled"]
+)
+def test_compiled_code_is_made_of_torchs(flags: list[str], tmp_path: Path, counted: Counter[str]) -> None:
+    model = tiny_models.TINY["bert"]()
+    (stage,) = build_plan(model, tiny_arguments(model, *flags)).stages
+    tiny_trainer(model, stage, tmp_path, "--max_steps=1", *flags).train()
+    assert (counted["dropout"] > 0) == (not flags)

@@ -85,7 +85,7 @@ for dense in (False, True):
     words = nn.Parameter(torch.zeros(4, 2))
     for weight in weights:
         weight.grad = None
-    exchange = GradientExchange(weights, WordRows(words), _shared_memory(24))
+    exchange = GradientExchange(weights, WordRows(words, weights), _shared_memory(24))
     weights[0].grad = torch.full((3, 1), 2.0 + rank)
     if rank:
         weights[1].grad = torch.arange(15.0).view(3, 5)

@@ -11,7 +11,7 @@ import torch
 from tiny_models import TINY
 from tiny_training import tiny_arguments, tiny_trainer
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from hftl import trainer as trainers
 from hftl.methods import build_plan
@@ -23,7 +23,8 @@ def embedding(rows: list[int], values: list[list[float]]) -> Tensor:
 
 
 def test_a_step_has_no_rows_of_the_step_before() -> None:
-    words, other = WordRows(nn.Parameter(torch.ones(5, 2))), nn.Parameter(torch.ones(1))
+    weight, other = nn.Parameter(torch.ones(5, 2)), nn.Parameter(torch.ones(1))
+    words = WordRows(weight, [other])
     steps = [
         (embedding([3, 1, 3], [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), [[0, 0], [3, 4], [0, 0], [6, 8], [0, 0]]),
         (embedding([0, 1], [[9.0, 9.0], [1.0, 1.0]]), [[9, 9], [1, 1], [0, 0], [0, 0], [0, 0]]),
@@ -31,7 +32,7 @@ def test_a_step_has_no_rows_of_the_step_before() -> None:
     ]
     for gradient, expected in steps:
         words.weight.grad, other.grad = gradient, torch.tensor([2.0])
-        norm = words.clip([other], lambda weights: nn.utils.clip_grad_norm_(weights, 1.0))
+        norm = words.clip(lambda weights: nn.utils.clip_grad_norm_(weights, 1.0))
         whole = torch.cat([torch.tensor(expected, dtype=torch.float32).flatten(), torch.tensor([2.0])])
         torch.testing.assert_close(norm, whole.norm())
         assert not words.weight.grad.is_sparse
@@ -40,13 +41,35 @@ def test_a_step_has_no_rows_of_the_step_before() -> None:
 
 
 def test_a_dense_gradient_or_none_is_left() -> None:
-    words = WordRows(nn.Parameter(torch.ones(5, 2)))
+    words = WordRows(nn.Parameter(torch.ones(5, 2)), [])
     given: list[Any] = []
-    words.clip([], given.extend)
+    words.clip(given.extend)
     words.weight.grad = torch.ones(5, 2)
-    words.clip([], given.extend)
+    words.clip(given.extend)
     assert all(weight is words.weight for weight in given)
     assert words.weight.grad.equal(torch.ones(5, 2))
+
+
+def test_what_an_optimizer_writes_into_the_gradient_ends_with_the_step() -> None:
+    words = WordRows(nn.Parameter(torch.ones(5, 2)), [])
+    for row in (1, 3):
+        words.weight.grad = embedding([row], [[1.0, 1.0]])
+        words.clip(lambda weights: nn.utils.clip_grad_norm_(weights, 10.0))
+        assert words.weight.grad is not None
+        assert words.weight.grad.nonzero()[:, 0].unique().tolist() == [row]
+        torch._foreach_add_([words.weight.grad], [words.weight], alpha=0.1)  # as schedule-free optimizers
+
+
+def test_parts_of_a_step_have_each_word_once() -> None:
+    words = WordRows(nn.Parameter(torch.ones(5, 2)), [])
+    for _ in range(3):
+        part = embedding([3, 1, 3], [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+        words.weight.grad = part if words.weight.grad is None else words.weight.grad + part
+        words.merge()
+        assert words.weight.grad is not None
+        assert words.weight.grad._nnz() == 2
+    assert words.weight.grad is not None
+    assert words.weight.grad.to_dense().equal(3 * torch.tensor([[0, 0], [3.0, 4], [0, 0], [6, 8], [0, 0]]))
 
 
 def test_whose_words_go_by_rows() -> None:
@@ -110,3 +133,24 @@ def test_the_training_is_that_by_dense_gradients(
     for name, change in theirs.items():
         torch.testing.assert_close(ours[name], change, rtol=1e-3, atol=1e-6, msg=name)
     assert theirs["bert.embeddings.word_embeddings.weight"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("flags", [["--max_steps=2"], ["--max_steps=2", "--penalty=l2_sp"]], ids=["ends", "penalty"])
+def test_it_ends_with_the_training(flags: list[str], tmp_path: Path) -> None:
+    seen = []
+
+    class Watching(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            seen.append((trainer.words is not None, embedding_of.sparse))
+            if state.global_step == 2:
+                raise KeyError
+
+    model = TINY["bert"]()
+    embedding_of: Any = model.get_input_embeddings()
+    (stage,) = build_plan(model, tiny_arguments(model, *flags)).stages
+    trainer = tiny_trainer(model, stage, tmp_path, *flags, rows=8, callbacks=[Watching()])
+    with pytest.raises(KeyError):
+        trainer.train()
+    assert seen == [("--penalty=l2_sp" not in flags,) * 2] * 2
+    assert trainer.words is None
+    assert not embedding_of.sparse
