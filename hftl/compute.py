@@ -200,10 +200,10 @@ def choose_precision(
     """The precision of `--precision`; what `auto` is on a GPU the arguments know (see `checked_bf16`), and on a CPU it
     is measured.
 
-    bf16 makes some models faster and others slower (EfficientNet-Lite0 trains at 1.9 times the speed of
-    float32 where MiniLM is slower), so that the first time a model comes on a machine both are timed, and the answer
-    is kept in `precision.json` in the cache folder. It is float32, without a word, where the work to come is less than
-    10 times the measurement; and it is float32 where bf16 moves the loss by more than a hundredth.
+    bf16 makes some models faster and others slower, so that the first time a model comes on a machine both are timed,
+    not compiled, and the answer is kept in `precision.json` in the cache folder. It is float32, without a word, where
+    the work to come is less than 10 times the measurement; and it is float32 where bf16 moves the loss by more than a
+    hundredth.
 
     The first process measures and tells the others, so that all must call this together. Neither the model nor the
     state of the random generators changes.
@@ -349,8 +349,7 @@ def _pass(
     training: bool,
 ) -> None:
     """One step without the optimizer, or one prediction."""
-    on_cpu = labels.device.type == "cpu"
-    with torch.set_grad_enabled(training), cpu_kernels() if training and on_cpu else contextlib.nullcontext():
+    with torch.set_grad_enabled(training), cpu_kernels() if training else contextlib.nullcontext():
         with autocast(precision, labels.device):
             logits = model(**inputs).logits
         if training:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hftl import compute
-from hftl.word_rows import Norm, WordRows, word_rows
+from hftl.word_rows import WordRows, word_rows
 
 #: what a weight has behind a step; of several processes the most counts
 _NO_GRADIENT, _SPARSE, _DENSE = range(3)
@@ -69,10 +69,6 @@ class GradientExchange:
             gradient = (gradient.to_dense() if kind_of_words == _DENSE else gradient.coalesce()) / self.count
             dist.all_reduce(gradient)
             words.grad = gradient
-
-    def clip(self, clip: Callable[[list[nn.Parameter]], Norm]) -> Norm:
-        """Clip the averages; the gradient of the words, see `WordRows.clip`, is dense then."""
-        return clip([*self.weights]) if self.words is None else self.words.clip(clip)
 
 
 def _kind(weight: torch.Tensor | None) -> int:

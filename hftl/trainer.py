@@ -84,8 +84,7 @@ class TransferTrainer(Trainer):
             super().__init__(model=model, args=args, compute_loss_func=loss, **others)
         # Compiled code, by the flag or by the launcher, is made of torch's own functions.
         self.is_compiled = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
-        own = self.args.device.type == "cpu" and not self.is_compiled
-        self.kernels = cpu_kernels if own else contextlib.nullcontext
+        self.kernels = contextlib.nullcontext if self.is_compiled else cpu_kernels
         # Where there is no `exchange`: gradients that lie where they are exchanged need not be copied back.
         self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.remove_callback(PrinterCallback)  # `hftl.callbacks` has what a person can read
@@ -261,8 +260,11 @@ class TransferTrainer(Trainer):
 
     def _clipped(self, most: float) -> torch.Tensor | None:
         """The norm of gradients that are not Trainer's to clip."""
-        owner = self.exchange or self.words
-        return None if owner is None else owner.clip(lambda weights: self.accelerator.clip_grad_norm_(weights, most))
+        if self.words is None:
+            return None
+        # Schedule-free optimizers, and others not of torch, add the decay to the gradient itself.
+        keep = type(self.optimizer.optimizer).__module__.startswith("torch.optim")
+        return self.words.clip(lambda weights: self.accelerator.clip_grad_norm_(weights, most), keep)
 
     def seed(self, step: int) -> None:
         """Make the randomness of a step a function of (seed, step, process), so that a resumed run repeats it."""

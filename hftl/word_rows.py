@@ -36,12 +36,14 @@ class WordRows:
         if self.weight.grad is not None and self.weight.grad.is_sparse:
             self.weight.grad = self.weight.grad.coalesce()
 
-    def clip(self, clip: Callable[[list[nn.Parameter]], Norm]) -> Norm:
+    def clip(self, clip: Callable[[list[nn.Parameter]], Norm], keep: bool = True) -> Norm:
         """Clip the gradients, then give the words the dense one that an optimizer asks for, valid until the next call.
 
         Args:
             clip: scales the gradients of weights in place and returns their norm. Of the words it gets the rows that
                 are there: the zeros of the others would be read twice and written.
+            keep: whether the dense gradient of the last call can be used again: nothing wrote into it behind torch's
+                back, by its `data`.
         """
         self.merge()
         gradient = self.weight.grad
@@ -50,11 +52,10 @@ class WordRows:
         values = nn.Parameter(gradient.values())
         values.grad = values.detach()
         norm = clip([*self.others, values])
-        # Schedule-free optimizers add the decay to the gradient itself.
-        if self.dense is None or self.dense._version != self.version:
-            self.dense = torch.zeros_like(self.weight)
-        else:
+        if keep and self.dense is not None and self.dense._version == self.version:
             self.dense.index_fill_(0, self.rows, 0)
+        else:
+            self.dense = torch.zeros_like(self.weight)
         self.rows = gradient.indices()[0]
         self.weight.grad = self.dense.index_copy_(0, self.rows, values.grad)
         self.version = self.dense._version

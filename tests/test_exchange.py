@@ -62,7 +62,7 @@ with gradient_exchange(ours) as exchange:
     for weight, same in zip(ours.parameters(), theirs.parameters(), strict=True):
         if weight is not words and weight.grad is not None:
             assert weight.grad.equal(same.grad)
-    norm = exchange.clip(lambda weights: nn.utils.clip_grad_norm_(weights, 0.01))
+    norm = exchange.words.clip(lambda weights: nn.utils.clip_grad_norm_(weights, 0.01))
 assert not ours.bert.embeddings.word_embeddings.sparse
 assert not words.grad.is_sparse
 expected = nn.utils.clip_grad_norm_([w for w in theirs.parameters() if w.grad is not None], 0.01)
@@ -93,7 +93,7 @@ for dense in (False, True):
     elif dense:
         words.grad = torch.ones(4, 2)
     exchange.average()
-    norm = exchange.clip(lambda given: nn.utils.clip_grad_norm_(given, 1e9))
+    norm = exchange.words.clip(lambda given: nn.utils.clip_grad_norm_(given, 1e9))
     assert weights[0].grad.tolist() == [[2.5]] * 3
     assert weights[1].grad.equal(torch.arange(15.0).view(3, 5) / 2)
     assert weights[2].grad is None

@@ -19,7 +19,7 @@ from hftl.word_rows import WordRows, word_rows
 
 
 def embedding(rows: list[int], values: list[list[float]]) -> Tensor:
-    return torch.sparse_coo_tensor([rows], values, (5, 2))
+    return torch.sparse_coo_tensor([rows], values, (5, 2), check_invariants=True)
 
 
 def test_a_step_has_no_rows_of_the_step_before() -> None:
@@ -28,16 +28,19 @@ def test_a_step_has_no_rows_of_the_step_before() -> None:
     steps = [
         (embedding([3, 1, 3], [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), [[0, 0], [3, 4], [0, 0], [6, 8], [0, 0]]),
         (embedding([0, 1], [[9.0, 9.0], [1.0, 1.0]]), [[9, 9], [1, 1], [0, 0], [0, 0], [0, 0]]),
-        (torch.sparse_coo_tensor(torch.empty(1, 0), torch.empty(0, 2), (5, 2)), [[0, 0]] * 5),
+        (torch.sparse_coo_tensor(torch.empty(1, 0), torch.empty(0, 2), (5, 2), check_invariants=True), [[0, 0]] * 5),
     ]
+    places = set()
     for gradient, expected in steps:
         words.weight.grad, other.grad = gradient, torch.tensor([2.0])
         norm = words.clip(lambda weights: nn.utils.clip_grad_norm_(weights, 1.0))
         whole = torch.cat([torch.tensor(expected, dtype=torch.float32).flatten(), torch.tensor([2.0])])
         torch.testing.assert_close(norm, whole.norm())
         assert not words.weight.grad.is_sparse
+        places.add(words.weight.grad.data_ptr())
         found = torch.cat([words.weight.grad.flatten(), other.grad])
         torch.testing.assert_close(found, whole / max(1.0, float(whole.norm())))
+    assert len(places) == 1
 
 
 def test_a_dense_gradient_or_none_is_left() -> None:
@@ -50,14 +53,16 @@ def test_a_dense_gradient_or_none_is_left() -> None:
     assert words.weight.grad.equal(torch.ones(5, 2))
 
 
-def test_what_an_optimizer_writes_into_the_gradient_ends_with_the_step() -> None:
+@pytest.mark.parametrize("behind", [False, True], ids=["seen", "by data"])
+def test_what_an_optimizer_writes_into_the_gradient_ends_with_the_step(behind: bool) -> None:
     words = WordRows(nn.Parameter(torch.ones(5, 2)), [])
     for row in (1, 3):
         words.weight.grad = embedding([row], [[1.0, 1.0]])
-        words.clip(lambda weights: nn.utils.clip_grad_norm_(weights, 10.0))
+        words.clip(lambda weights: nn.utils.clip_grad_norm_(weights, 10.0), keep=not behind)
         assert words.weight.grad is not None
         assert words.weight.grad.nonzero()[:, 0].unique().tolist() == [row]
-        torch._foreach_add_([words.weight.grad], [words.weight], alpha=0.1)  # as schedule-free optimizers
+        written = words.weight.grad.data if behind else words.weight.grad
+        torch._foreach_add_([written], [words.weight], alpha=0.1)  # as schedule-free optimizers
 
 
 def test_parts_of_a_step_have_each_word_once() -> None:
@@ -106,7 +111,11 @@ def test_whose_words_go_by_rows() -> None:
 def test_the_training_is_that_by_dense_gradients(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained, used = {}, []
+    trained, used, places = {}, [], set()
+
+    class Places(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            places.add(trainer.model.get_input_embeddings().weight.grad.data_ptr())
 
     @contextlib.contextmanager
     def watched(model: Any) -> Any:
@@ -121,12 +130,13 @@ def test_the_training_is_that_by_dense_gradients(
         with monkeypatch.context() as patch:
             patch.setattr(trainers, "word_rows", watched if kind == "rows" else lambda model: contextlib.nullcontext())
             (stage,) = build_plan(model, tiny_arguments(model, "--learning_rate=1e-3")).stages
-            trainer = tiny_trainer(model, stage, tmp_path, "--max_steps=5", *flags, rows=12)
+            callbacks = [Places()] if kind == "rows" else []
+            trainer = tiny_trainer(model, stage, tmp_path, "--max_steps=5", *flags, rows=12, callbacks=callbacks)
             trainer.train()
         norms = [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]
         trained[kind] = {name: weight - start[name] for name, weight in model.state_dict().items()}, norms
     assert [type(words) for words in used] == [WordRows]
-    assert used[0].dense is not None
+    assert places == {used[0].dense.data_ptr()}
     (ours, our_norms), (theirs, their_norms) = trained["rows"], trained["dense"]
     assert our_norms == pytest.approx(their_norms, rel=1e-5)
     assert len(our_norms) == 5
