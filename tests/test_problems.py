@@ -65,6 +65,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 place.mkdir(exist_ok=True)
                 lines = [json.dumps({name: row[name] for name in [*columns, target]}) for row in rows]
                 (place / f"{split}.jsonl").write_text("\n".join(lines))
+    torch.manual_seed(0)
     tiny_models.write_tiny_cnn(folder / "cnn")
     tiny_models.write_tiny_image_model(folder / "vit")
     tiny_models.write_tiny_text_model(folder / "bert")
@@ -204,7 +205,7 @@ def test_a_number_is_learned_alike_in_any_unit(place: Path, tmp_path: Path) -> N
             (folder / path.name).write_text("\n".join(lines))
         flags = [NUMBERS, "--label_column=weight", f"--dataset={folder}", f"--model={place / 'bert'}", *QUICK]
         output = tmp_path / f"run-{name}"
-        cli._run(["train", "text-classification", *flags, "--num_train_epochs=20", "--learning_rate=2e-3",
+        cli._run(["train", "text-classification", *flags, "--num_train_epochs=30", "--learning_rate=3e-3",
                   "--weight_decay=0", f"--output_dir={output}"])  # fmt: skip
         run = hftl.load_run(output)
         values = [entry.value for entry in run.predict(place / "texts-labels" / "test.jsonl")]
