@@ -205,7 +205,7 @@ class Ladder:
             runs, epochs = _shape(self.left / epoch, _later(self.arguments))
         fits = epochs >= _LEAST_EPOCHS
         if fits:
-            self._train("final", method, factor, self._epochs(epochs), runs)
+            self._train("final", method, factor, self._epochs(epochs), soup=runs == 1)
         failed = not fits or math.isinf(self.trials[-1].score)
         if failed and self.left > _PARTIAL_COSTS * self._of("probe")[0].seconds:
             self._train("final", "partial", 1.0, self._epochs(3.0))
@@ -269,15 +269,25 @@ class Ladder:
             earlier = _seconds_until_interrupted(recipe)
             self.budget.started -= earlier
             folder.write_json(self.path / TRIALS / _SPENT, self.budget.spent)  # it may be interrupted once more
-            epochs, runs = float(settings.get("num_train_epochs") or 0.0), int(settings.get("soup_runs") or 1)
-            self._train(rung, method, float(factor), epochs, runs, earlier)
+            epochs, soup = float(settings.get("num_train_epochs") or 0.0), settings.get("average") == "soup"
+            self._train(rung, method, float(factor), epochs, soup, earlier)
 
-    def _train(self, rung: str, method: str, factor: float, epochs: float, runs: int = 1, earlier: float = 0.0) -> None:
-        """Train one way, `earlier` seconds of it before an interruption; if it is better it takes the run's place."""
+    def _train(
+        self, rung: str, method: str, factor: float, epochs: float, soup: bool = False, earlier: float = 0.0
+    ) -> None:
+        """Train one way, and if it is better let it take the run's place.
+
+        Args:
+            rung: as in `Trial`; the final one trains from the same start again while the time allows.
+            method: as `--method`.
+            factor: of its rates.
+            epochs: of each training.
+            soup: average the best epochs of a training, where it has enough of them.
+            earlier: seconds of it before an interruption.
+        """
         started = time.time() - earlier
         place = self.path / TRIALS / f"{len(self.trials) + 1}-{rung}-{method}-{factor:g}"
         length = f" for {epochs:g} epoch{'' if epochs == 1 else 's'}" if epochs else ""
-        length = f" {runs} times{length}" if runs > 1 else length
         length += f" at {factor:g} times its rates" if factor != 1 else ""
         say(f"\nauto: {rung}, {method}{length}; {self.budget.left:.0f} of {self.budget.seconds:.0f} s left")
         arguments = stage_arguments(
@@ -290,19 +300,21 @@ class Ladder:
             preset=None,
             overwrite=False,
             resume=(place / CHECKPOINTS / RECIPE).is_file(),
-            average="soup" if rung == "final" and runs == 1 and self._cooks(epochs) else "none",
-            soup_runs=runs,
+            average="soup" if soup and self._cooks(epochs) else "none",
+            soup_runs=_MOST_RUNS if rung == "final" and method != "partial" and self._runs_again(epochs) else 1,
             **(self._plain() if rung in ("probe", "pairs") else {}),
             **(OF_KEPT_FEATURES if method == "full" else {}),
         )
-        score, better = -math.inf if self.arguments.greater_is_better else math.inf, False
+        runs, score, better = 1, -math.inf if self.arguments.greater_is_better else math.inf, False
         try:
             plan = self._plan(arguments, factor)
-            limit = TimeLimit(self.budget.ends - self.reserve)
+            limit = TimeLimit(self.budget.ends - self.reserve, self._half)
             train_plan(self.task, plan, self.splits, arguments, [limit])
-            long = rung == "final" and epochs * limit.done >= self._epochs(_LONG * self.arguments.usual_epochs)
+            runs = arguments.soup_runs
+            done = 1.0 if runs > 1 else limit.done
+            long = rung == "final" and epochs * done >= self._half
             usual = long and method != "partial" and not self._of("pairs")
-            whole = usual or (method == _PAIRS and limit.done == 1)
+            whole = usual or (method == _PAIRS and done == 1)
             score, better = self._score(place), self._is_better(place, whole)
         except (Diverged, _NotForTheModel, torch.OutOfMemoryError) as error:
             if not self.trials:
@@ -330,6 +342,15 @@ class Ladder:
             return plan
         stages, rates = scaled(plan, list(plan.stages), main_rate(plan) * factor, keeps_head=False)
         return dataclasses.replace(plan, stages=tuple(stages), settings=plan.settings | rates)
+
+    @property
+    def _half(self) -> float:
+        """Half as many epochs as are usual, or what stands for them."""
+        return self._epochs(_LONG * self.arguments.usual_epochs)
+
+    def _runs_again(self, epochs: float) -> bool:
+        """Whether a further run, which has no more epochs than the first, would be worth its time."""
+        return epochs >= max(self._half, self._epochs(_LEAST_FOR_SOUP))
 
     def _cooks(self, epochs: float) -> bool:
         """Whether a run of so many epochs is evaluated often enough for a soup of its checkpoints."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -96,20 +97,19 @@ class StopSignals(TrainerCallback):
 class TimeLimit(TrainerCallback):
     """Ends a training at a moment, as if an epoch ended there: the model is evaluated, and kept if it is the best."""
 
-    def __init__(self, until: float) -> None:
-        """Keep the moment, as `time.time()` counts."""
-        self.until = until
+    def __init__(self, until: float, least_epochs: float = 1.0) -> None:
+        """Keep the moment, as `time.time()` counts, and the epochs below which a further run is not begun."""
+        self.until, self.least_epochs = until, least_epochs
         #: share of its steps that a training had made when it was ended; 1 if none was
         self.done = 1.0
 
-    @property
-    def is_up(self) -> bool:
-        """Whether the moment is past."""
-        return time.time() > self.until
+    def epochs_left(self, seconds: float) -> int:
+        """Whole epochs, of so many seconds each, that there is time for; all but a tenth of one counts as one."""
+        return max(0, math.floor((self.until - time.time()) / seconds + 0.1))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Stop when the time is up."""
-        if self.is_up and state.global_step < state.max_steps:
+        if time.time() > self.until and state.global_step < state.max_steps:
             say("the time is up")
             self.done = state.global_step / state.max_steps
             control.should_training_stop = True

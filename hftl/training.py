@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from transformers import EarlyStoppingCallback, IntervalStrategy, SchedulerType
+from transformers.trainer import TRAINER_STATE_NAME
 
 from hftl import backbones, compute, folder
 from hftl.adaptation import adapt_batch_norm
@@ -323,7 +324,7 @@ def _run_stages(
     pretrained = pretrained_weights(Plan(model, tuple(stages))) if task.arguments.wise_ft else {}
     searched = searched_stage(plan, task.arguments) if task.arguments.finds_learning_rate else None
     chooses = any(stage.choose is not None for stage in stages)
-    limits = [callback for callback in callbacks if isinstance(callback, TimeLimit)]
+    limit = next((callback for callback in callbacks if isinstance(callback, TimeLimit)), None)
 
     @functools.cache
     def inputs(plain: bool) -> dict[str, Any]:
@@ -333,8 +334,7 @@ def _run_stages(
     start: dict[str, torch.Tensor] = {}
     first_run = len(stages) - task.arguments.soup_runs  # of the last stage, which mostly has one
     for index in range(len(stages)):
-        is_late = bool(start) and any(limit.is_up for limit in limits)  # what there is makes the soup
-        is_last = index + 1 == len(stages) or is_late
+        is_last = index + 1 == len(stages)
         if records and "penalty" in records[-1]:
             backbones.scale_output_layer(model, _head_scale(stages[index], records[-1].get("gain", 0.0)))
         if index == first_run and not is_last:
@@ -366,7 +366,7 @@ def _run_stages(
                 trainer._load_from_checkpoint(str(final))
                 if kept is not None:
                     kept.probe = load_probe(final / PROBE)
-            elif not is_late:
+            else:
                 say(_announcement(stage, model, index, len(stages), task.arguments.max_steps, kept))
                 try:
                     record = _stage_record(task, trainer, stage, kept, pretrained if is_last else {})
@@ -380,7 +380,12 @@ def _run_stages(
             if final.is_dir():
                 records.append(read_json(final / folder.STAGE_RECORD))
                 finals.append(final)
-            if is_last and start:
+            if start and limit is not None and not is_last:
+                further = _further_run(task.arguments, stages[index + 1], index + 1, records[-1], limit)
+                if further is None:
+                    say(f"{stages[index + 1].name}: there is no time for it")
+                is_last, stages[index + 1] = further is None, further or stages[index + 1]
+            if is_last and start and finals[first_run:] != [final]:
                 records[-1] |= soup_of_runs(trainer, finals[first_run:])
             if is_last and averaged_views(task.arguments):
                 if kept is not None:
@@ -394,7 +399,32 @@ def _run_stages(
         if is_last:
             break
         trainer.bare_model()  # the next trainer puts its own around the model
+    if start and limit is not None:
+        task.arguments.soup_runs = len(finals[first_run:])  # so that the recipe says what was done
     return trainer, records, results
+
+
+def _further_run(
+    arguments: TransferArguments, stage: Stage, index: int, last: dict[str, Any], limit: TimeLimit
+) -> Stage | None:
+    """The next run of a stage, of as many epochs as there is time for by what the last one took, at most its own.
+
+    None where those are too few. A run that was begun before an interruption keeps its epochs.
+    """
+    place = _place(arguments, stage, index)
+    begun = folder.last_checkpoint(place)
+    if begun is not None:
+        return dataclasses.replace(stage, epochs=read_json(begun / TRAINER_STATE_NAME)["num_train_epochs"])
+    if (place / "final").is_dir():
+        return stage
+    epochs = min(stage.epochs, limit.epochs_left(last["seconds"] / last["epochs"]))
+    return None if epochs < limit.least_epochs else dataclasses.replace(stage, epochs=epochs)
+
+
+def _place(arguments: TransferArguments, stage: Stage, index: int) -> Path:
+    """Where the checkpoints of a stage stand."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", stage.name)
+    return Path(str(arguments.output_dir), CHECKPOINTS, f"{index + 1}-{name}")
 
 
 def _chosen(task: ClassificationTask, stage: Stage, model: nn.Module, splits: Splits) -> Stage:
@@ -442,8 +472,7 @@ def _stage_trainer(
     run: int,
 ) -> TransferTrainer:
     arguments = task.arguments
-    name = re.sub(r"[^A-Za-z0-9]+", "-", stage.name)
-    place = Path(str(arguments.output_dir), CHECKPOINTS, f"{index + 1}-{name}")
+    place = _place(arguments, stage, index)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(str(arguments.output_dir), LOGS))
     workers = 0 if kept else data_workers(task, stage, model, data["train"], splits)  # nothing is left to decode
     settings = stage_arguments(

@@ -138,6 +138,26 @@ def test_few_rows_have_runs_of_many_epochs_and_no_trials(
     assert "all, run 2: epoch 7, validation" in printed
 
 
+@pytest.mark.usefixtures("many_rows")
+@pytest.mark.parametrize(("left", "runs"), [((2, 0), 2), ((0,), 1)])
+def test_time_that_is_left_over_goes_into_further_runs(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: tuple[int, ...], runs: int
+) -> None:
+    """What a training took says how many epochs there is time for, where the measured step said for one training."""
+    fits = iter(left)
+    monkeypatch.setattr(auto, "_EPOCHS_FOR_TRIALS", 1e9)
+    monkeypatch.setattr(auto, "_shape", lambda *_: (1, 3.0))
+    monkeypatch.setattr(auto.TimeLimit, "epochs_left", lambda self, seconds: next(fits))
+    monkeypatch.setattr(auto.Ladder, "_is_better", lambda *_: True)
+    train(world, tmp_path / "run", "--time_budget=1h")
+    last = rows_of(tmp_path / "run")[-1]
+    assert (last["rung"], last["runs"], last["epochs"]) == ("final", str(runs), "3.0")
+    assert [row["runs"] for row in rows_of(tmp_path / "run")[:-1]] == ["1"]
+    run = hftl.load_run(tmp_path / "run")
+    assert run.task.arguments.soup_runs == runs
+    assert [stage["epochs"] for stage in run.metrics["train"]["stages"]] == [3, 2][:runs]
+
+
 def test_the_head_is_solved_once(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     solved: list[Any] = []
 
@@ -464,8 +484,8 @@ def test_a_training_that_the_limit_ended_early_is_no_whole_one(
 
     limit = auto.TimeLimit
 
-    def passing(until: float) -> auto.TimeLimit:
-        made = limit(until)
+    def passing(until: float, least_epochs: float) -> auto.TimeLimit:
+        made = limit(until, least_epochs)
 
         def on_step_begin(args: Any, state: TrainerState, control: TrainerControl, **others: Any) -> None:
             made.until = until if state.global_step + 1 < cut * state.max_steps else 0.0

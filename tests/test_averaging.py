@@ -319,6 +319,78 @@ def test_time_that_is_up_makes_the_soup_of_what_there_is(
     assert stages[-1]["soup"]["tried"] == 2
 
 
+class LimitThatFits(callbacks.TimeLimit):
+    """A limit that says for how many epochs there is time, one number for each run that it is asked about."""
+
+    def __init__(self, *epochs: int) -> None:
+        super().__init__(until=time.time() + 3600)
+        self.epochs = list(epochs)
+
+    def epochs_left(self, seconds: float) -> int:
+        assert seconds > 0
+        return self.epochs.pop(0)
+
+
+def train_until(place: Path, run: Path, limit: callbacks.TimeLimit, *flags: str) -> hftl.Run:
+    settings = [f"--dataset={place / 'texts'}", f"--model={place / 'bert'}", f"--output_dir={run}", "--method=full"]
+    settings += ["--report_to=none", "--precision=fp32", "--num_train_epochs=3", "--soup_runs=3", *flags]
+    arguments = hftl.parse(hftl.TextArguments, [*settings, "--per_device_train_batch_size=8"])
+    task = hftl.TextClassification(arguments)
+    splits = task.load_splits()
+    training.train_plan(task, hftl.build_plan(task.build_model(splits), arguments), splits, arguments, [limit])
+    return hftl.load_run(run)
+
+
+@pytest.mark.parametrize(
+    ("left", "epochs"), [((5, 2), [3, 3, 2]), ((2, 0), [3, 2]), ((0,), [3])], ids=["three", "two", "one"]
+)
+def test_a_further_run_has_the_epochs_that_fit(
+    place: Path, tmp_path: Path, left: tuple[int, ...], epochs: list[int]
+) -> None:
+    """At most those of the first; with none there is nothing to average; the recipe says how many runs there were."""
+    run = train_until(place, tmp_path / "run", LimitThatFits(*left), "--keep_checkpoints")
+    stages = run.metrics["train"]["stages"]
+    assert [stage["epochs"] for stage in stages] == epochs
+    assert [stage["steps"] / stages[0]["steps"] * 3 for stage in stages] == pytest.approx(epochs)
+    assert [stage["soup"]["tried"] for stage in stages if "soup" in stage] == [len(epochs)] * (len(epochs) > 1)
+    assert run.task.arguments.soup_runs == len(epochs)
+    chosen = stages[-1]["soup"]["runs"] if len(epochs) > 1 else [1]
+    found = ingredients(tmp_path / "run")
+    assert len(found) == len(epochs)
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    for name in saved.keys() & found[0].keys():
+        mean = torch.stack([found[number - 1][name] for number in chosen]).mean(dim=0)
+        torch.testing.assert_close(saved[name], mean)
+
+
+def test_a_further_run_that_was_begun_keeps_its_epochs(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two fit when it begins, none when it goes on."""
+    whole = train_until(place, tmp_path / "whole", LimitThatFits(2, 0))
+    step = TransferTrainer.training_step
+
+    def stopping(self: Any, *others: Any, **settings: Any) -> Any:
+        if self.stage.name == "all, run 2" and self.state.epoch > 1:
+            raise KeyboardInterrupt
+        return step(self, *others, **settings)
+
+    monkeypatch.setattr(TransferTrainer, "training_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train_until(place, tmp_path / "run", LimitThatFits(2))
+    monkeypatch.setattr(TransferTrainer, "training_step", step)
+    run = train_until(place, tmp_path / "run", LimitThatFits(0), "--resume")
+    assert [stage["epochs"] for stage in run.metrics["train"]["stages"]] == [3, 2]
+    one, other = (load_file(found.folder / "model.safetensors") for found in (whole, run))
+    assert [name for name in one if not one[name].equal(other[name])] == []
+
+
+@pytest.mark.parametrize(("until", "epochs"), [(95.0, 4), (98.0, 5), (3.0, 0), (-50.0, 0)])
+def test_all_but_a_tenth_of_an_epoch_counts_as_one(monkeypatch: pytest.MonkeyPatch, until: float, epochs: int) -> None:
+    monkeypatch.setattr(callbacks.time, "time", lambda: 0.0)
+    assert callbacks.TimeLimit(until).epochs_left(20.0) == epochs
+
+
 def test_chance_in_the_score_of_a_soup_is_that_of_its_metric() -> None:
     """Of 40 rows one of a class of four: it moves accuracy by 0.025 and macro F1 by 0.078."""
     labels = np.repeat([0, 1], [36, 4])
