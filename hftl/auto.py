@@ -102,7 +102,7 @@ class Trial:
         method: as `--method`.
         factor: of the method's default rates.
         runs: trainings from the same start, whose weights are averaged.
-        epochs: passes over the training rows, of each; 0 where the head was solved.
+        epochs: passes over the training rows, of the first of them; 0 where the head was solved.
         score: on validation, of `--metric_for_best_model`; infinitely bad where it diverged.
         seconds: from its start to its saved run.
         best: whether it took the place of the best before it.
@@ -200,15 +200,15 @@ class Ladder:
             self._train("pairs", _PAIRS, 1.0, self.pair_epochs)
         method, factor = self._most_promising(self.left / epoch)
         runs, epochs = _shape(self.left / epoch, _later(self.arguments))
-        if runs > 1 or self._cooks(self._epochs(epochs)):  # whose ingredients are scored one by one
-            self.reserve += 1.2 * prediction * INGREDIENTS * len(self.splits.validation)
+        if epochs >= _LEAST_FOR_SOUP:  # whose ingredients are scored one by one, epochs and then runs
+            self.reserve += 1.2 * prediction * (INGREDIENTS + 1) * len(self.splits.validation)
             runs, epochs = _shape(self.left / epoch, _later(self.arguments))
         fits = epochs >= _LEAST_EPOCHS
         if fits:
             self._train("final", method, factor, self._epochs(epochs), soup=runs == 1)
         failed = not fits or math.isinf(self.trials[-1].score)
         if failed and self.left > _PARTIAL_COSTS * self._of("probe")[0].seconds:
-            self._train("final", "partial", 1.0, self._epochs(3.0))
+            self._train("final", "partial", 1.0, self._epochs(3.0), soup=True)
 
     def _epochs(self, usual: float) -> float:
         """How many epochs of these rows stand for so many of a usual number of rows."""

@@ -26,6 +26,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from hftl import __version__, backbones, builtin, merging
 from hftl.arguments import TransferArguments
 from hftl.cpu_kernels import cpu_kernels
+from hftl.first_token import first_token_alone, last_part
 from hftl.folder import read_json, say, write_json
 from hftl.losses import Loss
 
@@ -350,7 +351,11 @@ def _pass(
     training: bool,
 ) -> None:
     """One step without the optimizer, or one prediction."""
-    with torch.set_grad_enabled(training), cpu_kernels() if training else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(training))
+        if training:  # as `hftl.trainer` does it
+            stack.enter_context(cpu_kernels())
+            stack.enter_context(first_token_alone(last_part(model)))
         with autocast(precision, labels.device):
             logits = model(**inputs).logits
         if training:

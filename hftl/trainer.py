@@ -30,7 +30,7 @@ from hftl.cpu_kernels import cpu_kernels
 from hftl.cut import Cut
 from hftl.errors import Diverged, UsageError
 from hftl.exchange import GradientExchange, gradient_exchange
-from hftl.first_token import first_token_alone, unread_part
+from hftl.first_token import first_token_alone, last_part
 from hftl.head_steps import HeadSteps, head_steps
 from hftl.methods import Stage
 from hftl.methods.plan import prepare_modules
@@ -86,10 +86,9 @@ class TransferTrainer(Trainer):
         # Compiled code, by the flag or by the launcher, is made of torch's own functions.
         self.is_compiled = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
         self.kernels = contextlib.nullcontext if self.is_compiled else cpu_kernels
-        #: what a step computes for the first token alone; a penalty may look at the others, and so may what is sharded
-        #: or compiled not be changed
-        self.unread: nn.Module | None = None
-        self.looks_for_unread = not (self.is_compiled or self.is_sharded or stage.penalty is not None)
+        # What a step computes for the first token alone; a penalty may look at the others.
+        stays_whole = self.is_compiled or self.is_sharded or stage.penalty is not None
+        self.last_part = None if stays_whole else last_part(model)
         # Where there is no `exchange`: gradients that lie where they are exchanged need not be copied back.
         self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.remove_callback(PrinterCallback)  # `hftl.callbacks` has what a person can read
@@ -236,14 +235,12 @@ class TransferTrainer(Trainer):
             self.seeded_step = self.state.global_step
             self.seed(self.seeded_step)
         inputs = self.mixing(inputs) if self.mixing is not None else inputs
-        if self.looks_for_unread and self.cut is None:
-            self.unread, self.looks_for_unread = unread_part(self.model, self._prepare_inputs(inputs)), False
         try:
             with contextlib.ExitStack() as stack:
                 if self.exchange is not None:
                     stack.enter_context(model.no_sync())
                 stack.enter_context(self.kernels())
-                stack.enter_context(first_token_alone(self.unread))
+                stack.enter_context(first_token_alone(self.last_part))
                 loss = super().training_step(model, inputs, num_items_in_batch)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):

@@ -338,7 +338,7 @@ def _run_stages(
         if records and "penalty" in records[-1]:
             backbones.scale_output_layer(model, _head_scale(stages[index], records[-1].get("gain", 0.0)))
         if index == first_run and not is_last:
-            start = {name: tensor.clone() for name, tensor in changing_tensors(model, stages[index]).items()}
+            start = {name: tensor.cpu().clone() for name, tensor in changing_tensors(model, stages[index]).items()}
         elif start:
             put(changing_tensors(model, stages[index]), start)
         stages[index] = _chosen(task, stages[index], model, splits)
@@ -370,7 +370,7 @@ def _run_stages(
                 say(_announcement(stage, model, index, len(stages), task.arguments.max_steps, kept))
                 try:
                     record = _stage_record(task, trainer, stage, kept, pretrained if is_last else {})
-                except Diverged as error:
+                except (Diverged, torch.OutOfMemoryError) as error:
                     if not finals[first_run:]:  # no run of the last stage has come to its end
                         raise
                     say(f"{stage.name} is left out: {error}")
@@ -384,7 +384,9 @@ def _run_stages(
                 further = _further_run(task.arguments, stages[index + 1], index + 1, records[-1], limit)
                 if further is None:
                     say(f"{stages[index + 1].name}: there is no time for it")
-                is_last, stages[index + 1] = further is None, further or stages[index + 1]
+                    is_last = True
+                else:
+                    stages[index + 1] = further
             if is_last and start and finals[first_run:] != [final]:
                 records[-1] |= soup_of_runs(trainer, finals[first_run:])
             if is_last and averaged_views(task.arguments):
@@ -400,16 +402,17 @@ def _run_stages(
             break
         trainer.bare_model()  # the next trainer puts its own around the model
     if start and limit is not None:
-        task.arguments.soup_runs = len(finals[first_run:])  # so that the recipe says what was done
+        task.arguments.soup_runs = len(finals[first_run:])  # so that the recipe says how many there were
     return trainer, records, results
 
 
 def _further_run(
     arguments: TransferArguments, stage: Stage, index: int, last: dict[str, Any], limit: TimeLimit
 ) -> Stage | None:
-    """The next run of a stage, of as many epochs as there is time for by what the last one took, at most its own.
+    """The next run of a stage, of the whole epochs that there is time for by what the last run took, or of fewer.
 
-    None where those are too few. A run that was begun before an interruption keeps its epochs.
+    It has no more than the stage says; none where there is time for too few. A run that was begun before an
+    interruption keeps its epochs.
     """
     place = _place(arguments, stage, index)
     begun = folder.last_checkpoint(place)
@@ -417,7 +420,7 @@ def _further_run(
         return dataclasses.replace(stage, epochs=read_json(begun / TRAINER_STATE_NAME)["num_train_epochs"])
     if (place / "final").is_dir():
         return stage
-    epochs = min(stage.epochs, limit.epochs_left(last["seconds"] / last["epochs"]))
+    epochs = min(math.floor(stage.epochs), limit.epochs_left(last["seconds_an_epoch"]))
     return None if epochs < limit.least_epochs else dataclasses.replace(stage, epochs=epochs)
 
 
@@ -568,7 +571,9 @@ def _train_stage(
     output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     averaged = {} if trainer.average is None else trainer.average.finish()
     averaged |= interpolate(trainer, pretrained) if pretrained else {}
-    seconds = time.perf_counter() - started + preparing
+    trained = time.perf_counter() - started
+    seconds = trained + preparing
+    steps = trainer.state.global_step - trainer._initial_global_step  # without those before an interruption
     runtime = output.metrics["train_runtime"]
     patience = trainer.args.early_stopping_patience
     if patience and not stage.headless and trainer.state.global_step < trainer.state.max_steps:
@@ -576,6 +581,7 @@ def _train_stage(
     return {
         "name": stage.name,
         "seconds": seconds,
+        "seconds_an_epoch": trained / (max(steps, 1) / trainer.state.max_steps * stage.epochs),
         "samples_per_second": output.metrics["train_samples_per_second"] * runtime / (runtime + preparing),
         "steps": trainer.state.global_step,
         "epochs": stage.epochs,

@@ -327,7 +327,7 @@ class LimitThatFits(callbacks.TimeLimit):
         self.epochs = list(epochs)
 
     def epochs_left(self, seconds: float) -> int:
-        assert seconds > 0
+        self.seconds = seconds
         return self.epochs.pop(0)
 
 
@@ -383,6 +383,44 @@ def test_a_further_run_that_was_begun_keeps_its_epochs(
     assert [stage["epochs"] for stage in run.metrics["train"]["stages"]] == [3, 2]
     one, other = (load_file(found.folder / "model.safetensors") for found in (whole, run))
     assert [name for name in one if not one[name].equal(other[name])] == []
+
+
+def test_an_epoch_takes_as_long_as_before_an_interruption(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the run that went on for its last epoch, a second a step, four steps an epoch."""
+    step, now = TransferTrainer.training_step, [0.0]
+
+    def timed(self: Any, *others: Any, **settings: Any) -> Any:
+        if self.state.epoch > 2 and len(now) == 1:
+            raise KeyboardInterrupt
+        now[0] += 1.0
+        return step(self, *others, **settings)
+
+    monkeypatch.setattr(TransferTrainer, "training_step", timed)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    with pytest.raises(KeyboardInterrupt):
+        train_until(place, tmp_path / "run", LimitThatFits())
+    now.append(0.0)
+    limit = LimitThatFits(0)
+    train_until(place, tmp_path / "run", limit, "--resume")
+    assert limit.seconds == pytest.approx(4.0)
+
+
+def test_a_further_run_for_which_there_is_no_memory_is_left_out(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = TransferTrainer.training_step
+
+    def full(self: Any, *others: Any, **settings: Any) -> Any:
+        if self.stage.name == "all, run 2":
+            raise torch.OutOfMemoryError("full")
+        return step(self, *others, **settings)
+
+    monkeypatch.setattr(TransferTrainer, "training_step", full)
+    run = train_until(place, tmp_path / "run", LimitThatFits(3, 0))
+    assert [stage["name"] for stage in run.metrics["train"]["stages"]] == ["all, run 1"]
+    assert run.task.arguments.soup_runs == 1
 
 
 @pytest.mark.parametrize(("until", "epochs"), [(95.0, 4), (98.0, 5), (3.0, 0), (-50.0, 0)])

@@ -159,6 +159,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     return seconds
 
 
+def test_a_row_takes_what_it_takes_in_the_fastest_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, passes = [0.0], [9.0, 2.0, 4.0]
+    monkeypatch.setattr(compute, "_pass", lambda *_: now.append(now.pop() + passes.pop(0)))
+    monkeypatch.setattr(compute.time, "perf_counter", lambda: now[0])
+    model = TINY["bert"]()
+    batch = {**tiny_inputs(model, batch=8), "labels": torch.arange(8) % 3}
+    assert compute.seconds_a_row(model, batch, CrossEntropyLoss(), True, "fp32") == 2.0 / 8
+    assert passes == []
+
+
 @pytest.mark.parametrize(("bf16", "chosen"), [(0.21, "bf16"), (0.38, "fp32"), (0.5, "fp32")])
 def test_the_faster_precision_is_chosen_and_remembered(
     clock: dict[str, float], cache: Path, capsys: pytest.CaptureFixture, bf16: float, chosen: str
