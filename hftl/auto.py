@@ -39,7 +39,7 @@ from hftl.folder import CHECKPOINTS, METRICS, PREDICTIONS, RECIPE, read_json, sa
 from hftl.launch import started
 from hftl.lr_find import main_rate, scaled
 from hftl.methods import Plan, build_plan
-from hftl.methods.plan import LEAST_STEPS, MOST_EVALUATIONS, PAIR_EPOCHS, PAIR_STEPS, least_epochs
+from hftl.methods.plan import LEAST_STEPS, MOST_EVALUATIONS, PAIR_EPOCHS, PAIR_STEPS, least_epochs, whole_epochs
 from hftl.metrics import SHARES, swapped_answers
 from hftl.tables import aligned, as_csv
 from hftl.tasks.classification import ClassificationTask
@@ -443,15 +443,12 @@ def _later(arguments: TransferArguments) -> float:
 def _shape(epochs: float, later: float = 0.0) -> tuple[int, float]:
     """How many runs of how many epochs the last training has, where so many epochs fit in all.
 
-    Whole epochs: a part of one at the end would see some rows more often than others.
-
     Args:
         epochs: that fit.
         later: how many more than usual a run needs, see `_later`.
     """
     runs = int(min(max(epochs // (_EPOCHS_OF_RUN + later), 1), _MOST_RUNS))
-    epochs = min(_MOST_EPOCHS + later, epochs / runs)
-    return runs, math.floor(epochs) if epochs >= 2 else round(epochs, 2)
+    return runs, whole_epochs(min(_MOST_EPOCHS + later, epochs / runs))
 
 
 def check(arguments: TransferArguments) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import sys
@@ -103,9 +102,9 @@ class TimeLimit(TrainerCallback):
         #: share of its steps that a training had made when it was ended; 1 if none was
         self.done = 1.0
 
-    def epochs_left(self, seconds: float) -> int:
-        """Whole epochs, of so many seconds each, that there is time for; all but a tenth of one counts as one."""
-        return max(0, math.floor((self.until - time.time()) / seconds + 0.1))
+    def epochs_left(self, seconds: float) -> float:
+        """Epochs of so many seconds each that there is time for."""
+        return max(0.0, (self.until - time.time()) / seconds)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Stop when the time is up."""

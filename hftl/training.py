@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from transformers import EarlyStoppingCallback, IntervalStrategy, SchedulerType
-from transformers.trainer import TRAINER_STATE_NAME
 
 from hftl import backbones, compute, folder
 from hftl.adaptation import adapt_batch_norm
@@ -50,7 +49,13 @@ from hftl.folder import CHECKPOINTS, LOGS, RECIPE, read_json, say
 from hftl.losses import check_loss
 from hftl.lr_find import PICTURE, STEPS, check_one_process, draw, report, scaled, sweep
 from hftl.methods import Plan, Stage
-from hftl.methods.plan import epochs_between_evaluations, fresh_parameters, prepare_modules, with_least_steps
+from hftl.methods.plan import (
+    epochs_between_evaluations,
+    fresh_parameters,
+    prepare_modules,
+    whole_epochs,
+    with_least_steps,
+)
 from hftl.probes.beside import FOLDER as PROBE
 from hftl.probes.beside import Probe, load_probe
 from hftl.problems import Regression, problem_of
@@ -409,19 +414,18 @@ def _run_stages(
 def _further_run(
     arguments: TransferArguments, stage: Stage, index: int, last: dict[str, Any], limit: TimeLimit
 ) -> Stage | None:
-    """The next run of a stage, of the whole epochs that there is time for by what the last run took, or of fewer.
+    """The next run of a stage, of the epochs that there is time for by what the last run took, at most the stage's.
 
-    It has no more than the stage says; none where there is time for too few. A run that was begun before an
-    interruption keeps its epochs.
+    None where those are too few. A run that was begun before an interruption keeps its epochs.
     """
-    place = _place(arguments, stage, index)
-    begun = folder.last_checkpoint(place)
-    if begun is not None:
-        return dataclasses.replace(stage, epochs=read_json(begun / TRAINER_STATE_NAME)["num_train_epochs"])
-    if (place / "final").is_dir():
-        return stage
-    epochs = min(math.floor(stage.epochs), limit.epochs_left(last["seconds_an_epoch"]))
-    return None if epochs < limit.least_epochs else dataclasses.replace(stage, epochs=epochs)
+    known = _place(arguments, stage, index) / "epochs.json"
+    if not known.is_file():
+        epochs = min(stage.epochs, whole_epochs(limit.epochs_left(last["seconds_an_epoch"])))
+        if epochs < limit.least_epochs:
+            return None
+        known.parent.mkdir(parents=True)
+        folder.write_json(known, epochs)
+    return dataclasses.replace(stage, epochs=read_json(known))
 
 
 def _place(arguments: TransferArguments, stage: Stage, index: int) -> Path:

@@ -322,11 +322,11 @@ def test_time_that_is_up_makes_the_soup_of_what_there_is(
 class LimitThatFits(callbacks.TimeLimit):
     """A limit that says for how many epochs there is time, one number for each run that it is asked about."""
 
-    def __init__(self, *epochs: int) -> None:
+    def __init__(self, *epochs: float) -> None:
         super().__init__(until=time.time() + 3600)
         self.epochs = list(epochs)
 
-    def epochs_left(self, seconds: float) -> int:
+    def epochs_left(self, seconds: float) -> float:
         self.seconds = seconds
         return self.epochs.pop(0)
 
@@ -342,10 +342,10 @@ def train_until(place: Path, run: Path, limit: callbacks.TimeLimit, *flags: str)
 
 
 @pytest.mark.parametrize(
-    ("left", "epochs"), [((5, 2), [3, 3, 2]), ((2, 0), [3, 2]), ((0,), [3])], ids=["three", "two", "one"]
+    ("left", "epochs"), [((5.1, 2.9), [3, 3, 2]), ((1.5, 0.9), [3, 1.5]), ((0.9,), [3])], ids=["three", "two", "one"]
 )
 def test_a_further_run_has_the_epochs_that_fit(
-    place: Path, tmp_path: Path, left: tuple[int, ...], epochs: list[int]
+    place: Path, tmp_path: Path, left: tuple[float, ...], epochs: list[float]
 ) -> None:
     """At most those of the first; with none there is nothing to average; the recipe says how many runs there were."""
     run = train_until(place, tmp_path / "run", LimitThatFits(*left), "--keep_checkpoints")
@@ -366,8 +366,8 @@ def test_a_further_run_has_the_epochs_that_fit(
 def test_a_further_run_that_was_begun_keeps_its_epochs(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two fit when it begins, none when it goes on."""
-    whole = train_until(place, tmp_path / "whole", LimitThatFits(2, 0))
+    """One and a half fit when it begins, none when it goes on."""
+    whole = train_until(place, tmp_path / "whole", LimitThatFits(1.5, 0))
     step = TransferTrainer.training_step
 
     def stopping(self: Any, *others: Any, **settings: Any) -> Any:
@@ -377,10 +377,10 @@ def test_a_further_run_that_was_begun_keeps_its_epochs(
 
     monkeypatch.setattr(TransferTrainer, "training_step", stopping)
     with pytest.raises(KeyboardInterrupt):
-        train_until(place, tmp_path / "run", LimitThatFits(2))
+        train_until(place, tmp_path / "run", LimitThatFits(1.5))
     monkeypatch.setattr(TransferTrainer, "training_step", step)
     run = train_until(place, tmp_path / "run", LimitThatFits(0), "--resume")
-    assert [stage["epochs"] for stage in run.metrics["train"]["stages"]] == [3, 2]
+    assert [stage["epochs"] for stage in run.metrics["train"]["stages"]] == [3, 1.5]
     one, other = (load_file(found.folder / "model.safetensors") for found in (whole, run))
     assert [name for name in one if not one[name].equal(other[name])] == []
 
@@ -423,10 +423,10 @@ def test_a_further_run_for_which_there_is_no_memory_is_left_out(
     assert run.task.arguments.soup_runs == 1
 
 
-@pytest.mark.parametrize(("until", "epochs"), [(95.0, 4), (98.0, 5), (3.0, 0), (-50.0, 0)])
-def test_all_but_a_tenth_of_an_epoch_counts_as_one(monkeypatch: pytest.MonkeyPatch, until: float, epochs: int) -> None:
+@pytest.mark.parametrize(("until", "epochs"), [(90.0, 4.5), (3.0, 0.15), (-50.0, 0.0)])
+def test_the_time_that_is_left_in_epochs(monkeypatch: pytest.MonkeyPatch, until: float, epochs: float) -> None:
     monkeypatch.setattr(callbacks.time, "time", lambda: 0.0)
-    assert callbacks.TimeLimit(until).epochs_left(20.0) == epochs
+    assert callbacks.TimeLimit(until).epochs_left(20.0) == pytest.approx(epochs)
 
 
 def test_chance_in_the_score_of_a_soup_is_that_of_its_metric() -> None:

@@ -158,6 +158,11 @@ def least_epochs(steps: int, steps_an_epoch: int) -> int:
     return min(MOST_EPOCHS, math.ceil(steps / steps_an_epoch))
 
 
+def whole_epochs(epochs: float) -> float:
+    """Whole ones, from two on: a part of one at the end would see some rows more often than others."""
+    return float(math.floor(epochs)) if epochs >= 2 else round(epochs, 2)
+
+
 def epochs_between_evaluations(stage: Stage) -> int:
     """1; where epochs were added as many as leave ten evaluations.
 
