@@ -423,7 +423,7 @@ def _further_run(
         epochs = min(stage.epochs, whole_epochs(limit.epochs_left(last["seconds_an_epoch"])))
         if epochs < limit.least_epochs:
             return None
-        known.parent.mkdir(parents=True)
+        known.parent.mkdir(parents=True, exist_ok=True)
         folder.write_json(known, epochs)
     return dataclasses.replace(stage, epochs=read_json(known))
 
@@ -577,7 +577,7 @@ def _train_stage(
     averaged |= interpolate(trainer, pretrained) if pretrained else {}
     trained = time.perf_counter() - started
     seconds = trained + preparing
-    steps = trainer.state.global_step - trainer._initial_global_step  # without those before an interruption
+    share = max(1, trainer.state.global_step - trainer._initial_global_step) / trainer.state.global_step
     runtime = output.metrics["train_runtime"]
     patience = trainer.args.early_stopping_patience
     if patience and not stage.headless and trainer.state.global_step < trainer.state.max_steps:
@@ -585,7 +585,7 @@ def _train_stage(
     return {
         "name": stage.name,
         "seconds": seconds,
-        "seconds_an_epoch": trained / (max(steps, 1) / trainer.state.max_steps * stage.epochs),
+        "seconds_an_epoch": trained / (trainer.state.epoch * share),  # without what was before an interruption
         "samples_per_second": output.metrics["train_samples_per_second"] * runtime / (runtime + preparing),
         "steps": trainer.state.global_step,
         "epochs": stage.epochs,
