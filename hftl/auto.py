@@ -182,7 +182,8 @@ class Ladder:
         training, prediction, of_pairs = self._measure()
         views = views_of_a_row(self.arguments)
         self.reserve += 1.2 * prediction * views * (test_rows + len(self.splits.validation))
-        self._finish_interrupted()
+        cooking = 1.2 * prediction * (INGREDIENTS + 1) * len(self.splits.validation)  # epochs and then runs are scored
+        self._finish_interrupted(cooking)
         if self._of("final"):
             return
         if not self._of("probe"):
@@ -200,8 +201,8 @@ class Ladder:
             self._train("pairs", _PAIRS, 1.0, self.pair_epochs)
         method, factor = self._most_promising(self.left / epoch)
         runs, epochs = _shape(self.left / epoch, _later(self.arguments))
-        if epochs >= _LEAST_FOR_SOUP:  # whose ingredients are scored one by one, epochs and then runs
-            self.reserve += 1.2 * prediction * (INGREDIENTS + 1) * len(self.splits.validation)
+        if epochs >= _LEAST_FOR_SOUP:
+            self.reserve += cooking
             runs, epochs = _shape(self.left / epoch, _later(self.arguments))
         fits = epochs >= _LEAST_EPOCHS
         if fits:
@@ -261,8 +262,8 @@ class Ladder:
             self._train("trial", method, factor, epochs)
         return next(trial for trial in self._of("trial") if (trial.method, trial.factor, trial.epochs) == wanted)
 
-    def _finish_interrupted(self) -> None:
-        """Go on with the trial in the midst of which an interrupted run was stopped."""
+    def _finish_interrupted(self, cooking: float) -> None:
+        """Go on with the trial that an interruption stopped; the soups of a final one take `cooking` seconds."""
         for recipe in sorted((self.path / TRIALS).glob(f"*/{CHECKPOINTS}/{RECIPE}")):
             _, rung, method, factor = recipe.parents[1].name.split("-")
             settings = read_yaml(recipe)
@@ -270,6 +271,7 @@ class Ladder:
             self.budget.started -= earlier
             folder.write_json(self.path / TRIALS / _SPENT, self.budget.spent)  # it may be interrupted once more
             epochs, soup = float(settings.get("num_train_epochs") or 0.0), settings.get("average") == "soup"
+            self.reserve += cooking if rung == "final" else 0.0
             self._train(rung, method, float(factor), epochs, soup, earlier)
 
     def _train(
@@ -494,7 +496,7 @@ def _table(trials: list[Trial], metric: str) -> str:
     lines = [["rung", "method", "rates", "epochs", f"validation {metric}", "seconds", ""]]
     kept = max((number for number, trial in enumerate(trials) if trial.best), default=0)
     for number, trial in enumerate(trials):
-        epochs = f"{trial.runs} x {trial.epochs:g}" if trial.runs > 1 else f"{trial.epochs:g}"
+        epochs = f"{trial.epochs:g}, {trial.runs} runs" if trial.runs > 1 else f"{trial.epochs:g}"
         length = [f"x{trial.factor:g}", epochs] if trial.epochs else ["", "solved"]
         mark = "kept" if number == kept else ""
         lines.append([trial.rung, trial.method, *length, f"{trial.score:.4f}", f"{trial.seconds:.0f}", mark])

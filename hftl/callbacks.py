@@ -103,8 +103,8 @@ class TimeLimit(TrainerCallback):
         self.done = 1.0
 
     def epochs_left(self, seconds: float) -> float:
-        """Epochs of so many seconds each that there is time for."""
-        return max(0.0, (self.until - time.time()) / seconds)
+        """Epochs of so many seconds each that there is time for; below 0 where it is over."""
+        return (self.until - time.time()) / seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Stop when the time is up."""

@@ -353,7 +353,7 @@ def _pass(
     """One step without the optimizer, or one prediction."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(training))
-        if training:  # as `hftl.trainer` does it
+        if training:  # as in a training without penalties
             stack.enter_context(cpu_kernels())
             stack.enter_context(first_token_alone(last_part(model)))
         with autocast(precision, labels.device):

@@ -343,7 +343,9 @@ def _run_stages(
         if records and "penalty" in records[-1]:
             backbones.scale_output_layer(model, _head_scale(stages[index], records[-1].get("gain", 0.0)))
         if index == first_run and not is_last:
-            start = {name: tensor.cpu().clone() for name, tensor in changing_tensors(model, stages[index]).items()}
+            start = {
+                name: tensor.to("cpu", copy=True) for name, tensor in changing_tensors(model, stages[index]).items()
+            }
         elif start:
             put(changing_tensors(model, stages[index]), start)
         stages[index] = _chosen(task, stages[index], model, splits)
@@ -376,7 +378,8 @@ def _run_stages(
                 try:
                     record = _stage_record(task, trainer, stage, kept, pretrained if is_last else {})
                 except (Diverged, torch.OutOfMemoryError) as error:
-                    if not finals[first_run:]:  # no run of the last stage has come to its end
+                    is_spare = limit is not None or isinstance(error, Diverged)
+                    if not finals[first_run:] or not is_spare:  # no run of the last stage has come to its end
                         raise
                     say(f"{stage.name} is left out: {error}")
                 else:
@@ -416,14 +419,15 @@ def _further_run(
 ) -> Stage | None:
     """The next run of a stage, of the epochs that there is time for by what the last run took, at most the stage's.
 
-    None where those are too few. A run that was begun before an interruption keeps its epochs.
+    None where those are too few. A run of which an interruption left a checkpoint keeps its epochs.
     """
-    known = _place(arguments, stage, index) / "epochs.json"
-    if not known.is_file():
+    place = _place(arguments, stage, index)
+    known = place / "epochs.json"
+    if folder.last_checkpoint(place) is None and not (place / "final").is_dir():
         epochs = min(stage.epochs, whole_epochs(limit.epochs_left(last["seconds_an_epoch"])))
         if epochs < limit.least_epochs:
             return None
-        known.parent.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
         folder.write_json(known, epochs)
     return dataclasses.replace(stage, epochs=read_json(known))
 

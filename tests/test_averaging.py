@@ -331,7 +331,7 @@ class LimitThatFits(callbacks.TimeLimit):
         return self.epochs.pop(0)
 
 
-def train_until(place: Path, run: Path, limit: callbacks.TimeLimit, *flags: str) -> hftl.Run:
+def train_until(place: Path, run: Path, limit: TrainerCallback, *flags: str) -> hftl.Run:
     settings = [f"--dataset={place / 'texts'}", f"--model={place / 'bert'}", f"--output_dir={run}", "--method=full"]
     settings += ["--report_to=none", "--precision=fp32", "--num_train_epochs=3", "--soup_runs=3", *flags]
     arguments = hftl.parse(hftl.TextArguments, [*settings, "--per_device_train_batch_size=8"])
@@ -407,6 +407,24 @@ def test_an_epoch_takes_as_long_as_before_an_interruption(
     assert limit.seconds == pytest.approx(4.0)
 
 
+def test_a_further_run_without_a_checkpoint_is_planned_anew(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = TransferTrainer.training_step
+
+    def stopping(self: Any, *others: Any, **settings: Any) -> Any:
+        if self.stage.name == "all, run 2":
+            raise KeyboardInterrupt
+        return step(self, *others, **settings)
+
+    monkeypatch.setattr(TransferTrainer, "training_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train_until(place, tmp_path / "run", LimitThatFits(3))
+    monkeypatch.setattr(TransferTrainer, "training_step", step)
+    run = train_until(place, tmp_path / "run", LimitThatFits(0.9), "--resume")
+    assert [stage["epochs"] for stage in run.metrics["train"]["stages"]] == [3]
+
+
 def test_a_further_run_for_which_there_is_no_memory_is_left_out(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -421,9 +439,11 @@ def test_a_further_run_for_which_there_is_no_memory_is_left_out(
     run = train_until(place, tmp_path / "run", LimitThatFits(3, 0))
     assert [stage["name"] for stage in run.metrics["train"]["stages"]] == ["all, run 1"]
     assert run.task.arguments.soup_runs == 1
+    with pytest.raises(torch.OutOfMemoryError):  # runs that were asked for
+        train_until(place, tmp_path / "asked", TrainerCallback())
 
 
-@pytest.mark.parametrize(("until", "epochs"), [(90.0, 4.5), (3.0, 0.15), (-50.0, 0.0)])
+@pytest.mark.parametrize(("until", "epochs"), [(90.0, 4.5), (3.0, 0.15), (-50.0, -2.5)])
 def test_the_time_that_is_left_in_epochs(monkeypatch: pytest.MonkeyPatch, until: float, epochs: float) -> None:
     monkeypatch.setattr(callbacks.time, "time", lambda: 0.0)
     assert callbacks.TimeLimit(until).epochs_left(20.0) == pytest.approx(epochs)
