@@ -89,13 +89,14 @@ def test_half_precision_gives_the_labels_of_float32(place: Path, text_run: hftl.
     rows = run.task.read_inputs(place / "notes")
     gaps = run.logits(rows) @ [1, -1]
     with torch.no_grad():
-        run.model.classifier.bias[1] += float(np.median(gaps))  # some rows near a tie, as many on each side
+        middle = float(np.sort(gaps)[len(gaps) // 2])
+        run.model.classifier.bias[1] += middle - 1e-3  # a row is next to a tie, and half of the others on each side
     exact = run.logits(rows)
     run.precision = "bf16"
     half = run.logits(rows)
     moved = np.abs(half - exact).max(axis=1) > 1e-4
     assert moved.sum() > 50  # in half precision
-    assert not moved[np.abs(exact @ [1, -1]).argsort()[:2]].any()  # nearest to a tie
+    assert not moved[np.abs(exact @ [1, -1]).argmin()]  # nearest to a tie
     assert half.argmax(axis=1).tolist() == exact.argmax(axis=1).tolist()
 
 
