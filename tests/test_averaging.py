@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -261,22 +263,28 @@ def test_runs_start_alike_and_give_their_mean(
     assert record["score"] == run.metrics["validation"]["accuracy"]
 
 
-def test_an_interrupted_second_run_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextlib.contextmanager
+def failing_run_2(error: BaseException, after_epoch: float = -1.0) -> Iterator[None]:
+    """The second run fails at its first step behind so much of its epochs."""
+    step = TransferTrainer.training_step
+
+    def failing(self: Any, *others: Any, **settings: Any) -> Any:
+        if self.stage.name == "all, run 2" and self.state.epoch > after_epoch:
+            raise error
+        return step(self, *others, **settings)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TransferTrainer, "training_step", failing)
+        yield
+
+
+def test_an_interrupted_second_run_goes_on(place: Path, tmp_path: Path) -> None:
     flags = [f"--dataset={place / 'texts'}", f"--model={place / 'bert'}", "--per_device_train_batch_size=8"]
     flags += ["--report_to=none", "--precision=fp32", "--num_train_epochs=3", "--learning_rate=1e-3", "--soup_runs=2"]
     recipe = ROOT / "recipes" / "text_classification.py"
     cli.run_recipe(recipe, [*flags, f"--output_dir={tmp_path / 'whole'}"])
-    step = TransferTrainer.training_step
-
-    def stopping(self: Any, *others: Any, **settings: Any) -> Any:
-        if self.stage.name == "all, run 2" and self.state.global_step == 4:
-            raise KeyboardInterrupt
-        return step(self, *others, **settings)
-
-    monkeypatch.setattr(TransferTrainer, "training_step", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with failing_run_2(KeyboardInterrupt(), after_epoch=0.9), pytest.raises(KeyboardInterrupt):
         cli.run_recipe(recipe, [*flags, f"--output_dir={tmp_path / 'run'}"])
-    monkeypatch.setattr(TransferTrainer, "training_step", step)
     table = place / "texts" / "train.csv"
     rows = table.read_text()
     table.write_text(rows + "one row more,good\n")
@@ -363,22 +371,11 @@ def test_a_further_run_has_the_epochs_that_fit(
         torch.testing.assert_close(saved[name], mean)
 
 
-def test_a_further_run_that_was_begun_keeps_its_epochs(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_further_run_that_was_begun_keeps_its_epochs(place: Path, tmp_path: Path) -> None:
     """One and a half fit when it begins, none when it goes on."""
     whole = train_until(place, tmp_path / "whole", LimitThatFits(1.5, 0))
-    step = TransferTrainer.training_step
-
-    def stopping(self: Any, *others: Any, **settings: Any) -> Any:
-        if self.stage.name == "all, run 2" and self.state.epoch > 1:
-            raise KeyboardInterrupt
-        return step(self, *others, **settings)
-
-    monkeypatch.setattr(TransferTrainer, "training_step", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with failing_run_2(KeyboardInterrupt(), after_epoch=1), pytest.raises(KeyboardInterrupt):
         train_until(place, tmp_path / "run", LimitThatFits(1.5))
-    monkeypatch.setattr(TransferTrainer, "training_step", step)
     run = train_until(place, tmp_path / "run", LimitThatFits(0), "--resume")
     assert [stage["epochs"] for stage in run.metrics["train"]["stages"]] == [3, 1.5]
     one, other = (load_file(found.folder / "model.safetensors") for found in (whole, run))
@@ -407,40 +404,20 @@ def test_an_epoch_takes_as_long_as_before_an_interruption(
     assert limit.seconds == pytest.approx(4.0)
 
 
-def test_a_further_run_without_a_checkpoint_is_planned_anew(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = TransferTrainer.training_step
-
-    def stopping(self: Any, *others: Any, **settings: Any) -> Any:
-        if self.stage.name == "all, run 2":
-            raise KeyboardInterrupt
-        return step(self, *others, **settings)
-
-    monkeypatch.setattr(TransferTrainer, "training_step", stopping)
-    with pytest.raises(KeyboardInterrupt):
+def test_a_further_run_without_a_checkpoint_is_planned_anew(place: Path, tmp_path: Path) -> None:
+    with failing_run_2(KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         train_until(place, tmp_path / "run", LimitThatFits(3))
-    monkeypatch.setattr(TransferTrainer, "training_step", step)
     run = train_until(place, tmp_path / "run", LimitThatFits(0.9), "--resume")
     assert [stage["epochs"] for stage in run.metrics["train"]["stages"]] == [3]
 
 
-def test_a_further_run_for_which_there_is_no_memory_is_left_out(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = TransferTrainer.training_step
-
-    def full(self: Any, *others: Any, **settings: Any) -> Any:
-        if self.stage.name == "all, run 2":
-            raise torch.OutOfMemoryError("full")
-        return step(self, *others, **settings)
-
-    monkeypatch.setattr(TransferTrainer, "training_step", full)
-    run = train_until(place, tmp_path / "run", LimitThatFits(3, 0))
+def test_a_further_run_for_which_there_is_no_memory_is_left_out(place: Path, tmp_path: Path) -> None:
+    with failing_run_2(torch.OutOfMemoryError("full")):
+        run = train_until(place, tmp_path / "run", LimitThatFits(3, 0))
+        with pytest.raises(torch.OutOfMemoryError):  # runs that were asked for
+            train_until(place, tmp_path / "asked", TrainerCallback())
     assert [stage["name"] for stage in run.metrics["train"]["stages"]] == ["all, run 1"]
     assert run.task.arguments.soup_runs == 1
-    with pytest.raises(torch.OutOfMemoryError):  # runs that were asked for
-        train_until(place, tmp_path / "asked", TrainerCallback())
 
 
 @pytest.mark.parametrize(("until", "epochs"), [(90.0, 4.5), (3.0, 0.15), (-50.0, -2.5)])
