@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 
@@ -41,6 +42,7 @@ from hftl.lr_find import main_rate, scaled
 from hftl.methods import Plan, build_plan
 from hftl.methods.plan import LEAST_STEPS, MOST_EVALUATIONS, PAIR_EPOCHS, PAIR_STEPS, least_epochs, whole_epochs
 from hftl.metrics import SHARES, swapped_answers
+from hftl.side_by_side import most_at_once
 from hftl.tables import aligned, as_csv
 from hftl.tasks.classification import ClassificationTask
 from hftl.training import check_plan, train_plan
@@ -66,7 +68,8 @@ _PLAIN = {"mixup": None, "cutmix": None, "random_erasing": None, "word_dropout":
 _PLANNED = 0.95
 #: of a run: three to five score alike on a few thousand rows (MiniLM on movie reviews), eight overfit them
 _MOST_EPOCHS = 5.0
-#: time for more goes into further runs of the last training, whose mean is better than any of them; a third adds little
+#: time for more goes into further runs of the last training, whose mean is better than any of them; a third adds
+#: little, and a fourth is made only beside it
 _MOST_RUNS, _EPOCHS_OF_RUN = 3, 3.0
 #: with fewer epochs of the whole model left than this, trials would eat what the last training needs …
 _EPOCHS_FOR_TRIALS = 12.0
@@ -91,6 +94,29 @@ _LEAST_EPOCHS = 0.5
 _WRITING = 3.0
 #: `partial` runs the frozen part once, as the probe did, and trains the last blocks on what it gave
 _PARTIAL_COSTS = 2.0
+
+
+#: several runs side by side must take less than this part of their time one after the other
+_GAIN = 0.9
+
+
+@dataclass
+class Costs:
+    """What was measured of the model.
+
+    Attributes:
+        training: seconds to train all of it on a row.
+        prediction: seconds to predict one.
+        at_once: trainings that go best side by side; 1 where they do not.
+        slower: times as long as alone that each of them takes.
+        of_pairs: whether it can and should be tuned on pairs: a few texts, several in a batch.
+    """
+
+    training: float
+    prediction: float
+    at_once: int
+    slower: float
+    of_pairs: bool
 
 
 @dataclass
@@ -179,7 +205,8 @@ class Ladder:
 
     def climb(self, test_rows: int) -> None:
         """Every rung that the time allows; those of an interrupted run are not climbed again."""
-        training, prediction, of_pairs = self._measure()
+        costs = self._measure()
+        training, prediction = costs.training, costs.prediction
         views = views_of_a_row(self.arguments)
         self.reserve += 1.2 * prediction * views * (test_rows + len(self.splits.validation))
         cooking = 1.2 * prediction * (INGREDIENTS + 1) * len(self.splits.validation)  # epochs and then runs are scored
@@ -197,19 +224,28 @@ class Ladder:
         if math.isfinite(epoch):
             say(f"auto: to train the whole model for {length} takes about {epoch:.0f} s, {left}")
         pairs = (self.pair_epochs * training + prediction) * len(self.splits.train)
-        if of_pairs and not self._of("pairs") and self.left > pairs:
+        if costs.of_pairs and not self._of("pairs") and self.left > pairs:
             self._train("pairs", _PAIRS, 1.0, self.pair_epochs)
         method, factor = self._most_promising(self.left / epoch)
-        runs, epochs = _shape(self.left / epoch, _later(self.arguments))
+        runs, epochs, at_once = self._last_training(epoch, costs)
         if epochs >= _LEAST_FOR_SOUP:
             self.reserve += cooking
-            runs, epochs = _shape(self.left / epoch, _later(self.arguments))
+            runs, epochs, at_once = self._last_training(epoch, costs)
         fits = epochs >= _LEAST_EPOCHS
         if fits:
-            self._train("final", method, factor, self._epochs(epochs), soup=runs == 1)
+            self._train("final", method, factor, self._epochs(epochs), soup=runs == 1, at_once=at_once)
         failed = not fits or math.isinf(self.trials[-1].score)
         if failed and self.left > _PARTIAL_COSTS * self._of("probe")[0].seconds:
             self._train("final", "partial", 1.0, self._epochs(3.0), soup=True)
+
+    def _last_training(self, epoch: float, costs: Costs) -> tuple[int, float, int]:
+        """Runs, the epochs of each, and how many train side by side, where an epoch alone takes so many seconds."""
+        fit, later = self.left / epoch, _later(self.arguments)
+        if costs.at_once > 1:
+            runs, epochs = _shape(fit / costs.slower, later, costs.at_once)
+            if epochs >= _LEAST_FOR_SOUP:
+                return runs, epochs, costs.at_once
+        return *_shape(fit, later), 1
 
     def _epochs(self, usual: float) -> float:
         """How many epochs of these rows stand for so many of a usual number of rows."""
@@ -265,17 +301,24 @@ class Ladder:
     def _finish_interrupted(self, cooking: float) -> None:
         """Go on with the trial that an interruption stopped; the soups of a final one take `cooking` seconds."""
         for recipe in sorted((self.path / TRIALS).glob(f"*/{CHECKPOINTS}/{RECIPE}")):
-            _, rung, method, factor = recipe.parents[1].name.split("-")
+            _, rung, method, factor, at_once = recipe.parents[1].name.split("-")
             settings = read_yaml(recipe)
             earlier = _seconds_until_interrupted(recipe)
             self.budget.started -= earlier
             folder.write_json(self.path / TRIALS / _SPENT, self.budget.spent)  # it may be interrupted once more
             epochs, soup = float(settings.get("num_train_epochs") or 0.0), settings.get("average") == "soup"
             self.reserve += cooking if rung == "final" else 0.0
-            self._train(rung, method, float(factor), epochs, soup, earlier)
+            self._train(rung, method, float(factor), epochs, soup, int(at_once), earlier)
 
     def _train(
-        self, rung: str, method: str, factor: float, epochs: float, soup: bool = False, earlier: float = 0.0
+        self,
+        rung: str,
+        method: str,
+        factor: float,
+        epochs: float,
+        soup: bool = False,
+        at_once: int = 1,
+        earlier: float = 0.0,
     ) -> None:
         """Train one way, and if it is better let it take the run's place.
 
@@ -285,10 +328,11 @@ class Ladder:
             factor: of its rates.
             epochs: of each training.
             soup: average the best epochs of a training, where it has enough of them.
+            at_once: runs that train side by side.
             earlier: seconds of it before an interruption.
         """
         started = time.time() - earlier
-        place = self.path / TRIALS / f"{len(self.trials) + 1}-{rung}-{method}-{factor:g}"
+        place = self.path / TRIALS / f"{len(self.trials) + 1}-{rung}-{method}-{factor:g}-{at_once}"
         length = f" for {epochs:g} epoch{'' if epochs == 1 else 's'}" if epochs else ""
         length += f" at {factor:g} times its rates" if factor != 1 else ""
         say(f"\nauto: {rung}, {method}{length}; {self.budget.left:.0f} of {self.budget.seconds:.0f} s left")
@@ -303,17 +347,19 @@ class Ladder:
             overwrite=False,
             resume=(place / CHECKPOINTS / RECIPE).is_file(),
             average="soup" if soup and self._cooks(epochs) else "none",
-            soup_runs=_MOST_RUNS if rung == "final" and method != "partial" and self._runs_again(epochs) else 1,
+            soup_runs=_most_runs(at_once)
+            if rung == "final" and method != "partial" and self._runs_again(epochs)
+            else 1,
             **(self._plain() if rung in ("probe", "pairs") else {}),
             **(OF_KEPT_FEATURES if method == "full" else {}),
         )
         runs, score, better = 1, -math.inf if self.arguments.greater_is_better else math.inf, False
         try:
             plan = self._plan(arguments, factor)
-            limit = TimeLimit(self.budget.ends - self.reserve, self._half)
+            limit = TimeLimit(self.budget.ends - self.reserve, self._half, min(at_once, most_at_once()))
             train_plan(self.task, plan, self.splits, arguments, [limit])
             runs = arguments.soup_runs
-            done = 1.0 if runs > 1 else limit.done
+            done = 1.0 if runs > at_once else limit.done  # a further run is begun where the first ones were whole
             long = rung == "final" and epochs * done >= self._half
             usual = long and method != "partial" and not self._of("pairs")
             whole = usual or (method == _PAIRS and done == 1)
@@ -400,11 +446,8 @@ class Ladder:
         chance, row = float(np.linalg.norm(swapped)) + rounding, float(np.abs(swapped).mean()) if len(swapped) else 0.0
         return gain >= -2 * chance if whole else gain > chance + row
 
-    def _measure(self) -> tuple[float, float, bool]:
-        """Seconds to train the whole model on a row, and to predict one, in the precision that every rung will have.
-
-        Beside them, whether it can and should be tuned on pairs: a few texts, several in a batch.
-        """
+    def _measure(self) -> Costs:
+        """What a training and a prediction cost, in the precision that every rung will have."""
         model = copy.deepcopy(self.model).to(self.arguments.device).train()
         data: Any = self.task.dataset(self.splits.train, training=True)
         batch = compute.typical_batch(data, self.task.collate)
@@ -415,11 +458,16 @@ class Ladder:
         batch = {name: value[:count].to(self.arguments.device) for name, value in batch.items()}
         rows = self.stretch * _MOST_RUNS * (_MOST_EPOCHS + _later(self.arguments)) * len(self.splits.train)
         loss = self.task.loss(self.splits)
+        at_once, slower = 1, 1.0
         try:
             precision = compute.choose_precision(model, batch, loss, training=True, rows=rows, arguments=self.arguments)
             if precision != self.arguments.precision:
                 set_precision(self.arguments, precision)
             training = compute.seconds_a_row(model, batch, loss, True, precision)
+            at_once = self._most_at_once(model)
+            if at_once > 1:
+                beside = compute.seconds_a_row_beside(model, batch, loss, precision, at_once)
+                slower = (beside + preparing) / max(training, preparing)
         except torch.OutOfMemoryError:
             say("auto: the memory does not hold a training of the whole model: only its end is trained")
             training = math.inf
@@ -428,7 +476,23 @@ class Ladder:
         pairs_fit = self.arguments.per_device_train_batch_size != 1 and not self.arguments.auto_find_batch_size
         few_texts = self.task.modality.is_text and self.stretch > 1
         of_pairs = few_texts and pairs_fit and gives_features(model, backbones.inputs_of(batch))
-        return max(training, preparing), max(prediction, preparing), of_pairs
+        pays = slower < _GAIN * at_once
+        training, prediction = max(training, preparing), max(prediction, preparing)
+        return Costs(training, prediction, at_once if pays else 1, slower if pays else 1.0, of_pairs)
+
+    def _most_at_once(self, model: nn.Module) -> int:
+        """How many trainings may go side by side: what computes can be copied, and the memory holds them.
+
+        What a training holds is no more than what this process does, which has just trained a step, and two moments.
+        What follows a training elsewhere may not survive a copy of the process.
+        """
+        reports: Any = self.arguments.report_to  # a list, once it is parsed
+        if not set(reports) <= {"tensorboard"}:
+            return 1
+        moments = 2 * sum(4 * parameter.numel() for parameter in model.parameters())
+        each = psutil.Process().memory_info().rss + moments
+        room = 1 + int(psutil.virtual_memory().available // each)
+        return min(most_at_once(), _MOST_RUNS, room)
 
 
 def _seconds_until_interrupted(recipe: Path) -> float:
@@ -442,15 +506,21 @@ def _later(arguments: TransferArguments) -> float:
     return arguments.usual_epochs - TransferArguments.usual_epochs
 
 
-def _shape(epochs: float, later: float = 0.0) -> tuple[int, float]:
+def _most_runs(at_once: int) -> int:
+    """As many as train side by side, or as often as there are enough of them."""
+    return at_once * math.ceil(_MOST_RUNS / at_once)
+
+
+def _shape(epochs: float, later: float = 0.0, at_once: int = 1) -> tuple[int, float]:
     """How many runs of how many epochs the last training has, where so many epochs fit in all.
 
     Args:
-        epochs: that fit.
+        epochs: that fit; of runs side by side, in one of them.
         later: how many more than usual a run needs, see `_later`.
+        at_once: runs side by side.
     """
-    runs = int(min(max(epochs // (_EPOCHS_OF_RUN + later), 1), _MOST_RUNS))
-    return runs, whole_epochs(min(_MOST_EPOCHS + later, epochs / runs))
+    times = min(max(epochs // (_EPOCHS_OF_RUN + later), 1), _most_runs(at_once) // at_once)
+    return int(times) * at_once, whole_epochs(min(_MOST_EPOCHS + later, epochs / times))
 
 
 def check(arguments: TransferArguments) -> None:

@@ -96,9 +96,15 @@ class StopSignals(TrainerCallback):
 class TimeLimit(TrainerCallback):
     """Ends a training at a moment, as if an epoch ended there: the model is evaluated, and kept if it is the best."""
 
-    def __init__(self, until: float, least_epochs: float = 1.0) -> None:
-        """Keep the moment, as `time.time()` counts, and the epochs below which a further run is not begun."""
-        self.until, self.least_epochs = until, least_epochs
+    def __init__(self, until: float, least_epochs: float = 1.0, at_once: int = 1) -> None:
+        """Keep the moment, as `time.time()` counts, and what holds for the runs of a training.
+
+        Args:
+            until: the moment.
+            least_epochs: with fewer of them a further run is not begun.
+            at_once: so many train side by side.
+        """
+        self.until, self.least_epochs, self.at_once = until, least_epochs, at_once
         #: share of its steps that a training had made when it was ended; 1 if none was
         self.done = 1.0
 

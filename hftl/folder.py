@@ -74,7 +74,8 @@ def scored_split(splits: Container[str]) -> str:
 def say(message: str = "") -> None:
     """Print one message, once for all processes."""
     if is_main_process():
-        print(visible(without_home(message)), flush=True)
+        # With its end in one piece: trainings side by side print into one place.
+        print(f"{visible(without_home(message))}\n", end="", flush=True)
 
 
 def repository_of(arguments: TransferArguments) -> str:

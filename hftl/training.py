@@ -60,6 +60,7 @@ from hftl.probes.beside import FOLDER as PROBE
 from hftl.probes.beside import Probe, load_probe
 from hftl.problems import Regression, problem_of
 from hftl.saving import write_run
+from hftl.side_by_side import side_by_side
 from hftl.tasks.classification import ClassificationTask
 from hftl.trainer import TransferTrainer, diverged
 from hftl.workers import data_workers, most_workers
@@ -68,6 +69,8 @@ from hftl.yaml_files import read_yaml
 if TYPE_CHECKING:
     from torch import nn
 
+#: in the folder of a run that may have other epochs than the first: how many
+_EPOCHS = "epochs.json"
 #: between the name of a stage and the number of one of its runs
 _RUN = ", run "
 #: from the seed of one run to that of the next: seeds that people give are nearer to each other
@@ -86,7 +89,8 @@ def train_plan(
 ) -> Path:
     """Run the stages of a plan, evaluate, and write the run folder, which is returned."""
     settings = folder.settings_with_data(arguments, splits.fingerprint())
-    stages, data = prepare(task, plan, splits, arguments)
+    at_once = max((callback.at_once for callback in callbacks if isinstance(callback, TimeLimit)), default=1)
+    stages, data = prepare(task, plan, splits, arguments, at_once)
     path = Path(str(arguments.output_dir))
     settings[folder.CHOSEN_PRECISION] = arguments.precision
     if arguments.resume and arguments.finds_learning_rate:
@@ -146,9 +150,16 @@ def check_plan(plan: Plan, arguments: TransferArguments) -> None:
 
 
 def prepare(
-    task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments
+    task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments, at_once: int = 1
 ) -> tuple[list[Stage], dict[str, Any]]:
     """The stages with their epochs, and the data sets of the splits; what the arguments leave open is filled in.
+
+    Args:
+        task: whose arguments become these.
+        plan: what trains.
+        splits: the data.
+        arguments: of the run.
+        at_once: trainings that will stand on the disk side by side.
 
     Raises:
         UsageError: something that was asked for cannot be done, or the disk is too small.
@@ -157,7 +168,7 @@ def prepare(
     check_plan(plan, arguments)
     stages = _resolve(task, plan, splits, arguments)
     path = Path(str(arguments.output_dir))
-    folder.check_space(path, _bytes_needed(plan, arguments))
+    folder.check_space(path, _bytes_needed(plan, arguments, at_once))
     AcceleratorState._reset_state()  # or another run in this process would dictate its precision
     compute.share_threads(on_cpu=arguments.device.type == "cpu")
     data: dict[str, Any] = {"train": task.dataset(splits.train, training=True)}
@@ -300,8 +311,11 @@ def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, 
     set_precision(arguments, precision)
 
 
-def _bytes_needed(plan: Plan, arguments: TransferArguments) -> int:
-    """Disk for three checkpoints (best, last, the one being written) with two moments each, and two whole models."""
+def _bytes_needed(plan: Plan, arguments: TransferArguments, at_once: int = 1) -> int:
+    """Disk for three checkpoints (best, last, the one being written) with two moments each, and two whole models.
+
+    Trainings side by side have three checkpoints each.
+    """
     parameters = list(plan.model.parameters())
     everything = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     names = set().union(*(stage.trainable for stage in plan.stages))
@@ -309,7 +323,7 @@ def _bytes_needed(plan: Plan, arguments: TransferArguments) -> int:
     kept = trained if hasattr(plan.model, "peft_config") else everything
     averages = 3 * trained if arguments.average != "none" else 0  # in each checkpoint, or the three of a soup
     runs = (arguments.soup_runs - 1) * (kept + trained) + trained if arguments.soup_runs > 1 else 0
-    return 3 * (kept + 2 * trained) + 2 * everything + averages + runs
+    return at_once * 3 * (kept + 2 * trained) + 2 * everything + averages + runs
 
 
 def _run_stages(
@@ -325,11 +339,13 @@ def _run_stages(
     model = plan.model
     records: list[dict[str, Any]] = []
     results: dict[str, Any] = {}
+    beside: set[int] = set()  # numbers of the stages that another process has trained
     finals: list[Path] = []
     pretrained = pretrained_weights(Plan(model, tuple(stages))) if task.arguments.wise_ft else {}
     searched = searched_stage(plan, task.arguments) if task.arguments.finds_learning_rate else None
     chooses = any(stage.choose is not None for stage in stages)
     limit = next((callback for callback in callbacks if isinstance(callback, TimeLimit)), None)
+    at_once = 1 if limit is None else limit.at_once
 
     @functools.cache
     def inputs(plain: bool) -> dict[str, Any]:
@@ -338,6 +354,46 @@ def _run_stages(
 
     start: dict[str, torch.Tensor] = {}
     first_run = len(stages) - task.arguments.soup_runs  # of the last stage, which mostly has one
+    begin_together = range(first_run, len(stages), at_once)  # runs, each with those behind it
+
+    def train(index: int, after: contextlib.ExitStack) -> tuple[TransferTrainer, KeptFeatures | None, Any, Path]:
+        """Train a stage, or load it: its trainer, what is kept for it, its rows, and the folder of its result."""
+        stage, is_last = stages[index], index + 1 == len(stages)
+        kept = keep_features(task, stage, model, splits, data, alone=len(stages) == 1, last=is_last)
+        stage = stage if kept is None else kept.stage
+        rows = inputs(sees_plain_rows(task, stage, model)) if kept is None else kept.data
+        if kept is not None:
+            after.callback(kept.release)  # also where the stage fails, or a second fit would keep what stubs give
+        if stage.headless:
+            after.enter_context(headless(task, model, data["train"]))
+        trainer = _stage_trainer(task, stage, model, splits, rows, index, kept, run=index - first_run)
+        after.callback(trainer.end_workers)
+        _check_sharding(task.arguments, trainer, model, stages, chooses)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        final = Path(str(trainer.args.output_dir), "final")
+        if final.is_dir():
+            trainer._load_from_checkpoint(str(final))
+            if kept is not None:
+                kept.probe = load_probe(final / PROBE)
+        elif index not in beside:
+            say(_announcement(stage, model, index, len(stages), task.arguments.max_steps, kept))
+            try:
+                record = _stage_record(task, trainer, stage, kept, pretrained if is_last else {})
+            except (Diverged, torch.OutOfMemoryError) as error:
+                is_spare = limit is not None or isinstance(error, Diverged)
+                if index <= first_run or not is_spare:  # the last stage needs a run that comes to its end
+                    raise
+                say(f"{stage.name} is left out: {error}")
+            else:
+                _keep_result(trainer, record, final, None if kept is None else kept.probe, as_ingredient=bool(start))
+        return trainer, kept, rows, final
+
+    def train_apart(index: int) -> None:
+        stages[index] = _chosen(task, stages[index], model, splits)
+        with contextlib.ExitStack() as after:
+            train(index, after)
+
     for index in range(len(stages)):
         is_last = index + 1 == len(stages)
         if records and "penalty" in records[-1]:
@@ -354,47 +410,19 @@ def _run_stages(
         if index == searched:
             trained = any("learning_rate" in record for record in records)  # a head that was not solved
             stages[index:] = _with_rate(task, plan, stages[index:], splits, data, keeps_head=trained)
-        stage = stages[index]
-        kept = keep_features(task, stage, model, splits, data, alone=len(stages) == 1, last=is_last)
-        stage = stage if kept is None else kept.stage
-        rows = inputs(sees_plain_rows(task, stage, model)) if kept is None else kept.data
+        apart = _begin_others(task.arguments, stages, index, at_once) if index in begin_together else []
         with contextlib.ExitStack() as after:
-            if kept is not None:
-                after.callback(kept.release)  # also where the stage fails, or a second fit would keep what stubs give
-            if stage.headless:
-                after.enter_context(headless(task, model, data["train"]))
-            trainer = _stage_trainer(task, stage, model, splits, rows, index, kept, run=index - first_run)
-            after.callback(trainer.end_workers)
-            _check_sharding(task.arguments, trainer, model, stages, chooses)
-            for callback in callbacks:
-                trainer.add_callback(callback)
-            final = Path(str(trainer.args.output_dir), "final")
-            if final.is_dir():
-                trainer._load_from_checkpoint(str(final))
-                if kept is not None:
-                    kept.probe = load_probe(final / PROBE)
-            else:
-                say(_announcement(stage, model, index, len(stages), task.arguments.max_steps, kept))
-                try:
-                    record = _stage_record(task, trainer, stage, kept, pretrained if is_last else {})
-                except (Diverged, torch.OutOfMemoryError) as error:
-                    is_spare = limit is not None or isinstance(error, Diverged)
-                    if not finals[first_run:] or not is_spare:  # no run of the last stage has come to its end
-                        raise
-                    say(f"{stage.name} is left out: {error}")
-                else:
-                    probe = None if kept is None else kept.probe
-                    _keep_result(trainer, record, final, probe, as_ingredient=bool(start))
+            with side_by_side(1 + len(apart)) as others:
+                for other in apart:
+                    others.begin(other, functools.partial(train_apart, other))
+                trainer, kept, rows, final = train(index, after)
+                _settle(others.wait(), stages)
+            beside.update(apart)
             if final.is_dir():
                 records.append(read_json(final / folder.STAGE_RECORD))
                 finals.append(final)
-            if start and limit is not None and not is_last:
-                further = _further_run(task.arguments, stages[index + 1], index + 1, records[-1], limit)
-                if further is None:
-                    say(f"{stages[index + 1].name}: there is no time for it")
-                    is_last = True
-                else:
-                    stages[index + 1] = further
+            if start and limit is not None and not is_last and index + 1 in begin_together:
+                is_last = not _plan_further_runs(task.arguments, stages, index + 1, records[-1], limit)
             if is_last and start and finals[first_run:] != [final]:
                 records[-1] |= soup_of_runs(trainer, finals[first_run:])
             if is_last and averaged_views(task.arguments):
@@ -414,22 +442,67 @@ def _run_stages(
     return trainer, records, results
 
 
-def _further_run(
-    arguments: TransferArguments, stage: Stage, index: int, last: dict[str, Any], limit: TimeLimit
-) -> Stage | None:
-    """The next run of a stage, of the epochs that there is time for by what the last run took, at most the stage's.
+def _begin_others(arguments: TransferArguments, stages: list[Stage], index: int, at_once: int) -> list[int]:
+    """Numbers of the runs that train beside that of a number, each with its epochs kept, and are not finished."""
+    apart = []
+    for other in range(index + 1, min(index + at_once, len(stages))):
+        place = _place(arguments, stages[other], other)
+        stages[other] = _begun(place, stages[other]) or _begin(place, stages[other])
+        if not (place / "final").is_dir():
+            apart.append(other)
+    return apart
 
-    None where those are too few. A run of which an interruption left a checkpoint keeps its epochs.
+
+def _settle(codes: dict[int, int], stages: list[Stage]) -> None:
+    """Say which runs that trained beside another were ended by the system, as for want of memory.
+
+    Raises:
+        RuntimeError: one of them failed.
     """
-    place = _place(arguments, stage, index)
-    known = place / "epochs.json"
+    for index, code in codes.items():
+        if code == 1:
+            raise RuntimeError(f"{stages[index].name} failed in a process of its own, as said above.")
+        if code:
+            say(f"{stages[index].name} is left out: its process was ended from outside ({code})")
+
+
+def _plan_further_runs(
+    arguments: TransferArguments, stages: list[Stage], index: int, last: dict[str, Any], limit: TimeLimit
+) -> bool:
+    """Give the next runs, as many as train at once, the epochs that there is time for; whether it is enough for one.
+
+    By what an epoch of the last run took; no more of them than the stage has. A run that an interruption left with a
+    checkpoint, or finished, keeps its own.
+    """
+    enough = False
+    for other in range(index, min(index + limit.at_once, len(stages))):
+        place = _place(arguments, stages[other], other)
+        begun = _begun(place, stages[other])
+        if begun is None:
+            epochs = min(stages[other].epochs, whole_epochs(limit.epochs_left(last["seconds_an_epoch"])))
+            if epochs < limit.least_epochs:
+                if not enough:
+                    say(f"{stages[other].name}: there is no time for it")
+                    return False
+                del stages[other:]
+                return True
+            begun = _begin(place, dataclasses.replace(stages[other], epochs=epochs))
+        stages[other], enough = begun, True
+    return enough
+
+
+def _begun(place: Path, stage: Stage) -> Stage | None:
+    """The stage with the epochs that a run of it keeps after an interruption; None where it has no checkpoint yet."""
     if folder.last_checkpoint(place) is None and not (place / "final").is_dir():
-        epochs = min(stage.epochs, whole_epochs(limit.epochs_left(last["seconds_an_epoch"])))
-        if epochs < limit.least_epochs:
-            return None
-        place.mkdir(parents=True, exist_ok=True)
-        folder.write_json(known, epochs)
-    return dataclasses.replace(stage, epochs=read_json(known))
+        return None
+    return dataclasses.replace(stage, epochs=read_json(place / _EPOCHS))
+
+
+def _begin(place: Path, stage: Stage) -> Stage:
+    """The stage, once its epochs are written down."""
+    place.mkdir(parents=True, exist_ok=True)
+    folder.write_json(place / _EPOCHS, stage.epochs)
+    return stage
 
 
 def _place(arguments: TransferArguments, stage: Stage, index: int) -> Path:

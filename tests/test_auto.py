@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ import hftl
 from hftl import auto, cli, features, probes
 from hftl.folder import PREDICTIONS
 from hftl.run import Run
+from hftl.trainer import TransferTrainer
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,89 @@ def test_a_task_that_learns_late_has_longer_runs(epochs: float, shape: tuple[int
     later = auto._later(hftl.parse(hftl.AudioArguments, ["--model=a", "--dataset=b"]))
     assert later == 3
     assert auto._shape(epochs, later) == shape
+
+
+@pytest.mark.parametrize(
+    ("epochs", "at_once", "shape"),
+    [(2.9, 2, (2, 2)), (5.9, 2, (2, 5)), (6, 2, (4, 3)), (99, 2, (4, 5)), (6, 3, (3, 5)), (4, 3, (3, 4))],
+)
+def test_runs_side_by_side_have_the_epochs_that_fit_into_one(
+    epochs: float, at_once: int, shape: tuple[int, float]
+) -> None:
+    assert auto._shape(epochs, 0.0, at_once) == shape
+
+
+@pytest.mark.parametrize(
+    ("left", "shape"),
+    [(27.0, (1, 2.0, 1)), (29.0, (2, 2.0, 2)), (45.0, (2, 3.0, 2)), (99.0, (4, 3.0, 2))],
+)
+def test_runs_go_side_by_side_from_two_epochs_on(left: float, shape: tuple[int, float, int]) -> None:
+    """Of ten seconds alone, and of fourteen beside another."""
+    ladder: Any = SimpleNamespace(left=left, arguments=hftl.parse(hftl.TextArguments, ["--model=a", "--dataset=b"]))
+    costs = auto.Costs(training=1.0, prediction=1.0, at_once=2, slower=1.4, of_pairs=False)
+    assert auto.Ladder._last_training(ladder, 10.0, costs) == shape
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes with threads are copied on Linux alone")
+@pytest.mark.usefixtures("many_rows")
+@pytest.mark.parametrize(("beside", "count"), [(0.0, 4), (9.0, 1)], ids=["pays", "does not"])
+def test_the_last_training_has_runs_side_by_side_where_that_pays(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: float, count: int
+) -> None:
+    """With two threads two at a time, and in each process one thread."""
+    threads = torch.get_num_threads()
+    seen = tmp_path / "seen"
+    step = TransferTrainer.training_step
+
+    def noted(self: Any, *others: Any, **settings: Any) -> Any:
+        with seen.open("a") as file:
+            file.write(f"{self.stage.name}: {os.getpid() == here}, {torch.get_num_threads()}\n")
+        return step(self, *others, **settings)
+
+    here = os.getpid()
+    monkeypatch.setattr(TransferTrainer, "training_step", noted)
+    monkeypatch.setattr(auto, "_EPOCHS_FOR_TRIALS", 1e9)
+    monkeypatch.setattr(auto.compute, "seconds_a_row_beside", lambda *_: beside)
+    monkeypatch.setattr(auto, "_shape", lambda epochs, later, at_once=1: (at_once, 3.0))
+    monkeypatch.setattr(auto.TimeLimit, "epochs_left", lambda self, seconds: 2.0 if self.at_once > 1 else 0.0)
+    monkeypatch.setattr(auto.Ladder, "_is_better", lambda *_: True)
+    torch.set_num_threads(2)
+    try:
+        train(world, tmp_path / "run", "--time_budget=1h")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    last = rows_of(tmp_path / "run")[-1]
+    assert (last["rung"], last["runs"], last["epochs"]) == ("final", str(count), "3.0")
+    run = hftl.load_run(tmp_path / "run")
+    stages = run.metrics["train"]["stages"]
+    assert [stage["epochs"] for stage in stages] == [3, 3, 2, 2][:count]
+    where = sorted({line for line in seen.read_text().splitlines() if line.startswith("all, run")})
+    if count == 1:
+        assert where == ["all, run 1: True, 2"]
+    else:
+        assert where == [f"all, run {number}: {number % 2 == 1}, 1" for number in (1, 2, 3, 4)]
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+    rows = [row["text"] for row in csv.DictReader((world / "texts" / "test.csv").open())]
+    encoded = run.task.processor(rows, padding=True, return_tensors="pt")
+    labels = [plain.config.id2label[int(row)] for row in plain(**encoded).logits.argmax(dim=1)]
+    assert labels == [prediction.label for prediction in run.predict(rows)]
+
+
+def test_what_does_not_go_side_by_side(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a tracker's library has open; and more trainings than the memory holds."""
+    flags = [f"--model={world / 'bert'}", "--dataset=b"]
+    ladder: Any = SimpleNamespace(arguments=hftl.parse(hftl.TextArguments, flags))
+    model = torch.nn.Linear(4, 4)
+    monkeypatch.setattr(auto, "most_at_once", lambda: 8)
+    each = auto.psutil.Process().memory_info().rss
+    for room, count in ((99.0, auto._MOST_RUNS), (1.2, 2), (0.5, 1)):
+        memory = SimpleNamespace(available=room * each)
+        monkeypatch.setattr(auto.psutil, "virtual_memory", lambda memory=memory: memory)
+        assert auto.Ladder._most_at_once(ladder, model) == count
+    monkeypatch.setattr(auto.psutil, "virtual_memory", lambda: SimpleNamespace(available=99 * each))
+    ladder.arguments.report_to = ["wandb"]
+    assert auto.Ladder._most_at_once(ladder, model) == 1
 
 
 @pytest.mark.usefixtures("many_rows")
@@ -484,8 +569,8 @@ def test_a_training_that_the_limit_ended_early_is_no_whole_one(
 
     limit = auto.TimeLimit
 
-    def passing(until: float, least_epochs: float) -> auto.TimeLimit:
-        made = limit(until, least_epochs)
+    def passing(until: float, *others: Any) -> auto.TimeLimit:
+        made = limit(until, *others)
 
         def on_step_begin(args: Any, state: TrainerState, control: TrainerControl, **others: Any) -> None:
             made.until = until if state.global_step + 1 < cut * state.max_steps else 0.0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ from tiny_training import TinyData, every_tensor, tiny_arguments, tiny_trainer
 from transformers import TrainerCallback
 
 import hftl
-from hftl import averaging, callbacks, cli, methods, training
+from hftl import averaging, callbacks, cli, methods, side_by_side, training
 from hftl.errors import Diverged
 from hftl.trainer import TransferTrainer
 
@@ -264,12 +266,13 @@ def test_runs_start_alike_and_give_their_mean(
 
 
 @contextlib.contextmanager
-def failing_run_2(error: BaseException, after_epoch: float = -1.0) -> Iterator[None]:
-    """The second run fails at its first step behind so much of its epochs."""
+def failing_runs(error: BaseException, after: dict[int, float]) -> Iterator[None]:
+    """Runs, by their numbers, fail at their first step behind so much of their epochs."""
     step = TransferTrainer.training_step
 
     def failing(self: Any, *others: Any, **settings: Any) -> Any:
-        if self.stage.name == "all, run 2" and self.state.epoch > after_epoch:
+        run = int(self.stage.name.rpartition(" ")[2])
+        if run in after and self.state.epoch > after[run]:
             raise error
         return step(self, *others, **settings)
 
@@ -283,7 +286,7 @@ def test_an_interrupted_second_run_goes_on(place: Path, tmp_path: Path) -> None:
     flags += ["--report_to=none", "--precision=fp32", "--num_train_epochs=3", "--learning_rate=1e-3", "--soup_runs=2"]
     recipe = ROOT / "recipes" / "text_classification.py"
     cli.run_recipe(recipe, [*flags, f"--output_dir={tmp_path / 'whole'}"])
-    with failing_run_2(KeyboardInterrupt(), after_epoch=0.9), pytest.raises(KeyboardInterrupt):
+    with failing_runs(KeyboardInterrupt(), {2: 0.9}), pytest.raises(KeyboardInterrupt):
         cli.run_recipe(recipe, [*flags, f"--output_dir={tmp_path / 'run'}"])
     table = place / "texts" / "train.csv"
     rows = table.read_text()
@@ -330,8 +333,8 @@ def test_time_that_is_up_makes_the_soup_of_what_there_is(
 class LimitThatFits(callbacks.TimeLimit):
     """A limit that says for how many epochs there is time, one number for each run that it is asked about."""
 
-    def __init__(self, *epochs: float) -> None:
-        super().__init__(until=time.time() + 3600)
+    def __init__(self, *epochs: float, at_once: int = 1) -> None:
+        super().__init__(until=time.time() + 3600, at_once=at_once)
         self.epochs = list(epochs)
 
     def epochs_left(self, seconds: float) -> float:
@@ -374,7 +377,7 @@ def test_a_further_run_has_the_epochs_that_fit(
 def test_a_further_run_that_was_begun_keeps_its_epochs(place: Path, tmp_path: Path) -> None:
     """One and a half fit when it begins, none when it goes on."""
     whole = train_until(place, tmp_path / "whole", LimitThatFits(1.5, 0))
-    with failing_run_2(KeyboardInterrupt(), after_epoch=1), pytest.raises(KeyboardInterrupt):
+    with failing_runs(KeyboardInterrupt(), {2: 1}), pytest.raises(KeyboardInterrupt):
         train_until(place, tmp_path / "run", LimitThatFits(1.5))
     run = train_until(place, tmp_path / "run", LimitThatFits(0), "--resume")
     assert [stage["epochs"] for stage in run.metrics["train"]["stages"]] == [3, 1.5]
@@ -405,19 +408,127 @@ def test_an_epoch_takes_as_long_as_before_an_interruption(
 
 
 def test_a_further_run_without_a_checkpoint_is_planned_anew(place: Path, tmp_path: Path) -> None:
-    with failing_run_2(KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+    with failing_runs(KeyboardInterrupt(), {2: -1}), pytest.raises(KeyboardInterrupt):
         train_until(place, tmp_path / "run", LimitThatFits(3))
     run = train_until(place, tmp_path / "run", LimitThatFits(0.9), "--resume")
     assert [stage["epochs"] for stage in run.metrics["train"]["stages"]] == [3]
 
 
 def test_a_further_run_for_which_there_is_no_memory_is_left_out(place: Path, tmp_path: Path) -> None:
-    with failing_run_2(torch.OutOfMemoryError("full")):
+    with failing_runs(torch.OutOfMemoryError("full"), {2: -1}):
         run = train_until(place, tmp_path / "run", LimitThatFits(3, 0))
         with pytest.raises(torch.OutOfMemoryError):  # runs that were asked for
             train_until(place, tmp_path / "asked", TrainerCallback())
     assert [stage["name"] for stage in run.metrics["train"]["stages"]] == ["all, run 1"]
     assert run.task.arguments.soup_runs == 1
+
+
+@contextlib.contextmanager
+def trained_here() -> Iterator[list[str]]:
+    """Names of the stages that this process trains."""
+    names: list[str] = []
+    train = TransferTrainer.train
+
+    def noted(self: Any, *others: Any, **settings: Any) -> Any:
+        names.append(self.stage.name)
+        return train(self, *others, **settings)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TransferTrainer, "train", noted)
+        yield names
+
+
+def same_weights(one: hftl.Run, other: hftl.Run) -> bool:
+    mine, theirs = (load_file(run.folder / "model.safetensors") for run in (one, other))
+    return mine.keys() == theirs.keys() and all(mine[name].equal(theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("at_once", [2, 3])
+def test_runs_side_by_side_are_those_one_after_the_other(place: Path, tmp_path: Path, at_once: int) -> None:
+    """The same weights; where two train at once the third has a time of its own."""
+    alone = train_until(place, tmp_path / "alone", LimitThatFits(3, 2), "--learning_rate=1e-3")
+    with trained_here() as names:
+        limit = LimitThatFits(*[2.0] * (3 - at_once), at_once=at_once)
+        beside = train_until(place, tmp_path / "beside", limit, "--learning_rate=1e-3")
+    assert names == ["all, run 1", "all, run 3"][: 4 - at_once]
+    stages = beside.metrics["train"]["stages"]
+    assert [stage["epochs"] for stage in stages] == [3, 3, 2 if at_once == 2 else 3]
+    assert stages[-1]["soup"]["tried"] == 3
+    assert beside.task.arguments.soup_runs == 3
+    assert same_weights(alone, beside) == (at_once == 2)  # whose third run is as long
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_runs_side_by_side_go_on_after_an_interruption(place: Path, tmp_path: Path, at_once: int) -> None:
+    """The first stops in its second epoch, and with it the one beside it, wherever that is."""
+    whole = train_until(place, tmp_path / "whole", LimitThatFits(at_once=2), "--soup_runs=2")
+    with failing_runs(KeyboardInterrupt(), {1: 1}), pytest.raises(KeyboardInterrupt):
+        train_until(place, tmp_path / "run", LimitThatFits(at_once=2), "--soup_runs=2")
+    run = train_until(place, tmp_path / "run", LimitThatFits(3, at_once=at_once), "--soup_runs=2", "--resume")
+    assert same_weights(whole, run)
+
+
+def test_a_run_beside_another_that_stops_early_keeps_its_epochs(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third and the fourth are begun for one and a half epochs, and both go on with them."""
+    flags = ["--soup_runs=4"]
+    whole = train_until(place, tmp_path / "whole", LimitThatFits(1.5, 1.5, at_once=2), *flags)
+    monkeypatch.setattr(side_by_side.SideBySide, "end", side_by_side.SideBySide.wait)  # so that the fourth ends
+    with failing_runs(KeyboardInterrupt(), {3: 1}), pytest.raises(KeyboardInterrupt):
+        train_until(place, tmp_path / "run", LimitThatFits(1.5, 1.5, at_once=2), *flags)
+    with trained_here() as names:
+        run = train_until(place, tmp_path / "run", LimitThatFits(at_once=2), *flags, "--resume")
+    assert names == ["all, run 3"]
+    assert [stage["epochs"] for stage in run.metrics["train"]["stages"]] == [3, 3, 1.5, 1.5]
+    assert same_weights(whole, run)
+
+
+def test_further_runs_of_which_one_was_begun(place: Path, tmp_path: Path) -> None:
+    """It goes on; for the one beside it, which has no checkpoint, there is no time any more."""
+    flags = ["--soup_runs=4"]
+    with failing_runs(KeyboardInterrupt(), {3: 1, 4: -1}), pytest.raises(KeyboardInterrupt):
+        train_until(place, tmp_path / "run", LimitThatFits(1.5, 1.5, at_once=2), *flags)
+    run = train_until(place, tmp_path / "run", LimitThatFits(0, at_once=2), *flags, "--resume")
+    assert [stage["epochs"] for stage in run.metrics["train"]["stages"]] == [3, 3, 1.5]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), Diverged("no numbers")], ids=type)
+def test_a_run_beside_another_may_be_left_out(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    with failing_runs(error, {2: -1}):
+        run = train_until(place, tmp_path / "run", LimitThatFits(0, at_once=2))
+    assert [stage["name"] for stage in run.metrics["train"]["stages"]] == ["all, run 1"]
+    assert run.task.arguments.soup_runs == 1
+    assert f"all, run 2 is left out: {error}" in capfd.readouterr().out
+
+
+def test_a_run_beside_another_that_the_system_ends_is_left_out(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As it does for want of memory."""
+    step = TransferTrainer.training_step
+
+    def ended(self: Any, *others: Any, **settings: Any) -> Any:
+        if self.stage.name == "all, run 2":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *others, **settings)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TransferTrainer, "training_step", ended)
+        run = train_until(place, tmp_path / "run", LimitThatFits(0, at_once=2))
+    assert [stage["name"] for stage in run.metrics["train"]["stages"]] == ["all, run 1"]
+    assert "all, run 2 is left out: its process was ended from outside (-9)" in capfd.readouterr().out
+
+
+def test_an_error_beside_a_run_ends_it(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with (
+        failing_runs(ValueError("no such row"), {2: -1}),
+        pytest.raises(RuntimeError, match="all, run 2 failed in a process of its own, as said above"),
+    ):
+        train_until(place, tmp_path / "run", LimitThatFits(at_once=2))
+    assert "ValueError: no such row" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("until", "epochs"), [(90.0, 4.5), (3.0, 0.15), (-50.0, -2.5)])
