@@ -45,7 +45,7 @@ from hftl.metrics import SHARES, swapped_answers
 from hftl.side_by_side import most_at_once
 from hftl.tables import aligned, as_csv
 from hftl.tasks.classification import ClassificationTask
-from hftl.training import check_plan, train_plan
+from hftl.training import bytes_needed, check_plan, train_plan
 from hftl.yaml_files import read_yaml
 
 #: the table of what was tried, in the run folder, and the folder of the trial that trains
@@ -92,12 +92,10 @@ _LONG = 1 / 2
 _LEAST_EPOCHS = 0.5
 #: seconds for the files of a run and for reading them back
 _WRITING = 3.0
+#: several runs side by side must take less than this part of their time one after the other
+_PAYS = 0.9
 #: `partial` runs the frozen part once, as the probe did, and trains the last blocks on what it gave
 _PARTIAL_COSTS = 2.0
-
-
-#: several runs side by side must take less than this part of their time one after the other
-_GAIN = 0.9
 
 
 @dataclass
@@ -243,7 +241,7 @@ class Ladder:
         fit, later = self.left / epoch, _later(self.arguments)
         if costs.at_once > 1:
             runs, epochs = _shape(fit / costs.slower, later, costs.at_once)
-            if epochs >= _LEAST_FOR_SOUP:
+            if epochs >= _LEAST_FOR_SOUP + later:
                 return runs, epochs, costs.at_once
         return *_shape(fit, later), 1
 
@@ -356,10 +354,12 @@ class Ladder:
         runs, score, better = 1, -math.inf if self.arguments.greater_is_better else math.inf, False
         try:
             plan = self._plan(arguments, factor)
-            limit = TimeLimit(self.budget.ends - self.reserve, self._half, min(at_once, most_at_once()))
+            limit = TimeLimit(
+                self.budget.ends - self.reserve, self._half, self._fitting(place, plan, arguments, at_once)
+            )
             train_plan(self.task, plan, self.splits, arguments, [limit])
             runs = arguments.soup_runs
-            done = 1.0 if runs > at_once else limit.done  # a further run is begun where the first ones were whole
+            done = 1.0 if runs > limit.at_once else limit.done  # further runs begin where the first ones were whole
             long = rung == "final" and epochs * done >= self._half
             usual = long and method != "partial" and not self._of("pairs")
             whole = usual or (method == _PAIRS and done == 1)
@@ -464,10 +464,11 @@ class Ladder:
             if precision != self.arguments.precision:
                 set_precision(self.arguments, precision)
             training = compute.seconds_a_row(model, batch, loss, True, precision)
-            at_once = self._most_at_once(model)
-            if at_once > 1:
-                beside = compute.seconds_a_row_beside(model, batch, loss, precision, at_once)
-                slower = (beside + preparing) / max(training, preparing)
+            most = self._most_at_once(model)
+            if most > 1:
+                beside = compute.seconds_a_row_beside(model, batch, loss, precision, most) + preparing
+                if beside < _PAYS * most * max(training, preparing):
+                    at_once, slower = most, beside / max(training, preparing)
         except torch.OutOfMemoryError:
             say("auto: the memory does not hold a training of the whole model: only its end is trained")
             training = math.inf
@@ -476,23 +477,28 @@ class Ladder:
         pairs_fit = self.arguments.per_device_train_batch_size != 1 and not self.arguments.auto_find_batch_size
         few_texts = self.task.modality.is_text and self.stretch > 1
         of_pairs = few_texts and pairs_fit and gives_features(model, backbones.inputs_of(batch))
-        pays = slower < _GAIN * at_once
-        training, prediction = max(training, preparing), max(prediction, preparing)
-        return Costs(training, prediction, at_once if pays else 1, slower if pays else 1.0, of_pairs)
+        return Costs(max(training, preparing), max(prediction, preparing), at_once, slower, of_pairs)
 
     def _most_at_once(self, model: nn.Module) -> int:
         """How many trainings may go side by side: what computes can be copied, and the memory holds them.
 
-        What a training holds is no more than what this process does, which has just trained a step, and two moments.
-        What follows a training elsewhere may not survive a copy of the process.
+        A training holds no more than this process did in the step that it has just trained, and two moments. What
+        follows a training elsewhere may not survive a copy of the process.
         """
         reports: Any = self.arguments.report_to  # a list, once it is parsed
         if not set(reports) <= {"tensorboard"}:
             return 1
         moments = 2 * sum(4 * parameter.numel() for parameter in model.parameters())
-        each = psutil.Process().memory_info().rss + moments
-        room = 1 + int(psutil.virtual_memory().available // each)
-        return min(most_at_once(), _MOST_RUNS, room)
+        room = compute.free_memory() + psutil.Process().memory_info().rss
+        return max(1, min(most_at_once(), _MOST_RUNS, room // (compute.peak_memory() + moments)))
+
+    def _fitting(self, place: Path, plan: Plan, arguments: TransferArguments, at_once: int) -> int:
+        """So many trainings side by side, or one where the disk does not hold what they write."""
+        at_once = min(at_once, most_at_once())
+        if at_once > 1 and not folder.has_space(place, bytes_needed(plan, arguments, at_once)):
+            say("auto: the disk has no room for several trainings at a time: they come one after the other")
+            return 1
+        return at_once
 
 
 def _seconds_until_interrupted(recipe: Path) -> float:
@@ -507,7 +513,7 @@ def _later(arguments: TransferArguments) -> float:
 
 
 def _most_runs(at_once: int) -> int:
-    """As many as train side by side, or as often as there are enough of them."""
+    """The least multiple of what trains side by side that is enough."""
     return at_once * math.ceil(_MOST_RUNS / at_once)
 
 

@@ -19,6 +19,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from hftl.compute import wait_for_all
 from hftl.folder import is_main_process, say
 from hftl.metrics import written
+from hftl.side_by_side import is_copy
 
 #: a run in a file rather than a terminal gets a line of progress every so many seconds
 _SECONDS_BETWEEN_LINES = 30.0
@@ -50,15 +51,22 @@ class StopSignals(TrainerCallback):
             signal.signal(number, self._receive)
         self.training = False
 
+    def listen_here(self) -> None:
+        """In a process that trains beside the one that began to listen."""
+        self.process = os.getpid()
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:  # a data worker, which inherited this handler: the main process decides
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
+        if is_copy() and self.received:  # the terminal tells all processes, and then the one that began this one does
+            return
         if self.received or not self.training:
             raise Interrupted(number)
         self.received = number
-        say(f"\n{signal.Signals(number).name} received: writing a checkpoint after this step.")
+        if not is_copy():
+            say(f"\n{signal.Signals(number).name} received: writing a checkpoint after this step.")
 
     def close(self) -> None:
         """Give the signals back to whoever had them."""
@@ -147,7 +155,7 @@ class ReadableProgress(ProgressCallback):
         self.last_line = time.monotonic()
         self.started = self.last_line
         self.first_step = 0
-        self.show_bar = sys.stderr.isatty()
+        self.show_bar = sys.stderr.isatty() and not is_copy()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Open the bar."""
@@ -202,7 +210,7 @@ class LogFile(TrainerCallback):
     def __init__(self, path: Path, stage: str) -> None:
         """Name the file, which is appended to, and the stage; what a kill left of a last line is cut off."""
         self.path, self.stage = path, stage
-        if is_main_process() and path.is_file():
+        if is_main_process() and not is_copy() and path.is_file():
             whole, _, rest = path.read_bytes().rpartition(b"\n")
             if rest:
                 os.truncate(path, len(whole) + bool(whole))

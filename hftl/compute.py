@@ -9,6 +9,8 @@ import functools
 import math
 import os
 import platform
+import resource
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -87,6 +90,23 @@ def share_threads(on_cpu: bool) -> None:
     # Accelerate and torchrun set 1 where nobody has said anything, which cannot be told from a wish.
     if on_cpu and wanted == "1" and share > 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
         say(f"1 of {share} cores computes in each process, since OMP_NUM_THREADS is 1: set it to {share} for all")
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, or of the container that it runs in (cgroup v2)."""
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    free = psutil.virtual_memory().available
+    if limit.is_file() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(used.read_text()))
+    return free
+
+
+def peak_memory() -> int:
+    """Most bytes held: on the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @contextlib.contextmanager
@@ -264,21 +284,23 @@ def seconds_a_row_beside(
     """What a row takes to train in one thread, while other processes do the same; the fastest of three passes.
 
     Args:
-        model: as for `seconds_a_row`, on the CPU.
-        batch: as for it.
-        loss: as for it.
-        precision: as for it.
+        model: on the CPU, in training mode.
+        batch: what `forward` takes, and `labels`.
+        loss: of outputs and labels.
+        precision: of the computation.
         count: of the processes, with this one.
     """
-    inputs = backbones.inputs_of(batch)
 
     def train_on() -> None:
         while True:
-            _pass(model, inputs, batch["labels"], loss, precision, training=True)
+            seconds_a_row(model, batch, loss, True, precision)
 
     with side_by_side(count) as others:
         for number in range(1, count):
             others.begin(number, train_on)
+        _pass(
+            model, backbones.inputs_of(batch), batch["labels"], loss, precision, training=True
+        )  # they begin meanwhile
         return seconds_a_row(model, batch, loss, True, precision)
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -440,7 +439,7 @@ def _announce(
             f"{budget:g} or half of the {free / 1e9:.2f} GB free allow (hftl cache rm makes room)"
         )
     held = compute.local_processes() * len(every) * row_bytes
-    available = psutil.virtual_memory().available
+    available = compute.free_memory()
     if solves and held > available / 2:
         raise NotKept(
             f"solving a head holds them in memory, {held / 1e9:.2g} GB, more than half of the {available / 1e9:.2g} GB "

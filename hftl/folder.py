@@ -454,14 +454,24 @@ def check_space(folder: Path, needed: int) -> None:
     Raises:
         UsageError: less than `needed` bytes are free on the disk of `folder`.
     """
-    free = shutil.disk_usage(nearest_existing(folder)).free
-    goes = folder.is_dir() and not (folder / METRICS).is_file()  # a finished run stays until another is whole
-    written = folder_bytes(folder / CHECKPOINTS) if goes else 0
-    if free + written < needed:
+    free = _free_space(folder)
+    if free < needed:
         raise DiskError(
             f"No space for the run in {str(folder)!r}: its checkpoints and model need about {needed / 1e6:,.0f} MB and "
             f"{free / 1e6:,.0f} MB are free. Free some space, or name a folder on another disk with --output_dir."
         )
+
+
+def has_space(folder: Path, needed: int) -> bool:
+    """Whether so many bytes are free on the disk of a folder for a run in it."""
+    return _free_space(folder) >= needed
+
+
+def _free_space(folder: Path) -> int:
+    """Bytes for a run in a folder, with those of its checkpoints that are there already."""
+    goes = folder.is_dir() and not (folder / METRICS).is_file()  # a finished run stays until another is whole
+    written = folder_bytes(folder / CHECKPOINTS) if goes else 0
+    return shutil.disk_usage(nearest_existing(folder)).free + written
 
 
 _DISK_ERRORS = {

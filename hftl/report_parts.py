@@ -53,6 +53,8 @@ def training_curves(path: Path, scores: Sequence[tuple[str, str]]) -> dict[str, 
     offset, last, stage = 0, 0, None
     names = [f"eval_{name}" for name, _ in scores]
     entries = _log_entries(path, ["eval_loss", *names])
+    order = list(dict.fromkeys(entry["stage"] for entry in entries))
+    entries.sort(key=lambda entry: order.index(entry["stage"]))  # trainings side by side write in turns
     evaluated = {entry["stage"] for entry in entries if "eval_loss" in entry}
     for entry in entries:
         if evaluated and entry["stage"] not in evaluated:  # whose loss is another one, such as that of pairs

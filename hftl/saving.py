@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import platform
-import resource
 import shutil
-import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +57,9 @@ def write_run(
     largest = max(reversed(records), key=lambda record: record["trainable_parameters"])  # of equal ones the last
     metrics = {
         "train": {
-            "seconds": sum(record["seconds"] for record in records),
+            "seconds": sum(record["seconds"] for record in records if "beside" not in record),
             "samples_per_second": largest["samples_per_second"],
-            "peak_memory_mb": _peak_memory_mb(),
+            "peak_memory_mb": _peak_memory(records) / 1e6,
             "trainable_parameters": largest["trainable_parameters"],
             "total_parameters": largest["total_parameters"],
             "stages": records,
@@ -168,16 +167,17 @@ def _logits(model: Any, batch: dict[str, torch.Tensor], device: torch.device) ->
         return model(**inputs).logits.float()
 
 
+def _peak_memory(records: list[dict[str, Any]]) -> int:
+    """Of this process, with what trained beside it at one time."""
+    beside: Counter[str] = Counter()
+    for record in records:
+        if "beside" in record:
+            beside[record["beside"]] += record["peak_memory"]
+    return compute.peak_memory() + max(beside.values(), default=0)
+
+
 def _versions() -> dict[str, str]:
     """Of what may make a difference."""
     names = ("torch", "transformers", "timm", "peft", "accelerate", "datasets", "scikit-learn")
     found = {name: compute.version_of(name) for name in names}
     return {"hftl": __version__, "python": platform.python_version(), **found}
-
-
-def _peak_memory_mb() -> float:
-    """Most memory held: on the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

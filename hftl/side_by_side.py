@@ -13,13 +13,24 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
 #: of prctl: the signal that a process gets when the one that began it ends
 _PR_SET_PDEATHSIG = 1
+#: seconds that a process has to leave a checkpoint when it is asked to end, and between two looks at it
+_TO_END, _BETWEEN_LOOKS = 10.0, 0.05
+
+_is_copy = False
+
+
+def is_copy() -> bool:
+    """Whether this process is one that another began for work beside it."""
+    return _is_copy
 
 
 def most_at_once() -> int:
@@ -45,14 +56,14 @@ class SideBySide:
         self._processes: dict[int, int] = {}
 
     def begin(self, key: int, work: Callable[[], None]) -> None:
-        """Do the work in a copy of this process, with one thread; an error in it is printed.
+        """Do the work in a copy of this process, with one thread; an error in it is printed there.
 
         Args:
             key: a number for it.
             work: what to do.
         """
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
         parent = os.getpid()
         process = os.fork()
         if process:
@@ -60,30 +71,50 @@ class SideBySide:
             return
         code = 1
         try:
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() == parent:  # it may have ended before it could be watched
-                work()
-                code = 0
-        except BaseException:  # nothing may come back into what this process was a copy of
+            _become_copy(parent)
+            work()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            os._exit(code)  # nothing may come back into what this process was a copy of
 
-    def wait(self) -> dict[int, int]:
-        """Wait for all; exit codes by their keys, of those that a signal ended its negative number."""
+    def wait(self, until: float = float("inf")) -> dict[int, int]:
+        """Wait for all; exit codes by their keys, of those that a signal ended its negative number.
+
+        Args:
+            until: when those that still work are killed, as `time.time()` counts.
+        """
         codes = {}
-        for key in list(self._processes):
-            codes[key] = os.waitstatus_to_exitcode(os.waitpid(self._processes[key], 0)[1])
-            del self._processes[key]
+        while self._processes:
+            for key, process in list(self._processes.items()):
+                if time.time() > until:
+                    os.kill(process, signal.SIGKILL)
+                ended, status = os.waitpid(process, os.WNOHANG)
+                if ended:
+                    codes[key] = os.waitstatus_to_exitcode(status)
+                    del self._processes[key]
+            if self._processes:
+                time.sleep(_BETWEEN_LOOKS)
         return codes
 
     def end(self) -> None:
-        """Kill those that have not been waited for."""
+        """Ask those that have not been waited for to end, and kill what does not."""
         for process in self._processes.values():
-            os.kill(process, signal.SIGKILL)
-        self.wait()
+            os.kill(process, signal.SIGTERM)
+        self.wait(time.time() + _TO_END)
+
+
+def _become_copy(parent: int) -> None:
+    """End when the parent does, and where memory is wanting before it."""
+    global _is_copy
+    _is_copy = True
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before it could be watched
+        raise SystemExit(1)
+    Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 @contextlib.contextmanager

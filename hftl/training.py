@@ -31,7 +31,7 @@ from hftl.averaging import (
     put,
     soup_of_runs,
 )
-from hftl.callbacks import EveryFewEpochs, LogFile, ReadableProgress, StopSignals, TimeLimit
+from hftl.callbacks import EveryFewEpochs, Interrupted, LogFile, ReadableProgress, StopSignals, TimeLimit
 from hftl.compute import of_all_processes, wait_for_all
 from hftl.data import JOINED, Splits
 from hftl.errors import Diverged, UsageError, without_worker
@@ -69,8 +69,6 @@ from hftl.yaml_files import read_yaml
 if TYPE_CHECKING:
     from torch import nn
 
-#: in the folder of a run that may have other epochs than the first: how many
-_EPOCHS = "epochs.json"
 #: between the name of a stage and the number of one of its runs
 _RUN = ", run "
 #: from the seed of one run to that of the next: seeds that people give are nearer to each other
@@ -80,6 +78,8 @@ _RUN_SEEDS = 1_000_003
 _MOST_GAIN = 20.0
 #: batches by which a stage chooses what trains: enough for an order of blocks, and done in seconds
 _CHOOSING_BATCHES = 8
+#: seconds behind a time limit by which a run beside another has been evaluated and written
+_TO_FINISH = 60.0
 #: of a stage in which the model gives no answers
 _UNEVALUATED = {"eval_strategy": IntervalStrategy.NO, "load_best_model_at_end": False}
 
@@ -89,8 +89,8 @@ def train_plan(
 ) -> Path:
     """Run the stages of a plan, evaluate, and write the run folder, which is returned."""
     settings = folder.settings_with_data(arguments, splits.fingerprint())
-    at_once = max((callback.at_once for callback in callbacks if isinstance(callback, TimeLimit)), default=1)
-    stages, data = prepare(task, plan, splits, arguments, at_once)
+    limit = _limit(callbacks)
+    stages, data = prepare(task, plan, splits, arguments, 1 if limit is None else limit.at_once)
     path = Path(str(arguments.output_dir))
     settings[folder.CHOSEN_PRECISION] = arguments.precision
     if arguments.resume and arguments.finds_learning_rate:
@@ -168,7 +168,7 @@ def prepare(
     check_plan(plan, arguments)
     stages = _resolve(task, plan, splits, arguments)
     path = Path(str(arguments.output_dir))
-    folder.check_space(path, _bytes_needed(plan, arguments, at_once))
+    folder.check_space(path, bytes_needed(plan, arguments, at_once))
     AcceleratorState._reset_state()  # or another run in this process would dictate its precision
     compute.share_threads(on_cpu=arguments.device.type == "cpu")
     data: dict[str, Any] = {"train": task.dataset(splits.train, training=True)}
@@ -311,7 +311,11 @@ def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, 
     set_precision(arguments, precision)
 
 
-def _bytes_needed(plan: Plan, arguments: TransferArguments, at_once: int = 1) -> int:
+def _limit(callbacks: Sequence[Any]) -> TimeLimit | None:
+    return next((callback for callback in callbacks if isinstance(callback, TimeLimit)), None)
+
+
+def bytes_needed(plan: Plan, arguments: TransferArguments, at_once: int = 1) -> int:
     """Disk for three checkpoints (best, last, the one being written) with two moments each, and two whole models.
 
     Trainings side by side have three checkpoints each.
@@ -339,12 +343,12 @@ def _run_stages(
     model = plan.model
     records: list[dict[str, Any]] = []
     results: dict[str, Any] = {}
-    beside: set[int] = set()  # numbers of the stages that another process has trained
+    apart: set[int] = set()  # numbers of the runs that other processes train
     finals: list[Path] = []
     pretrained = pretrained_weights(Plan(model, tuple(stages))) if task.arguments.wise_ft else {}
     searched = searched_stage(plan, task.arguments) if task.arguments.finds_learning_rate else None
     chooses = any(stage.choose is not None for stage in stages)
-    limit = next((callback for callback in callbacks if isinstance(callback, TimeLimit)), None)
+    limit = _limit(callbacks)
     at_once = 1 if limit is None else limit.at_once
 
     @functools.cache
@@ -356,7 +360,9 @@ def _run_stages(
     first_run = len(stages) - task.arguments.soup_runs  # of the last stage, which mostly has one
     begin_together = range(first_run, len(stages), at_once)  # runs, each with those behind it
 
-    def train(index: int, after: contextlib.ExitStack) -> tuple[TransferTrainer, KeptFeatures | None, Any, Path]:
+    def train(
+        index: int, after: contextlib.ExitStack, beside: str = ""
+    ) -> tuple[TransferTrainer, KeptFeatures | None, Any, Path]:
         """Train a stage, or load it: its trainer, what is kept for it, its rows, and the folder of its result."""
         stage, is_last = stages[index], index + 1 == len(stages)
         kept = keep_features(task, stage, model, splits, data, alone=len(stages) == 1, last=is_last)
@@ -376,7 +382,7 @@ def _run_stages(
             trainer._load_from_checkpoint(str(final))
             if kept is not None:
                 kept.probe = load_probe(final / PROBE)
-        elif index not in beside:
+        elif index not in apart:
             say(_announcement(stage, model, index, len(stages), task.arguments.max_steps, kept))
             try:
                 record = _stage_record(task, trainer, stage, kept, pretrained if is_last else {})
@@ -386,13 +392,22 @@ def _run_stages(
                     raise
                 say(f"{stage.name} is left out: {error}")
             else:
+                record |= {"beside": beside, "peak_memory": compute.peak_memory()} if beside else {}
                 _keep_result(trainer, record, final, None if kept is None else kept.probe, as_ingredient=bool(start))
         return trainer, kept, rows, final
 
-    def train_apart(index: int) -> None:
+    def train_apart(index: int, beside: str) -> None:
+        """Train a run in a process of its own."""
+        apart.discard(index)
+        for callback in callbacks:
+            if isinstance(callback, StopSignals):
+                callback.listen_here()
         stages[index] = _chosen(task, stages[index], model, splits)
-        with contextlib.ExitStack() as after:
-            train(index, after)
+        try:
+            with contextlib.ExitStack() as after:
+                train(index, after, beside)
+        except Interrupted as signal:
+            raise SystemExit(128 + signal.number) from None
 
     for index in range(len(stages)):
         is_last = index + 1 == len(stages)
@@ -410,14 +425,18 @@ def _run_stages(
         if index == searched:
             trained = any("learning_rate" in record for record in records)  # a head that was not solved
             stages[index:] = _with_rate(task, plan, stages[index:], splits, data, keeps_head=trained)
-        apart = _begin_others(task.arguments, stages, index, at_once) if index in begin_together else []
+        others = _others(task.arguments, stages, index, at_once) if index in begin_together else []
+        apart.update(others)
+        if others:
+            inputs(sees_plain_rows(task, stages[index], model))  # once for all of them
         with contextlib.ExitStack() as after:
-            with side_by_side(1 + len(apart)) as others:
-                for other in apart:
-                    others.begin(other, functools.partial(train_apart, other))
+            with side_by_side(1 + len(others)) as processes:
+                for other in others:
+                    processes.begin(other, functools.partial(train_apart, other, stages[index].name))
                 trainer, kept, rows, final = train(index, after)
-                _settle(others.wait(), stages)
-            beside.update(apart)
+                codes = processes.wait(math.inf if limit is None else limit.until + _TO_FINISH)
+            for other in (other for other, code in codes.items() if code):
+                say(f"{stages[other].name} is left out: its process ended with {codes[other]}")
             if final.is_dir():
                 records.append(read_json(final / folder.STAGE_RECORD))
                 finals.append(final)
@@ -442,28 +461,14 @@ def _run_stages(
     return trainer, records, results
 
 
-def _begin_others(arguments: TransferArguments, stages: list[Stage], index: int, at_once: int) -> list[int]:
-    """Numbers of the runs that train beside that of a number, each with its epochs kept, and are not finished."""
-    apart = []
-    for other in range(index + 1, min(index + at_once, len(stages))):
-        place = _place(arguments, stages[other], other)
-        stages[other] = _begun(place, stages[other]) or _begin(place, stages[other])
-        if not (place / "final").is_dir():
-            apart.append(other)
-    return apart
-
-
-def _settle(codes: dict[int, int], stages: list[Stage]) -> None:
-    """Say which runs that trained beside another were ended by the system, as for want of memory.
-
-    Raises:
-        RuntimeError: one of them failed.
-    """
-    for index, code in codes.items():
-        if code == 1:
-            raise RuntimeError(f"{stages[index].name} failed in a process of its own, as said above.")
-        if code:
-            say(f"{stages[index].name} is left out: its process was ended from outside ({code})")
+def _others(arguments: TransferArguments, stages: list[Stage], index: int, at_once: int) -> list[int]:
+    """Numbers of the runs that are to train beside one of a number, where it is to train itself."""
+    group = [
+        number
+        for number in range(index, min(index + at_once, len(stages)))
+        if not (_place(arguments, stages[number], number) / "final").is_dir()
+    ]
+    return group[1:] if group[:1] == [index] else []
 
 
 def _plan_further_runs(
@@ -472,37 +477,22 @@ def _plan_further_runs(
     """Give the next runs, as many as train at once, the epochs that there is time for; whether it is enough for one.
 
     By what an epoch of the last run took; no more of them than the stage has. A run that an interruption left with a
-    checkpoint, or finished, keeps its own.
+    checkpoint, or finished, keeps its own. Runs for which there is no time are taken off the stages.
     """
-    enough = False
-    for other in range(index, min(index + limit.at_once, len(stages))):
-        place = _place(arguments, stages[other], other)
-        begun = _begun(place, stages[other])
-        if begun is None:
-            epochs = min(stages[other].epochs, whole_epochs(limit.epochs_left(last["seconds_an_epoch"])))
+    for number in range(index, min(index + limit.at_once, len(stages))):
+        place = _place(arguments, stages[number], number)
+        known = place / "epochs.json"
+        if folder.last_checkpoint(place) is None and not (place / "final").is_dir():
+            epochs = min(stages[number].epochs, whole_epochs(limit.epochs_left(last["seconds_an_epoch"])))
             if epochs < limit.least_epochs:
-                if not enough:
-                    say(f"{stages[other].name}: there is no time for it")
-                    return False
-                del stages[other:]
-                return True
-            begun = _begin(place, dataclasses.replace(stages[other], epochs=epochs))
-        stages[other], enough = begun, True
-    return enough
-
-
-def _begun(place: Path, stage: Stage) -> Stage | None:
-    """The stage with the epochs that a run of it keeps after an interruption; None where it has no checkpoint yet."""
-    if folder.last_checkpoint(place) is None and not (place / "final").is_dir():
-        return None
-    return dataclasses.replace(stage, epochs=read_json(place / _EPOCHS))
-
-
-def _begin(place: Path, stage: Stage) -> Stage:
-    """The stage, once its epochs are written down."""
-    place.mkdir(parents=True, exist_ok=True)
-    folder.write_json(place / _EPOCHS, stage.epochs)
-    return stage
+                say(f"{stages[number].name}: there is no time for it")
+                del stages[number:]
+                break
+            place.mkdir(parents=True, exist_ok=True)
+            folder.write_json(known, epochs)
+        if known.is_file():
+            stages[number] = dataclasses.replace(stages[number], epochs=read_json(known))
+    return len(stages) > index
 
 
 def _place(arguments: TransferArguments, stage: Stage, index: int) -> Path:

@@ -84,11 +84,17 @@ def test_runs_side_by_side_have_the_epochs_that_fit_into_one(
     ("left", "shape"),
     [(27.0, (1, 2.0, 1)), (29.0, (2, 2.0, 2)), (45.0, (2, 3.0, 2)), (99.0, (4, 3.0, 2))],
 )
-def test_runs_go_side_by_side_from_two_epochs_on(left: float, shape: tuple[int, float, int]) -> None:
+def test_runs_go_side_by_side_from_two_epochs_on(
+    monkeypatch: pytest.MonkeyPatch, left: float, shape: tuple[int, float, int]
+) -> None:
     """Of ten seconds alone, and of fourteen beside another."""
-    ladder: Any = SimpleNamespace(left=left, arguments=hftl.parse(hftl.TextArguments, ["--model=a", "--dataset=b"]))
+    ladder: Any = object.__new__(auto.Ladder)
+    ladder.arguments, ladder.stretch = hftl.parse(hftl.TextArguments, ["--model=a", "--dataset=b"]), 1.0
+    monkeypatch.setattr(auto.Ladder, "left", left)
     costs = auto.Costs(training=1.0, prediction=1.0, at_once=2, slower=1.4, of_pairs=False)
-    assert auto.Ladder._last_training(ladder, 10.0, costs) == shape
+    assert ladder._last_training(10.0, costs) == shape
+    ladder.arguments = hftl.parse(hftl.AudioArguments, ["--model=a", "--dataset=b"])  # which take twice the epochs
+    assert ladder._last_training(10.0, costs)[2] == (2 if left > 90 else 1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes with threads are copied on Linux alone")
@@ -137,18 +143,35 @@ def test_the_last_training_has_runs_side_by_side_where_that_pays(
     assert labels == [prediction.label for prediction in run.predict(rows)]
 
 
+def test_runs_side_by_side_need_room_on_the_disk(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three times the checkpoints of one."""
+    arguments = hftl.parse(hftl.TextArguments, [f"--model={world / 'bert'}", f"--dataset={world / 'texts'}"])
+    task = hftl.TextClassification(arguments)
+    plan = hftl.build_plan(task.build_model(task.load_splits()), arguments)
+    one, three = (auto.bytes_needed(plan, arguments, count) for count in (1, 3))
+    assert three > 2 * one
+    monkeypatch.setattr(auto, "most_at_once", lambda: 8)
+    for free, count in ((three, 3), (three - 1, 1)):
+        disk = SimpleNamespace(free=free)
+        monkeypatch.setattr(auto.folder.shutil, "disk_usage", lambda _, disk=disk: disk)
+        assert auto.Ladder._fitting(SimpleNamespace(), tmp_path, plan, arguments, 3) == count  # type: ignore[arg-type]
+    assert "the disk has no room for several trainings at a time" in capsys.readouterr().out
+
+
 def test_what_does_not_go_side_by_side(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a tracker's library has open; and more trainings than the memory holds."""
     flags = [f"--model={world / 'bert'}", "--dataset=b"]
     ladder: Any = SimpleNamespace(arguments=hftl.parse(hftl.TextArguments, flags))
     model = torch.nn.Linear(4, 4)
     monkeypatch.setattr(auto, "most_at_once", lambda: 8)
-    each = auto.psutil.Process().memory_info().rss
-    for room, count in ((99.0, auto._MOST_RUNS), (1.2, 2), (0.5, 1)):
-        memory = SimpleNamespace(available=room * each)
-        monkeypatch.setattr(auto.psutil, "virtual_memory", lambda memory=memory: memory)
+    held = auto.psutil.Process().memory_info().rss
+    monkeypatch.setattr(auto.compute, "peak_memory", lambda: 2 * held)
+    for free, count in ((99, auto._MOST_RUNS), (4, 2), (0, 1)):
+        monkeypatch.setattr(auto.compute, "free_memory", lambda free=free: free * held)
         assert auto.Ladder._most_at_once(ladder, model) == count
-    monkeypatch.setattr(auto.psutil, "virtual_memory", lambda: SimpleNamespace(available=99 * each))
+    monkeypatch.setattr(auto.compute, "free_memory", lambda: 99 * held)
     ladder.arguments.report_to = ["wandb"]
     assert auto.Ladder._most_at_once(ladder, model) == 1
 

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -519,16 +519,62 @@ def test_a_run_beside_another_that_the_system_ends_is_left_out(
         patched.setattr(TransferTrainer, "training_step", ended)
         run = train_until(place, tmp_path / "run", LimitThatFits(0, at_once=2))
     assert [stage["name"] for stage in run.metrics["train"]["stages"]] == ["all, run 1"]
-    assert "all, run 2 is left out: its process was ended from outside (-9)" in capfd.readouterr().out
+    assert "all, run 2 is left out: its process ended with -9" in capfd.readouterr().out
 
 
-def test_an_error_beside_a_run_ends_it(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with (
-        failing_runs(ValueError("no such row"), {2: -1}),
-        pytest.raises(RuntimeError, match="all, run 2 failed in a process of its own, as said above"),
-    ):
-        train_until(place, tmp_path / "run", LimitThatFits(at_once=2))
-    assert "ValueError: no such row" in capfd.readouterr().err
+def test_an_error_beside_a_run_leaves_that_one_alone_out(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with failing_runs(ValueError("no such row"), {2: -1}):
+        run = train_until(place, tmp_path / "run", LimitThatFits(0, at_once=2))
+    assert [stage["name"] for stage in run.metrics["train"]["stages"]] == ["all, run 1"]
+    printed = capfd.readouterr()
+    assert "ValueError: no such row" in printed.err
+    assert "all, run 2 is left out: its process ended with 1" in printed.out
+
+
+def test_a_signal_leaves_checkpoints_of_all_that_train_side_by_side(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the steps at which it comes, behind the first of two epochs of four steps."""
+    flags = ["--soup_runs=2", "--num_train_epochs=2"]
+    whole = train_until(place, tmp_path / "whole", LimitThatFits(at_once=2), *flags)
+    step, waits = TransferTrainer.training_step, tmp_path / "waits"
+
+    def stopping(self: Any, *others: Any, **settings: Any) -> Any:
+        (signals,) = (found for found in self.callback_handler.callbacks if isinstance(found, callbacks.StopSignals))
+        if self.state.global_step == 5 and self.stage.name == "all, run 2":
+            waits.touch()
+            wait_for(lambda: signals.received)
+        elif self.state.global_step == 5:
+            wait_for(waits.exists)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *others, **settings)
+
+    monkeypatch.setattr(TransferTrainer, "training_step", stopping)
+    with pytest.raises(callbacks.Interrupted):
+        train_until(place, tmp_path / "run", LimitThatFits(at_once=2), *flags)
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("*/checkpoint-6"))
+    assert len(left) == 2
+    monkeypatch.setattr(TransferTrainer, "training_step", step)
+    run = train_until(place, tmp_path / "run", LimitThatFits(at_once=2), *flags, "--resume")
+    assert same_weights(whole, run)
+
+
+def wait_for(what: Callable[[], object]) -> None:
+    end = time.time() + 60
+    while not what():
+        assert time.time() < end
+        time.sleep(0.01)
+
+
+def test_what_a_run_beside_another_took_is_no_time_of_its_own(place: Path, tmp_path: Path) -> None:
+    """Its memory is."""
+    train = train_until(place, tmp_path / "run", LimitThatFits(2, at_once=2)).metrics["train"]
+    one, beside, third = train["stages"]
+    assert train["seconds"] == pytest.approx(one["seconds"] + third["seconds"])
+    assert beside["beside"] == "all, run 1"
+    assert train["peak_memory_mb"] > beside["peak_memory"] / 1e6 * 1.5
 
 
 @pytest.mark.parametrize(("until", "epochs"), [(90.0, 4.5), (3.0, 0.15), (-50.0, -2.5)])

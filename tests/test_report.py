@@ -615,6 +615,17 @@ def test_what_was_done_twice_counts_once_in_the_curves(tmp_path: Path) -> None:
     assert "training 9 to 1" in chart
 
 
+def test_curves_of_runs_side_by_side_are_those_one_after_the_other(tmp_path: Path) -> None:
+    """Which write their lines in turns."""
+    steps = [(stage, step) for stage in ("all, run 1", "all, run 2") for step in (10, 20, 30)]
+    logs = {"turns": sorted(steps, key=lambda entry: entry[1]), "after": steps}
+    for name, entries in logs.items():
+        lines = [json.dumps({"stage": stage, "step": step, "loss": step / 10}) for stage, step in entries]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    turns, after = (training_curves(tmp_path / name, SingleLabel.headline) for name in logs)
+    assert turns == after
+
+
 def test_notes_of_the_data_name_no_folder(tmp_path: Path) -> None:
     home = Path.home()
     notes = {

@@ -104,6 +104,30 @@ def test_work_ends_when_the_process_that_began_it_does(tmp_path: Path) -> None:
     assert not other.is_running() or other.status() == psutil.STATUS_ZOMBIE
 
 
+def test_what_takes_too_long_is_killed() -> None:
+    def work() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+
+    with side_by_side(2) as others:
+        others.begin(5, work)
+        assert others.wait(time.time() + 1) == {5: -signal.SIGKILL}
+
+
+def test_nowhere_to_print() -> None:
+    """Neither here nor there is anything but the exit code known of it."""
+    script = (
+        "from hftl.side_by_side import side_by_side\n"
+        "with side_by_side(2) as others:\n"
+        "    others.begin(0, lambda: 1 / 0)\n"
+        "    codes = others.wait()\n"
+        "raise SystemExit(10 + codes[0])\n"
+    )
+    for where in (">&- 2>&-", ">/dev/full 2>/dev/full"):
+        done = subprocess.run(["sh", "-c", f"exec '{sys.executable}' -c '{script}' {where}"], check=False)
+        assert done.returncode == 11
+
+
 def test_one_alone_keeps_its_threads() -> None:
     with side_by_side(1) as others:
         assert torch.get_num_threads() == 2
