@@ -59,7 +59,7 @@ def write_run(
         "train": {
             "seconds": sum(record["seconds"] for record in records if "beside" not in record),
             "samples_per_second": largest["samples_per_second"],
-            "peak_memory_mb": _peak_memory(records) / 1e6,
+            "peak_memory_mb": _peak_memory_mb(records),
             "trainable_parameters": largest["trainable_parameters"],
             "total_parameters": largest["total_parameters"],
             "stages": records,
@@ -167,13 +167,13 @@ def _logits(model: Any, batch: dict[str, torch.Tensor], device: torch.device) ->
         return model(**inputs).logits.float()
 
 
-def _peak_memory(records: list[dict[str, Any]]) -> int:
+def _peak_memory_mb(records: list[dict[str, Any]]) -> float:
     """Of this process, with what trained beside it at one time."""
     beside: Counter[str] = Counter()
     for record in records:
         if "beside" in record:
-            beside[record["beside"]] += record["peak_memory"]
-    return compute.peak_memory() + max(beside.values(), default=0)
+            beside[record["beside"]] += record["peak_memory_mb"]
+    return compute.peak_memory() / 1e6 + max(beside.values(), default=0)
 
 
 def _versions() -> dict[str, str]:

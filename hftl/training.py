@@ -361,9 +361,12 @@ def _run_stages(
     begin_together = range(first_run, len(stages), at_once)  # runs, each with those behind it
 
     def train(
-        index: int, after: contextlib.ExitStack, beside: str = ""
+        index: int, after: contextlib.ExitStack, beside: str = "", held: int = 0
     ) -> tuple[TransferTrainer, KeptFeatures | None, Any, Path]:
-        """Train a stage, or load it: its trainer, what is kept for it, its rows, and the folder of its result."""
+        """Train a stage, or load it: its trainer, what is kept for it, its rows, and the folder of its result.
+
+        In a process beside that of another run, what the record says of it: its name, and what both hold in common.
+        """
         stage, is_last = stages[index], index + 1 == len(stages)
         kept = keep_features(task, stage, model, splits, data, alone=len(stages) == 1, last=is_last)
         stage = stage if kept is None else kept.stage
@@ -392,12 +395,14 @@ def _run_stages(
                     raise
                 say(f"{stage.name} is left out: {error}")
             else:
-                record |= {"beside": beside, "peak_memory": compute.peak_memory()} if beside else {}
+                if beside:
+                    record |= {"beside": beside, "peak_memory_mb": (compute.peak_memory() - held) / 1e6}
                 _keep_result(trainer, record, final, None if kept is None else kept.probe, as_ingredient=bool(start))
         return trainer, kept, rows, final
 
     def train_apart(index: int, beside: str) -> None:
         """Train a run in a process of its own."""
+        held = compute.peak_memory()
         apart.discard(index)
         for callback in callbacks:
             if isinstance(callback, StopSignals):
@@ -405,7 +410,7 @@ def _run_stages(
         stages[index] = _chosen(task, stages[index], model, splits)
         try:
             with contextlib.ExitStack() as after:
-                train(index, after, beside)
+                train(index, after, beside, held)
         except Interrupted as signal:
             raise SystemExit(128 + signal.number) from None
 

@@ -574,7 +574,7 @@ def test_what_a_run_beside_another_took_is_no_time_of_its_own(place: Path, tmp_p
     one, beside, third = train["stages"]
     assert train["seconds"] == pytest.approx(one["seconds"] + third["seconds"])
     assert beside["beside"] == "all, run 1"
-    assert train["peak_memory_mb"] > beside["peak_memory"] / 1e6 * 1.5
+    assert 0 <= beside["peak_memory_mb"] < train["peak_memory_mb"]
 
 
 @pytest.mark.parametrize(("until", "epochs"), [(90.0, 4.5), (3.0, 0.15), (-50.0, -2.5)])
