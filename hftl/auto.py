@@ -334,6 +334,7 @@ class Ladder:
         length = f" for {epochs:g} epoch{'' if epochs == 1 else 's'}" if epochs else ""
         length += f" at {factor:g} times its rates" if factor != 1 else ""
         say(f"\nauto: {rung}, {method}{length}; {self.budget.left:.0f} of {self.budget.seconds:.0f} s left")
+        again = rung == "final" and method != "partial" and self._runs_again(epochs)
         arguments = stage_arguments(
             self.arguments,
             method=method,
@@ -345,18 +346,15 @@ class Ladder:
             overwrite=False,
             resume=(place / CHECKPOINTS / RECIPE).is_file(),
             average="soup" if soup and self._cooks(epochs) else "none",
-            soup_runs=_most_runs(at_once)
-            if rung == "final" and method != "partial" and self._runs_again(epochs)
-            else 1,
+            soup_runs=_most_runs(at_once) if again else 1,
             **(self._plain() if rung in ("probe", "pairs") else {}),
             **(OF_KEPT_FEATURES if method == "full" else {}),
         )
         runs, score, better = 1, -math.inf if self.arguments.greater_is_better else math.inf, False
         try:
             plan = self._plan(arguments, factor)
-            limit = TimeLimit(
-                self.budget.ends - self.reserve, self._half, self._fitting(place, plan, arguments, at_once)
-            )
+            fitting = _fitting(place, plan, arguments, at_once)
+            limit = TimeLimit(self.budget.ends - self.reserve, self._half, fitting)
             train_plan(self.task, plan, self.splits, arguments, [limit])
             runs = arguments.soup_runs
             done = 1.0 if runs > limit.at_once else limit.done  # further runs begin where the first ones were whole
@@ -464,7 +462,7 @@ class Ladder:
             if precision != self.arguments.precision:
                 set_precision(self.arguments, precision)
             training = compute.seconds_a_row(model, batch, loss, True, precision)
-            most = self._most_at_once(model)
+            most = _most_at_once(model, self.arguments)
             if most > 1:
                 beside = compute.seconds_a_row_beside(model, batch, loss, precision, most) + preparing
                 if beside < _PAYS * most * max(training, preparing):
@@ -479,26 +477,28 @@ class Ladder:
         of_pairs = few_texts and pairs_fit and gives_features(model, backbones.inputs_of(batch))
         return Costs(max(training, preparing), max(prediction, preparing), at_once, slower, of_pairs)
 
-    def _most_at_once(self, model: nn.Module) -> int:
-        """How many trainings may go side by side: what computes can be copied, and the memory holds them.
 
-        A training holds no more than this process did in the step that it has just trained, and two moments. What
-        follows a training elsewhere may not survive a copy of the process.
-        """
-        reports: Any = self.arguments.report_to  # a list, once it is parsed
-        if not set(reports) <= {"tensorboard"}:
-            return 1
-        moments = 2 * sum(4 * parameter.numel() for parameter in model.parameters())
-        room = compute.free_memory() + psutil.Process().memory_info().rss
-        return max(1, min(most_at_once(), _MOST_RUNS, room // (compute.peak_memory() + moments)))
+def _most_at_once(model: nn.Module, arguments: TransferArguments) -> int:
+    """How many trainings may go side by side: what computes can be copied, and the memory holds them.
 
-    def _fitting(self, place: Path, plan: Plan, arguments: TransferArguments, at_once: int) -> int:
-        """So many trainings side by side, or one where the disk does not hold what they write."""
-        at_once = min(at_once, most_at_once())
-        if at_once > 1 and not folder.has_space(place, bytes_needed(plan, arguments, at_once)):
-            say("auto: the disk has no room for several trainings at a time: they come one after the other")
-            return 1
-        return at_once
+    A training holds no more than this process did in the step that it has just trained, and two moments. What follows a
+    training elsewhere may not survive a copy of the process.
+    """
+    reports: Any = arguments.report_to  # a list, once it is parsed
+    if not set(reports) <= {"tensorboard"}:
+        return 1
+    moments = 2 * sum(4 * parameter.numel() for parameter in model.parameters())
+    room = compute.free_memory() + psutil.Process().memory_info().rss
+    return max(1, min(most_at_once(), _MOST_RUNS, room // (compute.peak_memory() + moments)))
+
+
+def _fitting(place: Path, plan: Plan, arguments: TransferArguments, at_once: int) -> int:
+    """So many trainings side by side, or one where the disk does not hold what they write."""
+    at_once = min(at_once, most_at_once())
+    if at_once > 1 and not folder.has_space(place, bytes_needed(plan, arguments, at_once)):
+        say("auto: the disk has no room for several trainings at a time: they come one after the other")
+        return 1
+    return at_once
 
 
 def _seconds_until_interrupted(recipe: Path) -> float:

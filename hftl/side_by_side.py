@@ -56,7 +56,7 @@ class SideBySide:
         self._processes: dict[int, int] = {}
 
     def begin(self, key: int, work: Callable[[], None]) -> None:
-        """Do the work in a copy of this process, with one thread; an error in it is printed there.
+        """Do the work in a copy of this process; an error in it is printed there, and its exit code is 1.
 
         Args:
             key: a number for it.
@@ -77,9 +77,11 @@ class SideBySide:
         except SystemExit as end:
             code = int(end.code or 0)
         except BaseException:
+            # Raised further it would be handled as the first process' own, which would remove files that this one still
+            # writes to. It is told instead: here the error, there the exit code.
             traceback.print_exc()
         finally:
-            os._exit(code)  # nothing may come back into what this process was a copy of
+            os._exit(code)  # nor may anything else come back into what this process was a copy of
 
     def wait(self, until: float = float("inf")) -> dict[int, int]:
         """Wait for all; exit codes by their keys, of those that a signal ended its negative number.

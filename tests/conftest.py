@@ -41,6 +41,17 @@ def _own_environment() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Where tests compute with one."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     own, before = tmp_path_factory.mktemp("cache"), os.environ.get("HFTL_HOME")

@@ -98,13 +98,12 @@ def test_runs_go_side_by_side_from_two_epochs_on(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes with threads are copied on Linux alone")
-@pytest.mark.usefixtures("many_rows")
+@pytest.mark.usefixtures("many_rows", "two_threads")
 @pytest.mark.parametrize(("beside", "count"), [(0.0, 4), (9.0, 1)], ids=["pays", "does not"])
 def test_the_last_training_has_runs_side_by_side_where_that_pays(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: float, count: int
 ) -> None:
     """With two threads two at a time, and in each process one thread."""
-    threads = torch.get_num_threads()
     seen = tmp_path / "seen"
     step = TransferTrainer.training_step
 
@@ -120,12 +119,8 @@ def test_the_last_training_has_runs_side_by_side_where_that_pays(
     monkeypatch.setattr(auto, "_shape", lambda epochs, later, at_once=1: (at_once, 3.0))
     monkeypatch.setattr(auto.TimeLimit, "epochs_left", lambda self, seconds: 2.0 if self.at_once > 1 else 0.0)
     monkeypatch.setattr(auto.Ladder, "_is_better", lambda *_: True)
-    torch.set_num_threads(2)
-    try:
-        train(world, tmp_path / "run", "--time_budget=1h")
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
+    train(world, tmp_path / "run", "--time_budget=1h")
+    assert torch.get_num_threads() == 2
     last = rows_of(tmp_path / "run")[-1]
     assert (last["rung"], last["runs"], last["epochs"]) == ("final", str(count), "3.0")
     run = hftl.load_run(tmp_path / "run")
@@ -156,24 +151,24 @@ def test_runs_side_by_side_need_room_on_the_disk(
     for free, count in ((three, 3), (three - 1, 1)):
         disk = SimpleNamespace(free=free)
         monkeypatch.setattr(auto.folder.shutil, "disk_usage", lambda _, disk=disk: disk)
-        assert auto.Ladder._fitting(SimpleNamespace(), tmp_path, plan, arguments, 3) == count  # type: ignore[arg-type]
+        assert auto._fitting(tmp_path, plan, arguments, 3) == count
     assert "the disk has no room for several trainings at a time" in capsys.readouterr().out
 
 
 def test_what_does_not_go_side_by_side(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a tracker's library has open; and more trainings than the memory holds."""
     flags = [f"--model={world / 'bert'}", "--dataset=b"]
-    ladder: Any = SimpleNamespace(arguments=hftl.parse(hftl.TextArguments, flags))
+    arguments: Any = hftl.parse(hftl.TextArguments, flags)
     model = torch.nn.Linear(4, 4)
     monkeypatch.setattr(auto, "most_at_once", lambda: 8)
     held = auto.psutil.Process().memory_info().rss
     monkeypatch.setattr(auto.compute, "peak_memory", lambda: 2 * held)
     for free, count in ((99, auto._MOST_RUNS), (4, 2), (0, 1)):
         monkeypatch.setattr(auto.compute, "free_memory", lambda free=free: free * held)
-        assert auto.Ladder._most_at_once(ladder, model) == count
+        assert auto._most_at_once(model, arguments) == count
     monkeypatch.setattr(auto.compute, "free_memory", lambda: 99 * held)
-    ladder.arguments.report_to = ["wandb"]
-    assert auto.Ladder._most_at_once(ladder, model) == 1
+    arguments.report_to = ["wandb"]
+    assert auto._most_at_once(model, arguments) == 1
 
 
 @pytest.mark.usefixtures("many_rows")

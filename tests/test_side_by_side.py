@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -16,15 +15,10 @@ import torch
 
 from hftl.side_by_side import SideBySide, most_at_once, side_by_side
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes with threads are copied on Linux alone")
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="processes with threads are copied on Linux alone"),
+    pytest.mark.usefixtures("two_threads"),
+]
 
 
 def test_work_changes_its_own_copy_and_has_one_thread(tmp_path: Path) -> None:
