@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 
 from hftl import backbones
 from hftl.arguments import TransferArguments
+from hftl.callbacks import ends_epoch
 from hftl.compute import wait_for_all
 from hftl.errors import UsageError
 from hftl.folder import is_main_process, replacing, say
@@ -168,7 +169,7 @@ class StochasticAverage(Averaging):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the weights where an epoch ends; here rather than in `on_epoch_end`, before which a signal may stop."""
         last = state.global_step == state.max_steps
-        if not last and abs(state.epoch - round(state.epoch)) > 1e-6:
+        if not last and not ends_epoch(state.epoch):
             return
         epochs = state.epoch * state.max_steps / state.global_step
         wanted = max(_SWA_LEAST, math.ceil(_SWA_PART * epochs - 1e-6))

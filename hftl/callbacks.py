@@ -25,6 +25,11 @@ from hftl.side_by_side import is_copy
 _SECONDS_BETWEEN_LINES = 30.0
 
 
+def ends_epoch(epochs: float) -> bool:
+    """Whether an epoch ends there, but for rounding."""
+    return abs(epochs - round(epochs)) < 1e-6
+
+
 class Interrupted(BaseException):
     """SIGTERM or Ctrl-C arrived, and the checkpoint to go on from is written.
 
@@ -84,12 +89,23 @@ class StopSignals(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Ask for a checkpoint when a signal came, to this process or to another."""
+        """Ask for a checkpoint when a signal came, to this process or to another.
+
+        Behind the last step of an epoch it is asked for when the epoch has ended: before it is evaluated, training
+        that goes on would begin the next one, and never know how good this one was.
+        """
         self.number = self.received
         if args.world_size > 1:  # all must stop after the same step, or one would wait for the others for ever
             number = torch.tensor(self.number, device=args.device)
             torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
             self.number = int(number)
+        ends = state.global_step >= state.max_steps or control.should_training_stop or ends_epoch(state.epoch or 0.0)
+        if self.number and not ends:
+            control.should_save = True
+        return control
+
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        """Ask for it after an epoch whose last step a signal came to."""
         if self.number:
             control.should_save = True
         return control

@@ -533,20 +533,21 @@ def test_an_error_beside_a_run_leaves_that_one_alone_out(
     assert "all, run 2 is left out: its process ended with 1" in printed.out
 
 
+@pytest.mark.parametrize("done", [5, 3], ids=["in an epoch", "in the last step of one"])
 def test_a_signal_leaves_checkpoints_of_all_that_train_side_by_side(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
 ) -> None:
-    """Of the steps at which it comes, behind the first of two epochs of four steps."""
-    flags = ["--soup_runs=2", "--num_train_epochs=2"]
+    """Of the step in which it comes, of three epochs of four; at the end of an epoch with its evaluation."""
+    flags = ["--soup_runs=2"]
     whole = train_until(place, tmp_path / "whole", LimitThatFits(at_once=2), *flags)
     step, waits = TransferTrainer.training_step, tmp_path / "waits"
 
     def stopping(self: Any, *others: Any, **settings: Any) -> Any:
         (signals,) = (found for found in self.callback_handler.callbacks if isinstance(found, callbacks.StopSignals))
-        if self.state.global_step == 5 and self.stage.name == "all, run 2":
+        if self.state.global_step == done and self.stage.name == "all, run 2":
             waits.touch()
             wait_for(lambda: signals.received)
-        elif self.state.global_step == 5:
+        elif self.state.global_step == done:
             wait_for(waits.exists)
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *others, **settings)
@@ -554,7 +555,7 @@ def test_a_signal_leaves_checkpoints_of_all_that_train_side_by_side(
     monkeypatch.setattr(TransferTrainer, "training_step", stopping)
     with pytest.raises(callbacks.Interrupted):
         train_until(place, tmp_path / "run", LimitThatFits(at_once=2), *flags)
-    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("*/checkpoint-6"))
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob(f"*/checkpoint-{done + 1}"))
     assert len(left) == 2
     monkeypatch.setattr(TransferTrainer, "training_step", step)
     run = train_until(place, tmp_path / "run", LimitThatFits(at_once=2), *flags, "--resume")
