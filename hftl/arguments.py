@@ -242,8 +242,8 @@ class TransferArguments(TrainingArguments):
     save_strategy: str = _argument("epoch", "When to write a checkpoint: no, steps, epoch or best.")
     eval_epochs: int | None = _argument(
         None,
-        "With the strategy epoch: epochs from one evaluation and checkpoint to the next (default 1; more where a few "
-        "rows make many short epochs, so that there are about ten).",
+        "With the strategy epoch: epochs from one evaluation to the next (default 1; more where a few rows make many "
+        "short epochs, so that there are about ten).",
     )
     save_total_limit: int | None = _argument(1, "Checkpoints kept beside the best one.")
     load_best_model_at_end: bool = _argument(True, "Keep the best checkpoint on validation, of equal ones the latest.")

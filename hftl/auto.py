@@ -71,6 +71,8 @@ _MOST_EPOCHS = 5.0
 #: time for more goes into further runs of the last training, whose mean is better than any of them; a third adds
 #: little, and a fourth is made only beside it
 _MOST_RUNS, _EPOCHS_OF_RUN = 3, 3.0
+#: of each such run, whose epochs make no soup: it ends by its best evaluation still, and time goes into steps instead
+_EVALUATIONS_OF_SEVERAL = 2
 #: with fewer epochs of the whole model left than this, trials would eat what the last training needs …
 _EPOCHS_FOR_TRIALS = 12.0
 #: … and so would trials of all ways, which take 12 epochs, and not 3
@@ -204,31 +206,28 @@ class Ladder:
     def climb(self, test_rows: int) -> None:
         """Every rung that the time allows; those of an interrupted run are not climbed again."""
         costs = self._measure()
-        training, prediction = costs.training, costs.prediction
         views = views_of_a_row(self.arguments)
-        self.reserve += 1.2 * prediction * views * (test_rows + len(self.splits.validation))
-        cooking = 1.2 * prediction * (INGREDIENTS + 1) * len(self.splits.validation)  # epochs and then runs are scored
-        self._finish_interrupted(cooking)
+        self.reserve += 1.2 * costs.prediction * views * (test_rows + len(self.splits.validation))
+        scoring = 1.2 * costs.prediction * len(self.splits.validation)
+        self._finish_interrupted(scoring * _scored_for_soup(1))
         if self._of("final"):
             return
         if not self._of("probe"):
-            self._check_probe_fits(prediction)
+            self._check_probe_fits(costs.prediction)
             self._train("probe", "frozen", 1.0, 0.0)
-        evaluations = min(self.stretch / (self.arguments.eval_epochs or 1), MOST_EVALUATIONS)
-        epoch = self.stretch * training * len(self.splits.train)
-        epoch += evaluations * prediction * len(self.splits.validation)
+        epoch = self._seconds_an_epoch(costs)
         length = "an epoch" if self.stretch == 1 else f"{self._epochs(1.0):g} epochs"
         left = f"{max(0, self.budget.left):.0f} s are left"
         if math.isfinite(epoch):
             say(f"auto: to train the whole model for {length} takes about {epoch:.0f} s, {left}")
-        pairs = (self.pair_epochs * training + prediction) * len(self.splits.train)
+        pairs = (self.pair_epochs * costs.training + costs.prediction) * len(self.splits.train)
         if costs.of_pairs and not self._of("pairs") and self.left > pairs:
             self._train("pairs", _PAIRS, 1.0, self.pair_epochs)
         method, factor = self._most_promising(self.left / epoch)
-        runs, epochs, at_once = self._last_training(epoch, costs)
+        runs, epochs, at_once = self._last_training(costs)
         if epochs >= _LEAST_FOR_SOUP:
-            self.reserve += cooking
-            runs, epochs, at_once = self._last_training(epoch, costs)
+            self.reserve += scoring * _scored_for_soup(runs)
+            runs, epochs, at_once = self._last_training(costs)
         fits = epochs >= _LEAST_EPOCHS
         if fits:
             self._train("final", method, factor, self._epochs(epochs), soup=runs == 1, at_once=at_once)
@@ -236,14 +235,23 @@ class Ladder:
         if failed and self.left > _PARTIAL_COSTS * self._of("probe")[0].seconds:
             self._train("final", "partial", 1.0, self._epochs(3.0), soup=True)
 
-    def _last_training(self, epoch: float, costs: Costs) -> tuple[int, float, int]:
-        """Runs, the epochs of each, and how many train side by side, where an epoch alone takes so many seconds."""
-        fit, later = self.left / epoch, _later(self.arguments)
-        if costs.at_once > 1:
-            runs, epochs = _shape(fit / costs.slower, later, costs.at_once)
-            if epochs >= _LEAST_FOR_SOUP + later:
-                return runs, epochs, costs.at_once
-        return *_shape(fit, later), 1
+    def _seconds_an_epoch(self, costs: Costs, several: bool = False) -> float:
+        """What stands for an epoch takes with its evaluations, alone, in a single training or in one of several."""
+        evaluations = min(self.stretch / (self.arguments.eval_epochs or 1), MOST_EVALUATIONS)
+        if several and self.stretch == 1:
+            evaluations = min(evaluations, _EVALUATIONS_OF_SEVERAL / _EPOCHS_OF_RUN)
+        steps = self.stretch * costs.training * len(self.splits.train)
+        return steps + evaluations * costs.prediction * len(self.splits.validation)
+
+    def _last_training(self, costs: Costs) -> tuple[int, float, int]:
+        """Runs, the epochs of each, and how many train side by side."""
+        later = _later(self.arguments)
+        fit = self.left / self._seconds_an_epoch(costs, several=True)
+        for at_once, slower in ((costs.at_once, costs.slower), (1, 1.0)):
+            runs, epochs = _shape(fit / slower, later, at_once)
+            if runs > 1 and epochs >= _LEAST_FOR_SOUP + later:
+                return runs, epochs, at_once
+        return *_shape(self.left / self._seconds_an_epoch(costs), later), 1
 
     def _epochs(self, usual: float) -> float:
         """How many epochs of these rows stand for so many of a usual number of rows."""
@@ -297,11 +305,17 @@ class Ladder:
         return next(trial for trial in self._of("trial") if (trial.method, trial.factor, trial.epochs) == wanted)
 
     def _finish_interrupted(self, cooking: float) -> None:
-        """Go on with the trial that an interruption stopped; the soups of a final one take `cooking` seconds."""
-        for recipe in sorted((self.path / TRIALS).glob(f"*/{CHECKPOINTS}/{RECIPE}")):
-            _, rung, method, factor, at_once = recipe.parents[1].name.split("-")
+        """Go on with the trial that an interruption stopped, or that was finished and is not in the table yet.
+
+        The soups of a final one take `cooking` seconds.
+        """
+        for place in sorted((self.path / TRIALS).glob("*-*")):
+            number, rung, method, factor, at_once = place.name.split("-")
+            recipe = next((path for path in (place / CHECKPOINTS / RECIPE, place / RECIPE) if path.is_file()), None)
+            if recipe is None or int(number) <= len(self.trials):
+                continue
             settings = read_yaml(recipe)
-            earlier = _seconds_until_interrupted(recipe)
+            earlier = _seconds_until_interrupted(place)
             self.budget.started -= earlier
             folder.write_json(self.path / TRIALS / _SPENT, self.budget.spent)  # it may be interrupted once more
             epochs, soup = float(settings.get("num_train_epochs") or 0.0), settings.get("average") == "soup"
@@ -340,7 +354,7 @@ class Ladder:
             method=method,
             output_dir=str(place),
             num_train_epochs=epochs or None,
-            eval_epochs=self.arguments.eval_epochs or self._epochs_between_evaluations(epochs),
+            eval_epochs=self.arguments.eval_epochs or self._epochs_between_evaluations(epochs, again and not soup),
             time_budget=None,
             preset=None,
             overwrite=False,
@@ -351,27 +365,29 @@ class Ladder:
             **(OF_KEPT_FEATURES if method == "full" else {}),
         )
         runs, score, better = 1, -math.inf if self.arguments.greater_is_better else math.inf, False
+        judged = place.with_name(f"{place.name}.better")  # beside it while it takes its place, which may be interrupted
         try:
-            plan = self._plan(arguments, factor)
-            fitting = _fitting(place, plan, arguments, at_once)
-            limit = TimeLimit(self.budget.ends - self.reserve, self._half, fitting)
-            train_plan(self.task, plan, self.splits, arguments, [limit])
-            runs = arguments.soup_runs
-            done = 1.0 if runs > limit.at_once else limit.done  # further runs begin where the first ones were whole
+            if not (place / METRICS).is_file():  # else it was stopped between its end and the table's knowing of it
+                plan = self._plan(arguments, factor)
+                fitting = _fitting(place, plan, arguments, at_once)
+                limit = TimeLimit(self.budget.ends - self.reserve, self._half, fitting)
+                train_plan(self.task, plan, self.splits, arguments, [limit])
+            runs, done = _outcome(place)
             long = rung == "final" and epochs * done >= self._half
             usual = long and method != "partial" and not self._of("pairs")
             whole = usual or (method == _PAIRS and done == 1)
-            score, better = self._score(place), self._is_better(place, whole)
+            score, better = self._score(place), judged.is_file() or self._is_better(place, whole)
         except (Diverged, _NotForTheModel, torch.OutOfMemoryError) as error:
             if not self.trials:
                 raise
             say(f"auto: {method} failed: {error}")
             gc.collect()  # what the training held
         if better:
+            judged.touch()
             folder.promote(place, self.path)
-        shutil.rmtree(place, ignore_errors=True)
         self.trials.append(Trial(rung, method, factor, runs, epochs, score, time.time() - started, better))
         _write_table(self.path / TABLE, self.trials, self.budget.spent)
+        shutil.rmtree(place, ignore_errors=True)
 
     def _plan(self, arguments: TransferArguments, factor: float) -> Plan:
         """A plan for a copy of the model, at a factor of the method's rates.
@@ -402,11 +418,14 @@ class Ladder:
         """Whether a run of so many epochs is evaluated often enough for a soup of its checkpoints."""
         return self.arguments.eval_strategy != "no" and epochs >= self._epochs(_LEAST_FOR_SOUP)
 
-    def _epochs_between_evaluations(self, epochs: float) -> int | None:
-        """As many as leave ten evaluations of a training of few rows; None leaves it to the training."""
-        if self.stretch == 1 or not epochs or self.arguments.eval_strategy != "epoch":
+    def _epochs_between_evaluations(self, epochs: float, several: bool) -> int | None:
+        """As many as leave ten evaluations of a training of few rows, and two of one of several of many rows.
+
+        None leaves it to the training.
+        """
+        if not epochs or self.arguments.eval_strategy != "epoch" or (self.stretch == 1 and not several):
             return None
-        return math.ceil(epochs / MOST_EVALUATIONS)
+        return math.ceil(epochs / (_EVALUATIONS_OF_SEVERAL if self.stretch == 1 else MOST_EVALUATIONS))
 
     def _plain(self) -> dict[str, Any]:
         """What probe and pairs do without; augmented views that are kept stay."""
@@ -471,6 +490,9 @@ class Ladder:
             say("auto: the memory does not hold a training of the whole model: only its end is trained")
             training = math.inf
             model.zero_grad()
+        if not self.arguments.auto_find_batch_size:
+            batch = compute.typical_batch(data, self.task.collate, self.arguments.per_device_eval_batch_size)
+        batch = {name: value.to(self.arguments.device) for name, value in batch.items()}
         prediction = compute.seconds_a_row(model.eval(), batch, loss, False, self.arguments.precision)
         pairs_fit = self.arguments.per_device_train_batch_size != 1 and not self.arguments.auto_find_batch_size
         few_texts = self.task.modality.is_text and self.stretch > 1
@@ -501,10 +523,20 @@ def _fitting(place: Path, plan: Plan, arguments: TransferArguments, at_once: int
     return at_once
 
 
-def _seconds_until_interrupted(recipe: Path) -> float:
-    """What an interrupted trial took, from its settings, which it writes first, to the last that it wrote."""
-    written = [path.stat().st_mtime for path in recipe.parents[1].rglob("*")]
-    return max(written) - recipe.stat().st_mtime
+def _seconds_until_interrupted(place: Path) -> float:
+    """What a trial took: a finished one says it, another from its settings, which it writes first, to its last file."""
+    if (place / METRICS).is_file():
+        return float(read_json(place / METRICS)["train"]["seconds"])
+    written = [path.stat().st_mtime for path in place.rglob("*")]
+    return max(written) - (place / CHECKPOINTS / RECIPE).stat().st_mtime
+
+
+def _outcome(place: Path) -> tuple[int, float]:
+    """Runs whose weights a finished trial averages, and the share of its steps that the first made before the limit."""
+    stages = read_json(place / METRICS)["train"]["stages"]
+    runs = int(stages[-1].get("soup", {"tried": 1})["tried"])
+    first = [stage for stage in stages[: len(stages) - runs + 1] if "planned_steps" in stage]
+    return runs, min((stage["steps"] / stage["planned_steps"] for stage in first), default=1.0)
 
 
 def _later(arguments: TransferArguments) -> float:
@@ -515,6 +547,11 @@ def _later(arguments: TransferArguments) -> float:
 def _most_runs(at_once: int) -> int:
     """The least multiple of what trains side by side that is enough."""
     return at_once * math.ceil(_MOST_RUNS / at_once)
+
+
+def _scored_for_soup(runs: int) -> int:
+    """Evaluations behind so many runs: of each, with those before it; behind one, of epochs and of further runs."""
+    return runs if runs > 1 else INGREDIENTS + 1
 
 
 def _shape(epochs: float, later: float = 0.0, at_once: int = 1) -> tuple[int, float]:

@@ -193,7 +193,7 @@ class GreedySoup(Averaging):
     """The mean of the best checkpoints, as long as adding one does not harm on validation (Wortsman et al. 2022).
 
     Of the checkpoints of one training, as AutoGluon makes it. The weights of the three best evaluations stay on disk,
-    without their optimizer; in memory there are the model, the mean so far, the next one, and what it would give.
+    without their optimizer; in memory there is the model alone.
     """
 
     @property
@@ -254,12 +254,8 @@ def cook(
     tensors = averaged_tensors(trainer)
     best, evaluation = -math.inf, None
     chosen: list[Path] = []
-    mean: Tensors = {}
     for path in ingredients:
-        values = {name: value.to(trainer.args.device) for name, value in load_file(path).items()}
-        share = 1 / (len(chosen) + 1)
-        candidate = {name: torch.lerp(mean.get(name, value), value, share) for name, value in values.items()}
-        put(tensors, candidate)
+        _put_mean(tensors, [*chosen, path])
         if known is not None and not chosen:
             score, trainer.chosen_evaluation = _score_in(path), known
         else:
@@ -268,11 +264,22 @@ def cook(
         if lenient and chosen:
             slack = _standard_error(str(trainer.args.metric_for_best_model), evaluation, trainer.chosen_evaluation)
         if score >= best - slack:
-            best, mean, evaluation = score, candidate, trainer.chosen_evaluation
+            best, evaluation = score, trainer.chosen_evaluation
             chosen.append(path)
-    put(tensors, mean)
+    _put_mean(tensors, chosen)
     trainer.chosen_evaluation = evaluation
     return chosen, best if trainer.args.greater_is_better else -best
+
+
+@torch.no_grad()
+def _put_mean(tensors: Tensors, ingredients: Sequence[Path]) -> None:
+    """Put the mean of files of tensors in their place, one tensor at a time: no second copy of the model is needed."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, "pt")) for path in ingredients]
+        for name, tensor in tensors.items():
+            tensor.copy_(files[0].get_tensor(name))
+            for count, file in enumerate(files[1:], start=2):
+                tensor.lerp_(file.get_tensor(name).to(tensor.device), 1 / count)
 
 
 def _standard_error(metric: str, before: Any, now: Any) -> float:

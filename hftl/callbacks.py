@@ -21,6 +21,8 @@ from hftl.folder import is_main_process, say
 from hftl.metrics import written
 from hftl.side_by_side import is_copy
 
+#: fewer steps than this are trained anew as quickly as a checkpoint is written
+STEPS_WORTH_KEEPING = 80
 #: a run in a file rather than a terminal gets a line of progress every so many seconds
 _SECONDS_BETWEEN_LINES = 30.0
 
@@ -129,8 +131,6 @@ class TimeLimit(TrainerCallback):
             at_once: so many train side by side.
         """
         self.until, self.least_epochs, self.at_once = until, least_epochs, at_once
-        #: share of its steps that a training had made when it was ended; 1 if none was
-        self.done = 1.0
 
     def epochs_left(self, seconds: float) -> float:
         """Epochs of so many seconds each that there is time for; below 0 where it is over."""
@@ -140,7 +140,6 @@ class TimeLimit(TrainerCallback):
         """Stop when the time is up."""
         if time.time() > self.until and state.global_step < state.max_steps:
             say("the time is up")
-            self.done = state.global_step / state.max_steps
             control.should_training_stop = True
             control.should_evaluate = args.eval_strategy == "steps"
             control.should_save = args.save_strategy == "steps"
@@ -148,17 +147,26 @@ class TimeLimit(TrainerCallback):
 
 
 class EveryFewEpochs(TrainerCallback):
-    """Evaluates and writes a checkpoint after every few epochs, and after the last, rather than after each."""
+    """Evaluates after every few epochs, and after the last, rather than after each.
+
+    Checkpoints are written with the evaluations, and after other epochs that have enough steps.
+    """
 
     def __init__(self, epochs: int) -> None:
         """Keep how many."""
         self.epochs = epochs
+        self.kept = 0
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Take back what Trainer asks for after each epoch."""
         if round(state.epoch or 0) % self.epochs and not control.should_training_stop:
-            control.should_evaluate = control.should_save = False
+            control.should_evaluate = False
+            control.should_save &= state.global_step - self.kept >= STEPS_WORTH_KEEPING
         return control
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Count the next steps from here."""
+        self.kept = state.global_step
 
 
 class ReadableProgress(ProgressCallback):

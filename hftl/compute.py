@@ -183,18 +183,19 @@ def has_native(precision: str, device: torch.device) -> bool:
     return device.type == "cpu" and precision == "bf16" and known
 
 
-def typical_batch(dataset: Any, collate: Any) -> dict[str, torch.Tensor]:
-    """A batch to measure with: 16 rows, of texts those whose length is nearest to the mean.
+def typical_batch(dataset: Any, collate: Any, size: int = _MEASURED_ROWS) -> dict[str, torch.Tensor]:
+    """A batch to measure with; of texts the rows whose length is nearest to the mean.
 
     Args:
         dataset: examples, with `lengths` (one a row) where they vary.
         collate: examples → batch.
+        size: rows in it, where there are as many.
     """
     lengths = getattr(dataset, "lengths", None)
     order = np.arange(len(dataset))
     if lengths is not None:
         order = np.argsort(np.abs(np.asarray(lengths) - np.mean(lengths)), kind="stable")
-    return dict(collate([dataset[int(index)] for index in order[:_MEASURED_ROWS]]))
+    return dict(collate([dataset[int(index)] for index in order[:size]]))
 
 
 def seconds_to_prepare(dataset: Any, collate: Any) -> float:

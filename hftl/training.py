@@ -660,6 +660,7 @@ def _train_stage(
         "seconds_an_epoch": trained / (trainer.state.epoch * share),  # without what was before an interruption
         "samples_per_second": output.metrics["train_samples_per_second"] * runtime / (runtime + preparing),
         "steps": trainer.state.global_step,
+        "planned_steps": trainer.state.max_steps,
         "epochs": stage.epochs,
         "rows_a_step": trainer.rows_together * trainer.args.world_size,
         "learning_rate": stage.learning_rate,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_data import write_images, write_texts
 from tiny_models import write_tiny_cnn, write_tiny_text_model
 from transformers import AutoModelForSequenceClassification, TrainerControl, TrainerState
 
 import hftl
-from hftl import auto, cli, features, probes
+from hftl import auto, callbacks, cli, features, probes
 from hftl.folder import PREDICTIONS
 from hftl.run import Run
 from hftl.trainer import TransferTrainer
@@ -41,6 +43,7 @@ def train(world: Path, run: Path, *flags: str) -> None:
 def many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the few rows of these tests were many."""
     monkeypatch.setattr(auto, "LEAST_STEPS", 1)
+    monkeypatch.setattr(callbacks, "STEPS_WORTH_KEEPING", 1)
     monkeypatch.setattr(auto, "_LEAST_TO_TELL", 1)
 
 
@@ -91,17 +94,54 @@ def test_runs_go_side_by_side_from_two_epochs_on(
     ladder: Any = object.__new__(auto.Ladder)
     ladder.arguments, ladder.stretch = hftl.parse(hftl.TextArguments, ["--model=a", "--dataset=b"]), 1.0
     monkeypatch.setattr(auto.Ladder, "left", left)
+    monkeypatch.setattr(auto.Ladder, "_seconds_an_epoch", lambda *_, several=False: 10.0)
     costs = auto.Costs(training=1.0, prediction=1.0, at_once=2, slower=1.4, of_pairs=False)
-    assert ladder._last_training(10.0, costs) == shape
+    assert ladder._last_training(costs) == shape
     ladder.arguments = hftl.parse(hftl.AudioArguments, ["--model=a", "--dataset=b"])  # which take twice the epochs
-    assert ladder._last_training(10.0, costs)[2] == (2 if left > 90 else 1)
+    assert ladder._last_training(costs)[2] == (2 if left > 90 else 1)
+
+
+@pytest.mark.parametrize(
+    ("left", "shape"), [(59.0, (1, 4.0, 1)), (68.0, (2, 3.0, 1)), (91.0, (2, 4.0, 1)), (102.0, (3, 3.0, 1))]
+)
+def test_several_runs_are_planned_with_fewer_evaluations(
+    monkeypatch: pytest.MonkeyPatch, left: float, shape: tuple[int, float, int]
+) -> None:
+    """Rows take ten seconds an epoch, an evaluation two: twelve in a single run, 11.3 in one of several."""
+    ladder: Any = object.__new__(auto.Ladder)
+    ladder.arguments, ladder.stretch = hftl.parse(hftl.TextArguments, ["--model=a", "--dataset=b"]), 1.0
+    ladder.splits = SimpleNamespace(train=range(100), validation=range(100))
+    monkeypatch.setattr(auto.Ladder, "left", left)
+    costs = auto.Costs(training=0.1, prediction=0.02, at_once=1, slower=1.0, of_pairs=False)
+    assert ladder._last_training(costs) == shape
+
+
+def test_a_prediction_is_measured_in_a_batch_of_evaluation(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a row takes less than in one of training: evaluations were planned a third too long by those."""
+    measured: list[tuple[bool, int]] = []
+    seconds_a_row = auto.compute.seconds_a_row
+
+    def noted(model: Any, batch: Any, loss: Any, training: bool, *others: Any) -> float:
+        measured.append((training, len(batch["labels"])))
+        return seconds_a_row(model, batch, loss, training, *others)
+
+    monkeypatch.setattr(auto.compute, "seconds_a_row", noted)
+    train(world, tmp_path / "run", "--time_budget=20s", "--per_device_eval_batch_size=24")
+    assert measured[:2] == [(True, 16), (False, 24)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes with threads are copied on Linux alone")
 @pytest.mark.usefixtures("many_rows", "two_threads")
 @pytest.mark.parametrize(("beside", "count"), [(0.0, 4), (9.0, 1)], ids=["pays", "does not"])
 def test_the_last_training_has_runs_side_by_side_where_that_pays(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: float, count: int
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    beside: float,
+    count: int,
 ) -> None:
     """With two threads two at a time, and in each process one thread."""
     seen = tmp_path / "seen"
@@ -126,6 +166,9 @@ def test_the_last_training_has_runs_side_by_side_where_that_pays(
     run = hftl.load_run(tmp_path / "run")
     stages = run.metrics["train"]["stages"]
     assert [stage["epochs"] for stage in stages] == [3, 3, 2, 2][:count]
+    printed = sorted(re.findall(r"all, run (\d): epoch (\d), validation", capfd.readouterr().out))
+    evaluated = [(1, 1), (1, 2), (1, 3)] if count == 1 else [(1, 2), (1, 3), (2, 2), (2, 3), (3, 2), (4, 2)]
+    assert [(int(run), int(epoch)) for run, epoch in printed] == evaluated
     where = sorted({line for line in seen.read_text().splitlines() if line.startswith("all, run")})
     if count == 1:
         assert where == ["all, run 1: True, 2"]
@@ -227,7 +270,7 @@ def test_few_rows_have_runs_of_many_epochs_and_no_trials(
     """48 rows are 12 steps of 4, of which 80 are 7 epochs; by 24 rows no way can be told from another."""
     shapes: list[float] = []
 
-    def shape(epochs: float, later: float) -> tuple[int, float]:
+    def shape(epochs: float, *_: Any) -> tuple[int, float]:
         shapes.append(epochs)
         return 2, 3.0
 
@@ -307,6 +350,54 @@ def test_an_interrupted_ladder_leaves_a_run_and_goes_on(
     assert "test" in hftl.load_run(tmp_path / "run").metrics
 
 
+@pytest.mark.parametrize("moment", ["compared", "half in its place", "in its place"])
+def test_a_finished_trial_is_not_trained_again(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str
+) -> None:
+    """Stopped between the end of the last training and the table's knowing of it, at whatever is done there."""
+    flags = ["--preset=fast", "--per_device_train_batch_size=4"]
+    monkeypatch.setattr(auto, "_shape", lambda *_: (1, 3.0))
+    monkeypatch.setattr(auto.TimeLimit, "epochs_left", lambda *_: 0.0)
+    monkeypatch.setattr(auto.Ladder, "_is_better", lambda self, place, whole: "setfit" not in place.name)
+    train(world, tmp_path / "whole", *flags)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    move, is_better = os.replace, auto.Ladder._is_better
+
+    def half(source: Path, target: Path) -> None:
+        if source.name == "metrics.json" and target == tmp_path / "run" / "metrics.json" and target.is_file():
+            stop()
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        if moment == "compared":
+            last = lambda self, place, whole: stop() if "final" in place.name else is_better(self, place, whole)  # noqa: E731
+            patch.setattr(auto.Ladder, "_is_better", last)
+        elif moment == "half in its place":
+            patch.setattr(os, "replace", half)
+        else:
+            write = auto._write_table
+            patch.setattr(auto, "_write_table", lambda *given: stop() if len(given[1]) == 3 else write(*given))
+        with pytest.raises(KeyboardInterrupt):
+            train(world, tmp_path / "run", *flags)
+    assert len(rows_of(tmp_path / "run")) == 2
+    capsys.readouterr()
+    if moment != "compared":
+        monkeypatch.setattr(auto.Ladder, "_is_better", lambda *_: False)  # it has been found better
+    train(world, tmp_path / "run", *flags, "--resume")
+    assert ": epoch " not in capsys.readouterr().out
+    rows = [rows_of(tmp_path / name) for name in ("whole", "run")]
+    same = ("rung", "method", "factor", "runs", "epochs", "score", "best")
+    assert [[row[name] for name in same] for row in rows[0]] == [[row[name] for name in same] for row in rows[1]]
+    assert float(rows[1][-1]["seconds"]) > 0
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run")]
+    assert [name for name, tensor in files[0].items() if not tensor.equal(files[1][name])] == []
+    metrics = [hftl.load_run(tmp_path / name).metrics for name in ("whole", "run")]
+    assert metrics[0]["test"] == metrics[1]["test"]
+
+
 @pytest.mark.usefixtures("many_rows")
 def test_a_trial_goes_on_from_its_checkpoint(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -333,7 +424,8 @@ def test_a_trial_goes_on_from_its_checkpoint(
     assert float(rows[-1]["seconds"]) > 20
     assert float(rows[-1]["spent"]) > sum(float(row["seconds"]) for row in rows)
     printed = capsys.readouterr().out
-    assert "going on from checkpoint-3 of stage 'all, run 1'" in printed
+    assert "going on from checkpoint-3 of stage 'all, run 1'" in printed  # though the third epoch is evaluated first
+    assert re.findall(r"all, run 1: epoch (\d),", printed) == ["3", "5"]
     assert "soup: the mean of" in printed
     assert tried(tmp_path / "run") == [("probe", "frozen"), ("final", "full")]
 

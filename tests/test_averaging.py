@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,6 +158,31 @@ def test_soup(name: str, tmp_path: Path) -> None:
     assert_model_is(trainer, mean)
     logits = trainer.evaluation_of_the_best.predictions
     np.testing.assert_allclose(logits, trainer.predict(trainer.eval_dataset).predictions, rtol=1e-4, atol=1e-5)
+
+
+def test_a_soup_needs_the_memory_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the ingredients one tensor at a time is in memory."""
+    trainer, _ = trained("bert", tmp_path, "--num_train_epochs=3", average="soup", scores=[0.1, 0.2, 0.3, 0.4, 0.5])
+    read: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    opened = averaging.safe_open
+
+    @contextlib.contextmanager
+    def noted(path: Path, framework: str) -> Iterator[Any]:
+        def get_tensor(name: str) -> torch.Tensor:
+            nonlocal most
+            tensor = file.get_tensor(name)
+            read.append(weakref.ref(tensor))
+            most = max(most, sum(one() is not None for one in read))
+            return tensor
+
+        with opened(path, framework) as file:
+            yield SimpleNamespace(get_tensor=get_tensor, metadata=file.metadata)
+
+    monkeypatch.setattr(averaging, "safe_open", noted)
+    assert trainer.average.finish()["average"]["steps"] == [9, 6, 3]
+    assert len(read) >= 6 * len(averaged_names(trainer))
+    assert most == 1
 
 
 def test_frozen_statistics_are_left_alone(tmp_path: Path) -> None:
