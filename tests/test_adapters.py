@@ -12,7 +12,7 @@ import pytest
 import small_data
 import tiny_models
 import torch
-from peft import PeftModel
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
 from tiny_models import TINY, tiny_inputs, write_tiny_text_model
 from tiny_training import every_tensor, logits_of, task_of, tiny_arguments, tiny_trainer
 from torch import nn
@@ -22,7 +22,7 @@ import hftl
 from hftl import backbones, cli, compute, merging, saving
 from hftl.errors import UsageError
 from hftl.methods import Plan, build_plan
-from hftl.methods.adapters import SHORT_NAMES, TYPES
+from hftl.methods.adapters import LEFT_OUT, QUANTISED, SHORT_NAMES, TYPES
 from hftl.tasks.image_classification import ImageClassification
 
 #: the types that take the convolutions or the norms of a ResNet (OFT the pointwise ones of a larger one)
@@ -37,6 +37,7 @@ CASES = [
     ("oft", "timm_resnet50"),
     ("ia3", "timm_efficientnet_lite0"),
     ("lokr", "timm_efficientnet_lite0"),
+    ("loha", "timm_efficientnet_lite0"),
     ("ln_tuning", "timm_convnext_tiny"),
     *((name, "gpt2") for name in ("lora", "dora", "adalora", "ia3", "vera", "fourierft")),
 ]
@@ -278,6 +279,26 @@ def test_a_run_that_is_not_merged_predicts_evaluates_and_repeats(
         hftl.finetune("text-classification", **common | {"model": folder}, output_dir=place / "next")
     cli._run(["train", "--config", str(folder / "recipe.yaml"), "--output_dir", str(place / "again"), "--overwrite"])
     assert (place / "again" / "recipe.yaml").read_text() == (folder / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
+@pytest.mark.parametrize("peft_type", QUANTISED)
+def test_every_type_for_few_bits_is_read_again(place: Path, tmp_path: Path, peft_type: str, bits: str) -> None:
+    """Adapters train beside weights that stay as they are, and a run gives the logits that it was saved with."""
+    flags: dict[str, Any] = {"method": "peft", "peft_type": peft_type, bits: True, "learning_rate": 1e-2}
+    common = {"model": place / "bert", "dataset": place / "texts", "max_steps": 2, "report_to": "none"}
+    run = hftl.finetune("text-classification", **common, **flags, output_dir=tmp_path / "run")
+    small = [parameter for parameter in run.model.parameters() if parameter.dtype in (torch.int8, torch.uint8)]
+    assert small
+    assert not any(parameter.requires_grad for parameter in small)
+    rows = run.task.processor(["the film was good", "a bad day"], padding=True, return_tensors="pt")
+    again = hftl.load_run(tmp_path / "run")
+    torch.testing.assert_close(logits_of(again.model, rows), logits_of(run.model, rows), rtol=1e-5, atol=1e-5)
+
+
+def test_every_type_of_peft_is_offered_or_left_out_for_a_reason() -> None:
+    assert {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} == set(TYPES) | set(LEFT_OUT)
+    assert not set(TYPES) & set(LEFT_OUT)
 
 
 def test_frozen_weights_stay_in_eight_bits(place: Path) -> None:

@@ -515,6 +515,7 @@ METHODS = [
         ("--lora_target_modules", "'qery'", "Did you mean 'query'"),
     ),
     Bad("adapter without a type", f"{TEXT} --method peft", ("--method peft needs --peft_type", "LORA")),
+    Bad("type left out", f"{TEXT} --method peft --peft_type p_tuning", ("'p_tuning'", "adapts no layer", "ADALORA")),
     Bad("unknown type", f"{TEXT} --method peft --peft_type adalra", ("'adalra'", "Did you mean 'ADALORA'")),
     Bad("misspelled short name", f"{TEXT} --method doar", ("Unknown method 'doar'", "Did you mean 'dora'")),
     Bad(

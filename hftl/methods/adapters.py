@@ -36,7 +36,7 @@ _LINEAR_OR_CONV1D = _LINEAR | {"Conv1D"}
 _CONVOLUTIONS = frozenset({"convolution", "pointwise convolution"})
 
 #: The types of PEFT that give the same logits after saving and loading, and (all but Lily, which has no such thing)
-#: after merging: tests/test_adapters.py. Prompt tuning and its kin adapt no layer, and suit language models alone.
+#: after merging: tests/test_adapters.py.
 #:
 #: Rates: those of AdaLoRA, AdaMSS, BEFT, C3A and FourierFT move the output of a layer of width 384 about as far as
 #: LoRA's does (twenty steps of AdamW along one direction, on made-up data); VeRA's is the tenfold of LoRA's,
@@ -79,6 +79,21 @@ TYPES = {
     "VERA": AdapterType(_LINEAR_OR_CONV1D, rate=10.0),
     "WAVEFT": AdapterType(_LINEAR_OR_CONV1D),
 }
+
+#: the other types of PEFT, and why they are not offered
+LEFT_OUT = {
+    **dict.fromkeys(
+        (
+            "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING",
+            "PROMPT_TUNING",
+        ),
+        "it trains what stands before a text and adapts no layer",
+    ),
+    "POLY": "it shares adapters between several tasks",
+    "SHADOW": "it is for the decoders of language models",
+    "TRAINABLE_TOKENS": "it trains the embeddings of chosen tokens and adapts no layer",
+    "XLORA": "it mixes adapters that were trained before",
+}  # fmt: skip
 
 #: Method names beside `lora` and `peft`: kinds of LoRA by their usual names, and every other type in lower case.
 SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -130,9 +145,9 @@ def adapter_type(arguments: TransferArguments) -> str:
         return "LORA"  # --method lora, or a method of the person's own that calls it
     name = arguments.peft_type.upper()
     if name not in TYPES:
+        why = f": {LEFT_OUT[name]}." if name in LEFT_OUT else f".{did_you_mean(name, TYPES)}"
         raise UsageError(
-            f"--peft_type {arguments.peft_type!r} is not a type that hftl trains.{did_you_mean(name, TYPES)} There "
-            f"are: {', '.join(TYPES)}."
+            f"--peft_type {arguments.peft_type!r} is not a type that hftl trains{why} There are: {', '.join(TYPES)}."
         )
     return name
 
