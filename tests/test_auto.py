@@ -240,7 +240,12 @@ def test_the_whole_ladder(
     lengths = [(row["epochs"], row["factor"]) for row in rows_of(tmp_path / "run")]
     assert [epochs for epochs, _ in lengths[1:10]] == ["1.0"] * 6 + ["2.0"] * 3
     assert float(lengths[10][0]) == auto._MOST_EPOCHS
-    assert capsys.readouterr().out.count("soup: the mean of") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("soup: the mean of") == 1
+    table = printed[printed.index("\nrung ") :].splitlines()[1:13]
+    assert table[0].split() == ["rung", "method", "rates", "epochs", "validation", "accuracy", "seconds"]
+    assert [line.split()[:2] for line in table[1:]] == [list(trial) for trial in rungs]
+    assert sum(line.endswith(" kept") for line in table) == 1
     assert [factor for _, factor in lengths[1:7]] == [str(factor) for _, factor in auto._WAYS]
     assert predicted == [20]
 

@@ -38,6 +38,25 @@ def test_few_steps_have_a_rate_too(name: str, steps: int) -> None:
         assert max(factors[:steps]) > 0.03
 
 
+def test_the_rate_rises_first_unless_it_is_said_otherwise(tmp_path: Path) -> None:
+    """Over a tenth of the steps, to the full rate, and then falls."""
+    default = parse(ImageArguments, ["--model=m", "--dataset=d"])
+    model = fresh("bert")
+    (stage,) = plan_of("full", model).stages
+    flags = [f"--warmup_steps={default.warmup_steps}", f"--lr_scheduler_type={default.lr_scheduler_type.value}"]
+    trainer = tiny_trainer(model, stage, tmp_path, "--max_steps=30", *flags, rows=12)
+    trainer.create_optimizer_and_scheduler(30)
+    rates = []
+    for _ in range(30):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    top = trainer.optimizer.param_groups[0]["initial_lr"]
+    assert rates[:4] == pytest.approx([0, top / 3, 2 * top / 3, top])
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[-1] < top / 50
+
+
 @pytest.mark.parametrize("name", optim.SCHEDULES)
 def test_every_group_follows_and_a_stopped_training_goes_on(name: str, tmp_path: Path) -> None:
     flags = [

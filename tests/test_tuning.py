@@ -162,6 +162,16 @@ def test_a_trial_that_falls_behind_is_stopped_and_one_that_diverges_fails(
     assert read_yaml(tmp_path / "run" / "recipe.yaml")["learning_rate"] == pytest.approx(1e-4)
 
 
+def test_below_the_median_of_the_others_a_trial_ends_after_an_epoch(world: Path, tmp_path: Path) -> None:
+    """Optuna's own pruner, which lets five trials come to their end first."""
+    tune(world, tmp_path / "run", 9, "learning_rate=1e-2,1e-9", "--num_train_epochs=2", "--metric_for_best_model=loss")
+    rows = trials_of(tmp_path / "run")
+    assert [row["state"] for row in rows[:5]] == ["complete"] * 5
+    ended = [row for row in rows if row["state"] == "pruned"]
+    assert ended
+    assert {(row["epochs"], float(row["learning_rate"])) for row in ended} == {("1", 1e-2)}  # which blows the loss up
+
+
 def test_values_that_do_not_go_together_fail_a_trial(world: Path, tmp_path: Path) -> None:
     tune(world, tmp_path / "run", 4, "method=full,lora", "--wise_ft", "--num_train_epochs=1", "--seed=2")
     rows = trials_of(tmp_path / "run")
