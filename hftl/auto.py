@@ -209,7 +209,8 @@ class Ladder:
         views = views_of_a_row(self.arguments)
         self.reserve += 1.2 * costs.prediction * views * (test_rows + len(self.splits.validation))
         scoring = 1.2 * costs.prediction * len(self.splits.validation)
-        self._finish_interrupted(scoring * _scored_for_soup(1))
+        cooking = scoring * (INGREDIENTS + 1)  # epochs and then runs are scored
+        self._finish_interrupted(cooking)
         if self._of("final"):
             return
         if not self._of("probe"):
@@ -226,7 +227,7 @@ class Ladder:
         method, factor = self._most_promising(self.left / epoch)
         runs, epochs, at_once = self._last_training(costs)
         if epochs >= _LEAST_FOR_SOUP:
-            self.reserve += scoring * _scored_for_soup(runs)
+            self.reserve += cooking
             runs, epochs, at_once = self._last_training(costs)
         fits = epochs >= _LEAST_EPOCHS
         if fits:
@@ -238,8 +239,8 @@ class Ladder:
     def _seconds_an_epoch(self, costs: Costs, several: bool = False) -> float:
         """What stands for an epoch takes with its evaluations, alone, in a single training or in one of several."""
         evaluations = min(self.stretch / (self.arguments.eval_epochs or 1), MOST_EVALUATIONS)
-        if several and self.stretch == 1:
-            evaluations = min(evaluations, _EVALUATIONS_OF_SEVERAL / _EPOCHS_OF_RUN)
+        if several and self._evaluates_twice:
+            evaluations = _EVALUATIONS_OF_SEVERAL / (_EPOCHS_OF_RUN + _later(self.arguments))
         steps = self.stretch * costs.training * len(self.splits.train)
         return steps + evaluations * costs.prediction * len(self.splits.validation)
 
@@ -318,7 +319,9 @@ class Ladder:
             earlier = _seconds_until_interrupted(place)
             self.budget.started -= earlier
             folder.write_json(self.path / TRIALS / _SPENT, self.budget.spent)  # it may be interrupted once more
-            epochs, soup = float(settings.get("num_train_epochs") or 0.0), settings.get("average") == "soup"
+            # The recipe of a probe that is finished has what a head would train for where it is not solved.
+            epochs = 0.0 if rung == "probe" else float(settings.get("num_train_epochs") or 0.0)
+            soup = settings.get("average") == "soup"
             self.reserve += cooking if rung == "final" else 0.0
             self._train(rung, method, float(factor), epochs, soup, int(at_once), earlier)
 
@@ -354,7 +357,7 @@ class Ladder:
             method=method,
             output_dir=str(place),
             num_train_epochs=epochs or None,
-            eval_epochs=self.arguments.eval_epochs or self._epochs_between_evaluations(epochs, again and not soup),
+            eval_epochs=self._epochs_between_evaluations(epochs, again and not soup),
             time_budget=None,
             preset=None,
             overwrite=False,
@@ -418,14 +421,21 @@ class Ladder:
         """Whether a run of so many epochs is evaluated often enough for a soup of its checkpoints."""
         return self.arguments.eval_strategy != "no" and epochs >= self._epochs(_LEAST_FOR_SOUP)
 
+    @property
+    def _evaluates_twice(self) -> bool:
+        """Whether one of several trainings is evaluated less often than a single one: of many rows, unless told how."""
+        return self.stretch == 1 and self.arguments.eval_strategy == "epoch" and not self.arguments.eval_epochs
+
     def _epochs_between_evaluations(self, epochs: float, several: bool) -> int | None:
         """As many as leave ten evaluations of a training of few rows, and two of one of several of many rows.
 
         None leaves it to the training.
         """
-        if not epochs or self.arguments.eval_strategy != "epoch" or (self.stretch == 1 and not several):
-            return None
-        return math.ceil(epochs / (_EVALUATIONS_OF_SEVERAL if self.stretch == 1 else MOST_EVALUATIONS))
+        if several and self._evaluates_twice:
+            return math.ceil(epochs / _EVALUATIONS_OF_SEVERAL)
+        if self.arguments.eval_epochs or self.stretch == 1 or not epochs or self.arguments.eval_strategy != "epoch":
+            return self.arguments.eval_epochs
+        return math.ceil(epochs / MOST_EVALUATIONS)
 
     def _plain(self) -> dict[str, Any]:
         """What probe and pairs do without; augmented views that are kept stay."""
@@ -491,7 +501,9 @@ class Ladder:
             training = math.inf
             model.zero_grad()
         if not self.arguments.auto_find_batch_size:
-            batch = compute.typical_batch(data, self.task.collate, self.arguments.per_device_eval_batch_size)
+            batch = compute.typical_batch(
+                data, self.task.collate, min(self.arguments.per_device_eval_batch_size, 2 * count)
+            )
         batch = {name: value.to(self.arguments.device) for name, value in batch.items()}
         prediction = compute.seconds_a_row(model.eval(), batch, loss, False, self.arguments.precision)
         pairs_fit = self.arguments.per_device_train_batch_size != 1 and not self.arguments.auto_find_batch_size
@@ -532,7 +544,7 @@ def _seconds_until_interrupted(place: Path) -> float:
 
 
 def _outcome(place: Path) -> tuple[int, float]:
-    """Runs whose weights a finished trial averages, and the share of its steps that the first made before the limit."""
+    """How many runs a finished trial has, and the share of its steps that the first made before the limit."""
     stages = read_json(place / METRICS)["train"]["stages"]
     runs = int(stages[-1].get("soup", {"tried": 1})["tried"])
     first = [stage for stage in stages[: len(stages) - runs + 1] if "planned_steps" in stage]
@@ -547,11 +559,6 @@ def _later(arguments: TransferArguments) -> float:
 def _most_runs(at_once: int) -> int:
     """The least multiple of what trains side by side that is enough."""
     return at_once * math.ceil(_MOST_RUNS / at_once)
-
-
-def _scored_for_soup(runs: int) -> int:
-    """Evaluations behind so many runs: of each, with those before it; behind one, of epochs and of further runs."""
-    return runs if runs > 1 else INGREDIENTS + 1
 
 
 def _shape(epochs: float, later: float = 0.0, at_once: int = 1) -> tuple[int, float]:

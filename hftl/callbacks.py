@@ -21,7 +21,7 @@ from hftl.folder import is_main_process, say
 from hftl.metrics import written
 from hftl.side_by_side import is_copy
 
-#: fewer steps than this are trained anew as quickly as a checkpoint is written
+#: after fewer steps than this an epoch leaves no checkpoint by itself: few rows make many epochs of a few steps each
 STEPS_WORTH_KEEPING = 80
 #: a run in a file rather than a terminal gets a line of progress every so many seconds
 _SECONDS_BETWEEN_LINES = 30.0
@@ -155,7 +155,12 @@ class EveryFewEpochs(TrainerCallback):
     def __init__(self, epochs: int) -> None:
         """Keep how many."""
         self.epochs = epochs
+        #: the step of the last checkpoint
         self.kept = 0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Count the steps from where the training begins, which may be a checkpoint."""
+        self.kept = state.global_step
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Take back what Trainer asks for after each epoch."""

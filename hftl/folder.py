@@ -363,7 +363,7 @@ def promote(place: Path, folder: Path) -> None:
     """Put a copy of a finished run in the place of another, or of none."""
     partial = folder / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(place, partial, ignore=shutil.ignore_patterns(CHECKPOINTS))
+    shutil.copytree(place, partial, ignore=shutil.ignore_patterns(CHECKPOINTS, PARTIAL))
     # What the other has and this one has not would be read with it: weights, adapters, a head beside the model.
     for path in (*folder.glob("*.safetensors*"), *(folder / name for name in ("adapter", "base", "probe"))):
         if path.is_dir() and not (partial / path.name).exists():

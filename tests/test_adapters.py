@@ -297,7 +297,7 @@ def test_every_type_for_few_bits_is_read_again(place: Path, tmp_path: Path, peft
 
 
 def test_every_type_of_peft_is_offered_or_left_out_for_a_reason() -> None:
-    assert {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} == set(TYPES) | set(LEFT_OUT)
+    assert {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} <= set(TYPES) | set(LEFT_OUT)  # an older one has fewer
     assert not set(TYPES) & set(LEFT_OUT)
 
 

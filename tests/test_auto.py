@@ -102,14 +102,22 @@ def test_runs_go_side_by_side_from_two_epochs_on(
 
 
 @pytest.mark.parametrize(
-    ("left", "shape"), [(59.0, (1, 4.0, 1)), (68.0, (2, 3.0, 1)), (91.0, (2, 4.0, 1)), (102.0, (3, 3.0, 1))]
+    ("left", "flags", "shape"),
+    [
+        (59.0, [], (1, 4.0, 1)),
+        (68.0, [], (2, 3.0, 1)),
+        (91.0, [], (2, 4.0, 1)),
+        (102.0, [], (3, 3.0, 1)),
+        (102.0, ["--eval_epochs=1"], (2, 4.0, 1)),
+        (102.0, ["--eval_strategy=steps", "--save_strategy=steps"], (2, 4.0, 1)),
+    ],
 )
 def test_several_runs_are_planned_with_fewer_evaluations(
-    monkeypatch: pytest.MonkeyPatch, left: float, shape: tuple[int, float, int]
+    monkeypatch: pytest.MonkeyPatch, left: float, flags: list[str], shape: tuple[int, float, int]
 ) -> None:
     """Rows take ten seconds an epoch, an evaluation two: twelve in a single run, 11.3 in one of several."""
     ladder: Any = object.__new__(auto.Ladder)
-    ladder.arguments, ladder.stretch = hftl.parse(hftl.TextArguments, ["--model=a", "--dataset=b"]), 1.0
+    ladder.arguments, ladder.stretch = hftl.parse(hftl.TextArguments, ["--model=a", "--dataset=b", *flags]), 1.0
     ladder.splits = SimpleNamespace(train=range(100), validation=range(100))
     monkeypatch.setattr(auto.Ladder, "left", left)
     costs = auto.Costs(training=0.1, prediction=0.02, at_once=1, slower=1.0, of_pairs=False)
@@ -129,7 +137,7 @@ def test_a_prediction_is_measured_in_a_batch_of_evaluation(
 
     monkeypatch.setattr(auto.compute, "seconds_a_row", noted)
     train(world, tmp_path / "run", "--time_budget=20s", "--per_device_eval_batch_size=24")
-    assert measured[:2] == [(True, 16), (False, 24)]
+    assert [size for training, size in measured if not training][:1] == [24]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes with threads are copied on Linux alone")
@@ -401,6 +409,39 @@ def test_a_finished_trial_is_not_trained_again(
     assert [name for name, tensor in files[0].items() if not tensor.equal(files[1][name])] == []
     metrics = [hftl.load_run(tmp_path / name).metrics for name in ("whole", "run")]
     assert metrics[0]["test"] == metrics[1]["test"]
+
+
+def test_a_finished_probe_is_one_after_an_interruption_too(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a training of the epochs that its recipe names for where the head is not solved."""
+    monkeypatch.setattr(auto, "_shape", lambda *_: (1, 0.0))
+    write = auto._write_table
+    with monkeypatch.context() as patch:
+        patch.setattr(auto, "_write_table", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(world, tmp_path / "run", "--preset=fast")
+    assert auto._write_table is write
+    train(world, tmp_path / "run", "--preset=fast", "--resume")
+    probe = rows_of(tmp_path / "run")[0]
+    assert (probe["rung"], probe["epochs"], probe["best"]) == ("probe", "0.0", "True")
+
+
+def test_few_steps_leave_no_checkpoint_between_evaluations() -> None:
+    """An epoch that is not evaluated leaves one 80 steps behind the last, counted from where the training begins."""
+    few, state, written = callbacks.EveryFewEpochs(100), TrainerState(), []
+    state.global_step = 50  # of a checkpoint that the training goes on from
+    few.on_train_begin(None, state, None)
+    for epoch in range(1, 31):
+        state.epoch, state.global_step = float(epoch), 50 + 10 * epoch
+        control = few.on_epoch_end(None, state, TrainerControl(should_save=True, should_evaluate=True))
+        assert not control.should_evaluate
+        if control.should_save:
+            written.append(state.global_step)
+            few.on_save(None, state, control)
+    assert written == [130, 210, 290]
+    control = few.on_epoch_end(None, state, TrainerControl(should_save=True, should_training_stop=True))
+    assert control.should_save
 
 
 @pytest.mark.usefixtures("many_rows")

@@ -412,8 +412,11 @@ METHODS = [
     ),
     Bad("budget that is no time", f"{TEXT} --method auto --time_budget soon", ("--time_budget", "200s, 10m", "'soon'")),
     Bad("two budgets", f"{TEXT} --method auto --time_budget 1m --preset fast", ("--time_budget and --preset exclude",)),
-    Bad("budget too short", f"{TEXT} --method auto --time_budget 1s", ("too short for anything", "Give at least that")),
-    Bad("budget a little too short", f"{TEXT} --method auto --time_budget 2s", ("2 s are too short", "take about ")),
+    Bad(
+        "budget too short",
+        f"{TEXT} --method auto --time_budget 1s",
+        ("too short for anything", "take about ", "Give at least that"),
+    ),
     Bad(
         "epochs for auto",
         f"{TEXT} --method auto --num_train_epochs 2",
