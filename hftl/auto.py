@@ -63,9 +63,11 @@ _WAYS = (("full", 1.0), ("lp_ft", 1.0), ("lora", 1.0), ("full", 2.0), ("lp_ft", 
 _CHOSEN = {"num_train_epochs", "max_steps", "head_solver", "early_stopping_patience"}
 #: what changes the rows in each epoch: the probe, whose rows run once, does without, and so do pairs
 _PLAIN = {"mixup": None, "cutmix": None, "random_erasing": None, "word_dropout": None, "augmentation": "none"}
-#: of the time left, what planned work may take: machines are noisy; what takes longer is ended at the limit, the rate
-#: having fallen that far. With 0.85 most runs of 400 s left a quarter to a third over: whole epochs took less still
+#: of the time left, what planned work may take: machines are noisy, and what takes longer is ended at the limit. With
+#: 0.85 most runs of 400 s left a quarter to a third over: whole epochs took less still
 _PLANNED = 0.95
+#: from this part of an epoch on, one more is planned than fits: the rate falls with the time, which is used that way
+_BEGUN = 0.25
 #: of a run: three to five score alike on a few thousand rows (MiniLM on movie reviews), eight overfit them
 _MOST_EPOCHS = 5.0
 #: time for more goes into further runs of the last training, whose mean is better than any of them; a third adds
@@ -367,7 +369,8 @@ class Ladder:
             **(self._plain() if rung in ("probe", "pairs") else {}),
             **(OF_KEPT_FEATURES if method == "full" else {}),
         )
-        runs, score, better = 1, -math.inf if self.arguments.greater_is_better else math.inf, False
+        runs, done, better = 1, 1.0, False
+        score = -math.inf if self.arguments.greater_is_better else math.inf
         judged = place.with_name(f"{place.name}.better")  # beside it while it takes its place, which may be interrupted
         try:
             if not (place / METRICS).is_file():  # else it was stopped between its end and the table's knowing of it
@@ -388,7 +391,8 @@ class Ladder:
         if better:
             judged.touch()
             folder.promote(place, self.path)
-        self.trials.append(Trial(rung, method, factor, runs, epochs, score, time.time() - started, better))
+        trained = round(epochs * done, 2) if rung == "final" else epochs
+        self.trials.append(Trial(rung, method, factor, runs, trained, score, time.time() - started, better))
         _write_table(self.path / TABLE, self.trials, self.budget.spent)
         shutil.rmtree(place, ignore_errors=True)
 
@@ -570,7 +574,10 @@ def _shape(epochs: float, later: float = 0.0, at_once: int = 1) -> tuple[int, fl
         at_once: runs side by side.
     """
     times = min(max(epochs // (_EPOCHS_OF_RUN + later), 1), _most_runs(at_once) // at_once)
-    return int(times) * at_once, whole_epochs(min(_MOST_EPOCHS + later, epochs / times))
+    each = epochs / times
+    if times == 1 and each >= _LEAST_FOR_SOUP:  # nothing follows that would want the time
+        each += 1 - _BEGUN
+    return int(times) * at_once, whole_epochs(min(_MOST_EPOCHS + later, each))
 
 
 def check(arguments: TransferArguments) -> None:

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hftl.compute import wait_for_all
@@ -120,7 +121,11 @@ class StopSignals(TrainerCallback):
 
 
 class TimeLimit(TrainerCallback):
-    """Ends a training at a moment, as if an epoch ended there: the model is evaluated, and kept if it is the best."""
+    """Ends a training at a moment, as if an epoch ended there: the model is evaluated, and kept if it is the best.
+
+    A training that is too slow to make all its steps until then has its rate fall by the share of the time instead, so
+    that it ends where the schedule ends (budgeted training, Li et al. 2020).
+    """
 
     def __init__(self, until: float, least_epochs: float = 1.0, at_once: int = 1) -> None:
         """Keep the moment, as `time.time()` counts, and what holds for the runs of a training.
@@ -131,14 +136,24 @@ class TimeLimit(TrainerCallback):
             at_once: so many train side by side.
         """
         self.until, self.least_epochs, self.at_once = until, least_epochs, at_once
+        #: when the training began, and the part of its schedule that was behind it then
+        self.began, self.behind = 0.0, 0.0
 
     def epochs_left(self, seconds: float) -> float:
         """Epochs of so many seconds each that there is time for; below 0 where it is over."""
         return (self.until - time.time()) / seconds
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the time from here."""
+        self.began, self.behind = time.time(), state.global_step / max(1, state.max_steps)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Stop when the time is up."""
-        if time.time() > self.until and state.global_step < state.max_steps:
+        """Let the rate fall with the time, and stop when it is up."""
+        now, schedule = time.time(), kwargs.get("lr_scheduler")
+        if isinstance(schedule, LambdaLR) and self.began < self.until:
+            share = self.behind + (1 - self.behind) * min(1.0, (now - self.began) / (self.until - self.began))
+            schedule.last_epoch = max(schedule.last_epoch, share * state.max_steps)
+        if now > self.until and state.global_step < state.max_steps:
             say("the time is up")
             control.should_training_stop = True
             control.should_evaluate = args.eval_strategy == "steps"

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_data import write_images, write_texts
-from tiny_models import write_tiny_cnn, write_tiny_text_model
-from transformers import AutoModelForSequenceClassification, TrainerControl, TrainerState
+from test_methods import plan_of
+from tiny_models import TINY, write_tiny_cnn, write_tiny_text_model
+from tiny_training import tiny_trainer
+from transformers import AutoModelForSequenceClassification, TrainerCallback, TrainerControl, TrainerState
 
 import hftl
 from hftl import auto, callbacks, cli, features, probes
@@ -58,14 +61,24 @@ def tried(run: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(
     ("epochs", "shape"),
-    [(0.3, (1, 0.3)), (1.9, (1, 1.9)), (5.9, (1, 5)), (6, (2, 3)), (8.9, (2, 4)), (9, (3, 3)), (99, (3, 5))],
+    [
+        (0.3, (1, 0.3)),
+        (1.9, (1, 1.9)),
+        (2.2, (1, 2)),
+        (2.3, (1, 3)),
+        (5.9, (1, 5)),
+        (6, (2, 3)),
+        (8.9, (2, 4)),
+        (9, (3, 3)),
+        (99, (3, 5)),
+    ],
 )
 def test_time_for_more_epochs_goes_into_further_runs(epochs: float, shape: tuple[int, float]) -> None:
     assert auto._shape(epochs) == shape
 
 
 @pytest.mark.parametrize(
-    ("epochs", "shape"), [(5.4, (1, 5)), (7.5, (1, 7)), (11.9, (1, 8)), (12, (2, 6)), (99, (3, 8))]
+    ("epochs", "shape"), [(5.2, (1, 5)), (7.3, (1, 8)), (11.9, (1, 8)), (12, (2, 6)), (99, (3, 8))]
 )
 def test_a_task_that_learns_late_has_longer_runs(epochs: float, shape: tuple[int, float]) -> None:
     later = auto._later(hftl.parse(hftl.AudioArguments, ["--model=a", "--dataset=b"]))
@@ -75,7 +88,15 @@ def test_a_task_that_learns_late_has_longer_runs(epochs: float, shape: tuple[int
 
 @pytest.mark.parametrize(
     ("epochs", "at_once", "shape"),
-    [(2.9, 2, (2, 2)), (5.9, 2, (2, 5)), (6, 2, (4, 3)), (99, 2, (4, 5)), (6, 3, (3, 5)), (4, 3, (3, 4))],
+    [
+        (2.2, 2, (2, 2)),
+        (2.9, 2, (2, 3)),
+        (5.9, 2, (2, 5)),
+        (6, 2, (4, 3)),
+        (99, 2, (4, 5)),
+        (6, 3, (3, 5)),
+        (4, 3, (3, 4)),
+    ],
 )
 def test_runs_side_by_side_have_the_epochs_that_fit_into_one(
     epochs: float, at_once: int, shape: tuple[int, float]
@@ -85,7 +106,7 @@ def test_runs_side_by_side_have_the_epochs_that_fit_into_one(
 
 @pytest.mark.parametrize(
     ("left", "shape"),
-    [(27.0, (1, 2.0, 1)), (29.0, (2, 2.0, 2)), (45.0, (2, 3.0, 2)), (99.0, (4, 3.0, 2))],
+    [(22.0, (1, 2.0, 1)), (27.0, (1, 3.0, 1)), (29.0, (2, 2.0, 2)), (45.0, (2, 3.0, 2)), (99.0, (4, 3.0, 2))],
 )
 def test_runs_go_side_by_side_from_two_epochs_on(
     monkeypatch: pytest.MonkeyPatch, left: float, shape: tuple[int, float, int]
@@ -104,7 +125,7 @@ def test_runs_go_side_by_side_from_two_epochs_on(
 @pytest.mark.parametrize(
     ("left", "flags", "shape"),
     [
-        (59.0, [], (1, 4.0, 1)),
+        (50.0, [], (1, 4.0, 1)),
         (68.0, [], (2, 3.0, 1)),
         (91.0, [], (2, 4.0, 1)),
         (102.0, [], (3, 3.0, 1)),
@@ -474,6 +495,33 @@ def test_a_trial_goes_on_from_its_checkpoint(
     assert re.findall(r"all, run 1: epoch (\d),", printed) == ["3", "5"]
     assert "soup: the mean of" in printed
     assert tried(tmp_path / "run") == [("probe", "frozen"), ("final", "full")]
+
+
+@pytest.mark.parametrize("seconds", [10.0, 1e6])
+def test_the_rate_falls_with_the_time_where_that_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """Twenty steps of a second each, of which ten fit: the rate of each but the next is that of twice the step."""
+    clock = iter(range(1_000))
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(time=lambda: float(next(clock)), monotonic=time.monotonic))
+    rates: dict[int, float] = {}
+
+    class Rates(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            rates[state.global_step] = kwargs["lr_scheduler"].get_last_lr()[-1]
+
+    model = TINY["bert"]()
+    (stage,) = plan_of("full", model).stages
+    flags = ["--max_steps=20", "--lr_scheduler_type=linear", "--warmup_steps=0"]
+    limit = auto.TimeLimit(until=seconds)
+    trainer = tiny_trainer(model, stage, tmp_path, *flags, rows=12, callbacks=[limit, Rates()])
+    trainer.train()
+    start = rates[0]
+    short = seconds == 10
+    assert len(rates) == trainer.state.global_step == (11 if short else 20)
+    for step in range(2, len(rates)):
+        passed = 2 * (step - 1) + 1 if short else step  # the limit sees a step when the next rate is set
+        assert rates[step] == pytest.approx(start * (1 - min(20, passed) / 20))
 
 
 def test_the_time_limit_ends_a_training_with_an_evaluated_model(world: Path, tmp_path: Path) -> None:
