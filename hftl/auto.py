@@ -252,7 +252,7 @@ class Ladder:
         fit = self.left / self._seconds_an_epoch(costs, several=True)
         for at_once, slower in ((costs.at_once, costs.slower), (1, 1.0)):
             runs, epochs = _shape(fit / slower, later, at_once)
-            if runs > 1 and epochs >= _LEAST_FOR_SOUP + later:
+            if runs > 1 and fit / slower >= _LEAST_FOR_SOUP + later:
                 return runs, epochs, at_once
         return *_shape(self.left / self._seconds_an_epoch(costs), later), 1
 
@@ -391,7 +391,7 @@ class Ladder:
         if better:
             judged.touch()
             folder.promote(place, self.path)
-        trained = round(epochs * done, 2) if rung == "final" else epochs
+        trained = max(0.01, round(epochs * done, 2)) if rung == "final" else epochs
         self.trials.append(Trial(rung, method, factor, runs, trained, score, time.time() - started, better))
         _write_table(self.path / TABLE, self.trials, self.budget.spent)
         shutil.rmtree(place, ignore_errors=True)

@@ -124,7 +124,7 @@ class TimeLimit(TrainerCallback):
     """Ends a training at a moment, as if an epoch ended there: the model is evaluated, and kept if it is the best.
 
     A training that is too slow to make all its steps until then has its rate fall by the share of the time instead, so
-    that it ends where the schedule ends (budgeted training, Li et al. 2020).
+    that it ends where the schedule ends (Li et al. 2020, "Budgeted Training"; by the clock as in Izsak et al. 2021).
     """
 
     def __init__(self, until: float, least_epochs: float = 1.0, at_once: int = 1) -> None:
@@ -136,23 +136,29 @@ class TimeLimit(TrainerCallback):
             at_once: so many train side by side.
         """
         self.until, self.least_epochs, self.at_once = until, least_epochs, at_once
-        #: when the training began, and the part of its schedule that was behind it then
-        self.began, self.behind = 0.0, 0.0
+        #: when the first step ended, which may have compiled something, and the part of the schedule behind it then
+        self.began: float | None = None
+        self.behind = 0.0
 
     def epochs_left(self, seconds: float) -> float:
         """Epochs of so many seconds each that there is time for; below 0 where it is over."""
         return (self.until - time.time()) / seconds
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count the time from here."""
-        self.began, self.behind = time.time(), state.global_step / max(1, state.max_steps)
+        """Count the time anew, from the end of the next step."""
+        self.began = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Let the rate fall with the time, and stop when it is up."""
         now, schedule = time.time(), kwargs.get("lr_scheduler")
-        if isinstance(schedule, LambdaLR) and self.began < self.until:
-            share = self.behind + (1 - self.behind) * min(1.0, (now - self.began) / (self.until - self.began))
-            schedule.last_epoch = max(schedule.last_epoch, share * state.max_steps)
+        if isinstance(schedule, LambdaLR):
+            if self.began is None:  # after an interruption the schedule may be further than the steps
+                self.began = now
+                self.behind = min(1.0, max(state.global_step, schedule.last_epoch) / state.max_steps)
+            elif self.began < self.until:
+                share = self.behind + (1 - self.behind) * min(1.0, (now - self.began) / (self.until - self.began))
+                # Not from where the schedule is: a lead that a slow start gave would carry it beyond its end.
+                schedule.last_epoch = max(state.global_step, share * state.max_steps)
         if now > self.until and state.global_step < state.max_steps:
             say("the time is up")
             control.should_training_stop = True

@@ -20,7 +20,13 @@ from small_data import write_images, write_texts
 from test_methods import plan_of
 from tiny_models import TINY, write_tiny_cnn, write_tiny_text_model
 from tiny_training import tiny_trainer
-from transformers import AutoModelForSequenceClassification, TrainerCallback, TrainerControl, TrainerState
+from transformers import (
+    AutoModelForSequenceClassification,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    get_cosine_schedule_with_warmup,
+)
 
 import hftl
 from hftl import auto, callbacks, cli, features, probes
@@ -501,7 +507,7 @@ def test_a_trial_goes_on_from_its_checkpoint(
 def test_the_rate_falls_with_the_time_where_that_is_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    """Twenty steps of a second each, of which ten fit: the rate of each but the next is that of twice the step."""
+    """Twenty steps of a second each, of which eleven fit behind the first: the rate follows the clock, a step later."""
     clock = iter(range(1_000))
     monkeypatch.setattr(callbacks, "time", SimpleNamespace(time=lambda: float(next(clock)), monotonic=time.monotonic))
     rates: dict[int, float] = {}
@@ -518,10 +524,36 @@ def test_the_rate_falls_with_the_time_where_that_is_short(
     trainer.train()
     start = rates[0]
     short = seconds == 10
-    assert len(rates) == trainer.state.global_step == (11 if short else 20)
+    assert len(rates) == trainer.state.global_step == (12 if short else 20)
     for step in range(2, len(rates)):
-        passed = 2 * (step - 1) + 1 if short else step  # the limit sees a step when the next rate is set
+        share = 0.05 + 0.95 * (step - 2) / 10  # of the time when the step before ended
+        passed = 20 * share + 1 if short and step > 2 else step
         assert rates[step] == pytest.approx(start * (1 - min(20, passed) / 20))
+
+
+@pytest.mark.parametrize("ahead", [0, 6], ids=["from the start", "resumed where the rate had fallen further"])
+def test_a_slow_start_does_not_carry_the_schedule_beyond_its_end(monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+    """Some steps are slow, the others fast: the rate never rises, and the last step is the schedule's last."""
+    seconds = [50.0] + [4.0] * 5 + [0.01] * 14
+    clock = iter(np.cumsum(seconds))
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(time=lambda: float(next(clock))))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 0, 20)
+    schedule.last_epoch = ahead
+    limit, state, control = auto.TimeLimit(until=100.0), TrainerState(max_steps=20), TrainerControl()
+    limit.on_train_begin(None, state, control)
+    rates, places = [], []
+    for step in range(1, 21):
+        optimizer.step()
+        schedule.step()
+        state.global_step = step
+        limit.on_step_end(None, state, control, lr_scheduler=schedule)
+        rates.append(schedule.get_last_lr()[0])
+        places.append(schedule.last_epoch)
+    assert rates == sorted(rates, reverse=True)
+    assert places[0] == ahead + 1  # a first step may compile, and counts for nothing
+    assert places[5] > 8
+    assert places[-1] == 20
 
 
 def test_the_time_limit_ends_a_training_with_an_evaluated_model(world: Path, tmp_path: Path) -> None:
