@@ -210,8 +210,8 @@ class Ladder:
         costs = self._measure()
         views = views_of_a_row(self.arguments)
         self.reserve += 1.2 * costs.prediction * views * (test_rows + len(self.splits.validation))
-        scoring = 1.2 * costs.prediction * len(self.splits.validation)
-        cooking = scoring * (INGREDIENTS + 1)  # epochs and then runs are scored
+        # Epochs and then runs are scored.
+        cooking = 1.2 * costs.prediction * (INGREDIENTS + 1) * len(self.splits.validation)
         self._finish_interrupted(cooking)
         if self._of("final"):
             return
@@ -313,19 +313,16 @@ class Ladder:
         The soups of a final one take `cooking` seconds.
         """
         for place in sorted((self.path / TRIALS).glob("*-*")):
-            number, rung, method, factor, at_once = place.name.split("-")
+            number, rung, method, factor, epochs, at_once = place.name.split("-")
             recipe = next((path for path in (place / CHECKPOINTS / RECIPE, place / RECIPE) if path.is_file()), None)
             if recipe is None or int(number) <= len(self.trials):
                 continue
-            settings = read_yaml(recipe)
+            soup = read_yaml(recipe).get("average") == "soup"
             earlier = _seconds_until_interrupted(place)
             self.budget.started -= earlier
             folder.write_json(self.path / TRIALS / _SPENT, self.budget.spent)  # it may be interrupted once more
-            # The recipe of a probe that is finished has what a head would train for where it is not solved.
-            epochs = 0.0 if rung == "probe" else float(settings.get("num_train_epochs") or 0.0)
-            soup = settings.get("average") == "soup"
             self.reserve += cooking if rung == "final" else 0.0
-            self._train(rung, method, float(factor), epochs, soup, int(at_once), earlier)
+            self._train(rung, method, float(factor), float(epochs), soup, int(at_once), earlier)
 
     def _train(
         self,
@@ -349,7 +346,7 @@ class Ladder:
             earlier: seconds of it before an interruption.
         """
         started = time.time() - earlier
-        place = self.path / TRIALS / f"{len(self.trials) + 1}-{rung}-{method}-{factor:g}-{at_once}"
+        place = self.path / TRIALS / f"{len(self.trials) + 1}-{rung}-{method}-{factor:g}-{epochs:g}-{at_once}"
         length = f" for {epochs:g} epoch{'' if epochs == 1 else 's'}" if epochs else ""
         length += f" at {factor:g} times its rates" if factor != 1 else ""
         say(f"\nauto: {rung}, {method}{length}; {self.budget.left:.0f} of {self.budget.seconds:.0f} s left")

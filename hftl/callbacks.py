@@ -152,19 +152,22 @@ class TimeLimit(TrainerCallback):
         """Let the rate fall with the time, and stop when it is up."""
         now, schedule = time.time(), kwargs.get("lr_scheduler")
         if isinstance(schedule, LambdaLR):
-            if self.began is None:  # after an interruption the schedule may be further than the steps
-                self.began = now
-                self.behind = min(1.0, max(state.global_step, schedule.last_epoch) / state.max_steps)
-            elif self.began < self.until:
-                share = self.behind + (1 - self.behind) * min(1.0, (now - self.began) / (self.until - self.began))
-                # Not from where the schedule is: a lead that a slow start gave would carry it beyond its end.
-                schedule.last_epoch = max(state.global_step, share * state.max_steps)
+            self._follow_the_clock(schedule, state, now)
         if now > self.until and state.global_step < state.max_steps:
             say("the time is up")
             control.should_training_stop = True
             control.should_evaluate = args.eval_strategy == "steps"
             control.should_save = args.save_strategy == "steps"
         return control
+
+    def _follow_the_clock(self, schedule: LambdaLR, state: Any, now: float) -> None:
+        if self.began is None:  # after an interruption the schedule may be further than the steps
+            self.began = now
+            self.behind = min(1.0, max(state.global_step, schedule.last_epoch) / state.max_steps)
+        elif self.began < self.until:
+            share = self.behind + (1 - self.behind) * min(1.0, (now - self.began) / (self.until - self.began))
+            # Not from where the schedule is: a lead that a slow start gave would carry it beyond its end.
+            schedule.last_epoch = max(state.global_step, share * state.max_steps)
 
 
 class EveryFewEpochs(TrainerCallback):
