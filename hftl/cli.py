@@ -362,14 +362,23 @@ def _rank(argv: list[str]) -> None:
     parser.add_argument(
         "--models", required=True, nargs="+", metavar="MODEL", help="as --model; for images and videos MODEL@SIDE"
     )
-    parser.add_argument("--by", default="logme", choices=("logme", "probe", "h_score", "transrate", "leep", "nce"))
+    from hftl import ranked
+
+    parser.add_argument("--by", default="logme", choices=ranked.MEASURES)
     parser.add_argument("--output", help="CSV file to write, beside the table that is printed")
     options, rest = parser.parse_known_args(argv)
     _check_output(options.output)
-    with quick_imports():
-        from hftl import ranking
+    identities = ranked.identify(options.task, options.models, rest)  # as the files are before they are read
+    known = ranked.answers(identities)
+    others = [model for model in options.models if model not in known]
+    candidates, rows = ranked.recalled(list(known.values()))
+    if others:
+        with quick_imports():
+            from hftl import ranking
 
-    ranking.main(options.task, options.models, rest, options.by, options.output)
+        found, rows = ranking.rank(options.task, others, rest, options.by, identities)
+        candidates += found
+    ranked.show(candidates, rows, options.by, options.task, rest, options.output)
 
 
 def _advise(argv: list[str]) -> None:

@@ -10,14 +10,14 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import math
+import os
 import re
-import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,50 +25,23 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import nn
 
-from hftl import backbones, compute, data, folder, pretrained, transferability
+from hftl import backbones, compute, data, pretrained, ranked, transferability
 from hftl.arguments import ArgumentsType, is_pretrained, parse, set_precision
 from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.features import HeadInputs, PooledFeatures, pooled
 from hftl.finished import require_one_of_several
-from hftl.folder import read_json, say
+from hftl.folder import say
 from hftl.methods.parts import frozen
 from hftl.methods.plan import prepare_modules
 from hftl.modality import Modality
-from hftl.tables import aligned, as_csv
+from hftl.ranked import Answer, Candidate, in_order, remembered
+from hftl.sources import source_of
 from hftl.tasks import find_task
 from hftl.tasks.classification import ClassificationTask
 
-#: scores that models can be ranked by
-MEASURES = ("logme", "probe", "h_score", "transrate", "leep", "nce")
-#: a model that is so many times as fast is worth naming
-_FASTER = 1.25
 #: beside the shards of features: how fast they come, and what was made of them
 _SPEEDS, _SCORES = "speeds.json", "scores.json"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model and its scores; LEEP and NCE are None where it has no trained head of its own.
-
-    Attributes:
-        rank: from 1.
-        model: as it was named.
-        logme: see `hftl.transferability`, as the next ones.
-        parameters: of the backbone and the fresh head.
-        features_per_second: rows through the model, in the precision that suits it here.
-    """
-
-    rank: int
-    model: str
-    logme: float
-    h_score: float
-    transrate: float
-    leep: float | None
-    nce: float | None
-    probe: float
-    parameters: int
-    features_per_second: float
 
 
 @dataclass(frozen=True)
@@ -88,7 +61,11 @@ class Pooled:
 
 
 def rank(
-    task_name: str, models: Sequence[str], tokens: Sequence[str], by: str = "logme"
+    task_name: str,
+    models: Sequence[str],
+    tokens: Sequence[str],
+    by: str = "logme",
+    identities: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[list[Candidate], int]:
     """Rank models for a data set.
 
@@ -96,7 +73,9 @@ def rank(
         task_name: of a built-in task.
         models: as `--model`; for images and videos also `MODEL@SIDE`, at another image size.
         tokens: flags as for `hftl train`, `--dataset` among them.
-        by: one of `MEASURES`.
+        by: one of `ranked.MEASURES`.
+        identities: of the models, under which to keep what is found (`ranked.identify`, from before anything was
+            imported: libraries set variables of the environment).
 
     Returns:
         The models, the best first, and the rows that they were scored on.
@@ -117,7 +96,11 @@ def rank(
 
     def scored(name: str, found: Pooled, head: nn.Module | None) -> Candidate:
         with libraries.limit(limits=1, user_api="blas"):
-            return _scored(name, found, head)
+            candidate = _scored(name, _model_tokens(task_name, name), found, head)
+        if name in identities and _rests_on_named_files(found.task, splits, tokens):
+            answer = Answer(candidate, len(splits.train), splits.report)
+            remembered(found.place / ranked.ANSWERS, identities[name], lambda: dataclasses.asdict(answer))
+        return candidate
 
     def settle() -> None:
         """Wait for the scores of the models before, so that the features of two at most are in memory."""
@@ -136,12 +119,26 @@ def rank(
                     before = time.perf_counter()
         candidates = [entry.result() for entry in waiting]
     say(f"{len(models)} models ranked on {len(splits.train):,} rows in {time.perf_counter() - started:.1f} s")
-    without = [entry.model for entry in candidates if getattr(entry, by) is None]
-    if without:
-        raise UsageError(f"--by {by}: {without[0]} has no trained head of its own. Use another measure, such as logme.")
-    candidates.sort(key=lambda entry: -getattr(entry, by))
-    ranked = [dataclasses.replace(entry, rank=number) for number, entry in enumerate(candidates, start=1)]
-    return ranked, len(splits.train)
+    return in_order(candidates, by), len(splits.train)
+
+
+def _rests_on_named_files(task: ClassificationTask, splits: Splits, tokens: Sequence[str]) -> bool:
+    """Whether `ranked.identify` has seen all files that the data and the model are read from."""
+    dataset, model = str(task.arguments.dataset_name), str(task.arguments.model_name_or_path)
+    is_own = model.startswith(("builtin:", "random:")) or os.path.isdir(os.path.expanduser(model))
+    if not is_own or task.arguments.trust_remote_code or any(token.startswith("--config") for token in tokens):
+        return False
+    place = os.path.abspath(os.path.expanduser(dataset))
+    if dataset.startswith("builtin:") or (task.modality.is_text and os.path.exists(place)):
+        return True
+    name = task.modality.name
+    values = itertools.chain(data.column_of(splits.train, name), data.column_of(splits.validation, name))
+    sources = (source_of(value, name, "bytes")[0] for value in values)
+    return os.path.isdir(place) and all(isinstance(source, bytes) or _is_below(source, place) for source in sources)
+
+
+def _is_below(source: str | None, place: str) -> bool:
+    return source is None or Path(os.path.abspath(source)).is_relative_to(place)
 
 
 def _by_checkpoint(models: Sequence[str], settings: Sequence[Any]) -> list[list[tuple[str, Any]]]:
@@ -220,37 +217,22 @@ def features_of(task: ClassificationTask, splits: Splits, settle: Callable[[], N
         settle()
         return compute.seconds_a_row(model, batch, loss, False, arguments.precision)
 
-    speed = _known(place / _SPEEDS, f"{compute.machine()}, {arguments.device}", measured)
+    speed = remembered(place / _SPEEDS, f"{compute.machine()}, {arguments.device}", measured)
     features, labels = kept.matrix()
     return Pooled(task, model, source, features.float().numpy(), labels.numpy(), speed, rows, place)
 
 
-def _known(path: Path, key: str, find: Callable[[], Any]) -> Any:
-    """What a JSON file of the cache has under a key; found, and kept there, where it has nothing."""
-    try:
-        known = dict(read_json(path)) if path.is_file() else {}
-    except (ValueError, TypeError):
-        say(f"{str(path)!r} is damaged and is made again")
-        known = {}
-    if key not in known:
-        known[key] = find()
-        try:
-            folder.write_json(path, known)
-        except OSError as error:  # a full disk, or the folder was removed meanwhile
-            say(f"{str(path)!r} cannot be kept ({error.strerror}): it is found again next time")
-    return known[key]
-
-
-def _scored(name: str, found: Pooled, head: nn.Module | None) -> Candidate:
+def _scored(name: str, flags: list[str], found: Pooled, head: nn.Module | None) -> Candidate:
     def scores() -> dict[str, float | None]:
         return transferability.scores(found.features, found.labels, head_probabilities(head, found.features))
 
     return Candidate(
         rank=0,
         model=name,
-        **_known(found.place / _SCORES, _content(found, head), scores),
+        **remembered(found.place / _SCORES, _content(found, head), scores),
         parameters=sum(parameter.numel() for parameter in found.model.parameters()),
         features_per_second=1 / found.seconds_a_row,
+        flags=flags,
     )
 
 
@@ -290,61 +272,3 @@ def head_probabilities(head: nn.Module | None, features: np.ndarray[Any, Any]) -
         return None
     with torch.no_grad():
         return head(torch.from_numpy(features)).softmax(dim=1).numpy()
-
-
-_COLUMNS = {
-    "rank": "rank", "model": "model", "logme": "LogME", "h_score": "H-score", "transrate": "TransRate", "leep": "LEEP",
-    "nce": "NCE", "probe": "probe", "parameters": "parameters", "features_per_second": "features/s",
-}  # fmt: skip
-
-
-def table(candidates: Sequence[Candidate]) -> str:
-    """The models, one a line."""
-    lines = [list(_COLUMNS.values()), *([_shown(getattr(entry, name)) for name in _COLUMNS] for entry in candidates)]
-    return "\n".join(aligned(lines, left=[1]))
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.4f}"
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def csv_of(candidates: Sequence[Candidate]) -> str:
-    """The same table with all digits, as CSV."""
-    return as_csv([list(_COLUMNS), *(dataclasses.astuple(entry) for entry in candidates)])
-
-
-def recommendation(candidates: Sequence[Candidate], rows: int, by: str, task_name: str, tokens: Sequence[str]) -> str:
-    """Which model to take, why, and the faster ones that are as good as far as the rows can tell."""
-    best = candidates[0]
-    error = math.sqrt(best.probe * (1 - best.probe) / rows)
-    reason = f"highest {_COLUMNS[by]}" + (
-        "" if by == "probe" else f"; its probe is right on {best.probe:.4f} of the rows"
-    )
-    lines = [f"recommended: {best.model} ({reason})"]
-    faster = [
-        entry
-        for entry in candidates[1:]
-        if entry.probe >= best.probe - error and entry.features_per_second >= _FASTER * best.features_per_second
-    ]
-    for entry in sorted(faster, key=lambda entry: -entry.features_per_second)[:1]:
-        times = entry.features_per_second / best.features_per_second
-        lines.append(
-            f"in a hurry: {entry.model} ({times:.1f} times the speed, its probe {entry.probe:.4f} is not worse by more "
-            f"than the standard error of {error:.4f})"
-        )
-    if by != "probe" and max(entry.probe for entry in candidates) > best.probe + error:
-        top = max(candidates, key=lambda entry: entry.probe)
-        lines.append(f"but: the probe prefers {top.model} ({top.probe:.4f}): try both")
-    flags = shlex.join([*_model_tokens(task_name, best.model), *tokens])
-    lines.append(f"next: hftl train {task_name} {flags}, or hftl advise with the same")
-    return "\n".join(lines)
-
-
-def main(task_name: str, models: Sequence[str], tokens: Sequence[str], by: str, output: str | None) -> None:
-    """`hftl rank`: the table, the recommendation, and the file that was asked for."""
-    candidates, rows = rank(task_name, models, tokens, by)
-    say(f"\n{table(candidates)}\n\n{recommendation(candidates, rows, by, task_name, tokens)}")
-    if output is not None:
-        folder.write_text(Path(output), csv_of(candidates))

@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from small_data import write_images, write_texts
 from tiny_models import write_timm_folder, write_tiny_image_model, write_tiny_text_model
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
-from hftl import cli, folder, pretrained, ranking, transferability
+from hftl import cli, folder, pretrained, ranked, ranking, transferability
 from hftl.tasks.image_classification import ImageClassification
 
 
@@ -65,8 +66,8 @@ def test_a_table_from_train_alone(
 
     rank(*flags, "--models", *models, "--by", "probe")
     again = capsys.readouterr().out
-    assert "(all in the cache)" in again
-    assert "to compute)" not in again
+    assert "3 models ranked before on 36 rows" in again
+    assert "features: " not in again  # no model was looked at
     with (tmp_path / "table.csv").open() as file:
         by_probe = {row["model"]: row for row in csv.DictReader(file)}
     for row in rows:
@@ -139,6 +140,124 @@ def test_scores_are_kept_for_the_same_features_labels_and_head(
     assert ranked().logme != other.logme
     assert len(decomposed) == 4
     assert len(json.loads(kept.read_text())) == 3  # no other folder of features was begun
+
+
+RANKED_AGAIN = """
+import sys
+from hftl import cli
+cli.main(sys.argv[1:])
+print("IMPORTED", *sorted({"torch", "transformers", "datasets", "sklearn"} & set(sys.modules)))
+"""
+
+
+def test_a_known_answer_needs_no_model_no_data_and_no_torch(images: Path, tmp_path: Path) -> None:
+    """The first of two processes ranks two models, the second these and a third, the third process all of them."""
+    flags = ["rank", "--task=image-classification", f"--dataset={images / 'data'}"]
+    models = [f"{images / 'resnet'}@32", str(images / "vit"), str(images / "resnet")]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", RANKED_AGAIN, *flags, *more]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    environment = {**os.environ, "PYTHONPATH": str(Path(ranking.__file__).parent.parent), "HFTL_HOME": str(tmp_path)}
+    first = run("--models", *models[:2], f"--output={tmp_path / '1.csv'}")
+    assert "2 models ranked on 36 rows" in first.stdout, first.stdout + first.stderr
+    second = run("--models", *models, f"--output={tmp_path / '2.csv'}")
+    assert "2 models ranked before on 36 rows" in second.stdout
+    assert "1 models ranked on 36 rows" in second.stdout
+    third = run("--models", *models, "--by=probe", f"--output={tmp_path / '3.csv'}")
+    assert "3 models ranked before on 36 rows" in third.stdout
+    assert third.stdout.splitlines()[-1] == "IMPORTED"
+    tables = [list(csv.DictReader((tmp_path / f"{number}.csv").open())) for number in (1, 2, 3)]
+    by_model = [{row.pop("model"): row for row in rows if row.pop("rank")} for rows in tables]
+    assert by_model[1] == by_model[2]
+    assert by_model[0] == {model: by_model[1][model] for model in models[:2]}
+    assert first.stdout.splitlines()[0] == third.stdout.splitlines()[0]  # the report of the data
+    refused = run("--models", *models, "--by=leep")
+    assert refused.returncode == 2
+    assert "--by leep: " in refused.stderr
+
+
+@pytest.mark.parametrize("change", ["data", "label", "model", "flag", "environment", "package", "code"])
+def test_an_answer_is_found_anew_when_anything_has_changed(
+    change: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(images / "vit", tmp_path / "vit")
+    shutil.copytree(images / "data", tmp_path / "data")
+    flags = [f"--dataset={tmp_path / 'data'}"]
+    file = next((tmp_path / "data" / "train").rglob("*.png"))
+
+    def identity() -> str:
+        return ranked.identify("image-classification", [f"{tmp_path / 'vit'}@32"], flags)[f"{tmp_path / 'vit'}@32"]
+
+    before = identity()
+    assert identity() == before
+    if change == "data":  # of the same size, with the time of its last change set back
+        status, content = file.stat(), file.read_bytes()
+        file.write_bytes(content[::-1])
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    elif change == "label":
+        file.rename(next(place for place in file.parent.parent.iterdir() if place != file.parent) / "moved.png")
+    elif change == "model":
+        (tmp_path / "vit" / "config.json").write_text((tmp_path / "vit" / "config.json").read_text() + " ")
+    elif change == "flag":
+        flags.append("--seed=1")
+    elif change == "environment":
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    elif change == "package":
+        (tmp_path / "transformers-9.9.dist-info").mkdir()
+        monkeypatch.syspath_prepend(tmp_path)
+    elif change == "code":
+        shutil.copytree(Path(ranked.__file__).parent, tmp_path / "hftl")
+        monkeypatch.setattr(ranked, "__file__", str(tmp_path / "hftl" / "ranked.py"))
+    assert identity() != before
+
+
+@pytest.mark.parametrize("elsewhere", ["table", "link", "configuration", "code"])
+def test_no_answer_is_kept_that_rests_on_files_that_no_flag_names(
+    elsewhere: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HFTL_HOME", str(tmp_path / "home"))
+    dataset = images / "data"
+    if elsewhere == "table":
+        files = [path for path in (dataset / "train").rglob("*") if path.is_file()]
+        dataset = tmp_path / "table.csv"
+        dataset.write_text("image,label\n" + "".join(f"{path},{path.parent.name}\n" for path in files))
+    if elsewhere == "link":
+        dataset = tmp_path / "linked"
+        shutil.copytree(images / "data", dataset)
+        one = next((dataset / "train").iterdir())
+        one.rename(tmp_path / "aside")
+        one.symlink_to(tmp_path / "aside")
+    flags = ["--task=image-classification", "--models", images / "vit", f"--dataset={dataset}"]
+    flags += ["--follow_links"] if elsewhere == "link" else []
+    if elsewhere == "configuration":
+        (tmp_path / "flags.yaml").write_text("validation_fraction: 0.2\n")
+        flags.append(f"--config={tmp_path / 'flags.yaml'}")
+    if elsewhere == "code":
+        flags.append("--trust_remote_code=true")
+    for _ in range(2):
+        rank(*flags)
+        printed = capsys.readouterr().out
+        assert "1 models ranked on " in printed
+        assert "ranked before" not in printed
+
+
+def test_a_damaged_answer_is_said_and_found_anew(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HFTL_HOME", str(tmp_path))
+    flags = ["--task=image-classification", "--models", images / "vit", f"--dataset={images / 'data'}"]
+    rank(*flags)
+    (kept,) = tmp_path.rglob(ranked.ANSWERS)
+    kept.write_text("[1")
+    capsys.readouterr()
+    rank(*flags)
+    printed = capsys.readouterr().out
+    assert f"{ranked.ANSWERS}' is damaged and is made again" in printed
+    assert "1 models ranked on 36 rows" in printed
+    rank(*flags)
+    assert "1 models ranked before on 36 rows" in capsys.readouterr().out
 
 
 def test_scores_that_cannot_be_kept_are_said_and_not_lost(
