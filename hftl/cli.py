@@ -363,22 +363,24 @@ def _rank(argv: list[str]) -> None:
         "--models", required=True, nargs="+", metavar="MODEL", help="as --model; for images and videos MODEL@SIDE"
     )
     from hftl import ranked
+    from hftl.folder import say
 
     parser.add_argument("--by", default="logme", choices=ranked.MEASURES)
     parser.add_argument("--output", help="CSV file to write, beside the table that is printed")
     options, rest = parser.parse_known_args(argv)
     _check_output(options.output)
-    identities = ranked.identify(options.task, options.models, rest)  # as the files are before they are read
-    known = ranked.answers(identities)
-    others = [model for model in options.models if model not in known]
-    candidates, rows = ranked.recalled(list(known.values()))
+    models = list(dict.fromkeys(options.models))
+    identities = ranked.identify(options.task, models, rest)  # as the files are before they are read
+    found = ranked.known(identities)
+    if found:
+        say(f"ranked before, from the same files and versions: {', '.join(found)}")
+    others = [model for model in models if model not in found]
     if others:
         with quick_imports():
             from hftl import ranking
 
-        found, rows = ranking.rank(options.task, others, rest, options.by, identities)
-        candidates += found
-    ranked.show(candidates, rows, options.by, options.task, rest, options.output)
+        found |= {entry.model: entry for entry in ranking.rank(options.task, others, rest, identities)}
+    ranked.show([found[model] for model in models], options.by, options.task, rest, options.output)
 
 
 def _advise(argv: list[str]) -> None:

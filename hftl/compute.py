@@ -32,6 +32,7 @@ from hftl.cpu_kernels import cpu_kernels
 from hftl.first_token import first_token_alone, last_part
 from hftl.folder import read_json, say, write_json
 from hftl.losses import Loss
+from hftl.machine import processor
 from hftl.side_by_side import side_by_side
 
 #: rows of a measured batch: the ratio of the precisions at 16 is that at 32, and it costs half
@@ -429,24 +430,16 @@ def hardware() -> str:
     """What computes, and the operating system, in a few words without a name of this machine."""
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
-        processor = f"{f'{count} x ' if count > 1 else ''}{torch.cuda.get_device_name()}"
+        device = f"{f'{count} x ' if count > 1 else ''}{torch.cuda.get_device_name()}"
     else:
-        processor = f"{_processor()[0]}, {torch.get_num_threads()} threads a process"
-    return f"{processor}, {platform.system()} {platform.machine()}"
+        device = f"{processor()[0]}, {torch.get_num_threads()} threads a process"
+    return f"{device}, {platform.system()} {platform.machine()}"
 
 
 def machine() -> str:
     """The processor with its family, its threads and torch: virtual machines give families the same name."""
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{' '.join(_processor())} {capability}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def _processor() -> list[str]:
-    """Its name, and on Linux its family and model."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    known = [found[name] for name in ("model name", "cpu family", "model") if name in found]
-    return known or [platform.processor() or platform.machine()]
+    return f"{' '.join(processor())} {capability}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def _remembered() -> dict[str, dict[str, str]]:

@@ -16,17 +16,16 @@ import platform
 import re
 import shlex
 import sys
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hftl import folder
+from hftl import folder, machine
 from hftl.builtin import cache_folder
 from hftl.errors import UsageError
 from hftl.folder import read_json, say
-from hftl.tables import aligned, as_csv
+from hftl.tables import TABLE_SUFFIXES, aligned, as_csv
 
 #: scores that models can be ranked by
 MEASURES = ("logme", "probe", "h_score", "transrate", "leep", "nce")
@@ -34,8 +33,17 @@ MEASURES = ("logme", "probe", "h_score", "transrate", "leep", "nce")
 _FASTER = 1.25
 #: beside the shards of a model's features: what was said of it
 ANSWERS = "ranked.json"
-#: settings from outside the command line: of hftl, the Hugging Face libraries, torch, its threads and its devices
-_ENVIRONMENT = re.compile("HFTL_|HF_|TRANSFORMERS_|WORLD_SIZE|TORCH|PYTHONPATH|CUDA_|HIP_|OMP_|MKL_|KMP_|GOMP_")
+#: flags that name files which are read
+_INPUTS = ("dataset", "dataset_name", "weights", "text_model")
+#: models and data that hftl brings, or makes by its seeds
+_OWN = ("builtin:", "random:")
+#: tasks whose tables hold all that is read
+_TEXTS = ("text-classification", "token-classification", "multiple-choice")
+#: variables of the environment that change what is read, computed, or how fast
+_ENVIRONMENT = re.compile(
+    "HFTL_|HF_|TRANSFORMERS_|ACCELERATE_|(PY)?TORCH|PYTHONPATH|WORLD_SIZE|CUDA_|NVIDIA_|HIP_|ROCR_|OMP_|MKL_|KMP_|GOMP_|"
+    "ONEDNN_|DNNL_|ATEN_|OPENBLAS_|LD_|MALLOC_|GLIBC_"
+)
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,13 @@ class Candidate:
     """A model and its scores; LEEP and NCE are None where it has no trained head of its own.
 
     Attributes:
-        rank: from 1.
+        rank: from 1; 0 where it is not ranked yet.
         model: as it was named.
         logme: see `hftl.transferability`, as the next ones.
         parameters: of the backbone and the fresh head.
         features_per_second: rows through the model, in the precision that suits it here.
         flags: which name it to `hftl train`.
+        rows: that it was scored on.
     """
 
     rank: int
@@ -62,119 +71,140 @@ class Candidate:
     parameters: int
     features_per_second: float
     flags: list[str]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What is kept of a model.
-
-    Attributes:
-        candidate: its scores.
-        rows: that they are of.
-        report: the lines that tell of the data.
-    """
-
-    candidate: Candidate
     rows: int
-    report: list[str]
 
 
 def identify(task_name: str, models: Sequence[str], tokens: Sequence[str]) -> dict[str, str]:
-    """For each model a name for all that an answer about it depends on.
+    """For each model a name for all that its scores, rows and speed depend on.
 
-    That is the flags; the size and the times of change of every file that they name or that lies in a folder they name,
-    as Git knows its files; hftl's own files; the versions of what is installed; settings in the environment; and the
-    machine, for its speed. Not what a name on the Hub stands for, nor files that a table or a configuration names:
-    answers about these are not to be kept.
+    That is the flags; where each file of the model and of the data is, with its number, size and times of change, as
+    Git knows its files; hftl's own files; the versions of what is installed; settings in the environment; the machine.
 
     Args:
         task_name: as for `--task`.
         models: as `--models` names them, perhaps with `@SIDE`.
         tokens: the other flags.
+
+    Returns:
+        From a model to its name; without those that rest on more than that: on what a name on the Hub stands for, on
+        files that a table or a configuration names, on code of others, on what links to folders lead to.
     """
-    packages = {name for place in sys.path if os.path.isdir(place) for name in os.listdir(place)}
+    flags = _values(tokens)
+    others = [value for name, values in flags.items() if name not in _INPUTS for value in values]
+    if {"config", "trust_remote_code"} & set(flags) or any(":" in value for value in others):
+        return {}
+    tables = frozenset() if task_name in _TEXTS else TABLE_SUFFIXES
+    inputs = [_state(value, tables) for name in _INPUTS for value in flags.get(name, ())]
+    installed = [path for place in sys.path for path in _matching(place, "*.dist-info", "*.egg-info")]
     shared = [
         [task_name, *tokens, os.getcwd()],
-        [_state(token.partition("=")[2] or token) for token in tokens],
-        _state(os.path.dirname(__file__)),
-        [sys.version, *sorted(name for name in packages if name.endswith(".dist-info"))],
+        [_state(os.path.dirname(__file__)), sys.version, sorted(map(_stamp, installed))],
         sorted(item for item in os.environ.items() if _ENVIRONMENT.match(item[0])),
-        [platform.node(), sorted(_cores()), sorted(glob.glob("/dev/nvidia[0-9]*")), os.path.exists("/dev/kfd")],
+        [platform.node(), machine.processor(), machine.cores(), machine.accelerators()],
     ]
-    known = {model: [model, _state(model), _state(re.sub(r"@\d+$", "", model)), shared] for model in models}
-    return {
-        model: hashlib.blake2b(json.dumps(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-        for model, parts in known.items()
-    }
+    if None in inputs:
+        return {}
+    shared_digest = _digest([inputs, shared])
+    states = {model: [_model_state(place) for place in (model, re.sub(r"@\d+$", "", model))] for model in models}
+    return {model: _digest([model, state, shared_digest]) for model, state in states.items() if state != [None, None]}
 
 
-def _state(name: str) -> list[Any]:
-    """Of a file, or of each in a folder: its path, size, time of change, and time at which even that was set."""
-    place, files = os.path.expanduser(name), []
-    for above, folders, names in os.walk(place):
-        if any(os.path.islink(os.path.join(above, entry)) for entry in folders):
-            return [uuid.uuid4().hex]  # what lies behind such a link may change: never the same
-        folders[:] = sorted(entry for entry in folders if entry != "__pycache__")
-        files += [os.path.join(above, entry) for entry in sorted(names)]
-    found: list[Any] = []
-    for path in files or [place]:
-        with contextlib.suppress(OSError, ValueError):  # no file, or a link to nowhere
-            status = os.stat(path)
-            found.append([path, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
+def _digest(content: list[Any]) -> str:
+    return hashlib.blake2b(json.dumps(content).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _model_state(name: str) -> list[Any] | None:
+    is_model = name.startswith(_OWN) or os.path.isfile(os.path.join(os.path.expanduser(name), "config.json"))
+    return _state(name) if is_model else None
+
+
+def _values(tokens: Sequence[str]) -> dict[str, list[str]]:
+    """Of flags as they were typed: what stands behind each."""
+    found: dict[str, list[str]] = {}
+    name = ""
+    for token in tokens:
+        is_flag = token.startswith("--")
+        name, assigned, value = token.partition("=") if is_flag else (name, "=", token)
+        values = found.setdefault(name.lstrip("-").replace("-", "_"), [])
+        values += [value] if assigned else []
     return found
 
 
-def _cores() -> set[int]:
-    """That this process may use."""
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+def _state(name: str, tables: Collection[str] = frozenset()) -> list[Any] | None:
+    """Of a file, or of each in a folder, what changes with it; None where that cannot be told.
+
+    Args:
+        name: of a file, a folder, or what hftl brings itself.
+        tables: endings of files that may name others.
+    """
+    place = os.path.expanduser(name)
+    if name.startswith(_OWN):
+        return []
+    if os.path.isfile(place):
+        return None if place.lower().endswith(tuple(tables)) else [_stamp(place)]
+    found: list[Any] = []
+    for above, folders, names in os.walk(place):
+        folders[:] = sorted(entry for entry in folders if entry != "__pycache__")
+        linked = any(os.path.islink(os.path.join(above, entry)) for entry in folders)
+        if linked or any(entry.lower().endswith(tuple(tables)) for entry in names):
+            return None
+        found += [above, *(_stamp(os.path.join(above, entry)) for entry in sorted(names))]
+    return found or None
 
 
-def answers(identities: Mapping[str, str]) -> dict[str, Answer]:
-    """Of the models those that were ranked before, with what was found, where nothing has changed since then."""
-    known: dict[str, tuple[Path, Any]] = {}
+def _stamp(path: str) -> list[Any]:
+    """What changes with a file."""
+    try:
+        status = os.stat(path)
+    except OSError:  # a link to nowhere
+        return [path]
+    return [path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _matching(place: str, *patterns: str) -> list[str]:
+    return [path for pattern in patterns for path in glob.glob(os.path.join(glob.escape(place or "."), pattern))]
+
+
+def known(identities: Mapping[str, str]) -> dict[str, Candidate]:
+    """Of the models those that were ranked before, where nothing has changed since then."""
+    answers: dict[str, tuple[Path, Any]] = {}
     for path in cache_folder().glob(f"features/*/{ANSWERS}"):
-        known |= {identity: (path, entry) for identity, entry in read_kept(path).items()}
+        answers |= {identity: (path, entry) for identity, entry in (_read(path) or {}).items()}
     found = {}
     for model, identity in identities.items():
-        if identity in known:
-            path, entry = known[identity]
-            folder.mark_as_used(path)
-            found[model] = Answer(Candidate(**entry["candidate"]), entry["rows"], entry["report"])
+        path, entry = answers.get(identity, (Path(), {}))
+        with contextlib.suppress(TypeError):  # none there, or somebody wrote into it: it is ranked anew
+            found[model] = Candidate(**entry)
+            folder.mark_as_used(path.with_name("settings.json"))
     return found
-
-
-def recalled(known: Sequence[Answer]) -> tuple[list[Candidate], int]:
-    """Say what was found before of the data and the models; the models, and the rows that they were ranked on."""
-    if not known:
-        return [], 0
-    for line in known[0].report:
-        say(line)
-    say(
-        f"{len(known)} models ranked before on {known[0].rows:,} rows: their files, those of the data and the "
-        "installed versions are the same"
-    )
-    return [answer.candidate for answer in known], known[0].rows
-
-
-def read_kept(path: Path) -> dict[str, Any]:
-    """What a JSON file of the cache has by key; nothing where it is not there or damaged."""
-    try:
-        return dict(read_json(path)) if path.is_file() else {}
-    except (ValueError, TypeError):
-        say(f"{str(path)!r} is damaged and is made again")
-        return {}
 
 
 def remembered(path: Path, key: str, find: Callable[[], Any]) -> Any:
     """What a JSON file of the cache has under a key; found, and kept there, where it has nothing."""
-    known = read_kept(path)
-    if key not in known:
-        known[key] = find()
-        try:
-            folder.write_json(path, known)
-        except OSError as error:  # a full disk, or the folder was removed meanwhile
-            say(f"{str(path)!r} cannot be kept ({error.strerror}): it is found again next time")
-    return known[key]
+    kept = _read(path) or {}
+    return kept[key] if key in kept else keep(path, key, find())
+
+
+def keep(path: Path, key: str, value: Any) -> Any:
+    """Keep a value in a JSON file of the cache, where that can be written; the value."""
+    content = _read(path)
+    if content is None:
+        say(f"{str(path)!r} is damaged and is made again")
+    try:
+        folder.write_json(path, {**(content or {}), key: value})
+    except OSError as error:  # a full disk, or the folder was removed meanwhile
+        say(f"{str(path)!r} cannot be kept ({error.strerror}): it is found again next time")
+    return value
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a JSON file of the cache holds by key; None where it is damaged."""
+    try:
+        return dict(read_json(path))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def in_order(candidates: Sequence[Candidate], by: str) -> list[Candidate]:
@@ -213,10 +243,10 @@ def csv_of(candidates: Sequence[Candidate]) -> str:
     return as_csv([list(_COLUMNS), *([getattr(entry, name) for name in _COLUMNS] for entry in candidates)])
 
 
-def recommendation(candidates: Sequence[Candidate], rows: int, by: str, task_name: str, tokens: Sequence[str]) -> str:
+def recommendation(candidates: Sequence[Candidate], by: str, task_name: str, tokens: Sequence[str]) -> str:
     """Which model to take, why, and the faster ones that are as good as far as the rows can tell."""
     best = candidates[0]
-    error = math.sqrt(best.probe * (1 - best.probe) / rows)
+    error = math.sqrt(best.probe * (1 - best.probe) / best.rows)
     reason = f"highest {_COLUMNS[by]}" + (
         "" if by == "probe" else f"; its probe is right on {best.probe:.4f} of the rows"
     )
@@ -240,11 +270,13 @@ def recommendation(candidates: Sequence[Candidate], rows: int, by: str, task_nam
     return "\n".join(lines)
 
 
-def show(
-    candidates: Sequence[Candidate], rows: int, by: str, task_name: str, tokens: Sequence[str], output: str | None
-) -> None:
-    """Print the table and the recommendation, and write the file that was asked for."""
+def show(candidates: Sequence[Candidate], by: str, task_name: str, tokens: Sequence[str], output: str | None) -> None:
+    """Print the table and the recommendation, and write the file that was asked for.
+
+    Raises:
+        UsageError: by LEEP or NCE where a model has no trained head.
+    """
     ranked = in_order(candidates, by)
-    say(f"\n{table(ranked)}\n\n{recommendation(ranked, rows, by, task_name, tokens)}")
+    say(f"\n{table(ranked)}\n\n{recommendation(ranked, by, task_name, tokens)}")
     if output is not None:
         folder.write_text(Path(output), csv_of(ranked))

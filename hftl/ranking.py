@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import nn
 
-from hftl import backbones, compute, data, pretrained, ranked, transferability
+from hftl import backbones, compute, data, pretrained, transferability
 from hftl.arguments import ArgumentsType, is_pretrained, parse, set_precision
 from hftl.data import Splits
 from hftl.errors import UsageError
@@ -35,8 +34,7 @@ from hftl.folder import say
 from hftl.methods.parts import frozen
 from hftl.methods.plan import prepare_modules
 from hftl.modality import Modality
-from hftl.ranked import Answer, Candidate, in_order, remembered
-from hftl.sources import source_of
+from hftl.ranked import ANSWERS, Candidate, keep, remembered
 from hftl.tasks import find_task
 from hftl.tasks.classification import ClassificationTask
 
@@ -64,24 +62,22 @@ def rank(
     task_name: str,
     models: Sequence[str],
     tokens: Sequence[str],
-    by: str = "logme",
     identities: Mapping[str, str] = MappingProxyType({}),
-) -> tuple[list[Candidate], int]:
-    """Rank models for a data set.
+) -> list[Candidate]:
+    """The scores of models for a data set.
 
     Args:
         task_name: of a built-in task.
         models: as `--model`; for images and videos also `MODEL@SIDE`, at another image size.
         tokens: flags as for `hftl train`, `--dataset` among them.
-        by: one of `ranked.MEASURES`.
         identities: of the models, under which to keep what is found (`ranked.identify`, from before anything was
             imported: libraries set variables of the environment).
 
     Returns:
-        The models, the best first, and the rows that they were scored on.
+        The models as they were named, not ranked yet.
 
     Raises:
-        UsageError: the data or a model cannot be used, or by LEEP or NCE where a model has no trained head.
+        UsageError: the data or a model cannot be used.
     """
     task_class = find_task(task_name)
     settings = [parse(task_class.arguments_class, [*tokens, *_model_tokens(task_name, name)]) for name in models]
@@ -97,9 +93,8 @@ def rank(
     def scored(name: str, found: Pooled, head: nn.Module | None) -> Candidate:
         with libraries.limit(limits=1, user_api="blas"):
             candidate = _scored(name, _model_tokens(task_name, name), found, head)
-        if name in identities and _rests_on_named_files(found.task, splits, tokens):
-            answer = Answer(candidate, len(splits.train), splits.report)
-            remembered(found.place / ranked.ANSWERS, identities[name], lambda: dataclasses.asdict(answer))
+        if name in identities:
+            keep(found.place / ANSWERS, identities[name], dataclasses.asdict(candidate))
         return candidate
 
     def settle() -> None:
@@ -119,26 +114,7 @@ def rank(
                     before = time.perf_counter()
         candidates = [entry.result() for entry in waiting]
     say(f"{len(models)} models ranked on {len(splits.train):,} rows in {time.perf_counter() - started:.1f} s")
-    return in_order(candidates, by), len(splits.train)
-
-
-def _rests_on_named_files(task: ClassificationTask, splits: Splits, tokens: Sequence[str]) -> bool:
-    """Whether `ranked.identify` has seen all files that the data and the model are read from."""
-    dataset, model = str(task.arguments.dataset_name), str(task.arguments.model_name_or_path)
-    is_own = model.startswith(("builtin:", "random:")) or os.path.isdir(os.path.expanduser(model))
-    if not is_own or task.arguments.trust_remote_code or any(token.startswith("--config") for token in tokens):
-        return False
-    place = os.path.abspath(os.path.expanduser(dataset))
-    if dataset.startswith("builtin:") or (task.modality.is_text and os.path.exists(place)):
-        return True
-    name = task.modality.name
-    values = itertools.chain(data.column_of(splits.train, name), data.column_of(splits.validation, name))
-    sources = (source_of(value, name, "bytes")[0] for value in values)
-    return os.path.isdir(place) and all(isinstance(source, bytes) or _is_below(source, place) for source in sources)
-
-
-def _is_below(source: str | None, place: str) -> bool:
-    return source is None or Path(os.path.abspath(source)).is_relative_to(place)
+    return candidates
 
 
 def _by_checkpoint(models: Sequence[str], settings: Sequence[Any]) -> list[list[tuple[str, Any]]]:
@@ -233,6 +209,7 @@ def _scored(name: str, flags: list[str], found: Pooled, head: nn.Module | None) 
         parameters=sum(parameter.numel() for parameter in found.model.parameters()),
         features_per_second=1 / found.seconds_a_row,
         flags=flags,
+        rows=len(found.labels),
     )
 
 

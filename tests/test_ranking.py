@@ -66,7 +66,7 @@ def test_a_table_from_train_alone(
 
     rank(*flags, "--models", *models, "--by", "probe")
     again = capsys.readouterr().out
-    assert "3 models ranked before on 36 rows" in again
+    assert "ranked before, from the same files and versions: " in again
     assert "features: " not in again  # no model was looked at
     with (tmp_path / "table.csv").open() as file:
         by_probe = {row["model"]: row for row in csv.DictReader(file)}
@@ -77,8 +77,8 @@ def test_a_table_from_train_alone(
 def test_scores_are_those_of_the_models_own_outputs(images: Path) -> None:
     """LEEP from the probabilities that plain transformers gives, LogME from what enters its output layer."""
     tokens = [f"--dataset={images / 'data'}", "--feature_cache_dtype=float32"]
-    (found,), rows = ranking.rank("image-classification", [str(images / "resnet")], tokens)
-    assert rows == 36
+    (found,) = ranking.rank("image-classification", [str(images / "resnet")], tokens)
+    assert found.rows == 36
     model = AutoModelForImageClassification.from_pretrained(images / "resnet").eval()
     task = ImageClassification(
         ranking.parse(ImageClassification.arguments_class, [f"--model={images / 'resnet'}", *tokens])
@@ -114,7 +114,7 @@ def test_scores_are_kept_for_the_same_features_labels_and_head(
     monkeypatch.setenv("HFTL_HOME", str(tmp_path / "home"))
 
     def ranked() -> ranking.Candidate:
-        (found,), _ = ranking.rank("image-classification", [str(tmp_path / "model")], tokens)
+        (found,) = ranking.rank("image-classification", [str(tmp_path / "model")], tokens)
         return found
 
     first = ranked()
@@ -163,84 +163,115 @@ def test_a_known_answer_needs_no_model_no_data_and_no_torch(images: Path, tmp_pa
     first = run("--models", *models[:2], f"--output={tmp_path / '1.csv'}")
     assert "2 models ranked on 36 rows" in first.stdout, first.stdout + first.stderr
     second = run("--models", *models, f"--output={tmp_path / '2.csv'}")
-    assert "2 models ranked before on 36 rows" in second.stdout
+    assert f"ranked before, from the same files and versions: {', '.join(models[:2])}\n" in second.stdout
     assert "1 models ranked on 36 rows" in second.stdout
-    third = run("--models", *models, "--by=probe", f"--output={tmp_path / '3.csv'}")
-    assert "3 models ranked before on 36 rows" in third.stdout
+    third = run("--models", *models, models[0], "--by=probe", f"--output={tmp_path / '3.csv'}")
+    assert f"ranked before, from the same files and versions: {', '.join(models)}\n" in third.stdout
     assert third.stdout.splitlines()[-1] == "IMPORTED"
     tables = [list(csv.DictReader((tmp_path / f"{number}.csv").open())) for number in (1, 2, 3)]
     by_model = [{row.pop("model"): row for row in rows if row.pop("rank")} for rows in tables]
     assert by_model[1] == by_model[2]
     assert by_model[0] == {model: by_model[1][model] for model in models[:2]}
-    assert first.stdout.splitlines()[0] == third.stdout.splitlines()[0]  # the report of the data
     refused = run("--models", *models, "--by=leep")
     assert refused.returncode == 2
     assert "--by leep: " in refused.stderr
 
 
-@pytest.mark.parametrize("change", ["data", "label", "model", "flag", "environment", "package", "code"])
+CHANGES = ["content", "name", "empty class", "model", "flag", "precision", "threads", "package", "code", "swap"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_an_answer_is_found_anew_when_anything_has_changed(
     change: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(images / "vit", tmp_path / "vit")
-    shutil.copytree(images / "data", tmp_path / "data")
-    flags = [f"--dataset={tmp_path / 'data'}"]
-    file = next((tmp_path / "data" / "train").rglob("*.png"))
+    model, dataset = tmp_path / "vit", tmp_path / "size=32"
+    shutil.copytree(images / "vit", model)
+    shutil.copytree(images / "data", dataset)
+    flags = ["--dataset", str(dataset)]
+    files = sorted((dataset / "train").rglob("*.png"))
 
     def identity() -> str:
-        return ranked.identify("image-classification", [f"{tmp_path / 'vit'}@32"], flags)[f"{tmp_path / 'vit'}@32"]
+        return ranked.identify("image-classification", [f"{model}@32"], flags)[f"{model}@32"]
 
     before = identity()
     assert identity() == before
-    if change == "data":  # of the same size, with the time of its last change set back
-        status, content = file.stat(), file.read_bytes()
-        file.write_bytes(content[::-1])
-        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-    elif change == "label":
-        file.rename(next(place for place in file.parent.parent.iterdir() if place != file.parent) / "moved.png")
+    if change == "content":  # of the same size, with the time of its last change set back
+        status, content = files[0].stat(), files[0].read_bytes()
+        files[0].write_bytes(content[::-1])
+        os.utime(files[0], ns=(status.st_atime_ns, status.st_mtime_ns))
+    elif change == "name":
+        files[0].rename(files[0].with_name("other.png"))
+    elif change == "empty class":
+        (dataset / "train" / "fourth").mkdir()
     elif change == "model":
-        (tmp_path / "vit" / "config.json").write_text((tmp_path / "vit" / "config.json").read_text() + " ")
+        (model / "config.json").write_text((model / "config.json").read_text() + " ")
     elif change == "flag":
         flags.append("--seed=1")
-    elif change == "environment":
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    elif change == "precision":
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    elif change == "threads":
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
     elif change == "package":
         (tmp_path / "transformers-9.9.dist-info").mkdir()
         monkeypatch.syspath_prepend(tmp_path)
     elif change == "code":
         shutil.copytree(Path(ranked.__file__).parent, tmp_path / "hftl")
         monkeypatch.setattr(ranked, "__file__", str(tmp_path / "hftl" / "ranked.py"))
+    else:
+        one, two = files[0].parent, files[-1].parent
+        one.rename(tmp_path / "aside")
+        two.rename(one)
+        (tmp_path / "aside").rename(two)
     assert identity() != before
 
 
-@pytest.mark.parametrize("elsewhere", ["table", "link", "configuration", "code"])
-def test_no_answer_is_kept_that_rests_on_files_that_no_flag_names(
-    elsewhere: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("rests", ["hub model", "hub data", "table", "table within", "link", "flags", "code", "loss"])
+def test_no_answer_is_kept_that_rests_on_more_than_files_that_flags_name(
+    rests: str, images: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("HFTL_HOME", str(tmp_path / "home"))
-    dataset = images / "data"
-    if elsewhere == "table":
-        files = [path for path in (dataset / "train").rglob("*") if path.is_file()]
-        dataset = tmp_path / "table.csv"
-        dataset.write_text("image,label\n" + "".join(f"{path},{path.parent.name}\n" for path in files))
-    if elsewhere == "link":
-        dataset = tmp_path / "linked"
-        shutil.copytree(images / "data", dataset)
+    model, dataset, more = str(images / "vit"), tmp_path / "data", []
+    shutil.copytree(images / "data", dataset)
+    assert ranked.identify("image-classification", [model], [f"--dataset={dataset}"])
+    if rests == "hub model":
+        model = "google/vit"
+    elif rests == "hub data":
+        dataset = Path("cifar10")
+    elif rests.startswith("table"):
+        table = (dataset if rests == "table within" else tmp_path) / "train.csv"
+        table.write_text(f"image,label\n{images},green\n")
+        dataset = dataset if rests == "table within" else table
+    elif rests == "link":
         one = next((dataset / "train").iterdir())
         one.rename(tmp_path / "aside")
         one.symlink_to(tmp_path / "aside")
-    flags = ["--task=image-classification", "--models", images / "vit", f"--dataset={dataset}"]
-    flags += ["--follow_links"] if elsewhere == "link" else []
-    if elsewhere == "configuration":
-        (tmp_path / "flags.yaml").write_text("validation_fraction: 0.2\n")
-        flags.append(f"--config={tmp_path / 'flags.yaml'}")
-    if elsewhere == "code":
-        flags.append("--trust_remote_code=true")
+    elif rests == "flags":
+        more = ["--config", "flags.yaml"]
+    elif rests == "code":
+        more = ["--trust-remote-code"]
+    else:
+        more = ["--loss", "my_loss.py:loss"]
+    assert ranked.identify("image-classification", [model], [f"--dataset={dataset}", *more]) == {}
+
+
+def test_what_rests_on_other_files_is_ranked_each_time(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [path for path in (images / "data" / "train").rglob("*") if path.is_file()]
+    table = tmp_path / "table.csv"
+    table.write_text("image,label\n" + "".join(f"{path},{path.parent.name}\n" for path in files))
     for _ in range(2):
-        rank(*flags)
+        rank("--task=image-classification", "--models", images / "vit", f"--dataset={table}")
         printed = capsys.readouterr().out
         assert "1 models ranked on " in printed
         assert "ranked before" not in printed
+
+
+def test_texts_in_tables_are_known_by_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiny_text_model(tmp_path / "bert", "bert")
+    write_texts(tmp_path / "data", {"train": 24, "validation": 8})
+    for again in (False, True):
+        rank("--task", "text-classification", "--models", tmp_path / "bert", "--dataset", tmp_path / "data")
+        assert ("ranked before" in capsys.readouterr().out) == again
 
 
 def test_a_damaged_answer_is_said_and_found_anew(
@@ -250,14 +281,17 @@ def test_a_damaged_answer_is_said_and_found_anew(
     flags = ["--task=image-classification", "--models", images / "vit", f"--dataset={images / 'data'}"]
     rank(*flags)
     (kept,) = tmp_path.rglob(ranked.ANSWERS)
-    kept.write_text("[1")
-    capsys.readouterr()
-    rank(*flags)
-    printed = capsys.readouterr().out
-    assert f"{ranked.ANSWERS}' is damaged and is made again" in printed
-    assert "1 models ranked on 36 rows" in printed
-    rank(*flags)
-    assert "1 models ranked before on 36 rows" in capsys.readouterr().out
+    content = json.loads(kept.read_text())
+    for damage in ("[1", json.dumps({key: {"rank": 1} for key in content}), json.dumps(dict.fromkeys(content, "x"))):
+        kept.write_text(damage)
+        capsys.readouterr()
+        rank(*flags)
+        printed = capsys.readouterr().out
+        assert ("is damaged and is made again" in printed) == (damage == "[1")
+        assert "1 models ranked on 36 rows" in printed
+        assert list(json.loads(kept.read_text())) == list(content)
+        rank(*flags)
+        assert "ranked before" in capsys.readouterr().out
 
 
 def test_scores_that_cannot_be_kept_are_said_and_not_lost(
@@ -272,7 +306,7 @@ def test_scores_that_cannot_be_kept_are_said_and_not_lost(
 
     monkeypatch.setattr(folder, "write_json", full)
     monkeypatch.setenv("HFTL_HOME", str(tmp_path))
-    (found,), _ = ranking.rank("image-classification", [str(images / "vit")], [f"--dataset={images / 'data'}"])
+    (found,) = ranking.rank("image-classification", [str(images / "vit")], [f"--dataset={images / 'data'}"])
     assert found.probe > 1 / 3
     assert capsys.readouterr().out.count("cannot be kept (No space left on device)") == 2
 
@@ -285,9 +319,9 @@ def test_a_model_at_several_sizes_is_read_once_and_changed_by_none(
     monkeypatch.setattr(pretrained, "_load_model", lambda *all: read.append(all[1]) or load(*all))
     tokens = [f"--dataset={images / 'data'}"]
     models = [f"{images / 'vit'}@{side}" for side in (40, 56)]
-    together, _ = ranking.rank("image-classification", models, tokens)
+    together = ranking.rank("image-classification", models, tokens)
     assert len(read) == 1
-    alone = [ranking.rank("image-classification", [model], tokens)[0][0] for model in models]
+    alone = [ranking.rank("image-classification", [model], tokens)[0] for model in models]
     assert len(read) == 3  # outside of a ranking of several nothing is held
     by_name = {entry.model: entry for entry in together}
     assert [by_name[entry.model].logme for entry in alone] == [entry.logme for entry in alone]

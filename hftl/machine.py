@@ -1,0 +1,27 @@
+"""What computes here, as far as that is known without torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+
+def processor() -> list[str]:
+    """Its name, and on Linux its family and model."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    known = [found[name] for name in ("model name", "cpu family", "model") if name in found]
+    return known or [platform.processor() or platform.machine()]
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def accelerators() -> list[str]:
+    """What Linux knows of them: files of devices, and for NVIDIA's their names."""
+    names = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    devices = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd"), *Path("/dev/dri").glob("render*")]
+    return [*sorted(map(str, devices)), *(path.read_text() for path in names)]
