@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -342,6 +342,35 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def kept(path: Path) -> dict[str, Any] | None:
+    """What a JSON file of the cache holds by key; None where it is damaged."""
+    try:
+        return dict(read_json(path))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def keep(path: Path, key: str, value: Any) -> Any:
+    """Keep a value in a JSON file of the cache, where that can be written; the value."""
+    content = kept(path)
+    if content is None:
+        say(f"{str(path)!r} is damaged and is made again")
+    try:
+        write_json(path, {**(content or {}), key: value})
+    except (OSError, UnicodeEncodeError) as error:  # a full disk, the folder was removed, or a name is half a character
+        reason = getattr(error, "strerror", None) or "a name in it is not UTF-8"
+        say(f"{str(path)!r} cannot be kept ({reason}): it is found again next time")
+    return value
+
+
+def remembered(path: Path, key: str, find: Callable[[], Any]) -> Any:
+    """What a JSON file of the cache has under a key; found, and kept there, where it has nothing."""
+    known = kept(path) or {}
+    return known[key] if key in known else keep(path, key, find())
 
 
 def publish(folder: Path) -> None:

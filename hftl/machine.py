@@ -21,7 +21,8 @@ def cores() -> int:
 
 
 def accelerators() -> list[str]:
-    """What Linux knows of them: files of devices, and for NVIDIA's their names."""
-    names = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    devices = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd"), *Path("/dev/dri").glob("render*")]
-    return [*sorted(map(str, devices)), *(path.read_text() for path in names)]
+    """What Linux knows of them: the files of the devices, and the lines that name the models of NVIDIA's."""
+    files = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd"), *Path("/dev/dri").glob("render*")]
+    about = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    names = [line for path in about for line in path.read_text().splitlines() if line.startswith("Model:")]
+    return sorted(map(str, files)) + names

@@ -16,7 +16,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 from hftl import folder, machine
 from hftl.builtin import cache_folder
 from hftl.errors import UsageError
-from hftl.folder import read_json, say
+from hftl.folder import say
 from hftl.tables import TABLE_SUFFIXES, aligned, as_csv
 
 #: scores that models can be ranked by
@@ -34,7 +34,7 @@ _FASTER = 1.25
 #: beside the shards of a model's features: what was said of it
 ANSWERS = "ranked.json"
 #: flags that name files which are read
-_INPUTS = ("dataset", "dataset_name", "weights", "text_model")
+_DATA, _WEIGHTS = ("dataset", "dataset_name"), ("weights", "text_model")
 #: models and data that hftl brings, or makes by its seeds
 _OWN = ("builtin:", "random:")
 #: tasks whose tables hold all that is read
@@ -42,7 +42,7 @@ _TEXTS = ("text-classification", "token-classification", "multiple-choice")
 #: variables of the environment that change what is read, computed, or how fast
 _ENVIRONMENT = re.compile(
     "HFTL_|HF_|TRANSFORMERS_|ACCELERATE_|(PY)?TORCH|PYTHONPATH|WORLD_SIZE|CUDA_|NVIDIA_|HIP_|ROCR_|OMP_|MKL_|KMP_|GOMP_|"
-    "ONEDNN_|DNNL_|ATEN_|OPENBLAS_|LD_|MALLOC_|GLIBC_"
+    "ONEDNN_|DNNL_|ATEN_|OPENBLAS_|TIMM_|LD_|MALLOC_|GLIBC_"
 )
 
 
@@ -90,27 +90,32 @@ def identify(task_name: str, models: Sequence[str], tokens: Sequence[str]) -> di
         files that a table or a configuration names, on code of others, on what links to folders lead to.
     """
     flags = _values(tokens)
-    others = [value for name, values in flags.items() if name not in _INPUTS for value in values]
+    others = [value for name, values in flags.items() if name not in (*_DATA, *_WEIGHTS) for value in values]
     if {"config", "trust_remote_code"} & set(flags) or any(":" in value for value in others):
         return {}
-    tables = frozenset() if task_name in _TEXTS else TABLE_SUFFIXES
-    inputs = [_state(value, tables) for name in _INPUTS for value in flags.get(name, ())]
+    is_text = task_name in _TEXTS
+    states = {model: _model_state(model if is_text else re.sub(r"@\d+$", "", model)) for model in models}
+    states = {model: state for model, state in states.items() if state is not None}
+    if not states:
+        return {}
+    inputs = [_state(value, tables=is_text) for name in _DATA for value in flags.get(name, ())]
+    inputs += [_state(value) for name in _WEIGHTS for value in flags.get(name, ())]
+    inputs.append(_state(os.path.dirname(__file__)))
+    if None in inputs:
+        return {}
     installed = [path for place in sys.path for path in _matching(place, "*.dist-info", "*.egg-info")]
     shared = [
-        [task_name, *tokens, os.getcwd()],
-        [_state(os.path.dirname(__file__)), sys.version, sorted(map(_stamp, installed))],
+        [task_name, *tokens, os.path.abspath("."), inputs],
+        [sys.version, sorted(map(_stamp, installed))],
         sorted(item for item in os.environ.items() if _ENVIRONMENT.match(item[0])),
         [platform.node(), machine.processor(), machine.cores(), machine.accelerators()],
     ]
-    if None in inputs:
-        return {}
-    shared_digest = _digest([inputs, shared])
-    states = {model: [_model_state(place) for place in (model, re.sub(r"@\d+$", "", model))] for model in models}
-    return {model: _digest([model, state, shared_digest]) for model, state in states.items() if state != [None, None]}
+    digest = _digest(shared)
+    return {model: _digest([model, state, digest]) for model, state in states.items()}
 
 
 def _digest(content: list[Any]) -> str:
-    return hashlib.blake2b(json.dumps(content).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 def _model_state(name: str) -> list[Any] | None:
@@ -130,23 +135,24 @@ def _values(tokens: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def _state(name: str, tables: Collection[str] = frozenset()) -> list[Any] | None:
+def _state(name: str, tables: bool = True) -> list[Any] | None:
     """Of a file, or of each in a folder, what changes with it; None where that cannot be told.
 
     Args:
         name: of a file, a folder, or what hftl brings itself.
-        tables: endings of files that may name others.
+        tables: whether it may be a table, or have some at its top: not where these name other files.
     """
+    endings = () if tables else tuple(TABLE_SUFFIXES)
     place = os.path.expanduser(name)
     if name.startswith(_OWN):
         return []
     if os.path.isfile(place):
-        return None if place.lower().endswith(tuple(tables)) else [_stamp(place)]
+        return None if place.lower().endswith(endings) else [_stamp(place)]
     found: list[Any] = []
     for above, folders, names in os.walk(place):
         folders[:] = sorted(entry for entry in folders if entry != "__pycache__")
         linked = any(os.path.islink(os.path.join(above, entry)) for entry in folders)
-        if linked or any(entry.lower().endswith(tuple(tables)) for entry in names):
+        if linked or (above == place and any(entry.lower().endswith(endings) for entry in names)):
             return None
         found += [above, *(_stamp(os.path.join(above, entry)) for entry in sorted(names))]
     return found or None
@@ -169,42 +175,14 @@ def known(identities: Mapping[str, str]) -> dict[str, Candidate]:
     """Of the models those that were ranked before, where nothing has changed since then."""
     answers: dict[str, tuple[Path, Any]] = {}
     for path in cache_folder().glob(f"features/*/{ANSWERS}"):
-        answers |= {identity: (path, entry) for identity, entry in (_read(path) or {}).items()}
+        answers |= {identity: (path, entry) for identity, entry in (folder.kept(path) or {}).items()}
     found = {}
     for model, identity in identities.items():
         path, entry = answers.get(identity, (Path(), {}))
-        with contextlib.suppress(TypeError):  # none there, or somebody wrote into it: it is ranked anew
+        with contextlib.suppress(TypeError):  # none there, or one without what belongs to it: it is ranked anew
             found[model] = Candidate(**entry)
             folder.mark_as_used(path.with_name("settings.json"))
     return found
-
-
-def remembered(path: Path, key: str, find: Callable[[], Any]) -> Any:
-    """What a JSON file of the cache has under a key; found, and kept there, where it has nothing."""
-    kept = _read(path) or {}
-    return kept[key] if key in kept else keep(path, key, find())
-
-
-def keep(path: Path, key: str, value: Any) -> Any:
-    """Keep a value in a JSON file of the cache, where that can be written; the value."""
-    content = _read(path)
-    if content is None:
-        say(f"{str(path)!r} is damaged and is made again")
-    try:
-        folder.write_json(path, {**(content or {}), key: value})
-    except OSError as error:  # a full disk, or the folder was removed meanwhile
-        say(f"{str(path)!r} cannot be kept ({error.strerror}): it is found again next time")
-    return value
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """What a JSON file of the cache holds by key; None where it is damaged."""
-    try:
-        return dict(read_json(path))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def in_order(candidates: Sequence[Candidate], by: str) -> list[Candidate]:

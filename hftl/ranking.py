@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,11 +29,11 @@ from hftl.data import Splits
 from hftl.errors import UsageError
 from hftl.features import HeadInputs, PooledFeatures, pooled
 from hftl.finished import require_one_of_several
-from hftl.folder import say
+from hftl.folder import keep, remembered, say
 from hftl.methods.parts import frozen
 from hftl.methods.plan import prepare_modules
 from hftl.modality import Modality
-from hftl.ranked import ANSWERS, Candidate, keep, remembered
+from hftl.ranked import ANSWERS, Candidate
 from hftl.tasks import find_task
 from hftl.tasks.classification import ClassificationTask
 
@@ -62,7 +61,7 @@ def rank(
     task_name: str,
     models: Sequence[str],
     tokens: Sequence[str],
-    identities: Mapping[str, str] = MappingProxyType({}),
+    identities: Mapping[str, str] | None = None,
 ) -> list[Candidate]:
     """The scores of models for a data set.
 
@@ -93,7 +92,7 @@ def rank(
     def scored(name: str, found: Pooled, head: nn.Module | None) -> Candidate:
         with libraries.limit(limits=1, user_api="blas"):
             candidate = _scored(name, _model_tokens(task_name, name), found, head)
-        if name in identities:
+        if identities and name in identities:
             keep(found.place / ANSWERS, identities[name], dataclasses.asdict(candidate))
         return candidate
 

@@ -19,7 +19,7 @@ from small_data import write_images, write_texts
 from tiny_models import write_timm_folder, write_tiny_image_model, write_tiny_text_model
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
-from hftl import cli, folder, pretrained, ranked, ranking, transferability
+from hftl import cli, folder, machine, pretrained, ranked, ranking, transferability
 from hftl.tasks.image_classification import ImageClassification
 
 
@@ -113,23 +113,23 @@ def test_scores_are_kept_for_the_same_features_labels_and_head(
     tokens = [f"--dataset={tmp_path / 'data'}"]
     monkeypatch.setenv("HFTL_HOME", str(tmp_path / "home"))
 
-    def ranked() -> ranking.Candidate:
+    def scored() -> ranking.Candidate:
         (found,) = ranking.rank("image-classification", [str(tmp_path / "model")], tokens)
         return found
 
-    first = ranked()
-    assert ranked() == first
+    first = scored()
+    assert scored() == first
     assert len(decomposed) == 1
     (kept,) = (tmp_path / "home").rglob("scores.json")
     kept.write_text("{")
-    assert ranked() == first
+    assert scored() == first
     assert len(decomposed) == 2
     assert "scores.json' is damaged and is made again" in capsys.readouterr().out
 
     with torch.no_grad():
         model.get_submodule("timm_model.fc").weight.neg_()
     model.save_pretrained(tmp_path / "model")  # another trained head on the same features
-    other = ranked()
+    other = scored()
     assert len(decomposed) == 3
     assert first.leep is not None
     assert other.leep not in (first.leep, None)
@@ -137,7 +137,7 @@ def test_scores_are_kept_for_the_same_features_labels_and_head(
     one, two = sorted((tmp_path / "data" / "train").iterdir())[:2]
     moved = next(one.iterdir())
     moved.rename(two / f"moved-{moved.name}")  # a row has another label
-    assert ranked().logme != other.logme
+    assert scored().logme != other.logme
     assert len(decomposed) == 4
     assert len(json.loads(kept.read_text())) == 3  # no other folder of features was begun
 
@@ -177,7 +177,8 @@ def test_a_known_answer_needs_no_model_no_data_and_no_torch(images: Path, tmp_pa
     assert "--by leep: " in refused.stderr
 
 
-CHANGES = ["content", "name", "empty class", "model", "flag", "precision", "threads", "package", "code", "swap"]
+CHANGES = ["content", "name", "empty class", "model", "flag", "precision", "threads", "package", "code", "cores"]
+CHANGES += ["accelerator", "swap"]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -189,6 +190,9 @@ def test_an_answer_is_found_anew_when_anything_has_changed(
     shutil.copytree(images / "data", dataset)
     flags = ["--dataset", str(dataset)]
     files = sorted((dataset / "train").rglob("*.png"))
+
+    shutil.copytree(Path(ranked.__file__).parent, tmp_path / "hftl")
+    monkeypatch.setattr(ranked, "__file__", str(tmp_path / "hftl" / "ranked.py"))
 
     def identity() -> str:
         return ranked.identify("image-classification", [f"{model}@32"], flags)[f"{model}@32"]
@@ -215,8 +219,12 @@ def test_an_answer_is_found_anew_when_anything_has_changed(
         (tmp_path / "transformers-9.9.dist-info").mkdir()
         monkeypatch.syspath_prepend(tmp_path)
     elif change == "code":
-        shutil.copytree(Path(ranked.__file__).parent, tmp_path / "hftl")
-        monkeypatch.setattr(ranked, "__file__", str(tmp_path / "hftl" / "ranked.py"))
+        code = tmp_path / "hftl" / "data.py"
+        code.write_text(code.read_text() + "\n")
+    elif change == "cores":
+        monkeypatch.setattr(machine, "cores", lambda: 64)
+    elif change == "accelerator":
+        monkeypatch.setattr(machine, "accelerators", lambda: ["Model: H100"])
     else:
         one, two = files[0].parent, files[-1].parent
         one.rename(tmp_path / "aside")
@@ -225,15 +233,18 @@ def test_an_answer_is_found_anew_when_anything_has_changed(
     assert identity() != before
 
 
-@pytest.mark.parametrize("rests", ["hub model", "hub data", "table", "table within", "link", "flags", "code", "loss"])
+RESTS = ["model of torchvision", "hub data", "table", "table within", "link", "text model", "flags", "code", "loss"]
+
+
+@pytest.mark.parametrize("rests", RESTS)
 def test_no_answer_is_kept_that_rests_on_more_than_files_that_flags_name(
     rests: str, images: Path, tmp_path: Path
 ) -> None:
     model, dataset, more = str(images / "vit"), tmp_path / "data", []
     shutil.copytree(images / "data", dataset)
-    assert ranked.identify("image-classification", [model], [f"--dataset={dataset}"])
-    if rests == "hub model":
-        model = "google/vit"
+    assert ranked.identify("image-classification", [model, "google/vit"], [f"--dataset={dataset}"]).keys() == {model}
+    if rests == "model of torchvision":
+        model = "torchvision:resnet18"
     elif rests == "hub data":
         dataset = Path("cifar10")
     elif rests.startswith("table"):
@@ -244,6 +255,8 @@ def test_no_answer_is_kept_that_rests_on_more_than_files_that_flags_name(
         one = next((dataset / "train").iterdir())
         one.rename(tmp_path / "aside")
         one.symlink_to(tmp_path / "aside")
+    elif rests == "text model":
+        more = ["--text_model", "google/bert"]
     elif rests == "flags":
         more = ["--config", "flags.yaml"]
     elif rests == "code":
