@@ -255,10 +255,12 @@ def test_rates_and_epochs_are_those_that_were_given() -> None:
     assert (second.learning_rate, second.head_learning_rate) == (2e-4, 5e-3)
     _, second = plan_of("lp_ft", model, "--learning_rate=2e-4").stages
     assert (second.learning_rate, second.head_learning_rate) == (2e-4, 2e-4)
-    assert second.solved_head_scale == 0.1
-    for flag in ("--problem_type=regression", "--keep_head=true"):  # whose outputs are what they should be
-        _, second = plan_of("lp_ft", model, flag).stages
-        assert second.solved_head_scale == 1.0
+    for method in ("lp_ft", "gradual", "surgical"):
+        first, second, *others = plan_of(method, model).stages
+        assert (first.solved_head_scale, second.solved_head_scale) == (1.0, 0.1)
+        assert {stage.solved_head_scale for stage in others} <= {1.0}  # the head is no longer what was solved
+        for flag in ("--problem_type=regression", "--keep_head=true"):  # whose outputs are what they should be
+            assert plan_of(method, model, flag).stages[1].solved_head_scale == 1.0
     pairs, head = plan_of("setfit", model, "--layer_decay=0.5").stages
     assert (pairs.layer_decay, head.layer_decay) == (0.5, 1.0)
     (stage,) = plan_of("lora", model, *flags, "--layer_decay=0.5").stages

@@ -15,6 +15,7 @@ from hftl.methods.plan import (
     PAIR_STEPS,
     Plan,
     Stage,
+    after_head,
     all_parameters,
     default_rates,
     head_stage,
@@ -106,22 +107,17 @@ def partial(model: nn.Module, arguments: TransferArguments) -> Plan:
     return Plan(model, (stage,), settings)
 
 
-#: what `lp_ft` multiplies a solved head with before everything trains
-_SOLVED_HEAD_SCALE = 0.1
-
-
 def lp_ft(model: nn.Module, arguments: TransferArguments) -> Plan:
     """First the head, then everything (Kumar et al. 2022: a fitted head distorts features less).
 
     The second stage has one rate, as in the paper, unless one is given for the head: that is fitted, and ten times the
     rate of the backbone would undo it (TREC, 16 a class, three draws: 0.820 where one rate has 0.879).
 
-    A solved head fits a few rows so well that hardly any loss is left to move the backbone (Ren et al. 2023), so that
-    the second stage starts from a tenth of it: the same answers, less sure. Accuracy on test with the whole head, a
-    tenth of it, and of `full`, MiniLM, 16 a class, mean of three draws: TREC 0.781, 0.879, 0.835; movie snippets 0.672,
-    0.692, 0.671; SST-2 0.655, 0.665, 0.656; 2,000 movie snippets, two draws 0.831, 0.837, 0.834. With three tenths TREC
-    has 0.864. EfficientNet-Lite0, two draws of digits: 0.901, 0.926, 0.894; one of cats and dogs 0.929, 0.961, 0.950.
-    Not everywhere: macro F1 on blood cells, three draws, a tenth and `full`: 0.982, 0.990.
+    The second stage starts from a tenth of a solved head, see `hftl.methods.plan.after_head`. Accuracy on test with the
+    whole head, a tenth of it, and of `full`, MiniLM, 16 a class, mean of three draws: TREC 0.781, 0.879, 0.835; movie
+    snippets 0.672, 0.692, 0.671; SST-2 0.655, 0.665, 0.656; 2,000 movie snippets, two draws 0.831, 0.837, 0.834. With
+    three tenths TREC has 0.864. EfficientNet-Lite0, two draws of digits: 0.901, 0.926, 0.894; one of cats and dogs
+    0.929, 0.961, 0.950. Not everywhere: macro F1 on blood cells, three draws, a tenth and `full`: 0.982, 0.990.
     """
     reinitialise(model, arguments)
     rates = resolved_rates(model, arguments)
@@ -132,8 +128,6 @@ def lp_ft(model: nn.Module, arguments: TransferArguments) -> Plan:
     second = make_stage(
         arguments, "all", all_parameters(model), rates.backbone, rates.head if given else rates.backbone
     )
-    knows_classes = backbones.starts_from_texts(model) or arguments.keep_head
-    if problem_of(arguments).head == "logistic" and not knows_classes:
-        second = replace(second, solved_head_scale=_SOLVED_HEAD_SCALE)
+    second = after_head(second, model, arguments)
     settings = {"learning_rate": rates.backbone, "head_epochs": first.epochs}
     return Plan(model, (first, second), settings | ({"head_learning_rate": rates.head} if given else {}))

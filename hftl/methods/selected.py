@@ -13,7 +13,7 @@ from torch import nn
 from hftl import backbones
 from hftl.arguments import TransferArguments
 from hftl.errors import UsageError
-from hftl.methods.plan import LEAST_STEPS, Plan, all_parameters, head_stage, make_stage, resolved_rates
+from hftl.methods.plan import LEAST_STEPS, Plan, after_head, all_parameters, head_stage, make_stage, resolved_rates
 from hftl.methods.reinit import reinitialise
 
 #: stages that unfreeze, beside the head's: ULMFiT has four groups of layers; a stage for each block of a deep model
@@ -40,6 +40,7 @@ def gradual(model: nn.Module, arguments: TransferArguments) -> Plan:
         stage = make_stage(arguments, f"last {unfrozen} of {count} blocks", names, rates.backbone / 2, rates.head / 2)
         least = 0 if arguments.num_train_epochs else LEAST_STEPS // steps
         stages.append(replace(stage, epochs=arguments.num_train_epochs or 1.0, least_steps=least))
+    stages[1] = after_head(stages[1], model, arguments)
     settings = {"learning_rate": rates.backbone, "head_learning_rate": rates.head, "head_epochs": stages[0].epochs}
     return Plan(model, tuple(stages), settings)
 
@@ -79,8 +80,9 @@ def surgical(model: nn.Module, arguments: TransferArguments) -> Plan:
     rates = resolved_rates(model, arguments)
     first = head_stage(model, arguments, rates)
     second = make_stage(arguments, "one block", all_parameters(model), rates.backbone, rates.head / 2)
+    second = replace(after_head(second, model, arguments), choose=largest_relative_gradient)
     settings = {"learning_rate": rates.backbone, "head_learning_rate": rates.head, "head_epochs": first.epochs}
-    return Plan(model, (first, replace(second, choose=largest_relative_gradient)), settings)
+    return Plan(model, (first, second), settings)
 
 
 def largest_relative_gradient(
