@@ -103,7 +103,9 @@ def identify(task_name: str, models: Sequence[str], tokens: Sequence[str]) -> di
     inputs.append(_state(os.path.dirname(__file__)))
     if None in inputs:
         return {}
-    installed = [path for place in sys.path for path in _matching(place, "*.dist-info", "*.egg-info")]
+    installed = [
+        os.path.join(place, name) for place in sys.path for name in glob.glob("*.*-info", root_dir=place or ".")
+    ]
     shared = [
         [task_name, *tokens, os.path.abspath("."), inputs],
         [sys.version, sorted(map(_stamp, installed))],
@@ -167,10 +169,6 @@ def _stamp(path: str) -> list[Any]:
     return [path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _matching(place: str, *patterns: str) -> list[str]:
-    return [path for pattern in patterns for path in glob.glob(os.path.join(glob.escape(place or "."), pattern))]
-
-
 def known(identities: Mapping[str, str]) -> dict[str, Candidate]:
     """Of the models those that were ranked before, where nothing has changed since then."""
     answers: dict[str, tuple[Path, Any]] = {}
@@ -178,8 +176,10 @@ def known(identities: Mapping[str, str]) -> dict[str, Candidate]:
         answers |= {identity: (path, entry) for identity, entry in (folder.kept(path) or {}).items()}
     found = {}
     for model, identity in identities.items():
-        path, entry = answers.get(identity, (Path(), {}))
-        with contextlib.suppress(TypeError):  # none there, or one without what belongs to it: it is ranked anew
+        if identity not in answers:
+            continue
+        path, entry = answers[identity]
+        with contextlib.suppress(TypeError):  # what belongs to it is not there: it is ranked anew
             found[model] = Candidate(**entry)
             folder.mark_as_used(path.with_name("settings.json"))
     return found
