@@ -9,7 +9,6 @@ reads is the layer norm of the mean, of which a linear classifier makes the same
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ def declares_mean(source: str, revision: str = "main") -> bool:
 
 
 def pool_by_mean(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The model with mean pooling, or None where its architecture cannot express it.
+    """The model itself with mean pooling, or None where its architecture cannot express it.
 
     ModernBERT has a setting for it; BERT, RoBERTa, ELECTRA and their like get the layer described above.
     """
@@ -55,18 +54,22 @@ def pool_by_mean(model: PreTrainedModel) -> PreTrainedModel | None:
         return model  # a run of ours, adapted further
     if not _has_bert_layers(model):
         return None
-    config = copy.deepcopy(model.config)
+    config, layers = model.config, model.base_model.encoder.layer
     config.num_hidden_layers += 1
     config.mean_pooling_layer = True  # says what the last layer is, to a reader and to `backbones`
-    with no_init_weights():  # every weight is set below; drawing them first takes a fifth of a second for MiniLM
+    few_bits = getattr(config, "quantization_config", None)
+    if few_bits is not None:  # of the layers before it
+        few_bits.llm_int8_skip_modules += [f"{model.base_model_prefix}.encoder.layer.{len(layers)}"]
+    with torch.device("meta"), no_init_weights():  # no room for the other layers
         deeper: Any = type(model)(config)
-    deeper.load_state_dict(model.state_dict(), strict=False)
-    _make_uniform(deeper.base_model.encoder.layer[-1])
-    pooler = getattr(deeper.base_model, "pooler", None)
+    layer = deeper.base_model.encoder.layer[-1].to_empty(device=layers[-1].output.dense.weight.device)
+    _make_uniform(layer)
+    layers.append(layer.train(model.training))
+    pooler = getattr(model.base_model, "pooler", None)
     if pooler is not None:  # it was trained on the first token, if at all
         nn.init.eye_(pooler.dense.weight)
         nn.init.zeros_(pooler.dense.bias)
-    return deeper
+    return model
 
 
 def _has_bert_layers(model: Any) -> bool:

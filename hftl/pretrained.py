@@ -280,7 +280,7 @@ def _quantisation(auto_class: Any, source: str, arguments: TransferArguments) ->
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(source, **hub_options(arguments, source))
         empty = auto_class.from_config(config, trust_remote_code=arguments.trust_remote_code)
-    whole = list(backbones.structure(empty).trained_head)
+    whole = [*backbones.structure(empty).trained_head, *backbones.pooling_layer(empty)]
     if arguments.load_in_8bit:
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)}
     compute = torch.bfloat16 if arguments.bf16 else torch.float32

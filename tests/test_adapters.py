@@ -296,6 +296,23 @@ def test_every_type_for_few_bits_is_read_again(place: Path, tmp_path: Path, peft
     torch.testing.assert_close(logits_of(again.model, rows), logits_of(run.model, rows), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
+def test_few_bits_go_with_mean_pooling(place: Path, tmp_path: Path, bits: str) -> None:
+    """The layer that takes the mean stays in float32, of a checkpoint that gets it and of a run that has it."""
+    common = {"dataset": place / "texts", "max_steps": 1, "learning_rate": 1e-2, "report_to": "none"}
+    hftl.finetune("text-classification", **common, model=place / "bert", pooling="mean", output_dir=tmp_path / "base")
+    for number, flags in enumerate(({"model": place / "bert", "pooling": "mean"}, {"model": tmp_path / "base"})):
+        folder = tmp_path / str(number)
+        run = hftl.finetune("text-classification", **common, **flags, method="lora", **{bits: True}, output_dir=folder)
+        kinds = {name: parameter.dtype for name, parameter in run.model.named_parameters()}
+        held = {name for name, kind in kinds.items() if kind in (torch.int8, torch.uint8)}
+        assert len(held) == 3 * 6
+        assert not any(".layer.3." in name for name in held)
+        rows = run.task.processor(["the film was good", "a bad day"], padding=True, return_tensors="pt")
+        again = hftl.load_run(folder)
+        torch.testing.assert_close(logits_of(again.model, rows), logits_of(run.model, rows), rtol=1e-5, atol=1e-5)
+
+
 def test_every_type_of_peft_is_offered_or_left_out_for_a_reason() -> None:
     assert {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} <= set(TYPES) | set(LEFT_OUT)  # an older one has fewer
     assert not set(TYPES) & set(LEFT_OUT)
