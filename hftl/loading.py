@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -27,6 +28,25 @@ def import_function(name: str, flag: str) -> Callable[..., Any]:
         own = [key for key, value in vars(module).items() if inspect.isroutine(value)]
         raise UsageError(f"{flag} {name}: {where} has no function {attribute!r}.{did_you_mean(attribute, own)}")
     return function
+
+
+def import_scalar_function(name: str, flag: str) -> Callable[..., Any]:
+    """The same, of a loss or penalty: what it gives is checked.
+
+    Raises:
+        UsageError: as above; and when it is called and gives something else than a scalar tensor.
+    """
+    function = import_function(name, flag)
+
+    @functools.wraps(function)
+    def checked(*arguments: Any, **settings: Any) -> Any:
+        value = function(*arguments, **settings)
+        if getattr(value, "ndim", None) != 0:
+            given = f"a tensor of shape {tuple(value.shape)}" if hasattr(value, "shape") else type(value).__name__
+            raise UsageError(f"{flag} {name}: the function must return a scalar tensor, a mean over rows, not {given}.")
+        return value
+
+    return checked
 
 
 def load_file(path: Path, what: str) -> Any:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 from hftl.arguments import TransferArguments
 from hftl.errors import UsageError
-from hftl.loading import import_function
+from hftl.loading import import_scalar_function
 
 #: `(outputs, labels, num_items_in_batch=None) -> scalar`
 Loss = Callable[..., torch.Tensor]
@@ -259,7 +260,7 @@ def check_loss(arguments: TransferArguments) -> None:
     """
     name, weights = arguments.loss, arguments.class_weights != "none"
     if ":" in name:
-        import_function(name, "--loss")
+        import_scalar_function(name, "--loss")
     if arguments.label_smoothing_factor and (name == "focal" or ":" in name):
         raise UsageError(f"--label_smoothing_factor: not defined for --loss {name}. Leave one of them out.")
     if weights and ":" in name:
@@ -272,8 +273,11 @@ def check_loss(arguments: TransferArguments) -> None:
 
 
 def own_loss(arguments: TransferArguments) -> Loss | None:
-    """A function of the person's own, where `--loss` names one."""
-    return import_function(arguments.loss, "--loss") if ":" in arguments.loss else None
+    """A function of the person's own, where `--loss` names one; its outputs are those of a model of transformers."""
+    if ":" not in arguments.loss:
+        return None
+    function = import_scalar_function(arguments.loss, "--loss")
+    return lambda outputs, *others, **counts: function(ModelOutput(outputs), *others, **counts)
 
 
 def make_multi_label_loss(arguments: TransferArguments, counts: list[int], rows: int) -> Loss:

@@ -5,8 +5,8 @@ A penalty is a function `(stage, model, batch, outputs) -> scalar`:
 - `stage.reference` is the pretrained model without its output layer, in eval mode (None for `random:` models), and
   `stage.trainable` the names of what trains;
 - `model` is the bare model, in training mode, and `batch` what it took, `labels` among it;
-- `outputs` is what it gave, with `features`, what its output layer read, of shape (rows, features), and `blocks`, what
-  up to four blocks gave, by the names of their modules.
+- `outputs` is what it gave, a `ModelOutput`, with `features`, what its output layer read, of shape (rows, features),
+  and `blocks`, what up to four blocks gave, by the names of their modules.
 
 The scalar is a mean over the rows of the batch, or depends on no row. The trainer weighs it by the batch's share in the
 rows of the step, so that accumulated parts and several processes add up to the same as one batch. The loss of an
@@ -29,7 +29,7 @@ from torch import nn
 from hftl import backbones
 from hftl.arguments import TransferArguments, is_pretrained
 from hftl.errors import UsageError, did_you_mean
-from hftl.loading import import_function
+from hftl.loading import import_scalar_function
 
 if TYPE_CHECKING:
     from hftl.methods.plan import Plan, Stage
@@ -163,7 +163,7 @@ def find_penalty(name: str) -> Callable[..., torch.Tensor]:
             f"Unknown penalty {name!r}.{did_you_mean(name, PENALTIES)} There are: {', '.join(PENALTIES)}, and "
             "module:function."
         )
-    function = import_function(name, "--penalty")
+    function = import_scalar_function(name, "--penalty")
     try:
         inspect.signature(function).bind(*[None] * 4)
     except TypeError as error:

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import BatchSampler, Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
+from transformers.utils import ModelOutput
 
 from hftl import backbones, batches, folder, optim, penalties
 from hftl.arguments import TransferArguments
@@ -321,7 +322,7 @@ class TransferTrainer(Trainer):
         with penalties.watching(bare, self.watched) as seen:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         with self.accelerator.autocast():
-            penalty = self.stage.penalty(self.stage, bare, batch, {**outputs, **seen})
+            penalty = self.stage.penalty(self.stage, bare, batch, ModelOutput({**outputs, **seen}))
         if num_items_in_batch is not None:  # as the loss: a part of the step's rows, times what DDP divides by
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             penalty = penalty * (processes * len(batch["labels"]) / self.rows_in_step)

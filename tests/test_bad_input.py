@@ -1094,6 +1094,19 @@ def test_an_error_of_ones_own_loss_brings_a_replaced_run_back(world, tmp_path):
     assert {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("flag", ["penalty", "loss"])
+def test_ones_own_loss_and_penalty_read_the_models_output_and_give_a_scalar(flag, world, tmp_path, capsys):
+    body = f"def {flag}(*given, num_items_in_batch=None):\n    return given[{-1 if flag == 'penalty' else 0}].logits"
+    Path(tmp_path, "vector.py").write_text(f"{body}\n")
+    Path(tmp_path, "mean.py").write_text(f"{body}.square().mean()\n")
+    command = "train text-classification --model {bert} --dataset {table} --method full --max_steps 1 --report_to none"
+    command += f" --output_dir {tmp_path / 'run'} --{flag} {tmp_path}/"
+    assert exit_code(arguments_of(f"{command}vector.py:{flag}", world)) == 2
+    check_message(capsys.readouterr().err, (f"--{flag}", "scalar tensor", "shape ("))
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    cli.main(arguments_of(f"{command}mean.py:{flag} --overwrite", world))
+
+
 @pytest.mark.parametrize("flags", ["--penalty r_drop", "--learning_rate 1e30 --max_grad_norm 0 --warmup_steps 0"])
 def test_a_run_comes_back_when_the_one_in_its_place_fails_at_once(flags, world, tmp_path, capsys):
     """Only a trainer sees that the model has no dropout, and only a step that the rate is too high."""
