@@ -21,10 +21,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
-from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
+from transformers import HfArgumentParser, IntervalStrategy, SchedulerType, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from hftl.errors import UsageError, did_you_mean
+from hftl.errors import UsageError, did_you_mean, nearest_choice
 from hftl.inert import visible
 from hftl.yaml_files import read_yaml
 
@@ -236,7 +236,9 @@ class TransferArguments(TrainingArguments):
         0.1, "Warm-up: a number of steps, or below 1 a part of them (default with one_cycle 0.3)."
     )
     lr_scheduler_type: str = _argument(
-        "cosine", "Schedule of the learning rate: Trainer's, slanted_triangular or one_cycle."
+        "cosine",
+        "Schedule of the learning rate.",
+        choices=(*OWN_SCHEDULES, *(kind.value for kind in SchedulerType)),
     )
     eval_strategy: str = _argument("epoch", "When to evaluate on validation: no, steps or epoch.")
     save_strategy: str = _argument("epoch", "When to write a checkpoint: no, steps, epoch or best.")
@@ -595,7 +597,7 @@ class _Parser(HfArgumentParser):
     """Errors as `UsageError`, with the nearest name."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message[0].upper()}{message[1:].rstrip('.')}.")
+        raise UsageError(f"{message[0].upper()}{message[1:].rstrip('.')}.{nearest_choice(message)}")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

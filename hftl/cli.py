@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hftl import __version__
-from hftl.errors import UsageError, did_you_mean
+from hftl.errors import UsageError, did_you_mean, nearest_choice
 from hftl.hub import check_name
 from hftl.inert import on_one_line, without_home
 from hftl.launch import launch, quick_imports
@@ -38,7 +38,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0].partition("=")[0]
-        near = did_you_mean(unknown, self._option_string_actions) if unknown.startswith("--") else ""
+        flags = self._option_string_actions
+        near = did_you_mean(unknown, flags) if unknown.startswith("--") else nearest_choice(message)
         raise UsageError(f"{message[0].upper()}{message[1:]}.{near} See hftl --help.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import pickle
+import re
 from collections.abc import Iterable
 
 
@@ -35,6 +36,12 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
         return ""
     swapped = (choice for choice in near if sorted(choice) == sorted(name))  # lroa: difflib finds road as near as lora
     return f" Did you mean {next(swapped, near[0])!r}?"
+
+
+def nearest_choice(message: str) -> str:
+    """The same for what argparse says of a value that is none of a flag's choices; empty for other messages."""
+    found = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+    return did_you_mean(found[1], re.findall(r"[\w.-]+", found[2])) if found else ""
 
 
 def load_reason(error: BaseException) -> str:

@@ -164,6 +164,8 @@ def find_learning_rate(task_name: str, tokens: Sequence[str], output: Path, step
         raise UsageError(f"--steps {steps} are too few for a curve: take {FEWEST} or more.")
     task_class = find_task(task_name)
     arguments = parse(task_class.arguments_class, tokens)
+    if "output_dir" in arguments.typed:
+        raise UsageError("--output_dir: hftl lr-find writes no run but a picture. Name that with --output.")
     # A rate is what is looked for: a head alone is then trained, not solved.
     object.__setattr__(arguments, "given", arguments.given | {"learning_rate"})
     arguments = stage_arguments(arguments, report_to=[])

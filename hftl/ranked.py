@@ -58,6 +58,7 @@ class Candidate:
         features_per_second: rows through the model, in the precision that suits it here.
         flags: which name it to `hftl train`.
         rows: that it was scored on.
+        chance: the part of them that is in the largest class.
     """
 
     rank: int
@@ -72,6 +73,7 @@ class Candidate:
     features_per_second: float
     flags: list[str]
     rows: int
+    chance: float
 
 
 def identify(task_name: str, models: Sequence[str], tokens: Sequence[str]) -> dict[str, str]:
@@ -229,6 +231,11 @@ def recommendation(candidates: Sequence[Candidate], by: str, task_name: str, tok
         "" if by == "probe" else f"; its probe is right on {best.probe:.4f} of the rows"
     )
     lines = [f"recommended: {best.model} ({reason})"]
+    if best.probe <= best.chance + error:
+        lines.append(
+            f"but: that is no better than always naming the largest class ({best.chance:.4f}): the features of this "
+            "model say nothing of these classes"
+        )
     faster = [
         entry
         for entry in candidates[1:]

@@ -209,6 +209,7 @@ def _scored(name: str, flags: list[str], found: Pooled, head: nn.Module | None) 
         features_per_second=1 / found.seconds_a_row,
         flags=flags,
         rows=len(found.labels),
+        chance=float(np.unique(found.labels, return_counts=True)[1].max()) / len(found.labels),
     )
 
 

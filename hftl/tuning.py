@@ -128,9 +128,12 @@ class _Pruning(TrainerCallback):
     def __init__(self, trial: Any, metric: str) -> None:
         self.trial, self.metric = trial, f"eval_{metric}"
         self.evaluations = self.before = 0
+        reported = trial.user_attrs.get("reported", {})  # before an interruption
+        for self.evaluations in sorted(map(int, reported)):
+            trial.report(reported[str(self.evaluations)], self.evaluations)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.before = self.evaluations  # of the stages before
+        self.before = self.evaluations - round(1000 * (state.epoch or 0.0))  # of the stages before
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         import optuna
@@ -301,7 +304,8 @@ class Search:
         for trial in self._in("RUNNING"):
             number = trial.user_attrs.get("continues", trial.number)
             self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-            self.study.enqueue_trial(trial.params, user_attrs={"continues": number})
+            seen = {"continues": number, "reported": trial.intermediate_values}
+            self.study.enqueue_trial(trial.params, user_attrs=seen)
         if self._complete():
             self._keep_best()
 
@@ -311,7 +315,7 @@ class Search:
         # A function of the seed and the trials before: an interrupted search goes on as if it had not been.
         self.study.sampler = optuna.samplers.TPESampler(seed=self.arguments.seed + len(self._done()))
         trial = self.study.ask()
-        values = self._suggest(trial)
+        values, pruning = self._suggest(trial), _Pruning(trial, self.metric)
         say(f"\ntrial {len(self._done()) + 1} of {self.trials}: {_shown(values)}")
         place = self._place(trial)
         try:
@@ -323,7 +327,7 @@ class Search:
                     shutil.rmtree(place, ignore_errors=True)
                 task = self.task_class(arguments)
                 plan = build_plan(task.build_model(splits), arguments)
-                train_plan(task, plan, splits, arguments, [_Pruning(trial, self.metric)])
+                train_plan(task, plan, splits, arguments, [pruning])
             score = float(read_json(place / METRICS)["validation"][self.metric])
             if math.isnan(score):
                 raise Diverged(f"{self.metric} is no number")

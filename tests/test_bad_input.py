@@ -417,6 +417,13 @@ METHODS = [
         f"{TEXT} --method auto --time_budget 1s",
         ("too short for anything", "take about ", "Give at least that"),
     ),
+    Bad("unknown preset", f"{TEXT} --method auto --preset fats", ("--preset", "Did you mean 'fast'?")),
+    Bad(
+        "unknown schedule",
+        f"{TEXT} --lr_scheduler_type slanted_triangle",
+        ("--lr_scheduler_type", "one_cycle", "cosine", "Did you mean 'slanted_triangular'?"),
+    ),
+    Bad("unknown measure", "rank --models {bert} --dataset {table} --by logmee", ("--by", "Did you mean 'logme'?")),
     Bad(
         "epochs for auto",
         f"{TEXT} --method auto --num_train_epochs 2",
@@ -811,6 +818,7 @@ CHOOSING = [
     Bad("lr-find without a task", "lr-find --model {bert}", ("Name the task: hftl lr-find TASK",)),
     Bad("lr-find of auto", f"lr-find{TEXT[5:-17]} --method auto", ("--method auto chooses its rates itself",)),
     Bad("lr-find into no folder", f"lr-find{TEXT[5:-17]} --output no/a.png", ("--output", "there is no folder 'no'")),
+    Bad("lr-find into a run", f"lr-find{TEXT[5:]} --output_dir run", ("--output_dir", "Name that with --output")),
     Bad("lr-find in no steps", f"lr-find{TEXT[5:-17]} --steps 0", ("--steps", "above 0")),
     Bad("lr-find in few steps", f"lr-find{TEXT[5:-17]} --steps 5", ("--steps 5 are too few", "10 or more")),
     Bad("auto rate of method auto", f"{TEXT} --method auto --learning_rate auto", ("leave out --learning_rate",)),

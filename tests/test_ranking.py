@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import errno
 import json
 import os
@@ -339,6 +340,17 @@ def test_a_model_at_several_sizes_is_read_once_and_changed_by_none(
     by_name = {entry.model: entry for entry in together}
     assert [by_name[entry.model].logme for entry in alone] == [entry.logme for entry in alone]
     assert [by_name[entry.model].parameters for entry in alone] == [entry.parameters for entry in alone]
+
+
+def test_a_recommended_model_that_knows_nothing_of_the_classes_is_no_secret() -> None:
+    scores: dict[str, Any] = {"logme": -0.2, "h_score": 0.4, "transrate": 0.1, "leep": None, "nce": None}
+    entry = ranked.Candidate(
+        1, "tiny", **scores, probe=0.53, parameters=9, features_per_second=1.0, flags=[], rows=100, chance=0.5
+    )
+    said = "no better than always naming the largest class (0.5000)"
+    assert said in ranked.recommendation([entry], "logme", "text-classification", [])
+    better = dataclasses.replace(entry, probe=0.7)
+    assert said not in ranked.recommendation([better], "logme", "text-classification", [])
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "gpt2"])

@@ -234,6 +234,6 @@ def test_a_run_whose_trial_was_not_told_is_not_trained_again(
     assert tell is optuna.Study.tell
     monkeypatch.setattr(TransferTrainer, "train", None)
     tune(world, tmp_path / "run", 1, "learning_rate=1e-4,1e-3", "--num_train_epochs=1")
-    assert [row["state"] for row in trials_of(tmp_path / "run")] == ["complete"]
+    assert [(row["state"], row["epochs"]) for row in trials_of(tmp_path / "run")] == [("complete", "1")]
     assert "test" in json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert isinstance(hftl.load_run(tmp_path / "run"), Run)
