@@ -170,8 +170,7 @@ def load_dual_encoder(
         UsageError: the checkpoint cannot be loaded, or is of a kind that another head would be wrong for.
     """
     name = str(arguments.model_name_or_path)
-    if arguments.load_in_8bit or arguments.load_in_4bit:
-        flag = "--load_in_8bit" if arguments.load_in_8bit else "--load_in_4bit"
+    if flag := pretrained.few_bits_flag(arguments):
         raise UsageError(f"{flag}: a dual encoder with a head of texts is not quantised yet: add --prompts none.")
     with pretrained.explained_load(name, AutoModelForImageClassification):
         options = pretrained.hub_options(arguments, source)

@@ -243,6 +243,7 @@ def _load_model(
             **options,
         )
     _check_loaded(model, report, name)
+    _check_few_bits(model, arguments)
     if not arguments.keep_head:
         reset_head(model)
     if model.config.model_type == "timm_wrapper":
@@ -256,9 +257,9 @@ def check_quantisation(arguments: TransferArguments) -> None:
     Raises:
         UsageError: as said.
     """
-    if not (arguments.load_in_8bit or arguments.load_in_4bit):
+    flag = few_bits_flag(arguments)
+    if flag is None:
         return
-    flag = "--load_in_8bit" if arguments.load_in_8bit else "--load_in_4bit"
     if arguments.load_in_8bit and arguments.load_in_4bit:
         raise UsageError("--load_in_8bit and --load_in_4bit exclude each other: leave one out.")
     if arguments.finds_learning_rate or arguments.auto_find_batch_size:
@@ -268,12 +269,32 @@ def check_quantisation(arguments: TransferArguments) -> None:
         raise UsageError(f"{flag} needs bitsandbytes, which is not installed: pip install 'hftl[quantized]'")
 
 
+def few_bits_flag(arguments: TransferArguments) -> str | None:
+    """`--load_in_8bit` or `--load_in_4bit`, where one is given."""
+    given = (f"--{name}" for name in ("load_in_8bit", "load_in_4bit") if getattr(arguments, name))
+    return next(given, None)
+
+
+def _check_few_bits(model: nn.Module, arguments: TransferArguments) -> None:
+    """Refuse 8 and 4 bits where nothing is held in them: only linear layers are.
+
+    Raises:
+        UsageError: as said.
+    """
+    flag = few_bits_flag(arguments)
+    if flag and not any(weights.dtype in (torch.int8, torch.uint8) for weights in model.parameters()):
+        raise UsageError(
+            f"{flag}: {type(model).__name__} has no linear layer outside of its head, and no "
+            "other weights are held in so few bits. Leave it out."
+        )
+
+
 def _quantisation(auto_class: Any, source: str, arguments: TransferArguments) -> dict[str, Any]:
     """What `from_pretrained` is told for a base in 8 or 4 bits; what trains as a whole is left in float32.
 
     Four bits as in QLoRA (Dettmers et al. 2023): normal float, its scales quantised again.
     """
-    if not (arguments.load_in_8bit or arguments.load_in_4bit):
+    if few_bits_flag(arguments) is None:
         return {}
     from transformers import BitsAndBytesConfig
 

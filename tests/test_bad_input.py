@@ -546,6 +546,11 @@ METHODS = [
     ),
     Bad("rank for a type without one", f"{TEXT} --method ia3 --lora_r 4", ("--method ia3 does not use --lora_r",)),
     Bad("8 bits, whole model", f"{TEXT} --load_in_8bit", ("--method lp_ft does not use --load_in_8bit", "lora, peft")),
+    Bad(
+        "4 bits, convolutions",
+        f"{IMAGE} --model {{timm}} --method lora --load_in_4bit",
+        ("--load_in_4bit", "no linear layer"),
+    ),
     Bad("8 and 4 bits", f"{TEXT} --method lora --load_in_8bit --load_in_4bit", ("exclude each other",)),
     Bad("4 bits, type without them", f"{TEXT} --method vera --load_in_4bit", ("VERA does not go with", "LORA")),
     Bad(

@@ -75,8 +75,9 @@ class VideoClassification(ClassificationTask):
         if has_checkpoint(arguments):
             source = pretrained.find_model(name)
             self.load_processor(source)
-            if self.auto_class is VideoModel and (arguments.load_in_8bit or arguments.load_in_4bit):
-                raise UsageError(f"--load_in_8bit, --load_in_4bit: {name} is not quantised. Leave it out.")
+            flag = pretrained.few_bits_flag(arguments)
+            if self.auto_class is VideoModel and flag:
+                raise UsageError(f"{flag}: {name} is not quantised. Leave it out.")
             model = pretrained.load_model(self.auto_class, source, self.label_names, arguments)
             self._resize(model)
         else:
