@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
 from hftl import backbones
+from hftl.pretrained import never_pack
 
 #: in a run folder: the adapter, and beside one that is not merged the model that it belongs to, with the trained head
 ADAPTER, BASE = "adapter", "base"
@@ -90,4 +91,5 @@ def load_unmerged(auto_class: Any, folder: Path, trust_remote_code: bool = False
     base = auto_class.from_pretrained(
         folder / BASE, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
     )
+    never_pack(base)
     return PeftModel.from_pretrained(base, folder / ADAPTER)

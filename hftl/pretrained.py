@@ -244,6 +244,7 @@ def _load_model(
         )
     _check_loaded(model, report, name)
     _check_few_bits(model, arguments)
+    never_pack(model)
     if not arguments.keep_head:
         reset_head(model)
     if model.config.model_type == "timm_wrapper":
@@ -273,6 +274,16 @@ def few_bits_flag(arguments: TransferArguments) -> str | None:
     """`--load_in_8bit` or `--load_in_4bit`, where one is given."""
     given = (f"--{name}" for name in ("load_in_8bit", "load_in_4bit") if getattr(arguments, name))
     return next(given, None)
+
+
+def never_pack(model: nn.Module) -> None:
+    """Have 4-bit weights stay as they are when a CPU predicts.
+
+    bitsandbytes 0.50 packs them for AVX512, which rounds their scales, and no step can be trained behind it.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _check_few_bits(model: nn.Module, arguments: TransferArguments) -> None:

@@ -313,6 +313,18 @@ def test_few_bits_go_with_mean_pooling(place: Path, tmp_path: Path, bits: str) -
         torch.testing.assert_close(logits_of(again.model, rows), logits_of(run.model, rows), rtol=1e-5, atol=1e-5)
 
 
+def test_four_bits_train_on_behind_an_evaluation(place: Path, tmp_path: Path) -> None:
+    """bitsandbytes would pack the weights for a CPU that predicts, which loses digits, and ends in an error."""
+    flags: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "max_steps": 3}
+    flags |= {"load_best_model_at_end": False, "precision": "bf16", "report_to": "none", "method": "lora"}
+    common = {"model": place / "bert", "dataset": place / "texts", "load_in_4bit": True}
+    run = hftl.finetune("text-classification", **common, **flags, output_dir=tmp_path / "run")
+    for model in (run.model, hftl.load_run(tmp_path / "run").model):
+        held = [weights for weights in model.parameters() if weights.dtype == torch.uint8]
+        assert held
+        assert not any(getattr(weights.quant_state, "packing_format_for_cpu", False) for weights in held)
+
+
 def test_every_type_of_peft_is_offered_or_left_out_for_a_reason() -> None:
     assert {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} <= set(TYPES) | set(LEFT_OUT)  # an older one has fewer
     assert not set(TYPES) & set(LEFT_OUT)

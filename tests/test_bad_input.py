@@ -551,6 +551,7 @@ METHODS = [
         f"{IMAGE} --model {{timm}} --method lora --load_in_4bit",
         ("--load_in_4bit", "no linear layer"),
     ),
+    Bad("DoRA in 8 bits", f"{TEXT} --method dora --load_in_8bit", ("--load_in_8bit", "DoRA", "--load_in_4bit")),
     Bad("8 and 4 bits", f"{TEXT} --method lora --load_in_8bit --load_in_4bit", ("exclude each other",)),
     Bad("4 bits, type without them", f"{TEXT} --method vera --load_in_4bit", ("VERA does not go with", "LORA")),
     Bad(
