@@ -156,15 +156,6 @@ class ExponentialAverage(Averaging):
 class StochasticAverage(Averaging):
     """The mean of the weights at the ends of the last epochs (SWA, Izmailov et al. 2018)."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse a training that is too short.
-
-        Raises:
-            UsageError: it has fewer than two epochs.
-        """
-        if state.num_train_epochs < _SWA_LEAST:
-            raise UsageError("--average swa is the mean over several epochs: give --num_train_epochs 2 or more.")
-
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the weights where an epoch ends; here rather than in `on_epoch_end`, before which a signal may stop."""
@@ -360,6 +351,16 @@ def _shown(trainer: TransferTrainer, score: float) -> str:
 
 
 # --- with the pretrained weights -------------------------------------------------------------------------------------
+
+
+def check_length(epochs: float, arguments: TransferArguments) -> None:
+    """Refuse an average over more epochs than the last stage has.
+
+    Raises:
+        UsageError: as said.
+    """
+    if arguments.average == "swa" and math.ceil(epochs) < _SWA_LEAST:
+        raise UsageError("--average swa is the mean over several epochs: give --num_train_epochs 2 or more.")
 
 
 def check_averaging(plan: Plan, arguments: TransferArguments) -> None:

@@ -25,6 +25,7 @@ from hftl.arguments import TransferArguments, averaged_views, is_sharded, set_pr
 from hftl.averaging import (
     changing_tensors,
     check_averaging,
+    check_length,
     interpolate,
     keep_ingredient,
     pretrained_weights,
@@ -258,6 +259,7 @@ def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tr
     if arguments.dataloader_prefetch_factor is not None and not most_workers(task):
         raise UsageError("--dataloader_prefetch_factor is for data workers, and there are none: leave it out.")
     stages = [with_least_steps(stage, steps) for stage in plan.stages]
+    check_length(arguments.max_steps / steps if arguments.max_steps > 0 else stages[-1].epochs, arguments)
     if arguments.soup_runs > 1:
         last = stages.pop()
         runs = range(1, arguments.soup_runs + 1)

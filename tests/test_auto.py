@@ -781,7 +781,8 @@ def test_a_probe_that_is_kept_of_few_rows_loads_again(
 @pytest.mark.parametrize(
     ("cut", "pairs", "epochs", "is_whole"),
     [(1.0, False, 3.0, True), (1.0, False, 1.5, True), (1.0, False, 1.0, False), (0.0, False, 3.0, False),
-     (0.6, False, 3.0, True), (0.4, False, 3.0, False), (1.0, True, 3.0, False), (0.6, True, 3.0, False)],
+     (0.6, False, 3.0, True), (0.4, False, 3.0, False), (1.0, True, 3.0, False), (0.6, True, 3.0, False),
+     (0.4, True, 3.0, False)],
 )  # fmt: skip
 def test_a_training_that_the_limit_ended_early_is_no_whole_one(
     world: Path,
@@ -820,7 +821,9 @@ def test_a_training_that_the_limit_ended_early_is_no_whole_one(
     if not pairs:
         monkeypatch.setattr(auto, "gives_features", lambda *_: False)
     train(world, tmp_path / "run", "--time_budget=1h", "--per_device_train_batch_size=4")
-    assert judged == [("probe", False), *([("pairs", cut == 1)] if pairs else []), ("final", is_whole)]
+    if pairs:  # of ten epochs
+        assert float(rows_of(tmp_path / "run")[1]["epochs"]) == pytest.approx(10 * cut, abs=1)
+    assert judged == [("probe", False), *([("pairs", cut >= 0.5)] if pairs else []), ("final", is_whole)]
 
 
 def test_pairs_are_for_texts_and_a_linear_head(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

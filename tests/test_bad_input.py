@@ -1108,6 +1108,14 @@ def test_an_error_of_ones_own_loss_brings_a_replaced_run_back(world, tmp_path):
     assert {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+def test_a_mean_of_one_epoch_is_refused_before_the_head_is_fitted(world, tmp_path, capsys):
+    command = "train text-classification --model {bert} --dataset {table} --average swa --num_train_epochs 1"
+    assert exit_code(arguments_of(f"{command} --report_to none --output_dir {tmp_path / 'run'}", world)) == 2
+    said = capsys.readouterr()
+    check_message(said.err, ("--average swa", "--num_train_epochs 2"))
+    assert "head: " not in said.out
+
+
 @pytest.mark.parametrize("flag", ["penalty", "loss"])
 def test_ones_own_loss_and_penalty_read_the_models_output_and_give_a_scalar(flag, world, tmp_path, capsys):
     body = f"def {flag}(*given, num_items_in_batch=None):\n    return given[{-1 if flag == 'penalty' else 0}].logits"
