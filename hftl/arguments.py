@@ -875,11 +875,11 @@ def argument_tokens(name: str, value: Any) -> list[str]:
     if isinstance(value, dict):
         return [f"--{name}={json.dumps(value)}"]
     if isinstance(value, list | tuple):
-        return [f"--{name}", *map(str, value)] if value else []
+        return [f"--{name}", *map(str, _plain(value))] if value else []
     if not isinstance(value, str | os.PathLike | numbers.Number | Enum):
         shown = f"{type(value).__name__} {textwrap.shorten(str(value), 60)}"
         raise UsageError(f"--{name} is a name, a path or a number, and not a {shown}.")
-    return [f"--{name}={value}"]
+    return [f"--{name}={_plain(value)}"]
 
 
 #: image flags that people look for with texts too

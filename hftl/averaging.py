@@ -353,13 +353,14 @@ def _shown(trainer: TransferTrainer, score: float) -> str:
 # --- with the pretrained weights -------------------------------------------------------------------------------------
 
 
-def check_length(epochs: float, arguments: TransferArguments) -> None:
-    """Refuse an average over more epochs than the last stage has.
+def check_length(stage: Stage, steps_an_epoch: int, arguments: TransferArguments) -> None:
+    """Refuse `--average swa` of a single epoch.
 
     Raises:
         UsageError: as said.
     """
-    if arguments.average == "swa" and math.ceil(epochs) < _SWA_LEAST:
+    epochs = arguments.max_steps / steps_an_epoch if arguments.max_steps > 0 else stage.epochs
+    if arguments.average == "swa" and stage.trainable and math.ceil(epochs) < _SWA_LEAST:
         raise UsageError("--average swa is the mean over several epochs: give --num_train_epochs 2 or more.")
 
 

@@ -38,10 +38,12 @@ def import_scalar_function(name: str, flag: str) -> Callable[..., Any]:
     """
     function = import_function(name, flag)
 
+    import torch
+
     @functools.wraps(function)
     def checked(*arguments: Any, **settings: Any) -> Any:
         value = function(*arguments, **settings)
-        if getattr(value, "ndim", None) != 0:
+        if not isinstance(value, torch.Tensor) or value.ndim:
             given = f"a tensor of shape {tuple(value.shape)}" if hasattr(value, "shape") else type(value).__name__
             raise UsageError(f"{flag} {name}: the function must return a scalar tensor, a mean over rows, not {given}.")
         return value

@@ -55,11 +55,12 @@ def pool_by_mean(model: PreTrainedModel) -> PreTrainedModel | None:
     if not _has_bert_layers(model):
         return None
     config, layers = model.config, model.base_model.encoder.layer
+    few_bits: Any = getattr(config, "quantization_config", None)
+    if hasattr(few_bits, "llm_int8_skip_modules"):  # of the layers before it
+        name = f"{model.base_model_prefix}.encoder.layer.{len(layers)}"
+        few_bits.llm_int8_skip_modules = [*(few_bits.llm_int8_skip_modules or ()), name]
     config.num_hidden_layers += 1
     config.mean_pooling_layer = True  # says what the last layer is, to a reader and to `backbones`
-    few_bits = getattr(config, "quantization_config", None)
-    if few_bits is not None:  # of the layers before it
-        few_bits.llm_int8_skip_modules += [f"{model.base_model_prefix}.encoder.layer.{len(layers)}"]
     with torch.device("meta"), no_init_weights():  # no room for the other layers
         deeper: Any = type(model)(config)
     layer = deeper.base_model.encoder.layer[-1].to_empty(device=layers[-1].output.dense.weight.device)

@@ -272,8 +272,7 @@ def check_quantisation(arguments: TransferArguments) -> None:
 
 def few_bits_flag(arguments: TransferArguments) -> str | None:
     """`--load_in_8bit` or `--load_in_4bit`, where one is given."""
-    given = (f"--{name}" for name in ("load_in_8bit", "load_in_4bit") if getattr(arguments, name))
-    return next(given, None)
+    return next((f"--{name}" for name in ("load_in_8bit", "load_in_4bit") if getattr(arguments, name)), None)
 
 
 def never_pack(model: nn.Module) -> None:

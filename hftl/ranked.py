@@ -233,8 +233,8 @@ def recommendation(candidates: Sequence[Candidate], by: str, task_name: str, tok
     lines = [f"recommended: {best.model} ({reason})"]
     if best.probe <= best.chance + error:
         lines.append(
-            f"but: that is no better than always naming the largest class ({best.chance:.4f}): the features of this "
-            "model say nothing of these classes"
+            f"but: that is no better than always naming the largest class ({best.chance:.4f}): the rows do not show "
+            "that the features of this model know these classes"
         )
     faster = [
         entry

@@ -259,7 +259,7 @@ def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tr
     if arguments.dataloader_prefetch_factor is not None and not most_workers(task):
         raise UsageError("--dataloader_prefetch_factor is for data workers, and there are none: leave it out.")
     stages = [with_least_steps(stage, steps) for stage in plan.stages]
-    check_length(arguments.max_steps / steps if arguments.max_steps > 0 else stages[-1].epochs, arguments)
+    check_length(stages[-1], len(splits.train) // rows if arguments.dataloader_drop_last else steps, arguments)
     if arguments.soup_runs > 1:
         last = stages.pop()
         runs = range(1, arguments.soup_runs + 1)

@@ -128,12 +128,13 @@ class _Pruning(TrainerCallback):
     def __init__(self, trial: Any, metric: str) -> None:
         self.trial, self.metric = trial, f"eval_{metric}"
         self.evaluations = self.before = 0
-        reported = trial.user_attrs.get("reported", {})  # before an interruption
-        for self.evaluations in sorted(map(int, reported)):
-            trial.report(reported[str(self.evaluations)], self.evaluations)
+        for self.evaluations, value in trial.user_attrs.get("reported", ()):  # before an interruption
+            trial.report(value, self.evaluations)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.before = self.evaluations - round(1000 * (state.epoch or 0.0))  # of the stages before
+        if not state.epoch:  # else it goes on from a checkpoint
+            self.trial.set_user_attr("before", self.evaluations)
+        self.before = self.trial.user_attrs.get("before", 0)  # of the stages before
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         import optuna
@@ -234,7 +235,8 @@ class Search:
                     raise
             if not self._complete():
                 reason = next(
-                    (trial.user_attrs["reason"] for trial in self._done() if trial.user_attrs), "all fell behind"
+                    (trial.user_attrs["reason"] for trial in self._done() if "reason" in trial.user_attrs),
+                    "all fell behind",
                 )
                 raise UsageError(f"None of the {self.trials} trials finished: {reason}")
             shutil.rmtree(self.path / TRIALS, ignore_errors=True)
@@ -304,8 +306,8 @@ class Search:
         for trial in self._in("RUNNING"):
             number = trial.user_attrs.get("continues", trial.number)
             self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-            seen = {"continues": number, "reported": trial.intermediate_values}
-            self.study.enqueue_trial(trial.params, user_attrs=seen)
+            seen = {"reported": sorted(trial.intermediate_values.items())}
+            self.study.enqueue_trial(trial.params, user_attrs={**trial.user_attrs, **seen, "continues": number})
         if self._complete():
             self._keep_best()
 

@@ -9,6 +9,7 @@ import signal
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -141,9 +142,15 @@ def test_mean_of_the_last_epochs(name: str, epochs: int, last: list[int], tmp_pa
     assert_model_is(trainer, mean)
 
 
-def test_a_mean_of_one_epoch_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(hftl.UsageError, match="num_train_epochs 2 or more"):
-        trained("bert", tmp_path, "--num_train_epochs=1", average="swa")
+def test_a_mean_of_one_epoch_is_refused() -> None:
+    model = TINY["bert"]()
+    stage = methods.Stage("all", frozenset({"classifier.bias"}), 1e-3, 1e-3, epochs=1.0)
+    changes: dict[str, Any]
+    for changes, flags in (({}, []), ({"epochs": 9.0}, ["--max_steps=3"])):
+        with pytest.raises(hftl.UsageError, match="num_train_epochs 2 or more"):
+            averaging.check_length(replace(stage, **changes), 3, tiny_arguments(model, "--average=swa", *flags))
+    for changes, flags in (({"epochs": 2.0}, []), ({}, ["--max_steps=4"]), ({"trainable": frozenset()}, [])):
+        averaging.check_length(replace(stage, **changes), 3, tiny_arguments(model, "--average=swa", *flags))
 
 
 @pytest.mark.parametrize("name", ["bert", "timm_resnet18"])

@@ -210,10 +210,11 @@ def peft_settings(arguments: TransferArguments) -> dict[str, Any]:
     implied = SHORT_NAMES.get(arguments.method, (name, {}))[1]
     flags = {key: getattr(arguments, flag) for key, flag in _LORA_FLAGS.items()} if name == "LORA" else {}
     flags = {key: value for key, value in flags.items() if value is not None and value is not False}
-    if arguments.load_in_8bit and (implied | settings | flags).get("use_dora") and arguments.device.type == "cpu":
+    wanted = implied | settings | flags
+    if arguments.load_in_8bit and wanted.get("use_dora") and arguments.device.type == "cpu":
         # peft 0.21 and bitsandbytes 0.50: the scales of the weights are lost in the first step.
         raise UsageError("--load_in_8bit does not go with DoRA on a CPU: take --load_in_4bit.")
-    if few_bits and (implied | settings | flags).get("init_lora_weights") in _FROM_WEIGHTS:
+    if few_bits and wanted.get("init_lora_weights") in _FROM_WEIGHTS:
         raise UsageError("--init_lora_weights: this start is computed from the weights, which 8 or 4 bits do not hold.")
     for key in settings:
         if key in _OURS:
@@ -226,7 +227,7 @@ def peft_settings(arguments: TransferArguments) -> dict[str, Any]:
             raise UsageError(f"--peft_config: {key!r} is also given by --{_LORA_FLAGS[key]}. Leave one out.")
         if key in implied:
             raise UsageError(f"--peft_config: {key!r} is what --method {arguments.method} stands for. Leave it out.")
-    return implied | settings | flags
+    return wanted
 
 
 def _parsed(text: str | None) -> dict[str, Any]:
