@@ -236,9 +236,7 @@ class TransferArguments(TrainingArguments):
         0.1, "Warm-up: a number of steps, or below 1 a part of them (default with one_cycle 0.3)."
     )
     lr_scheduler_type: str = _argument(
-        "cosine",
-        "Schedule of the learning rate.",
-        choices=(*OWN_SCHEDULES, *(kind.value for kind in SchedulerType)),
+        "cosine", "Schedule of the learning rate: Trainer's, slanted_triangular or one_cycle."
     )
     eval_strategy: str = _argument("epoch", "When to evaluate on validation: no, steps or epoch.")
     save_strategy: str = _argument("epoch", "When to write a checkpoint: no, steps, epoch or best.")
@@ -327,6 +325,10 @@ class TransferArguments(TrainingArguments):
             setattr(self, item.name, _with_home(getattr(self, item.name)))
         _check_finite(self)
         schedule: str = self.lr_scheduler_type
+        known = [*OWN_SCHEDULES, *(kind.value for kind in SchedulerType)]
+        if schedule not in known:
+            near = did_you_mean(schedule, known)
+            raise UsageError(f"--lr_scheduler_type {schedule!r} is not known.{near} There are: {', '.join(known)}.")
         if schedule in OWN_SCHEDULES:
             self.lr_scheduler_type = "constant"  # Trainer knows none but its own
             if self.lr_scheduler_kwargs:
