@@ -132,9 +132,9 @@ class _Pruning(TrainerCallback):
             trial.report(value, self.evaluations)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.epoch:  # else it goes on from a checkpoint
-            self.trial.set_user_attr("before", self.evaluations)
-        self.before = self.trial.user_attrs.get("before", 0)  # of the stages before
+        starts = self.trial.user_attrs.get("starts", {})  # of its stages: one that was interrupted began where it did
+        self.before = starts.setdefault(Path(args.output_dir).name, self.evaluations)
+        self.trial.set_user_attr("starts", starts)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         import optuna

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -17,7 +18,7 @@ from tiny_models import write_tiny_text_model
 from transformers import AutoModelForSequenceClassification
 
 import hftl
-from hftl import cli
+from hftl import cli, tuning
 from hftl.arguments import TextArguments, flag_names
 from hftl.run import Run
 from hftl.tasks.text_classification import TextClassification
@@ -237,3 +238,16 @@ def test_a_run_whose_trial_was_not_told_is_not_trained_again(
     assert [(row["state"], row["epochs"]) for row in trials_of(tmp_path / "run")] == [("complete", "1")]
     assert "test" in json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert isinstance(hftl.load_run(tmp_path / "run"), Run)
+
+
+def test_a_trial_that_goes_on_counts_its_evaluations_from_where_its_stage_began(tmp_path: Path) -> None:
+    """Killed behind the second evaluation of a second stage, of which a checkpoint was written behind the first."""
+    study = optuna.create_study()
+    study.enqueue_trial({}, user_attrs={"reported": [[1000, 0.5], [2000, 0.6], [3000, 0.7]], "starts": {"2-all": 1000}})
+    trial = study.ask()
+    pruning = tuning._Pruning(trial, "accuracy")
+    for folder, epoch, wanted in (("2-all", 2.0, 3000), ("2-all", 3.0, 4000), ("3-all", 1.0, 5000)):
+        pruning.on_train_begin(SimpleNamespace(output_dir=str(tmp_path / folder)), SimpleNamespace(epoch=0.0), None)
+        pruning.on_evaluate(None, SimpleNamespace(epoch=epoch), None, metrics={"eval_accuracy": 0.8})
+        assert pruning.evaluations == wanted
+    assert list(study.trials[0].intermediate_values) == [1000, 2000, 3000, 4000, 5000]
