@@ -20,7 +20,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -40,7 +40,15 @@ from hftl.folder import CHECKPOINTS, METRICS, PREDICTIONS, RECIPE, read_json, sa
 from hftl.launch import started
 from hftl.lr_find import main_rate, scaled
 from hftl.methods import Plan, build_plan
-from hftl.methods.plan import LEAST_STEPS, MOST_EVALUATIONS, PAIR_EPOCHS, PAIR_STEPS, least_epochs, whole_epochs
+from hftl.methods.plan import (
+    LEAST_STEPS,
+    MOST_EVALUATIONS,
+    PAIR_EPOCHS,
+    PAIR_STEPS,
+    PARTIAL_BLOCKS,
+    least_epochs,
+    whole_epochs,
+)
 from hftl.metrics import SHARES, swapped_answers
 from hftl.side_by_side import most_at_once
 from hftl.tables import aligned, as_csv
@@ -54,11 +62,6 @@ TABLE, TRIALS = "trials.csv", "trials"
 _SPENT = "spent.json"
 #: budgets, and nothing else
 PRESETS = {"fast": "1m", "medium": "10m", "best": "1h"}
-#: ways to train more than the head, with a factor of their default rates; the first is taken unseen where there is time
-#: for one (2,000 movie reviews, MiniLM, scored on 6,056 others: three runs of `full` 0.853, of `lp_ft` 0.848 at most),
-#: and with less time than for one run the second, whose first stage is the probe, done already; and with few rows
-#: to choose by: 1.8 points better with 16 a class, as good with all, means over six data sets (benchmarks/quality.md)
-_WAYS = (("full", 1.0), ("lp_ft", 1.0), ("lora", 1.0), ("full", 2.0), ("lp_ft", 2.0), ("partial", 1.0))
 #: what the ladder sets itself
 _CHOSEN = {"num_train_epochs", "max_steps", "head_solver", "early_stopping_patience"}
 #: what changes the rows in each epoch: the probe, whose rows run once, does without, and so do pairs
@@ -77,7 +80,7 @@ _MOST_RUNS, _EPOCHS_OF_RUN = 3, 3.0
 _EVALUATIONS_OF_SEVERAL = 2
 #: with fewer epochs of the whole model left than this, trials would eat what the last training needs …
 _EPOCHS_FOR_TRIALS = 12.0
-#: … and so would trials of all ways, which take 12 epochs, and not 3
+#: … and so would trials of all ways, which take 13 epochs, and not 3
 _EPOCHS_FOR_ALL = 24.0
 #: ways that are tried where there is less time
 _FEW_WAYS = 3
@@ -102,6 +105,27 @@ _WRITING = 3.0
 _PAYS = 0.9
 #: `partial` runs the frozen part once, as the probe did, and trains the last blocks on what it gave
 _PARTIAL_COSTS = 2.0
+
+
+class Way(NamedTuple):
+    """How to train.
+
+    Attributes:
+        method: as `--method`.
+        factor: of the method's default rates.
+        blocks: of `partial`, the last ones that train; 0 where that is the method's affair.
+    """
+
+    method: str
+    factor: float = 1.0
+    blocks: int = 0
+
+
+#: ways to train more than the head; the first is taken unseen where there is time for one (2,000 movie reviews, MiniLM,
+#: scored on 6,056 others: three runs of `full` 0.853, of `lp_ft` 0.848 at most), and with less time than for one run
+#: the second, whose first stage is the probe, done already; and with few rows to choose by: 1.5 points better with 16 a
+#: class, as good with all, means over six data sets (benchmarks/quality.md)
+_WAYS = (Way("full"), Way("lp_ft"), Way("lora"), Way("full", 2.0), Way("lp_ft", 2.0), Way("partial"))
 
 
 @dataclass
@@ -131,6 +155,7 @@ class Trial:
         rung: probe, pairs, trial or final.
         method: as `--method`.
         factor: of the method's default rates.
+        blocks: as in `Way`.
         runs: trainings from the same start, whose weights are averaged.
         epochs: passes over the training rows, of the first of them; 0 where the head was solved.
         score: on validation, of `--metric_for_best_model`; infinitely bad where it diverged.
@@ -141,11 +166,17 @@ class Trial:
     rung: str
     method: str
     factor: float
+    blocks: int
     runs: int
     epochs: float
     score: float
     seconds: float
     best: bool
+
+    @property
+    def way(self) -> Way:
+        """How it trained."""
+        return Way(self.method, self.factor, self.blocks)
 
 
 class _NotForTheModel(UsageError):
@@ -219,7 +250,7 @@ class Ladder:
             return
         if not self._of("probe"):
             self._check_probe_fits(costs.prediction)
-            self._train("probe", "frozen", 1.0, 0.0)
+            self._train("probe", Way("frozen"), 0.0)
         epoch = self._seconds_an_epoch(costs)
         length = "an epoch" if self.stretch == 1 else f"{self._epochs(1.0):g} epochs"
         left = f"{max(0, self.budget.left):.0f} s are left"
@@ -227,18 +258,18 @@ class Ladder:
             say(f"auto: to train the whole model for {length} takes about {epoch:.0f} s, {left}")
         pairs = (self.pair_epochs * costs.training + costs.prediction) * len(self.splits.train)
         if costs.of_pairs and not self._of("pairs") and self.left > pairs:
-            self._train("pairs", _PAIRS, 1.0, self.pair_epochs)
-        method, factor = self._most_promising(self.left / epoch)
+            self._train("pairs", Way(_PAIRS), self.pair_epochs)
+        way = self._most_promising(self.left / epoch)
         runs, epochs, at_once = self._last_training(costs)
         if epochs >= _LEAST_FOR_SOUP:
             self.reserve += cooking
             runs, epochs, at_once = self._last_training(costs)
         fits = epochs >= _LEAST_EPOCHS
         if fits:
-            self._train("final", method, factor, self._epochs(epochs), soup=runs == 1, at_once=at_once)
+            self._train("final", way, self._epochs(epochs), soup=runs == 1, at_once=at_once)
         failed = not fits or math.isinf(self.trials[-1].score)
         if failed and self.left > _PARTIAL_COSTS * self._of("probe")[0].seconds:
-            self._train("final", "partial", 1.0, self._epochs(3.0), soup=True)
+            self._train("final", Way("partial"), self._epochs(3.0), soup=True)
 
     def _seconds_an_epoch(self, costs: Costs, several: bool = False) -> float:
         """What stands for an epoch takes with its evaluations, alone, in a single training or in one of several."""
@@ -279,7 +310,7 @@ class Ladder:
     def _of(self, rung: str) -> list[Trial]:
         return [trial for trial in self.trials if trial.rung == rung]
 
-    def _most_promising(self, epochs: float) -> tuple[str, float]:
+    def _most_promising(self, epochs: float) -> Way:
         """One of the first two ways, or where time and validation rows are enough, the one that short trials leave.
 
         Successive halving (Jamieson and Talwalkar 2016): all train for one epoch, the better half anew for two, and so
@@ -289,7 +320,7 @@ class Ladder:
         if too_few or (epochs < _EPOCHS_FOR_TRIALS and not self._of("trial")):
             return _WAYS[1] if too_few or epochs < _EPOCHS_OF_RUN else _WAYS[0]
         spent = sum(trial.epochs for trial in self._of("trial")) / self.stretch
-        ways = list(_WAYS if epochs + spent >= _EPOCHS_FOR_ALL else _WAYS[:_FEW_WAYS])
+        ways = self._all_ways() if epochs + spent >= _EPOCHS_FOR_ALL else list(_WAYS[:_FEW_WAYS])
         sign = 1 if self.arguments.greater_is_better else -1
         length = 1.0
         while len(ways) > 1:
@@ -297,17 +328,21 @@ class Ladder:
             for way in ways:
                 if self._of("trial") and self.left <= 0:  # costs were measured too low: nothing will train any more
                     return ways[0]
-                scores[way] = self._trial(*way, self._epochs(length)).score
+                scores[way] = self._trial(way, self._epochs(length)).score
             ways = sorted(ways, key=lambda way: -sign * scores[way])[: len(ways) // 2]
             length *= 2
         return ways[0]
 
-    def _trial(self, method: str, factor: float, epochs: float) -> Trial:
+    def _all_ways(self) -> list[Way]:
+        """Those of every model, and the later half of this one's blocks, where that is more than `partial` takes."""
+        half = math.ceil(max(backbones.parameter_blocks(self.model).values()) / 2)
+        return [*_WAYS, *([Way("partial", blocks=half)] if half > PARTIAL_BLOCKS else [])]
+
+    def _trial(self, way: Way, epochs: float) -> Trial:
         """A short trial, trained now unless it has been."""
-        wanted = (method, factor, epochs)
-        if not any((trial.method, trial.factor, trial.epochs) == wanted for trial in self._of("trial")):
-            self._train("trial", method, factor, epochs)
-        return next(trial for trial in self._of("trial") if (trial.method, trial.factor, trial.epochs) == wanted)
+        if not any((trial.way, trial.epochs) == (way, epochs) for trial in self._of("trial")):
+            self._train("trial", way, epochs)
+        return next(trial for trial in self._of("trial") if (trial.way, trial.epochs) == (way, epochs))
 
     def _finish_interrupted(self, cooking: float) -> None:
         """Go on with the trial that an interruption stopped, or that was finished and is not in the table yet.
@@ -315,7 +350,7 @@ class Ladder:
         The soups of a final one take `cooking` seconds.
         """
         for place in sorted((self.path / TRIALS).glob("*-*")):
-            number, rung, method, factor, epochs, at_once = place.name.split("-")
+            number, rung, method, factor, blocks, epochs, at_once = place.name.split("-")
             recipe = next((path for path in (place / CHECKPOINTS / RECIPE, place / RECIPE) if path.is_file()), None)
             if recipe is None or int(number) <= len(self.trials):
                 continue
@@ -324,13 +359,13 @@ class Ladder:
             self.budget.started -= earlier
             folder.write_json(self.path / TRIALS / _SPENT, self.budget.spent)  # it may be interrupted once more
             self.reserve += cooking if rung == "final" else 0.0
-            self._train(rung, method, float(factor), float(epochs), soup, int(at_once), earlier)
+            way = Way(method, float(factor), int(blocks))
+            self._train(rung, way, float(epochs), soup, int(at_once), earlier)
 
     def _train(
         self,
         rung: str,
-        method: str,
-        factor: float,
+        way: Way,
         epochs: float,
         soup: bool = False,
         at_once: int = 1,
@@ -340,17 +375,19 @@ class Ladder:
 
         Args:
             rung: as in `Trial`; the final one trains from the same start again while the time allows.
-            method: as `--method`.
-            factor: of its rates.
+            way: as said.
             epochs: of each training.
             soup: average the best epochs of a training, where it has enough of them.
             at_once: runs that train side by side.
             earlier: seconds of it before an interruption.
         """
         started = time.time() - earlier
-        place = self.path / TRIALS / f"{len(self.trials) + 1}-{rung}-{method}-{factor:g}-{epochs:g}-{at_once}"
+        method, factor, blocks = way
+        name = f"{len(self.trials) + 1}-{rung}-{method}-{factor:g}-{blocks}-{epochs:g}-{at_once}"
+        place = self.path / TRIALS / name
         length = f" for {epochs:g} epoch{'' if epochs == 1 else 's'}" if epochs else ""
         length += f" at {factor:g} times its rates" if factor != 1 else ""
+        length += f", the last {blocks} blocks" if blocks else ""
         say(f"\nauto: {rung}, {method}{length}; {self.budget.left:.0f} of {self.budget.seconds:.0f} s left")
         again = rung == "final" and method != "partial" and self._runs_again(epochs)
         arguments = stage_arguments(
@@ -367,6 +404,7 @@ class Ladder:
             soup_runs=_most_runs(at_once) if again else 1,
             **(self._plain() if rung in ("probe", "pairs") else {}),
             **(OF_KEPT_FEATURES if method == "full" else {}),
+            **({"unfreeze_blocks": blocks} if blocks else {}),
         )
         runs, done, better = 1, 1.0, False
         score = -math.inf if self.arguments.greater_is_better else math.inf
@@ -391,7 +429,7 @@ class Ladder:
             judged.touch()
             folder.promote(place, self.path)
         trained = max(0.01, round(epochs * done, 2)) if rung in ("final", "pairs") else epochs
-        self.trials.append(Trial(rung, method, factor, runs, trained, score, time.time() - started, better))
+        self.trials.append(Trial(rung, *way, runs, trained, score, time.time() - started, better))
         _write_table(self.path / TABLE, self.trials, self.budget.spent)
         shutil.rmtree(place, ignore_errors=True)
 
@@ -625,7 +663,8 @@ def _table(trials: list[Trial], metric: str) -> str:
         epochs = f"{trial.epochs:g}, {trial.runs} runs" if trial.runs > 1 else f"{trial.epochs:g}"
         length = [f"x{trial.factor:g}", epochs] if trial.epochs else ["", "solved"]
         mark = "kept" if number == kept else ""
-        lines.append([trial.rung, trial.method, *length, f"{trial.score:.4f}", f"{trial.seconds:.0f}", mark])
+        method = f"{trial.method}, {trial.blocks} blocks" if trial.blocks else trial.method
+        lines.append([trial.rung, method, *length, f"{trial.score:.4f}", f"{trial.seconds:.0f}", mark])
     return "\n".join(aligned(lines, left=[0, 1, 6]))
 
 
@@ -647,6 +686,7 @@ def _read_table(path: Path) -> tuple[list[Trial], float]:
             row["rung"],
             row["method"],
             float(row["factor"]),
+            int(row["blocks"]),
             int(row["runs"]),
             float(row["epochs"]),
             float(row["score"]),

@@ -6,6 +6,8 @@ import csv
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -268,7 +270,7 @@ def test_the_whole_ladder(
     train(world, tmp_path / "run", "--time_budget=100s", "--hub_model_id=someone/mine")
     assert [rung for rung, whole in judged if whole] == ["final"]
     rungs = tried(tmp_path / "run")
-    ways = [method for method, _ in auto._WAYS]
+    ways = [way.method for way in auto._WAYS]
     assert rungs[0] == ("probe", "frozen")
     assert rungs[1:7] == [("trial", method) for method in ways]
     assert [rung for rung, _ in rungs[7:]] == ["trial"] * 3 + ["final"]  # the better half again, then the best of it
@@ -281,7 +283,7 @@ def test_the_whole_ladder(
     assert table[0].split() == ["rung", "method", "rates", "epochs", "validation", "accuracy", "seconds"]
     assert [line.split()[:2] for line in table[1:]] == [list(trial) for trial in rungs]
     assert sum(line.endswith(" kept") for line in table) == 1
-    assert [factor for _, factor in lengths[1:7]] == [str(factor) for _, factor in auto._WAYS]
+    assert [factor for _, factor in lengths[1:7]] == [str(way.factor) for way in auto._WAYS]
     assert predicted == [20]
 
     run = hftl.load_run(tmp_path / "run")
@@ -302,6 +304,30 @@ def test_the_whole_ladder(
     card = (tmp_path / "run" / "README.md").read_text()
     assert f"{run.metrics['test']['accuracy']:.3f}" in card
     assert "# someone/mine" in card.splitlines()
+
+
+@pytest.mark.usefixtures("many_rows")
+def test_the_later_half_of_the_blocks_is_a_way(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_text_model(tmp_path / "deep", num_hidden_layers=6)
+    monkeypatch.setattr(auto, "_WAYS", (auto.Way("partial"),))
+    monkeypatch.setattr(auto.Ladder, "_score", lambda self, place: float("-partial-1-4-" in place.name))
+    monkeypatch.setattr(auto.Ladder, "_is_better", lambda self, place, whole: "final" in place.name or whole is False)
+    train(world, tmp_path / "run", "--time_budget=100s", f"--model={tmp_path / 'deep'}")
+    tries = [(row["rung"], row["method"], row["blocks"]) for row in rows_of(tmp_path / "run")]
+    assert tries[1:] == [("trial", "partial", "0"), ("trial", "partial", "4"), ("final", "partial", "4")]
+    assert "\nfinal  partial, 4 blocks " in capsys.readouterr().out
+    assert hftl.load_run(tmp_path / "run").task.arguments.unfreeze_blocks == 4
+    before = load_file(tmp_path / "deep" / "model.safetensors")
+    after = load_file(tmp_path / "run" / "model.safetensors")
+    moved = {
+        name for name, tensor in before.items() if f"bert.{name}" in after and not tensor.equal(after[f"bert.{name}"])
+    }
+    layers = {name.split(".")[2] for name in moved if name.startswith("encoder.layer.")}
+    assert layers >= {"3", "4", "5"}
+    assert not layers & {"0", "1"}
+    assert not any(name.startswith("embeddings.") for name in moved)
 
 
 def test_few_rows_have_runs_of_many_epochs_and_no_trials(
@@ -390,6 +416,52 @@ def test_an_interrupted_ladder_leaves_a_run_and_goes_on(
     assert "test" in hftl.load_run(tmp_path / "run").metrics
 
 
+@pytest.mark.slow
+def test_killed_behind_the_first_rung(world: Path, tmp_path: Path) -> None:
+    """By the signal that no program sees, in a process of its own."""
+    command = [sys.executable, "-m", "hftl", "train", "text-classification", f"--model={world / 'bert'}"]
+    command += [f"--dataset={world / 'texts'}", f"--output_dir={tmp_path / 'run'}", "--method=auto", "--preset=fast"]
+    with subprocess.Popen(
+        [*command, "--report_to=none"], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        printed = ""
+        while "auto: final" not in printed:
+            line = process.stdout.readline()
+            assert line, f"it ended before: {printed}"
+            printed += line
+        os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert (tmp_path / "run" / "trials").is_dir()
+    usable = hftl.load_run(tmp_path / "run")
+    assert usable.predict("a good film").pop().label in ("bad", "good")
+    assert "test" not in usable.metrics
+    train(world, tmp_path / "run", "--preset=fast", "--resume")
+    assert tried(tmp_path / "run") == [("probe", "frozen"), ("pairs", "setfit"), ("final", "lp_ft")]
+    assert "test" in hftl.load_run(tmp_path / "run").metrics
+    assert not (tmp_path / "run" / "trials").exists()
+
+
+@pytest.mark.slow
+def test_the_least_budget_that_is_named_is_enough(world: Path, tmp_path: Path) -> None:
+    """In processes of their own, whose limit holds from their start; twice as much, for a busy machine."""
+    command = [sys.executable, "-m", "hftl", "train", "text-classification", f"--model={world / 'bert'}"]
+    command += [f"--dataset={world / 'texts'}", f"--output_dir={tmp_path / 'run'}", "--method=auto", "--report_to=none"]
+
+    def limited(seconds: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, f"--time_budget={seconds}s"], capture_output=True, text=True, check=False)
+
+    refused = limited(1)
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    least = re.search(r"--time_budget: 1 s are too short for anything: .* take about (\d+) s", line)
+    assert least, line
+    assert not (tmp_path / "run").exists()
+    done = limited(2 * int(least[1]))
+    assert done.returncode == 0, done.stderr
+    assert "test" in hftl.load_run(tmp_path / "run").metrics
+
+
 @pytest.mark.parametrize("moment", ["compared", "half in its place", "in its place"])
 def test_a_finished_trial_is_not_trained_again(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str
@@ -423,6 +495,7 @@ def test_a_finished_trial_is_not_trained_again(
         with pytest.raises(KeyboardInterrupt):
             train(world, tmp_path / "run", *flags)
     assert len(rows_of(tmp_path / "run")) == 2
+    assert hftl.load_run(tmp_path / "run").predict("a good film").pop().label in ("bad", "good")
     capsys.readouterr()
     if moment != "compared":
         monkeypatch.setattr(auto.Ladder, "_is_better", lambda *_: False)  # it has been found better

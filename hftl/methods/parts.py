@@ -13,6 +13,7 @@ from hftl.losses import CosinePairLoss
 from hftl.methods.plan import (
     PAIR_EPOCHS,
     PAIR_STEPS,
+    PARTIAL_BLOCKS,
     Plan,
     Stage,
     after_head,
@@ -89,7 +90,7 @@ def setfit(model: nn.Module, arguments: TransferArguments) -> Plan:
 
 def partial(model: nn.Module, arguments: TransferArguments) -> Plan:
     """The last k blocks and the head train (Yosinski et al. 2014: late features are the specific ones)."""
-    count = arguments.unfreeze_blocks if arguments.unfreeze_blocks is not None else 2
+    count = arguments.unfreeze_blocks if arguments.unfreeze_blocks is not None else PARTIAL_BLOCKS
     blocks = backbones.parameter_blocks(model)
     head = max(blocks.values())
     if not 1 <= count <= head:

@@ -187,6 +187,8 @@ def head_stage(model: nn.Module, arguments: TransferArguments, rates: Rates) -> 
     return replace(stage, epochs=arguments.head_epochs or 2.0, least_steps=least)
 
 
+#: blocks that `partial` trains by default
+PARTIAL_BLOCKS = 2
 #: what a solved head is multiplied with before more of the model trains
 _SOLVED_HEAD_SCALE = 0.1
 
