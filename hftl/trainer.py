@@ -626,8 +626,8 @@ class EpochSampler(Sampler[int]):
     the lengths do not fall within each piece).
 
     With labels, as many rows are drawn as there are, of each class equally many: of frequent classes others each epoch,
-    of rare ones every row before any is repeated. Or, grouped, each row once, up to four of a class behind each other
-    and none alone that is not the only one of its class.
+    of rare ones every row before any is repeated (class-aware sampling, Shen et al. 2016). Or, grouped, each row once,
+    up to four of a class behind each other and none alone that is not the only one of its class.
     """
 
     def __init__(

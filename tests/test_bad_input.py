@@ -175,6 +175,7 @@ FLAGS = [
     ),
     Bad("unknown choice of when", f"{TEXT} --eval_strategy sometimes", ("sometimes", "--eval_strategy", "epoch")),
     Bad("mixup of texts", f"{TEXT} --mixup 0.2", ("--mixup mixes the pixels", "embeddings", "not supported")),
+    Bad("cutmix of texts", f"{TEXT} --cutmix 1", ("--cutmix mixes the pixels", "embeddings", "not supported")),
     Bad("mixup of nothing", f"{IMAGE} --mixup 0", ("--mixup must be above 0",)),
     Bad("decay without its average", f"{TEXT} --ema_decay 0.9", ("--ema_decay is for --average ema",)),
     Bad("average that is not saved", f"{TEXT} --average ema --save_only_model", ("--save_only_model", "--average ema")),
@@ -544,7 +545,21 @@ METHODS = [
     Bad(
         "pattern that is none", f"{TEXT} --method lora --lora_layers_pattern '('", ("--lora_layers_pattern", "regular")
     ),
-    Bad("rank for a type without one", f"{TEXT} --method ia3 --lora_r 4", ("--method ia3 does not use --lora_r",)),
+    Bad(
+        "rank for a type without one",
+        f"{TEXT} --method ia3 --lora_r 4",
+        ("--method ia3 does not use --lora_r", "used by: lora, dora, rslora, pissa"),
+    ),
+    Bad(
+        "type that takes no convolutions",
+        f"{with_model('{timm}', 'image', 'images')} --method vera",
+        ("VERA", "convolution", "LORA"),
+    ),
+    Bad(
+        "start that takes no convolutions",
+        f"{with_model('{timm}', 'image', 'images')} --method pissa",
+        ("pissa", "linear"),
+    ),
     Bad("8 bits, whole model", f"{TEXT} --load_in_8bit", ("--method lp_ft does not use --load_in_8bit", "lora, peft")),
     Bad(
         "4 bits, convolutions",

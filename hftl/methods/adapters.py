@@ -36,48 +36,48 @@ _LINEAR_OR_CONV1D = _LINEAR | {"Conv1D"}
 _CONVOLUTIONS = frozenset({"convolution", "pointwise convolution"})
 
 #: The types of PEFT that give the same logits after saving and loading, and (all but Lily, which has no such thing)
-#: after merging: tests/test_adapters.py.
+#: after merging: tests/test_adapters.py. Beside each its paper.
 #:
 #: Rates: those of AdaLoRA, AdaMSS, BEFT, C3A and FourierFT move the output of a layer of width 384 about as far as
 #: LoRA's does (twenty steps of AdamW along one direction, on made-up data); VeRA's is the tenfold of LoRA's,
 #: since its few numbers (Kopiczko et al. 2024) each move little, IA3's the 3e-3 of Liu et al. 2022 at that width. None
 #: is tuned on real data, and the others take LoRA's.
 TYPES = {
-    "ADALORA": AdapterType(_LINEAR_OR_CONV1D | _CONVOLUTIONS, rate=3.0),
-    "ADAMSS": AdapterType(_LINEAR, rate=3.0),
-    "BEFT": AdapterType(_LINEAR, rate=0.3),
-    "BOFT": AdapterType(_LINEAR | _CONVOLUTIONS),
-    "C3A": AdapterType(_LINEAR, rate=30.0),
-    "DEFT": AdapterType(_LINEAR_OR_CONV1D),
-    "DELORA": AdapterType(_LINEAR),
-    "FOURIERFT": AdapterType(_LINEAR_OR_CONV1D, rate=10.0),
-    "FROD": AdapterType(_LINEAR_OR_CONV1D),
-    "GLORA": AdapterType(_LINEAR),
-    "GRALORA": AdapterType(_LINEAR_OR_CONV1D),
-    "HIRA": AdapterType(_LINEAR_OR_CONV1D | _CONVOLUTIONS),
-    "HRA": AdapterType(_LINEAR | _CONVOLUTIONS),
-    "IA3": AdapterType(_LINEAR_OR_CONV1D | _CONVOLUTIONS | {"grouped convolution"}, rate=3.0),
-    "LILY": AdapterType(_LINEAR),
-    "LN_TUNING": AdapterType(frozenset({"normalisation"})),
-    "LOHA": AdapterType(_LINEAR | _CONVOLUTIONS | {"grouped convolution"}),
-    "LOKR": AdapterType(_LINEAR | _CONVOLUTIONS | {"grouped convolution"}),
-    "LORA": AdapterType(_LINEAR_OR_CONV1D | _CONVOLUTIONS | {"3-d convolution"}),
-    "MISS": AdapterType(_LINEAR),
+    "ADALORA": AdapterType(_LINEAR_OR_CONV1D | _CONVOLUTIONS, rate=3.0),  # Zhang et al. 2023
+    "ADAMSS": AdapterType(_LINEAR, rate=3.0),  # Zheng et al. 2025
+    "BEFT": AdapterType(_LINEAR, rate=0.3),  # arXiv:2509.15974
+    "BOFT": AdapterType(_LINEAR | _CONVOLUTIONS),  # Liu et al. 2024
+    "C3A": AdapterType(_LINEAR, rate=30.0),  # Chen et al. 2025
+    "DEFT": AdapterType(_LINEAR_OR_CONV1D),  # NeurIPS 2025
+    "DELORA": AdapterType(_LINEAR),  # Bini et al. 2025
+    "FOURIERFT": AdapterType(_LINEAR_OR_CONV1D, rate=10.0),  # Gao et al. 2024
+    "FROD": AdapterType(_LINEAR_OR_CONV1D),  # doi:10.1609/aaai.v40i31.39813
+    "GLORA": AdapterType(_LINEAR),  # Chavan et al. 2023
+    "GRALORA": AdapterType(_LINEAR_OR_CONV1D),  # Jung et al. 2025
+    "HIRA": AdapterType(_LINEAR_OR_CONV1D | _CONVOLUTIONS),  # Huang et al. 2025
+    "HRA": AdapterType(_LINEAR | _CONVOLUTIONS),  # Yuan et al. 2024
+    "IA3": AdapterType(_LINEAR_OR_CONV1D | _CONVOLUTIONS | {"grouped convolution"}, rate=3.0),  # Liu et al. 2022
+    "LILY": AdapterType(_LINEAR),  # arXiv:2407.09946
+    "LN_TUNING": AdapterType(frozenset({"normalisation"})),  # Zhao et al. 2024
+    "LOHA": AdapterType(_LINEAR | _CONVOLUTIONS | {"grouped convolution"}),  # Hyeon-Woo et al. 2022
+    "LOKR": AdapterType(_LINEAR | _CONVOLUTIONS | {"grouped convolution"}),  # Yeh et al. 2024
+    "LORA": AdapterType(_LINEAR_OR_CONV1D | _CONVOLUTIONS | {"3-d convolution"}),  # Hu et al. 2022
+    "MISS": AdapterType(_LINEAR),  # arXiv:2409.15371
     # Of other convolutions it forgets the padding.
-    "OFT": AdapterType(_LINEAR | {"pointwise convolution"}),
-    "OSF": AdapterType(_LINEAR),
-    "PEANUT": AdapterType(_LINEAR),
-    "PSOFT": AdapterType(_LINEAR),
-    "PVERA": AdapterType(_LINEAR_OR_CONV1D),
-    "RANDLORA": AdapterType(_LINEAR_OR_CONV1D),
-    "ROAD": AdapterType(_LINEAR),
-    "SHIRA": AdapterType(_LINEAR),
-    "SUPERTUNING": AdapterType(_LINEAR),
-    "TINYLORA": AdapterType(_LINEAR_OR_CONV1D),
-    "UNILORA": AdapterType(_LINEAR_OR_CONV1D),
-    "VBLORA": AdapterType(_LINEAR_OR_CONV1D),
-    "VERA": AdapterType(_LINEAR_OR_CONV1D, rate=10.0),
-    "WAVEFT": AdapterType(_LINEAR_OR_CONV1D),
+    "OFT": AdapterType(_LINEAR | {"pointwise convolution"}),  # Qiu et al. 2023
+    "OSF": AdapterType(_LINEAR),  # Nayak et al. 2025
+    "PEANUT": AdapterType(_LINEAR),  # arXiv:2410.01870
+    "PSOFT": AdapterType(_LINEAR),  # ICLR 2026
+    "PVERA": AdapterType(_LINEAR_OR_CONV1D),  # arXiv:2512.07703
+    "RANDLORA": AdapterType(_LINEAR_OR_CONV1D),  # Albert et al. 2025
+    "ROAD": AdapterType(_LINEAR),  # Liao and Monz 2024
+    "SHIRA": AdapterType(_LINEAR),  # Bhardwaj et al. 2024
+    "SUPERTUNING": AdapterType(_LINEAR),  # arXiv:2607.09287
+    "TINYLORA": AdapterType(_LINEAR_OR_CONV1D),  # arXiv:2602.04118
+    "UNILORA": AdapterType(_LINEAR_OR_CONV1D),  # arXiv:2506.00799
+    "VBLORA": AdapterType(_LINEAR_OR_CONV1D),  # Li et al. 2024
+    "VERA": AdapterType(_LINEAR_OR_CONV1D, rate=10.0),  # Kopiczko et al. 2024
+    "WAVEFT": AdapterType(_LINEAR_OR_CONV1D),  # Bilican et al. 2025
 }
 
 #: the other types of PEFT, and why they are not offered

@@ -28,7 +28,7 @@ from hftl.problems import problem_of
 
 
 def full(model: nn.Module, arguments: TransferArguments) -> Plan:
-    """Everything trains, the new head faster than the backbone.
+    """Everything trains, the new head faster than the backbone (Girshick et al. 2014; of texts Devlin et al. 2019).
 
     Running statistics of BatchNorm stay the pretrained ones: small batches of a small data set estimate them badly
     (cats against dogs: 0.971 frozen, 0.961 trained).
@@ -40,7 +40,9 @@ def full(model: nn.Module, arguments: TransferArguments) -> Plan:
 
 
 def frozen(model: nn.Module, arguments: TransferArguments) -> Plan:
-    """The head alone trains, on fixed features (linear probing). Five epochs: the problem is small and convex.
+    """The head alone trains, on fixed features (linear probing, Alain and Bengio 2017).
+
+    Five epochs: the problem is small and convex.
 
     With `--batch_norm adapt` on features whose statistics are those of the training images (AdaBN, Li et al. 2016).
     """

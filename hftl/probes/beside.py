@@ -164,6 +164,7 @@ def _tip_logits(arrays: Arrays, settings: Settings, features: torch.Tensor, line
 
 
 def _mlp(train: Rows, validation: Rows, classes: int, seed: int) -> Iterator[Probe]:
+    """scikit-learn's `MLPClassifier`: one hidden layer."""
     from sklearn.neural_network import MLPClassifier
 
     mean, scale = standardisation(train[0].double(), intercept=True)
