@@ -416,6 +416,7 @@ class Ladder:
                 limit = TimeLimit(self.budget.ends - self.reserve, self._half, fitting)
                 train_plan(self.task, plan, self.splits, arguments, [limit])
             runs, done = _outcome(place)
+            epochs = epochs or _epochs_of_head(place)
             long = rung == "final" and epochs * done >= self._half
             usual = long and method != "partial" and not self._of("pairs")
             whole = usual or (method == _PAIRS and done >= _LONG)
@@ -590,6 +591,12 @@ def _outcome(place: Path) -> tuple[int, float]:
     runs = int(stages[-1].get("soup", {"tried": 1})["tried"])
     first = [stage for stage in stages[: len(stages) - runs + 1] if "planned_steps" in stage]
     return runs, min((stage["steps"] / stage["planned_steps"] for stage in first), default=1.0)
+
+
+def _epochs_of_head(place: Path) -> float:
+    """Those of a finished probe: 0 where its head was solved."""
+    stage = read_json(place / METRICS)["train"]["stages"][-1]
+    return float(stage["epochs"]) if "planned_steps" in stage else 0.0
 
 
 def _later(arguments: TransferArguments) -> float:

@@ -101,11 +101,11 @@ def _own_flags(arguments: Any) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in own}
 
 
-#: of a model's configuration: what belongs to the labels or the preprocessing, where it was loaded from, and what
-#: Trainer switches off while it trains
+#: of a model's configuration: what belongs to the labels or the preprocessing, where it was loaded from, what Trainer
+#: switches off while it trains, and what saving writes, which the main process alone does
 _NOT_THE_BODY = {
     "id2label", "label2id", "num_labels", "label_names", "num_classes", "problem_type", "pretrained_cfg",
-    "_name_or_path", "use_cache", "prompts",
+    "_name_or_path", "use_cache", "prompts", "architectures", "dtype", "transformers_version",
 }  # fmt: skip
 
 
@@ -810,6 +810,10 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
         )
     if arguments.head is not None or wished(arguments):
         _check_head(arguments)
+    # Of a plan that keeps features in its last stage alone; in another the first stage says it as soon.
+    if first[0] == 0 and first[-1] == max(blocks.values()) and (changed := _changed_each_epoch(arguments, False)):
+        for flag, value in _insists(arguments, fits_head=True):
+            raise UsageError(f"--{flag} {value} cannot be: {changed}.")
 
 
 def _is_set(arguments: TransferArguments, name: str, default: Any) -> bool:
@@ -1003,6 +1007,13 @@ def _augmentation_asked_for(arguments: Any, starts: bool = False) -> str | None:
     return unkept
 
 
+def _changed_each_epoch(arguments: TransferArguments, starts: bool) -> str | None:
+    """What of the rows no epoch has twice, by a flag that asks for it."""
+    if asked := _augmentation_asked_for(arguments, starts):
+        return f"{asked} changes the images every epoch (--feature_views 4 keeps 4 of each)"
+    return "--word_dropout changes the texts every epoch" if getattr(arguments, "word_dropout", None) else None
+
+
 def _check_possible(task: Any, stage: Stage, data: dict[str, Any], solves: bool, starts: bool) -> None:
     """Refuse what would give other results, or none.
 
@@ -1010,10 +1021,8 @@ def _check_possible(task: Any, stage: Stage, data: dict[str, Any], solves: bool,
         NotKept: as said.
     """
     arguments = task.arguments
-    if asked := _augmentation_asked_for(arguments, starts):
-        raise NotKept(f"{asked} changes the images every epoch (--feature_views 4 keeps 4 of each)")
-    if getattr(arguments, "word_dropout", None):
-        raise NotKept("--word_dropout changes the texts every epoch")
+    if changed := _changed_each_epoch(arguments, starts):
+        raise NotKept(changed)
     if task.mixing() is not None and not starts:
         raise NotKept("the rows of a batch are mixed anew in every step")
     if stage.penalty is not None and stage.penalty not in penalties.WITHOUT_INPUTS:

@@ -111,6 +111,8 @@ def save_checked(
         kind = "saving"
     loaded = load_saved(task.auto_class, target, task.arguments.trust_remote_code)
     task.save_processor(target)
+    if (target / merging.BASE).is_dir():  # a model by itself, to start from
+        task.save_processor(target / merging.BASE)
     loaded = loaded.to(device).eval()
     if channels_last:  # the order of sums differs from layout to layout
         loaded = backbones.to_channels_last(loaded)

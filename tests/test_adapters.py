@@ -277,6 +277,15 @@ def test_a_run_that_is_not_merged_predicts_evaluates_and_repeats(
     assert f"{run.metrics['test']['accuracy']:.4f}" in capsys.readouterr().out
     with pytest.raises(UsageError, match="adapter that is not merged"):
         hftl.finetune("text-classification", **common | {"model": folder}, output_dir=place / "next")
+    bits = {name: value for name, value in flags.items() if name == "load_in_4bit"}
+    onward = {**common, "model": folder / "base", "output_dir": place / f"onward-{folder.name}"}
+    assert hftl.finetune("text-classification", **onward, **bits, method="lora").predict(texts)[0].label in (
+        "bad",
+        "good",
+    )
+    if bits:
+        with pytest.raises(UsageError, match="add --load_in_4bit and take a --method of adapters"):
+            hftl.finetune("text-classification", **onward, overwrite=True)
     cli._run(["train", "--config", str(folder / "recipe.yaml"), "--output_dir", str(place / "again"), "--overwrite"])
     assert (place / "again" / "recipe.yaml").read_text() == (folder / "recipe.yaml").read_text()
 

@@ -175,6 +175,21 @@ FLAGS = [
     ),
     Bad("unknown choice of when", f"{TEXT} --eval_strategy sometimes", ("sometimes", "--eval_strategy", "epoch")),
     Bad("mixup of texts", f"{TEXT} --mixup 0.2", ("--mixup mixes the pixels", "embeddings", "not supported")),
+    Bad(
+        "fitted head behind pairs, other words each epoch",
+        f"{TEXT} --method setfit --head tip --word_dropout 0.2",
+        ("--head tip cannot be: --word_dropout changes the texts every epoch",),
+    ),
+    Bad(
+        "solved head behind pairs, other words each epoch",
+        f"{TEXT} --method setfit --head_solver lbfgs --word_dropout 0.2",
+        ("--head_solver lbfgs cannot be: --word_dropout changes the texts every epoch",),
+    ),
+    Bad(
+        "fitted head behind pairs, other images each epoch",
+        f"{IMAGE} --method setfit --head knn --augmentation strong",
+        ("--head knn cannot be: --augmentation strong changes the images every epoch",),
+    ),
     Bad("cutmix of texts", f"{TEXT} --cutmix 1", ("--cutmix mixes the pixels", "embeddings", "not supported")),
     Bad("mixup of nothing", f"{IMAGE} --mixup 0", ("--mixup must be above 0",)),
     Bad("decay without its average", f"{TEXT} --ema_decay 0.9", ("--ema_decay is for --average ema",)),

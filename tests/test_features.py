@@ -862,6 +862,18 @@ def test_two_processes_share_the_extraction(place: Path, tmp_path: Path, home: P
     assert log(tmp_path / "two", "eval_loss") == pytest.approx(log(tmp_path / "one", "eval_loss"), rel=1e-2)
 
 
+@pytest.mark.slow
+def test_two_processes_keep_features_behind_a_first_stage(place: Path, tmp_path: Path, home: Path) -> None:
+    """The checkpoint is of another class than the model with its head, whose name only the first process saves."""
+    assert json.loads((place / "bert" / "config.json").read_text())["architectures"] == ["BertModel"]
+    words = [str(ROOT / "recipes" / "text_classification.py"), f"--dataset={place / 'texts'}", "--method=gradual"]
+    words += [f"--model={place / 'bert'}", f"--output_dir={tmp_path / 'two'}", "--feature_cache=on"]
+    two, other = run_ranks(words, tmp_path, HFTL_HOME=str(home))
+    assert (two.returncode, other.returncode) == (0, 0), two.stdout + two.stderr + other.stderr
+    assert (two.stdout + other.stdout).count("the frozen part runs once") > 1
+    assert "not kept" not in two.stdout + other.stdout
+
+
 def test_the_cache_command(
     place: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -157,6 +157,16 @@ def test_kinds_of_jpeg_stay_right_when_decoded_smaller(kind: str, tmp_path: Path
     assert difference.mean() < 1.5, difference.mean()
 
 
+@pytest.mark.parametrize("model", ["vit", "timm"])
+def test_photos_of_ordinary_size_are_decoded_whole(place: Path, model: str, tmp_path: Path) -> None:
+    """However few of their pixels a model takes: each of those holds much detail, and answers would change."""
+    task = task_for(place, model=model)
+    photo(500, 375).save(tmp_path / "a.jpg", quality=90)
+    plain = task.processor(images=images.open_image(tmp_path / "a.jpg"), return_tensors="pt")["pixel_values"][0]
+    found = task.collate([task.dataset([{"image": str(tmp_path / "a.jpg")}], training=False)[0]])["pixel_values"][0]
+    torch.testing.assert_close(found, plain)
+
+
 @pytest.mark.parametrize(("model", "resized", "size"), [("vit", 32, 32), ("timm", 64 / 0.95, 64)])
 def test_pixels_and_answers_hardly_move(place: Path, model: str, resized: float, size: int, tmp_path: Path) -> None:
     task = task_for(place, model=model)
