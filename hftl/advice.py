@@ -28,7 +28,7 @@ from hftl.folder import say
 from hftl.losses import CrossEntropyLoss
 from hftl.methods import build_plan
 from hftl.methods.adapters import takes_lora
-from hftl.methods.plan import LEAST_STEPS, Plan, prepare_modules, with_least_steps
+from hftl.methods.plan import LEAST_STEPS, Plan, later_half, prepare_modules, with_least_steps
 from hftl.problems import is_uneven
 from hftl.ranking import Pooled, features_of, load_rows
 from hftl.tasks import find_task
@@ -137,7 +137,7 @@ def choose(figures: Figures) -> Choice:
         f"rows left out, which is {figures.skill:.0%} of the way from chance ({figures.chance:.3f}) to all "
         f"({NEAR:.0%} and more are near)"
     )
-    half = math.ceil(figures.blocks / 2)
+    half = later_half(figures.blocks)
     gap = f"the linear layer is {100 * (figures.probe - figures.neighbours):.1f} points above the nearest neighbours"
     if figures.pairs and not large:
         why = "texts in pairs teach more than their labels: 3 points above full with 16 a class, 2 with 64, 0 with 200"

@@ -46,6 +46,7 @@ from hftl.methods.plan import (
     PAIR_EPOCHS,
     PAIR_STEPS,
     PARTIAL_BLOCKS,
+    later_half,
     least_epochs,
     whole_epochs,
 )
@@ -266,7 +267,7 @@ class Ladder:
             runs, epochs, at_once = self._last_training(costs)
         fits = epochs >= _LEAST_EPOCHS
         if fits:
-            self._train("final", way, self._epochs(epochs), soup=runs == 1, at_once=at_once)
+            self._train("final", way, self._epochs(epochs), soup=runs == 1 or way.method == "partial", at_once=at_once)
         failed = not fits or math.isinf(self.trials[-1].score)
         if failed and self.left > _PARTIAL_COSTS * self._of("probe")[0].seconds:
             self._train("final", Way("partial"), self._epochs(3.0), soup=True)
@@ -335,7 +336,7 @@ class Ladder:
 
     def _all_ways(self) -> list[Way]:
         """Those of every model, and the later half of this one's blocks, where that is more than `partial` takes."""
-        half = math.ceil(max(backbones.parameter_blocks(self.model).values()) / 2)
+        half = later_half(max(backbones.parameter_blocks(self.model).values()))
         return [*_WAYS, *([Way("partial", blocks=half)] if half > PARTIAL_BLOCKS else [])]
 
     def _trial(self, way: Way, epochs: float) -> Trial:
@@ -402,9 +403,9 @@ class Ladder:
             resume=(place / CHECKPOINTS / RECIPE).is_file(),
             average="soup" if soup and self._cooks(epochs) else "none",
             soup_runs=_most_runs(at_once) if again else 1,
+            unfreeze_blocks=blocks or None,
             **(self._plain() if rung in ("probe", "pairs") else {}),
             **(OF_KEPT_FEATURES if method == "full" else {}),
-            **({"unfreeze_blocks": blocks} if blocks else {}),
         )
         runs, done, better = 1, 1.0, False
         score = -math.inf if self.arguments.greater_is_better else math.inf
@@ -429,7 +430,7 @@ class Ladder:
         if better:
             judged.touch()
             folder.promote(place, self.path)
-        trained = max(0.01, round(epochs * done, 2)) if rung in ("final", "pairs") else epochs
+        trained = max(0.01, round(epochs * done, 2)) if epochs and rung != "trial" else epochs
         self.trials.append(Trial(rung, *way, runs, trained, score, time.time() - started, better))
         _write_table(self.path / TABLE, self.trials, self.budget.spent)
         shutil.rmtree(place, ignore_errors=True)

@@ -810,9 +810,10 @@ def check_wishes(plan: Plan, arguments: TransferArguments) -> None:
         )
     if arguments.head is not None or wished(arguments):
         _check_head(arguments)
-    # Of a plan that keeps features in its last stage alone; in another the first stage says it as soon.
-    if first[0] == 0 and first[-1] == max(blocks.values()) and (changed := _changed_each_epoch(arguments, False)):
-        for flag, value in _insists(arguments, fits_head=True):
+    # The first stage says it as soon; a later one would behind a training.
+    kept = [number for number, block in enumerate(first) if block > 0]
+    if kept and kept[-1] > 0 and (changed := _changed_each_epoch(arguments, False)):
+        for flag, value in _insists(arguments, fits_head=first[kept[-1]] == max(blocks.values())):
             raise UsageError(f"--{flag} {value} cannot be: {changed}.")
 
 
@@ -1007,11 +1008,17 @@ def _augmentation_asked_for(arguments: Any, starts: bool = False) -> str | None:
     return unkept
 
 
+_MIXED = "the rows of a batch are mixed anew in every step"
+
+
 def _changed_each_epoch(arguments: TransferArguments, starts: bool) -> str | None:
     """What of the rows no epoch has twice, by a flag that asks for it."""
     if asked := _augmentation_asked_for(arguments, starts):
         return f"{asked} changes the images every epoch (--feature_views 4 keeps 4 of each)"
-    return "--word_dropout changes the texts every epoch" if getattr(arguments, "word_dropout", None) else None
+    if getattr(arguments, "word_dropout", None):
+        return "--word_dropout changes the texts every epoch"
+    mixes = not starts and (getattr(arguments, "mixup", None) or getattr(arguments, "cutmix", None))
+    return _MIXED if mixes else None
 
 
 def _check_possible(task: Any, stage: Stage, data: dict[str, Any], solves: bool, starts: bool) -> None:
@@ -1023,8 +1030,8 @@ def _check_possible(task: Any, stage: Stage, data: dict[str, Any], solves: bool,
     arguments = task.arguments
     if changed := _changed_each_epoch(arguments, starts):
         raise NotKept(changed)
-    if task.mixing() is not None and not starts:
-        raise NotKept("the rows of a batch are mixed anew in every step")
+    if task.mixing() is not None and not starts:  # of a task of one's own too
+        raise NotKept(_MIXED)
     if stage.penalty is not None and stage.penalty not in penalties.WITHOUT_INPUTS:
         raise NotKept(f"--penalty {arguments.penalty} looks at the inputs")
     if getattr(arguments, "n_gpu", 1) > 1 and not solves:

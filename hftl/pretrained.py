@@ -91,7 +91,7 @@ def find_model(name: str | None) -> str:
         if (path / "base" / "config.json").is_file() and not (path / "model.safetensors").is_file():
             raise UsageError(
                 f"--model {name!r} is a run with an adapter that is not merged. Name {str(path / 'base')!r} to start "
-                "from the model that it goes on: without the adapter, with the trained head."
+                "from the model that it goes on, without the adapter."
             )
         if not (path / "config.json").is_file():
             raise UsageError(f"--model {name!r}: the folder holds no model (there is no config.json in it).")
@@ -287,19 +287,22 @@ def never_pack(model: nn.Module) -> None:
 
 
 def _check_few_bits(model: nn.Module, arguments: TransferArguments) -> None:
-    """Refuse 8 and 4 bits where nothing is held in them (only linear layers are), and where nothing says them.
+    """Refuse 8 and 4 bits where nothing is held in them (only linear layers are), and where the checkpoint has others.
 
     Raises:
         UsageError: as said.
     """
     flag = few_bits_flag(arguments)
-    if flag is None and getattr(model, "is_quantized", False):
-        bits = next((bits for bits in (8, 4) if getattr(model, f"is_loaded_in_{bits}bit", False)), None)
-        advice = f"add --load_in_{bits}bit and take a --method of adapters, or name" if bits else "name"
-        raise UsageError(
-            f"--model {str(arguments.model_name_or_path)!r} holds its weights in few bits, which do not train: "
-            f"{advice} the checkpoint that it was made from."
+    if getattr(model, "is_quantized", False):
+        held = next(
+            (f"--load_in_{bits}bit" for bits in (8, 4) if getattr(model, f"is_loaded_in_{bits}bit", False)), None
         )
+        if held is None or held != flag:
+            advice = f"--method lora {held}, say; or name" if held else "name"
+            raise UsageError(
+                f"--model {str(arguments.model_name_or_path)!r} holds its weights in few bits, on which adapters alone "
+                f"train: {advice} the checkpoint that it was made from."
+            )
     if flag and not any(weights.dtype in (torch.int8, torch.uint8) for weights in model.parameters()):
         raise UsageError(
             f"{flag}: {type(model).__name__} has no linear layer outside of its head, and no "

@@ -279,12 +279,13 @@ def test_a_run_that_is_not_merged_predicts_evaluates_and_repeats(
         hftl.finetune("text-classification", **common | {"model": folder}, output_dir=place / "next")
     bits = {name: value for name, value in flags.items() if name == "load_in_4bit"}
     onward = {**common, "model": folder / "base", "output_dir": place / f"onward-{folder.name}"}
-    assert hftl.finetune("text-classification", **onward, **bits, method="lora").predict(texts)[0].label in (
-        "bad",
-        "good",
-    )
+    again = hftl.finetune("text-classification", **onward, **bits, method="lora")
+    assert again.predict(texts)[0].label in ("bad", "good")
+    assert any(weights.dtype == torch.uint8 for weights in again.model.parameters()) == bool(bits)
     if bits:
-        with pytest.raises(UsageError, match="add --load_in_4bit and take a --method of adapters"):
+        with pytest.raises(UsageError, match="adapters alone train: --method lora --load_in_4bit, say"):
+            hftl.finetune("text-classification", **onward, load_in_8bit=True, method="lora", overwrite=True)
+        with pytest.raises(UsageError, match="adapters alone train: --method lora --load_in_4bit, say"):
             hftl.finetune("text-classification", **onward, overwrite=True)
     cli._run(["train", "--config", str(folder / "recipe.yaml"), "--output_dir", str(place / "again"), "--overwrite"])
     assert (place / "again" / "recipe.yaml").read_text() == (folder / "recipe.yaml").read_text()

@@ -190,6 +190,16 @@ FLAGS = [
         f"{IMAGE} --method setfit --head knn --augmentation strong",
         ("--head knn cannot be: --augmentation strong changes the images every epoch",),
     ),
+    Bad(
+        "kept features behind the head, other images each epoch",
+        f"{IMAGE} --method gradual --feature_cache on --augmentation strong",
+        ("--feature_cache on cannot be: --augmentation strong changes the images every epoch",),
+    ),
+    Bad(
+        "kept features behind the head, rows mixed",
+        f"{IMAGE} --method gradual --feature_cache on --mixup 0.2",
+        ("--feature_cache on cannot be: the rows of a batch are mixed",),
+    ),
     Bad("cutmix of texts", f"{TEXT} --cutmix 1", ("--cutmix mixes the pixels", "embeddings", "not supported")),
     Bad("mixup of nothing", f"{IMAGE} --mixup 0", ("--mixup must be above 0",)),
     Bad("decay without its average", f"{TEXT} --ema_decay 0.9", ("--ema_decay is for --average ema",)),

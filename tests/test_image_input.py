@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -172,7 +173,8 @@ def test_pixels_and_answers_hardly_move(place: Path, model: str, resized: float,
     task = task_for(place, model=model)
     least = decoded_side(task.processor)
     assert least is not None
-    assert least >= 2 * max(resized, training_side(task.processor))
+    assert decoded_side(task.processor, least=0) == 2 * math.ceil(max(resized, size * 2**0.5))
+    assert least == 448  # no less: see test_photos_of_ordinary_size_are_decoded_whole
     assert training_side(task.processor) == int(np.ceil(size * 2**0.5))
     path = str(place / "large.jpg")
     assert images.open_image(path, least).width < 3000

@@ -130,8 +130,9 @@ def check_method(arguments: TransferArguments) -> None:
     known = set().union(*METHOD_ARGUMENTS.values())
     for name in sorted(known - used_here):
         if name in arguments.given and getattr(arguments, name) not in (None, False):
-            kinds = [method for method, (peft_type, _) in SHORT_NAMES.items() if peft_type == "LORA"]
-            users = ", ".join(user for user in (*METHOD_ARGUMENTS, *kinds) if name in (arguments_of(user) or ()))
+            kinds = [kind for kind, (peft_type, _) in SHORT_NAMES.items() if peft_type == "LORA"]
+            others = [method for method, used in METHOD_ARGUMENTS.items() if name in used]
+            users = ", ".join([*others, *(kinds if name in _LORA_ARGUMENTS - _ADAPTER_ARGUMENTS else ())])
             raise UsageError(f"--method {arguments.method} does not use --{name} (used by: {users}). Leave it out.")
     if arguments.method == "frozen" and arguments.batch_norm == "train":
         raise UsageError("--batch_norm train: --method frozen trains the head alone. Take adapt, or leave it out.")

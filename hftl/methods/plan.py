@@ -123,6 +123,11 @@ PAIR_EPOCHS, PAIR_STEPS = 10.0, 20
 MOST_EPOCHS = 50
 
 
+def later_half(blocks: int) -> int:
+    """So many of a model's blocks are the later half; of 13 it is 6, so that what runs before them can be kept."""
+    return max(1, blocks // 2)
+
+
 def resolved_rates(model: nn.Module, arguments: TransferArguments, key: str = "backbone", factor: float = 1.0) -> Rates:
     """The person's rates, else the defaults; a given rate of the backbone scales the head's along.
 

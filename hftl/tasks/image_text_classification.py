@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -179,6 +180,10 @@ class ImageTextClassification(ClassificationTask):
 
     def save_processor(self, target: Path) -> None:
         """Save the two backbones by themselves, with their processors: each loads with `AutoModel`."""
+        if target.name == merging.BASE:  # those of the run above it
+            for name in ("image", "text"):
+                shutil.copytree(target.parent / name, target / name)
+            return
         base = target / merging.BASE
         model: Any = FusionModel.from_pretrained(base if base.is_dir() else target, dtype=torch.float32)
         for name, task in (("image", self.image), ("text", self.text)):

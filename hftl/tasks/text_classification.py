@@ -332,8 +332,8 @@ class TextDataset(Dataset[dict[str, Any]]):
     def drop_words(self, part: float, mask: int, seed: int) -> None:
         """From now on give `part` of the tokens, never special ones, as `mask`: others in each epoch.
 
-        Word dropout (Iyyer et al. 2015), with masks for zeros. Which ones is a function of (seed, epoch, row), for any
-        number of processes and after an interruption.
+        Word dropout (Iyyer et al. 2015) leaves words out; here a mask stands for each. Which ones is a function of
+        (seed, epoch, row), for any number of processes and after an interruption.
         """
         self.word_dropout, self.mask, self.seed = part, mask, seed
 

@@ -201,7 +201,8 @@ class VideoClassification(ClassificationTask):
 
     def open_video(self, value: Any, shares: Any = 0.5) -> Frames:
         """The frames of a row, shape (frames, height, width, 3); a task of one's own may prepare them further."""
-        return video.open_video(value, self.frames, shares, decoded_side(self.processor, least=0))
+        side = decoded_side(self.processor, least=0)  # frames are resized, rather than decoded coarsely as a JPEG is
+        return video.open_video(value, self.frames, shares, side)
 
     def _inputs(self, value: Any, augmentation: Any = None) -> dict[str, torch.Tensor]:
         """What the model takes of one video: `pixel_values` of shape (frames, 3, height, width)."""
