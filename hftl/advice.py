@@ -54,10 +54,10 @@ _FROM_SCRATCH = (
 _SAMPLE = 1_000
 #: a training that takes longer is worth a word about others
 _LONG = 1_800.0
-#: `lora` 3.7 points less, standard error over six data sets 0.9; `partial` with two blocks 5.6, 2.1
+#: `lora` 3.3 points less, standard error over six data sets 1.0; `partial` with two blocks 5.6, 2.1
 #: (benchmarks/quality.md)
 _BETTER_THAN_THE_RULE = (
-    "so says the textbook; measured with 16 a class of six data sets, lp_ft scores 4 points more than lora, and 6 more "
+    "so says the textbook; measured with 16 a class of six data sets, lp_ft scores 3 points more than lora, and 6 more "
     "than partial with 2 blocks: try it too"
 )
 

@@ -38,6 +38,7 @@ VARIANTS: dict[str, list[str]] = {
     "full, soup": ["--method=full", "--average=soup"],
     "full, soup of 3 runs": ["--method=full", "--soup_runs=3"],
     "lp_ft": ["--method=lp_ft"],
+    "lp_ft, soup of 3 runs": ["--method=lp_ft", "--soup_runs=3"],
     "lp_ft, WiSE-FT": ["--method=lp_ft", "--wise_ft=true"],
     "frozen": ["--method=frozen"],
     "partial": ["--method=partial"],
