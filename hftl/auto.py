@@ -75,7 +75,7 @@ _BEGUN = 0.25
 #: of a run: three to five score alike on a few thousand rows (MiniLM on movie reviews), eight overfit them
 _MOST_EPOCHS = 5.0
 #: time for more goes into further runs of the last training, whose mean is better than any of them (with 16 rows a
-#: class too: three of `lp_ft` 0.6 points more than one, four data sets, three draws each); a third adds little, and a
+#: class too: three of `lp_ft` 0.5 points more than one, four data sets, three draws each); a third adds little, and a
 #: fourth is made only beside it
 _MOST_RUNS, _EPOCHS_OF_RUN = 3, 3.0
 #: of each such run, whose epochs make no soup: it ends by its best evaluation still, and time goes into steps instead
