@@ -373,6 +373,11 @@ def without_adapters(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def is_quantised(model: Any) -> bool:
+    """Whether the frozen weights are held in 8 or 4 bits: what is merged into them would be rounded."""
+    return bool(getattr(without_adapters(model), "is_quantized", False))
+
+
 def _is_timm(module: nn.Module) -> bool:
     return callable(getattr(module, "group_matcher", None)) and callable(getattr(module, "get_classifier", None))
 

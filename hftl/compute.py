@@ -496,7 +496,7 @@ def folded(model: nn.Module, example: dict[str, torch.Tensor]) -> nn.Module:
     copied = plain
     if hasattr(plain, "peft_config"):
         copied = _copy(plain)
-        if merging.is_quantised(copied) or merging.merge(copied) is not None:
+        if backbones.is_quantised(copied) or merging.merge(copied) is not None:
             return plain
         copied = backbones.to_channels_last(copied.get_base_model().eval())
     pairs = _foldable(copied, inputs)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hftl import data, folder, merging
+from hftl import backbones, data, folder
 from hftl.answers import Answers, write_answers
 from hftl.arguments import stage_arguments
 from hftl.cut import NoCut
@@ -142,7 +142,7 @@ def _shown(known: KnownRows, answers: Answers, order: list[int]) -> list[Shown]:
 def _map(known: KnownRows, answers: Answers) -> Places | None:
     """Where the features put some of the rows; nothing where few bits of the model are for inference."""
     run, places = known.run, known.places
-    if known.splits is None or len(places) < 2 or merging.is_quantised(run.model):
+    if known.splits is None or len(places) < 2 or backbones.is_quantised(run.model):
         return None
     there = np.array([number for number, row in enumerate(answers.ids) if row in places])
     chosen = there[draw_rows(len(there))]

@@ -10,7 +10,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
-from hftl import backbones
 from hftl.pretrained import never_pack
 
 #: in a run folder: the adapter, and beside one that is not merged the model that it belongs to, with the trained head
@@ -35,11 +34,6 @@ def save_adapter(model: Any, folder: Path) -> None:
         path = folder / "adapter_model.safetensors"
         resized = {f"base_model.model.{name}": base.get_parameter(name).detach().cpu() for name in changed}
         save_file(load_file(path) | resized, path, metadata={"format": "pt"})
-
-
-def is_quantised(model: Any) -> bool:
-    """Whether the frozen weights are held in 8 or 4 bits: what is merged into them would be rounded."""
-    return bool(getattr(backbones.without_adapters(model), "is_quantized", False))
 
 
 def merge(model: Any) -> str | None:

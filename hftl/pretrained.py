@@ -293,7 +293,7 @@ def _check_few_bits(model: nn.Module, arguments: TransferArguments) -> None:
         UsageError: as said.
     """
     flag = few_bits_flag(arguments)
-    if getattr(model, "is_quantized", False):
+    if backbones.is_quantised(model):
         held = next(
             (f"--load_in_{bits}bit" for bits in (8, 4) if getattr(model, f"is_loaded_in_{bits}bit", False)), None
         )
@@ -397,8 +397,7 @@ def save_model(
         model.config.save_pretrained(folder)
     else:
         # transformers 5.24 cannot undo how it reads a checkpoint of 4 bits, and need not.
-        plain = not getattr(model, "is_quantized", False)
-        model.save_pretrained(folder, state_dict=state, save_original_format=plain)
+        model.save_pretrained(folder, state_dict=state, save_original_format=not backbones.is_quantised(model))
     if model.config.model_type == "timm_wrapper":
         path = folder / "config.json"
         config = read_json(path)

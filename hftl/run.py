@@ -91,7 +91,7 @@ class Run(Finished):
     @property
     def is_explainable(self) -> bool:
         """Whether the task says what answers rest on, the model gave them, and its weights are not packed."""
-        return self.task.explains and self.probe is None and not merging.is_quantised(self.model)
+        return self.task.explains and self.probe is None and not backbones.is_quantised(self.model)
 
     @functools.cached_property
     def precision(self) -> str:

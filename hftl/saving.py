@@ -103,7 +103,7 @@ def save_checked(
     kind = "saving"
     if hasattr(model, "peft_config"):
         merging.save_adapter(model, target / merging.ADAPTER)
-        kind = "few bits" if merging.is_quantised(model) else "merging"
+        kind = "few bits" if backbones.is_quantised(model) else "merging"
         model = _merged_or_kept(task.problem, model, batch, expected, target)
     if model is not None:
         save_model(model, target, written=written)
@@ -131,7 +131,7 @@ def _merged_or_kept(
     """The ordinary model with the adapters in it; or None, and what they belong to is saved beside them."""
     state: dict[str, torch.Tensor] | None = None
     reason: str | None = "the base has 8 or 4 bits, and what is added to it would be rounded"
-    if not merging.is_quantised(model):
+    if not backbones.is_quantised(model):
         state, reason = merging.base_state(model), merging.merge(model)
     inner = model.get_base_model()
     if reason is None:
