@@ -111,7 +111,11 @@ class TransferArguments(TrainingArguments):
         "How the model is adapted: a method's name, or module:function, or file.py:function (default: lp_ft for images "
         "or texts of one class each where a pretrained model gets a new head, unless --max_steps is given; else full).",
     )
-    unfreeze_blocks: int | None = _argument(None, "partial: how many of the last blocks train (default 2).")
+    unfreeze_blocks: int | None = _argument(
+        None,
+        "partial: how many of the last blocks train (default 2). gradual: how many more in each step, 1 for block by "
+        "block (default about a quarter of them).",
+    )
     layer_decay: float | None = _argument(
         None, "Of methods that train several blocks: each learns at this times the rate of the next."
     )

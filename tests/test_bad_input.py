@@ -545,6 +545,7 @@ METHODS = [
     Bad("method module without the function", f"{TEXT} --method json:dumpz", ("'dumpz'", "Did you mean 'dump")),
     Bad("method without a plan", f"{TEXT} --method my.py:my_method", ("return a Plan, not int",), {"my.py": METHOD}),
     Bad("too many blocks", f"{TEXT} --method partial --unfreeze_blocks 9", ("--unfreeze_blocks", "between 1", "9")),
+    Bad("too many blocks at a time", f"{TEXT} --method gradual --unfreeze_blocks 9", ("between 1", "not 9")),
     Bad("no blocks", f"{TEXT} --method partial --unfreeze_blocks 0", ("--unfreeze_blocks", "between 1")),
     Bad(
         "unknown adapter target",

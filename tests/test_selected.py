@@ -55,6 +55,14 @@ def test_gradual_trains_from_the_top(tmp_path: Path) -> None:
     assert [stage.least_steps for stage in plan.stages] == [40, 0, 0, 0, 0]
 
 
+@pytest.mark.parametrize(("size", "unfrozen"), [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [2, 4]), (4, [4])])
+def test_gradual_unfreezes_as_many_blocks_at_a_time_as_are_wanted(size: int, unfrozen: list[int]) -> None:
+    model = fresh("bert")
+    blocks = backbones.parameter_blocks(model)
+    stages = plan_of("gradual", model, f"--unfreeze_blocks={size}").stages[1:]
+    assert [stage.trainable for stage in stages] == [{k for k, b in blocks.items() if b >= 4 - n} for n in unfrozen]
+
+
 def test_the_block_with_the_largest_relative_gradient_is_chosen() -> None:
     model = fresh("bert").eval()
     blocks = backbones.parameter_blocks(model)

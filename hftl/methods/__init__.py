@@ -58,7 +58,8 @@ METHOD_ARGUMENTS = {
         "learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "head_epochs", "reinit_blocks", *_PENALTY,
     },
     "gradual": {
-        "learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "head_epochs", "reinit_blocks", *_PENALTY,
+        "learning_rate", "head_learning_rate", "layer_decay", "batch_norm", "head_epochs", "unfreeze_blocks",
+        "reinit_blocks", *_PENALTY,
     },
     "surgical": {"learning_rate", "head_learning_rate", "batch_norm", "head_epochs", *_PENALTY},
     "bitfit": {"learning_rate", "head_learning_rate", "layer_decay", "batch_norm", *_PENALTY},

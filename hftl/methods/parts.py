@@ -18,6 +18,7 @@ from hftl.methods.plan import (
     Stage,
     after_head,
     all_parameters,
+    blocks_to_unfreeze,
     default_rates,
     head_stage,
     make_stage,
@@ -92,11 +93,9 @@ def setfit(model: nn.Module, arguments: TransferArguments) -> Plan:
 
 def partial(model: nn.Module, arguments: TransferArguments) -> Plan:
     """The last k blocks and the head train (Yosinski et al. 2014: late features are the specific ones)."""
-    count = arguments.unfreeze_blocks if arguments.unfreeze_blocks is not None else PARTIAL_BLOCKS
     blocks = backbones.parameter_blocks(model)
     head = max(blocks.values())
-    if not 1 <= count <= head:
-        raise UsageError(f"--unfreeze_blocks must lie between 1 and the model's {head} blocks, not {count}.")
+    count = blocks_to_unfreeze(arguments, head, PARTIAL_BLOCKS)
     if (arguments.reinit_blocks or 0) > count:
         raise UsageError(
             f"--reinit_blocks {arguments.reinit_blocks} is more than the {count} blocks that train "

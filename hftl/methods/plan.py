@@ -11,6 +11,7 @@ from torch import nn
 
 from hftl import backbones
 from hftl.arguments import TransferArguments, is_pretrained
+from hftl.errors import UsageError
 from hftl.problems import problem_of
 
 
@@ -216,6 +217,18 @@ def fresh_parameters(model: nn.Module, arguments: TransferArguments) -> list[str
     blocks = backbones.parameter_blocks(model)
     first = max(blocks.values()) - (arguments.reinit_blocks or 0)
     return [name for name, block in blocks.items() if block >= first]
+
+
+def blocks_to_unfreeze(arguments: TransferArguments, blocks: int, default: int) -> int:
+    """`--unfreeze_blocks`, of a model of so many blocks.
+
+    Raises:
+        UsageError: there are fewer.
+    """
+    count = arguments.unfreeze_blocks if arguments.unfreeze_blocks is not None else default
+    if not 1 <= count <= blocks:
+        raise UsageError(f"--unfreeze_blocks must lie between 1 and the model's {blocks} blocks, not {count}.")
+    return count
 
 
 def all_parameters(model: nn.Module) -> list[str]:

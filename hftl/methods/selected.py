@@ -13,25 +13,39 @@ from torch import nn
 from hftl import backbones
 from hftl.arguments import TransferArguments
 from hftl.errors import UsageError
-from hftl.methods.plan import LEAST_STEPS, Plan, after_head, all_parameters, head_stage, make_stage, resolved_rates
+from hftl.methods.plan import (
+    LEAST_STEPS,
+    Plan,
+    after_head,
+    all_parameters,
+    blocks_to_unfreeze,
+    head_stage,
+    make_stage,
+    resolved_rates,
+)
 from hftl.methods.reinit import reinitialise
 
-#: stages that unfreeze, beside the head's: ULMFiT has four groups of layers; a stage for each block of a deep model
-#: would start its schedule too often
+#: stages that unfreeze, beside the head's, unless told: ULMFiT has four groups of layers; a stage for each block of a
+#: deep model would start its schedule too often
 _STAGES = 4
 
 
 def gradual(model: nn.Module, arguments: TransferArguments) -> Plan:
     """First the head, then more and more blocks from the top, and at last everything (Howard and Ruder 2018, ULMFiT).
 
-    The blocks are unfrozen in at most four steps of about equal size. `--num_train_epochs` is that of each step, 1 when
-    not given, as in ULMFiT.
+    The blocks are unfrozen in at most four steps of about equal size, or so many that none has more than
+    `--unfreeze_blocks`. `--num_train_epochs` is that of each step, 1 when not given, as in ULMFiT.
+
+    Raises:
+        UsageError: fewer blocks than one in a step, or more than there are.
     """
     reinitialise(model, arguments)
     rates = resolved_rates(model, arguments)
     blocks = backbones.parameter_blocks(model)
     count = max(blocks.values())
-    steps = min(_STAGES, count)
+    steps = math.ceil(count / blocks_to_unfreeze(arguments, count, 1))
+    if arguments.unfreeze_blocks is None:
+        steps = min(_STAGES, steps)
     stages = [head_stage(model, arguments, rates)]
     for step in range(1, steps + 1):
         unfrozen = math.ceil(count * step / steps)
