@@ -128,6 +128,12 @@ def test_layers_are_chosen_by_pattern_and_block() -> None:
     }
 
 
+def test_delora_changes_a_layer_by_as_small_a_part_whatever_its_width() -> None:
+    plan = plan_of(fresh("bert"), "delora")
+    inputs = 32
+    assert plan.model.peft_config["default"].delora_lambda == round(15 * (inputs / 4096) ** 0.5) == 1
+
+
 def test_lora_plus_gives_the_second_matrices_a_higher_rate(tmp_path: Path) -> None:
     model = fresh("bert")
     plan = plan_of(model, "lora", "--lora_plus_ratio=16", "--learning_rate=1e-4", "--head_learning_rate=1e-3")

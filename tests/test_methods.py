@@ -287,6 +287,12 @@ def test_default_rates(name: str, method: str) -> None:
         assert (stage.learning_rate, stage.head_learning_rate) == pytest.approx(expected), model_name
 
 
+@pytest.mark.parametrize(("method", "rate"), [("bitfit", 5e-3), ("norm", 5e-3), ("vera", 3e-2), ("miss", 3e-4)])
+def test_what_trains_few_numbers_has_a_multiple_of_the_rate_of_adapters(method: str, rate: float) -> None:
+    (stage,) = plan_of(method, fresh("bert")).stages
+    assert (stage.learning_rate, stage.head_learning_rate) == pytest.approx((rate, 1e-3))
+
+
 def test_a_given_rate_of_the_backbone_takes_the_head_along() -> None:
     model = fresh("vit")
     (plain,), (slower,) = plan_of("full", model).stages, plan_of("full", model, "--learning_rate=5e-5").stages
