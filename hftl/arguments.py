@@ -113,8 +113,8 @@ class TransferArguments(TrainingArguments):
     )
     unfreeze_blocks: int | None = _argument(
         None,
-        "partial: how many of the last blocks train (default 2). gradual: how many more in each step, 1 for block by "
-        "block (default about a quarter of them).",
+        "partial: how many of the last blocks train (default 2). gradual: how many more in each step at most, 1 for "
+        "block by block (default about a quarter of them).",
     )
     layer_decay: float | None = _argument(
         None, "Of methods that train several blocks: each learns at this times the rate of the next."
@@ -758,9 +758,10 @@ def _outdated(arguments: TransferArguments, typed: set[str], config: list[str]) 
     if is_new or ("head_solver" in outdated and "--head_solver=lbfgs" in config):  # which took none of the epochs
         outdated.add("head_epochs")
     if is_new:
+        outdated.add("unfreeze_blocks")  # which another method takes for something else
         object.__setattr__(arguments, "old_method", old_method.removeprefix("--method="))
     outdated -= typed
-    for name in outdated & {"head_solver", "head_epochs"}:
+    for name in outdated & {"head_solver", "head_epochs", "unfreeze_blocks"}:
         setattr(arguments, name, type(arguments).__dataclass_fields__[name].default)
     return outdated
 

@@ -919,7 +919,7 @@ def keep_features(
     if arguments.feature_cache == "off" or first == 0:
         return None
     if first * 2 < head and arguments.feature_cache != "on":  # large activations would be kept for little
-        if arguments.typed & {"unfreeze_blocks", "lora_blocks"}:
+        if alone and arguments.typed & {"unfreeze_blocks", "lora_blocks"}:
             say("features: not kept, since less than half of the blocks is frozen (--feature_cache on keeps them)")
         return None
     try:

@@ -22,7 +22,7 @@ import hftl
 from hftl import backbones, cli, compute, merging, saving
 from hftl.errors import UsageError
 from hftl.methods import Plan, build_plan
-from hftl.methods.adapters import LEFT_OUT, QUANTISED, SHORT_NAMES, TYPES
+from hftl.methods.adapters import LEFT_OUT, QUANTISED, SHORT_NAMES, TYPES, _sizes_that_fit
 from hftl.tasks.image_classification import ImageClassification
 
 #: the types that take the convolutions or the norms of a ResNet (OFT the pointwise ones of a larger one)
@@ -128,10 +128,11 @@ def test_layers_are_chosen_by_pattern_and_block() -> None:
     }
 
 
-def test_delora_changes_a_layer_by_as_small_a_part_whatever_its_width() -> None:
-    plan = plan_of(fresh("bert"), "delora")
-    inputs = 32
-    assert plan.model.peft_config["default"].delora_lambda == round(15 * (inputs / 4096) ** 0.5) == 1
+@pytest.mark.parametrize(("width", "boundary"), [(8, 1), (32, 2), (384, 5), (4096, 15), (8192, 15)])
+def test_delora_changes_a_layer_by_as_small_a_part_whatever_its_width(width: int, boundary: int) -> None:
+    narrow = nn.Linear(2, 4)  # such as Swin v2 has beside the others
+    layers = [nn.Linear(width, 4) for _ in range(3)]
+    assert _sizes_that_fit("DELORA", [narrow, *layers]) == {"delora_lambda": boundary}
 
 
 def test_lora_plus_gives_the_second_matrices_a_higher_rate(tmp_path: Path) -> None:

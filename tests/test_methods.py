@@ -291,6 +291,8 @@ def test_default_rates(name: str, method: str) -> None:
 def test_what_trains_few_numbers_has_a_multiple_of_the_rate_of_adapters(method: str, rate: float) -> None:
     (stage,) = plan_of(method, fresh("bert")).stages
     assert (stage.learning_rate, stage.head_learning_rate) == pytest.approx((rate, 1e-3))
+    (stage,) = plan_of(method, fresh("bert"), "--learning_rate=1e-3").stages
+    assert (stage.learning_rate, stage.head_learning_rate) == pytest.approx((1e-3, 1e-3))
 
 
 def test_a_given_rate_of_the_backbone_takes_the_head_along() -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 import hftl
 from hftl import backbones, cli
+from hftl.arguments import TextArguments, parse
 from hftl.losses import CrossEntropyLoss
 from hftl.methods.reinit import reinitialise
 from hftl.methods.selected import largest_relative_gradient
@@ -53,6 +54,19 @@ def test_gradual_trains_from_the_top(tmp_path: Path) -> None:
     assert [stage.epochs for stage in plan.stages] == [2, 2, 2, 2, 2]
     assert {stage.layer_decay for stage in plan.stages[1:]} == {0.5}
     assert [stage.least_steps for stage in plan.stages] == [40, 0, 0, 0, 0]
+
+
+def test_blocks_of_partial_are_not_the_steps_of_gradual(place: Path) -> None:
+    cli._run(command(place, "bert", "blocks", "--method=partial", "--max_steps=1"))
+    recipe = place / "blocks" / "recipe.yaml"
+    assert parse(TextArguments, [f"--config={recipe}"]).unfreeze_blocks == 2
+    for method in ("gradual", "full"):
+        arguments = parse(TextArguments, [f"--config={recipe}", f"--method={method}"])
+        assert arguments.unfreeze_blocks is None
+        assert "unfreeze_blocks" not in arguments.given
+    assert (
+        parse(TextArguments, [f"--config={recipe}", "--method=gradual", "--unfreeze_blocks=2"]).unfreeze_blocks == 2
+    )
 
 
 @pytest.mark.parametrize(("size", "unfrozen"), [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [2, 4]), (4, [4])])

@@ -132,12 +132,13 @@ def later_half(blocks: int) -> int:
 def resolved_rates(model: nn.Module, arguments: TransferArguments, key: str = "backbone", factor: float = 1.0) -> Rates:
     """The person's rates, else the defaults; a given rate of the backbone scales the head's along.
 
-    `--learning_rate` is the rate of `key`, whose default is multiplied by `factor`.
+    `--learning_rate` is the rate of `key`, whose default is multiplied by `factor`. That of adapters, biases and norms
+    says nothing of the head: between their types it differs a thousandfold.
     """
     default = default_rates(model, is_pretrained(arguments))
     default = replace(default, **{key: getattr(default, key) * factor})
     scale = arguments.learning_rate / getattr(default, key) if arguments.learning_rate else 1.0
-    head = arguments.head_learning_rate or default.head * scale
+    head = arguments.head_learning_rate or default.head * (scale if key == "backbone" else 1.0)
     return Rates(default.backbone * scale, head, default.adapters * scale)
 
 
@@ -223,7 +224,7 @@ def blocks_to_unfreeze(arguments: TransferArguments, blocks: int, default: int) 
     """`--unfreeze_blocks`, of a model of so many blocks.
 
     Raises:
-        UsageError: there are fewer.
+        UsageError: it is less than one, or there are fewer.
     """
     count = arguments.unfreeze_blocks if arguments.unfreeze_blocks is not None else default
     if not 1 <= count <= blocks:
