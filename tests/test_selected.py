@@ -64,9 +64,7 @@ def test_blocks_of_partial_are_not_the_steps_of_gradual(place: Path) -> None:
         arguments = parse(TextArguments, [f"--config={recipe}", f"--method={method}"])
         assert arguments.unfreeze_blocks is None
         assert "unfreeze_blocks" not in arguments.given
-    assert (
-        parse(TextArguments, [f"--config={recipe}", "--method=gradual", "--unfreeze_blocks=2"]).unfreeze_blocks == 2
-    )
+    assert parse(TextArguments, [f"--config={recipe}", "--method=gradual", "--unfreeze_blocks=2"]).unfreeze_blocks == 2
 
 
 @pytest.mark.parametrize(("size", "unfrozen"), [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [2, 4]), (4, [4])])
