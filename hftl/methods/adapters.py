@@ -68,7 +68,7 @@ TYPES = {
     "PEANUT": AdapterType(_LINEAR),  # arXiv:2410.01870
     "PSOFT": AdapterType(_LINEAR),  # ICLR 2026
     "PVERA": AdapterType(_LINEAR_OR_CONV1D),  # arXiv:2512.07703
-    "RANDLORA": AdapterType(_LINEAR_OR_CONV1D),  # Albert et al. 2025
+    "RANDLORA": AdapterType(_LINEAR_OR_CONV1D, rate=0.3),  # Albert et al. 2025
     "ROAD": AdapterType(_LINEAR, rate=10.0),  # Liao and Monz 2024
     "SHIRA": AdapterType(_LINEAR),  # Bhardwaj et al. 2024
     "SUPERTUNING": AdapterType(_LINEAR, rate=10.0),  # arXiv:2607.09287
