@@ -17,7 +17,7 @@ from hftl import backbones
 from hftl.arguments import TransferArguments
 from hftl.errors import UsageError, did_you_mean
 from hftl.inert import public_name
-from hftl.methods.plan import Plan, make_stage, resolved_rates
+from hftl.methods.plan import RATE_OF_FEW, Plan, make_stage, resolved_rates
 
 
 class AdapterType(NamedTuple):
@@ -39,8 +39,9 @@ _CONVOLUTIONS = frozenset({"convolution", "pointwise convolution"})
 #: The types of PEFT that give the same logits after saving and loading, and (all but Lily, which has no such thing)
 #: after merging: tests/test_adapters.py. Beside each its paper.
 #:
-#: Rates: MiniLM on TREC with 16 a class, one draw, where others were tried wherever LoRA's own gave less than LoRA, 0.3
-#: to 300 times of it; docs/methods/adapters.md has what they score. PVeRA and UniLoRA learned little at any.
+#: Rates: those other than LoRA's have the best of a few on one draw of TREC with 16 a class (MiniLM; AdaMSS as far as
+#: LoRA's moves a layer, on made-up data); docs/methods/adapters.md has what all score. For PVeRA and UniLoRA none that
+#: was tried, up to 200 times LoRA's, was of use; the rest has LoRA's own, mostly with no other tried.
 TYPES = {
     "ADALORA": AdapterType(_LINEAR_OR_CONV1D | _CONVOLUTIONS, rate=30.0),  # Zhang et al. 2023
     "ADAMSS": AdapterType(_LINEAR, rate=3.0),  # Zheng et al. 2025
@@ -57,7 +58,7 @@ TYPES = {
     "HRA": AdapterType(_LINEAR | _CONVOLUTIONS),  # Yuan et al. 2024
     "IA3": AdapterType(_LINEAR_OR_CONV1D | _CONVOLUTIONS | {"grouped convolution"}, rate=10.0),  # Liu et al. 2022
     "LILY": AdapterType(_LINEAR),  # arXiv:2407.09946
-    "LN_TUNING": AdapterType(frozenset({"normalisation"}), rate=5.0),  # Zhao et al. 2024; as `norm`
+    "LN_TUNING": AdapterType(frozenset({"normalisation"}), rate=RATE_OF_FEW),  # Zhao et al. 2024
     "LOHA": AdapterType(_LINEAR | _CONVOLUTIONS | {"grouped convolution"}, rate=3.0),  # Hyeon-Woo et al. 2022
     "LOKR": AdapterType(_LINEAR | _CONVOLUTIONS | {"grouped convolution"}, rate=3.0),  # Yeh et al. 2024
     "LORA": AdapterType(_LINEAR_OR_CONV1D | _CONVOLUTIONS | {"3-d convolution"}),  # Hu et al. 2022

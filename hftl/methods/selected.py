@@ -15,6 +15,7 @@ from hftl.arguments import TransferArguments
 from hftl.errors import UsageError
 from hftl.methods.plan import (
     LEAST_STEPS,
+    RATE_OF_FEW,
     Plan,
     after_head,
     all_parameters,
@@ -28,11 +29,6 @@ from hftl.methods.reinit import reinitialise
 #: stages that unfreeze, beside the head's, unless told: ULMFiT has four groups of layers; a stage for each block of a
 #: deep model would start its schedule too often
 _STAGES = 4
-#: of biases and norms, as a multiple of the rate of adapters, between 3 and 10. Once, 3 and 10 times gave `bitfit` on
-#: TREC with 16 a class 0.767, 0.800, 0.811 and `norm` 0.694, 0.784, 0.798 (two draws); on digits, mirrored ones among
-#: them, with 16 a class 0.817, 0.814, 0.858 and 0.814, 0.827, 0.877, with all rows 0.910, 0.916, 0.934 and 0.919,
-#: 0.932, 0.952 (one draw); on 2,000 movie reviews 0.798, 0.806, 0.797 and 0.810, 0.817, 0.795 (one draw)
-_RATE_OF_FEW = 5.0
 
 
 def gradual(model: nn.Module, arguments: TransferArguments) -> Plan:
@@ -85,7 +81,7 @@ def _few(model: nn.Module, arguments: TransferArguments, what: str, names: list[
             f"--method {arguments.method}: {type(model).__name__} has no {what} outside its head. Take another method "
             "(frozen, partial, full)."
         )
-    rates = resolved_rates(model, arguments, "adapters", _RATE_OF_FEW)
+    rates = resolved_rates(model, arguments, "adapters", RATE_OF_FEW)
     stage = make_stage(arguments, f"{what} and head", [*names, *head], rates.adapters, rates.head)
     return Plan(model, (stage,), {"learning_rate": rates.adapters, "head_learning_rate": rates.head})
 
