@@ -487,6 +487,18 @@ BUILTIN_DATASETS: dict[str, Callable[[], dict[str, datasets.Dataset]]] = {
     "travel-notes": travel_notes,
     "riddles": riddles,
 }
+#: the task that each is for
+TASK_OF_DATASET = {
+    "digits": "image-classification",
+    "movie-snippets": "text-classification",
+    "movie-ratings": "text-classification",
+    "several-digits": "image-classification",
+    "captions": "image-text-classification",
+    "pitches": "audio-classification",
+    "moving-digits": "video-classification",
+    "travel-notes": "token-classification",
+    "riddles": "multiple-choice",
+}
 BUILTIN_MODELS: dict[str, Callable[[], Path]] = {
     "efficientnet_lite0": functools.partial(efficientnet_lite, 0),
     "efficientnet_lite1": functools.partial(efficientnet_lite, 1),

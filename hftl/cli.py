@@ -105,7 +105,7 @@ Train
   hftl train --config RUN/recipe.yaml --output_dir NEW
 
 Choose
-  hftl rank --task TASK --models A B C --dataset D
+  hftl rank --models A B C --dataset D
                                     which model suits the data, without training; --output table.csv
   hftl advise TASK --model M --dataset D
                                     which method suits both, measured, and the command to paste
@@ -359,7 +359,7 @@ def _rank(argv: list[str]) -> None:
         prog="hftl rank",
         description="Which model suits the data, before any is trained. Other flags: as for hftl train.",
     )
-    parser.add_argument("--task", required=True, choices=tuple(TASKS))
+    parser.add_argument("--task", choices=tuple(TASKS), help="default: what the files of the data are for")
     parser.add_argument(
         "--models", required=True, nargs="+", metavar="MODEL", help="as --model; for images and videos MODEL@SIDE"
     )
@@ -371,7 +371,8 @@ def _rank(argv: list[str]) -> None:
     options, rest = parser.parse_known_args(argv)
     _check_output(options.output)
     models = list(dict.fromkeys(options.models))
-    identities = ranked.identify(options.task, models, rest)  # as the files are before they are read
+    task = options.task or ranked.task_of_data(rest)
+    identities = ranked.identify(task, models, rest)  # as the files are before they are read
     found = ranked.known(identities)
     if found:
         say(f"ranked before, from the same files and versions: {', '.join(found)}")
@@ -380,8 +381,8 @@ def _rank(argv: list[str]) -> None:
         with quick_imports():
             from hftl import ranking
 
-        found |= {entry.model: entry for entry in ranking.rank(options.task, others, rest, identities)}
-    ranked.show([found[model] for model in models], options.by, options.task, rest, options.output)
+        found |= {entry.model: entry for entry in ranking.rank(task, others, rest, identities)}
+    ranked.show([found[model] for model in models], options.by, task, rest, options.output)
 
 
 def _advise(argv: list[str]) -> None:
@@ -426,7 +427,7 @@ def _tune(argv: list[str]) -> None:
         nargs="+",
         required=True,
         metavar="NAME=RANGE",
-        help="log(1e-5,1e-3), uniform(0,1), int(1,8) or a,b,c",
+        help="log(1e-5,1e-3), uniform(0,1), int(1,8) or a,b,c; among these default leaves the flag out",
     )
     options, rest = parser.parse_known_args(argv[1:])
     with quick_imports():

@@ -16,16 +16,17 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hftl import folder, machine
-from hftl.builtin import cache_folder
+from hftl.builtin import TASK_OF_DATASET, cache_folder
 from hftl.errors import UsageError
 from hftl.folder import say
 from hftl.tables import TABLE_SUFFIXES, aligned, as_csv
+from hftl.tasks import TASKS
 
 #: scores that models can be ranked by
 MEASURES = ("logme", "probe", "h_score", "transrate", "leep", "nce")
@@ -74,6 +75,35 @@ class Candidate:
     flags: list[str]
     rows: int
     chance: float
+
+
+def task_of_data(tokens: Sequence[str]) -> str:
+    """The task that the data of `--dataset` are for, as far as names of files say: texts where there are tables alone.
+
+    Raises:
+        UsageError: they do not say it.
+    """
+    (name, *_) = [value for flag in _DATA for value in _values(tokens).get(flag, ())] or [""]
+    place = Path(os.path.expanduser(name))
+    files = (path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+    task = TASK_OF_DATASET.get(name.removeprefix("builtin:")) or _task_of_files(files)
+    if task is None:
+        raise UsageError(f"--task is missing, and --dataset {name!r} does not tell it: name one of {', '.join(TASKS)}.")
+    say(f"task: {task}, by what {name} holds (--task names another)")
+    return task
+
+
+def _task_of_files(files: Iterable[Path]) -> str | None:
+    """The task of the first file with pictures, sounds or a video in it; where there are tables alone that of texts."""
+    from hftl.modality import FILES  # takes as long as all the rest
+
+    task = None
+    for path in files:
+        kind = next((name for name, kind in FILES.items() if kind.names_file(path)), None)
+        if kind:
+            return kind
+        task = task or ("text-classification" if path.suffix.lower() in TABLE_SUFFIXES else None)
+    return task
 
 
 def identify(task_name: str, models: Sequence[str], tokens: Sequence[str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ command goes on with an interrupted search, and with the trial in whose midst it
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import importlib.util
 import json
@@ -45,7 +46,9 @@ _FIXED = {
     "output_dir", "resume", "overwrite", "time_budget", "preset", "push_to_hub",
 }  # fmt: skip
 _RANGE = re.compile(r"(log|uniform|int)\(\s*([^,()\s]+)\s*,\s*([^,()\s]+)\s*\)")
-_SETTING = re.compile(r"\s*([^=\s]+)=(\w+\([^()]*\)|\S+)(?=\s|$)")
+_SETTING = re.compile(r"\s*([^=\s]+)=(\w+\([^()]*\)|(?:'[^']*'|[^\s'])+)(?=\s|$)")
+#: an entry of a list by which its flag is not given
+_NOT_GIVEN = "default"
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ def read_space(text: str, names: dict[str, str]) -> list[Dimension]:
     """The searched flags of `learning_rate=log(1e-5,1e-3) method=lora,partial`; the method comes first.
 
     Args:
-        text: `log(a,b)`, `uniform(a,b)`, `int(a,b)` or a list of values for each flag.
+        text: `log(a,b)`, `uniform(a,b)`, `int(a,b)` or a list of values for each flag; a value with commas or blanks
+            stands in single quotes, and `default` leaves the flag out.
         names: every name of a flag → the argument's.
 
     Raises:
@@ -103,8 +107,8 @@ def _dimension(name: str, values: str, names: dict[str, str]) -> Dimension:
     name = names[name]
     if name in _FIXED:
         raise UsageError(f"--search: {name} must be the same in all trials, or their scores would not compare.")
-    if "(" not in values:
-        listed = tuple(filter(None, values.split(",")))
+    if not re.match(r"\w+\(", values):
+        listed = tuple(filter(None, next(csv.reader([values], quotechar="'"))))
         if not listed:
             raise UsageError(f"--search {name}={values}: the list is empty.")
         return Dimension(name, "list", listed)
@@ -171,7 +175,8 @@ class Search:
         self.settings = {"search": sorted(space.split()), **folder.resume_settings(self.arguments)}
 
     def _settings(self, values: dict[str, str]) -> Any:
-        return parse(self.task_class.arguments_class, [*self.tokens, *(f"--{name}={values[name]}" for name in values)])
+        given = [f"--{name}={value}" for name, value in values.items() if value != _NOT_GIVEN]
+        return parse(self.task_class.arguments_class, [*self.tokens, *given])
 
     def _depends(self, dimension: Dimension) -> bool:
         """Whether a value of a flag is refused with a method that uses it, unless another searched flag allows it.

@@ -849,7 +849,10 @@ RUNS = [
 
 RANK = "rank --task text-classification --models {bert} --dataset"
 CHOOSING = [
-    Bad("rank without a task", "rank --models {bert} --dataset {table}", ("--task", "hftl --help")),
+    Bad(
+        "rank of what names no task", "rank --models {bert} --dataset some/data", ("--task", "'some/data'", "multiple-")
+    ),
+    Bad("rank without task and data", "rank --models {bert}", ("--task is missing", "--dataset ''")),
     Bad("rank without models", "rank --task text-classification --dataset {table}", ("--models",)),
     Bad("rank without data", RANK[:-10], ("--dataset is missing",)),
     Bad("rank of an unknown task", "rank --task text --models a --dataset b", ("'text'", "text-classification")),

@@ -75,6 +75,23 @@ def test_a_table_from_train_alone(
         assert {**by_probe[row["model"]], "rank": row["rank"]} == row
 
 
+def test_the_task_is_that_of_the_files(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(images)
+    rank("--models", "resnet", "--dataset=data")
+    assert "task: image-classification, by what data holds" in capsys.readouterr().out
+    rank("--models", "resnet", "--dataset=data", "--task=image-classification")
+    assert "ranked before" in capsys.readouterr().out
+    write_texts(tmp_path / "texts", {"train": 4})
+    for data, task in (
+        ("builtin:pitches", "audio-classification"),
+        (str(tmp_path / "texts"), "text-classification"),
+        (str(next((tmp_path / "texts").glob("train.*"))), "text-classification"),
+    ):
+        assert ranked.task_of_data([f"--dataset={data}"]) == task
+
+
 def test_scores_are_those_of_the_models_own_outputs(images: Path) -> None:
     """LEEP from the probabilities that plain transformers gives, LogME from what enters its output layer."""
     tokens = [f"--dataset={images / 'data'}", "--feature_cache_dtype=float32"]
@@ -383,5 +400,5 @@ def test_what_enters_a_head_of_several_layers_is_the_mean_of_the_real_tokens(tmp
 def test_help_names_the_command_and_imports_no_torch() -> None:
     code = "import sys; from hftl import cli; cli.main(['--help']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "hftl rank --task TASK --models A B C" in done.stdout
+    assert "hftl rank --models A B C" in done.stdout
     assert done.stdout.split()[-1] == "False"

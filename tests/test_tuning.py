@@ -54,6 +54,10 @@ def test_a_search_space_is_read() -> None:
         Dimension("weight_decay", "uniform", ("0", "0.1")),
     ]
     assert read_space("lora_r=int(2,16)", names) == [Dimension("lora_r", "int", ("2", "16"))]
+    (found,) = read_space("""peft_config='{"r": 4, "lora_alpha": 8}',{"r":2}""", names)
+    assert found.values == ('{"r": 4, "lora_alpha": 8}', '{"r":2}')
+    (found,) = read_space("lora_layers_pattern='layer[.](0|1)[.]',(0|2)$", names)
+    assert found.values == ("layer[.](0|1)[.]", "(0|2)$")
     assert read_space("model=a,b", names) == [Dimension("model_name_or_path", "list", ("a", "b"))]
 
 
@@ -221,6 +225,14 @@ def test_the_default_method_is_that_of_every_trial(world: Path, tmp_path: Path) 
     (tmp_path / "head.yaml").write_text("head_solver: sgd\n")
     search = Search("text-classification", [*settings, f"--config={tmp_path / 'head.yaml'}"], "weight_decay=0,0.1", 2)
     assert search._settings({"weight_decay": "0"}).head_solver == "sgd"
+
+
+def test_a_flag_that_is_left_out_is_an_entry_of_a_list(world: Path, tmp_path: Path) -> None:
+    tokens = [f"--model={world / 'bert'}", f"--dataset={world / 'texts'}", f"--output_dir={tmp_path / 'run'}"]
+    search = Search("text-classification", tokens, "penalty=default,l2_sp reinit_blocks=default,1", 1)
+    found = search._settings({"penalty": "default", "reinit_blocks": "1"})
+    assert (found.penalty, found.reinit_blocks, "penalty" in found.given) == (None, 1, False)
+    assert search._settings({"penalty": "l2_sp", "reinit_blocks": "default"}).reinit_blocks is None
 
 
 def test_a_run_whose_trial_was_not_told_is_not_trained_again(
