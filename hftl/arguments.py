@@ -59,8 +59,8 @@ class TransferArguments(TrainingArguments):
     # Model
     model_name_or_path: str | None = _argument(
         None,
-        "Hub id, local folder, builtin:NAME, torchvision:NAME, pytorchvideo:NAME, keras:NAME, or random:ARCH for a "
-        "model that is not pretrained.",
+        "Hub id, local folder, builtin:NAME, torchvision:NAME, torchhub:OWNER/REPO:ENTRY, pytorchvideo:NAME, "
+        "keras:NAME, or random:ARCH for a model that is not pretrained.",
         "--model",
     )
     model_revision: str = _argument("main", "Branch, tag or commit of the model on the Hub.")
@@ -902,10 +902,11 @@ def _check_names(tokens: Sequence[str], names: dict[str, str]) -> set[str]:
         name = token[2:].partition("=")[0].replace("-", "_")
         field_name = names.get(name) or names.get(name.removeprefix("no_"))
         if field_name is None:
+            if name == "cutmix" and "mixup" in names:
+                raise UsageError("--cutmix pastes parts of images; of sounds take --mixup.")
             if name in _IMAGES_ONLY:
                 raise UsageError(
-                    f"--{name} mixes the pixels of images; mixing videos, sounds or the embeddings of texts is not "
-                    "supported."
+                    f"--{name} mixes the pixels of images; mixing videos or the embeddings of texts is not supported."
                 )
             raise UsageError(f"Unknown flag --{name}.{did_you_mean(name, [*names, 'config', 'help'])}")
         given.add(field_name)

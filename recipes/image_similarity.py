@@ -14,8 +14,8 @@ On real data and weights that need no download, on kept features:
     python recipes/image_similarity.py \
         --model builtin:efficientnet_lite0 --dataset builtin:digits --method frozen --horizontal_flip false
 
-Every argument: --help. Methods: full, frozen, partial, lp_ft, gradual, surgical, bitfit, norm, lora, peft, or one of
-your own as my_file.py:my_method.
+Every argument: --help. Methods: full, frozen, partial, lp_ft, gradual, surgical, bitfit, norm, lora, peft,
+zero_shot, or one of your own as my_file.py:my_method.
 """
 
 import hftl

@@ -5,7 +5,7 @@ First the new head, then everything, of a model from the Hub on a table with tex
     accelerate launch recipes/text_classification.py \
         --model google-bert/bert-base-uncased --dataset path/to/table.csv --output_dir runs/reviews
 
-The head alone, on real data and weights that need no download:
+The head alone, on real data and weights that need no Hub:
 
     python recipes/text_classification.py \
         --model builtin:minilm --dataset builtin:movie-snippets --method frozen

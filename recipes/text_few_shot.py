@@ -1,6 +1,6 @@
 r"""Few-shot text classification: tune a sentence encoder by pairs, then solve the head (SetFit, Tunstall et al. 2022).
 
-Sixteen reviews of each class, on real data and weights that need no download:
+Sixteen reviews of each class, on real data and weights that need no Hub:
 
     python recipes/text_few_shot.py --model builtin:minilm --dataset builtin:movie-snippets
 

@@ -29,6 +29,7 @@ _CLASSES = {
     "ReadingArguments": "Tasks with texts or words",
     "ChoiceArguments": "Multiple choice, beside those of tasks with texts",
     "TextArguments": "Text classification, beside those of tasks with texts",
+    "SimilarityArguments": "Image similarity, beside those of image tasks",
     "ImageTextArguments": "Image-text tasks, beside those of image and text tasks",
 }
 
