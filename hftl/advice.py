@@ -252,7 +252,7 @@ def _training(found: Pooled, figures: Figures, choice: Choice) -> tuple[list[str
     steps = math.ceil(figures.rows / (batch_size * arguments.gradient_accumulation_steps))
     epochs = with_least_steps(stage, steps).epochs
     default = arguments.learning_rate is None
-    source = "the default for models of this kind and width" if default else "as given"
+    source = f"the default of {choice.method} for models of this kind and width" if default else "as given"
     seconds = epochs * figures.rows * _seconds_a_row(found, plan)
     reason = f"enough for {LEAST_STEPS} steps" if epochs > 3 else "more gained nothing on a few thousand rows"
     reason = "three times as many learn a few dozen texts by heart" if stage.headless else reason

@@ -903,7 +903,7 @@ def _check_names(tokens: Sequence[str], names: dict[str, str]) -> set[str]:
         field_name = names.get(name) or names.get(name.removeprefix("no_"))
         if field_name is None:
             if name == "cutmix" and "mixup" in names:
-                raise UsageError("--cutmix pastes parts of images; of sounds take --mixup.")
+                raise UsageError("--cutmix pastes parts of images: for sounds take --mixup.")
             if name in _IMAGES_ONLY:
                 raise UsageError(
                     f"--{name} mixes the pixels of images; mixing videos or the embeddings of texts is not supported."

@@ -43,10 +43,20 @@ def cache_folder() -> Path:
 
 def builtin_dataset(name: str) -> dict[str, datasets.Dataset]:
     """The splits (train, validation, test) of a built-in data set."""
+    _, make = _builtin_dataset(name)
+    with explained_cache(f"builtin:{name}"):
+        return dict(make())
+
+
+def builtin_task(name: str) -> str:
+    """The task that a built-in data set is for."""
+    return _builtin_dataset(name)[0]
+
+
+def _builtin_dataset(name: str) -> tuple[str, Callable[[], dict[str, datasets.Dataset]]]:
     if name not in BUILTIN_DATASETS:
         raise _unknown("data set", name, BUILTIN_DATASETS)
-    with explained_cache(f"builtin:{name}"):
-        return dict(BUILTIN_DATASETS[name]())
+    return BUILTIN_DATASETS[name]
 
 
 def builtin_model(name: str) -> Path:
@@ -476,28 +486,17 @@ def _unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"no built-in {kind} {name!r}.{did_you_mean(name, known)} There are: {', '.join(known)}")
 
 
-BUILTIN_DATASETS: dict[str, Callable[[], dict[str, datasets.Dataset]]] = {
-    "digits": digits,
-    "movie-snippets": movie_snippets,
-    "movie-ratings": movie_ratings,
-    "several-digits": several_digits,
-    "captions": captions,
-    "pitches": pitches,
-    "moving-digits": moving_digits,
-    "travel-notes": travel_notes,
-    "riddles": riddles,
-}
-#: the task that each is for
-TASK_OF_DATASET = {
-    "digits": "image-classification",
-    "movie-snippets": "text-classification",
-    "movie-ratings": "text-classification",
-    "several-digits": "image-classification",
-    "captions": "image-text-classification",
-    "pitches": "audio-classification",
-    "moving-digits": "video-classification",
-    "travel-notes": "token-classification",
-    "riddles": "multiple-choice",
+#: name → the task that it is for, and what makes it
+BUILTIN_DATASETS: dict[str, tuple[str, Callable[[], dict[str, datasets.Dataset]]]] = {
+    "digits": ("image-classification", digits),
+    "movie-snippets": ("text-classification", movie_snippets),
+    "movie-ratings": ("text-classification", movie_ratings),
+    "several-digits": ("image-classification", several_digits),
+    "captions": ("image-text-classification", captions),
+    "pitches": ("audio-classification", pitches),
+    "moving-digits": ("video-classification", moving_digits),
+    "travel-notes": ("token-classification", travel_notes),
+    "riddles": ("multiple-choice", riddles),
 }
 BUILTIN_MODELS: dict[str, Callable[[], Path]] = {
     "efficientnet_lite0": functools.partial(efficientnet_lite, 0),

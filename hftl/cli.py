@@ -255,7 +255,7 @@ def _predict(argv: list[str]) -> None:
     with quick_imports():
         from hftl.predictions import write_predictions
         from hftl.run import load_run
-        from hftl.tables import TABLE_SUFFIXES
+        from hftl.suffixes import TABLE_SUFFIXES
         from hftl.words import CONLL_SUFFIXES
 
     _choose_device()
@@ -371,7 +371,8 @@ def _rank(argv: list[str]) -> None:
     options, rest = parser.parse_known_args(argv)
     _check_output(options.output)
     models = list(dict.fromkeys(options.models))
-    task = options.task or ranked.task_of_data(rest)
+    has_config = any(token.partition("=")[0] == "--config" for token in rest)
+    task = options.task or (_task_of_config(rest) if has_config else ranked.task_of_data(rest))
     identities = ranked.identify(task, models, rest)  # as the files are before they are read
     found = ranked.known(identities)
     if found:
@@ -427,7 +428,7 @@ def _tune(argv: list[str]) -> None:
         nargs="+",
         required=True,
         metavar="NAME=RANGE",
-        help="log(1e-5,1e-3), uniform(0,1), int(1,8) or a,b,c; among these default leaves the flag out",
+        help="log(1e-5,1e-3), uniform(0,1), int(1,8) or a list a,b,c, in which default leaves the flag out",
     )
     options, rest = parser.parse_known_args(argv[1:])
     with quick_imports():

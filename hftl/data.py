@@ -29,7 +29,8 @@ from hftl.hub import check_hub
 from hftl.modality import FILES, TEXT, Modality, is_missing
 from hftl.problems import LabelCells, Problem, SingleLabel
 from hftl.sources import AT_ONCE, file_key, in_threads, source_of
-from hftl.tables import TABLE_SUFFIXES, decoded, read_columns
+from hftl.suffixes import TABLE_SUFFIXES, is_stray
+from hftl.tables import decoded, read_columns
 from hftl.words import CONLL_SUFFIXES, as_words, is_tagged, joined, lines, read_conll, split_words
 
 SPLIT_ROLES = {
@@ -43,7 +44,6 @@ SPLIT_ROLES = {
     "testing": "test",
 }
 # fmt: off
-STRAY_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}  # beside everything that starts with a dot
 
 # Names that people give to columns, likeliest first; compared without case.
 PAIR_COLUMNS = [
@@ -354,7 +354,7 @@ def iter_folder(path: str | os.PathLike, modality: Modality, follow_links: bool 
             files = (
                 entry for entry in entries if entry.name.lower().endswith(".txt") and not os.path.isdir(entry.path)
             )
-            names = sorted(entry.name for entry in files if not _is_stray(entry.name))
+            names = sorted(entry.name for entry in files if not is_stray(entry.name))
         texts = ((_utf8(name), decoded(_inside(place / name, root)).strip()) for name in names)
         rows = ({"id": name, "text": as_text(text, modality)} for name, text in texts if text)
         otherwise = f"{path}: the folder has no .txt files with text in them"
@@ -478,13 +478,9 @@ def _inside(path: PathType, root: str | None) -> PathType:
     return path
 
 
-def _is_stray(name: str) -> bool:
-    return name.startswith(".") or name.lower() in STRAY_NAMES
-
-
 def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
     """The sub-folders and the files of a folder, sorted by name, without hidden and system ones."""
-    entries = sorted((entry for entry in folder.iterdir() if not _is_stray(entry.name)), key=lambda entry: entry.name)
+    entries = sorted((entry for entry in folder.iterdir() if not is_stray(entry.name)), key=lambda entry: entry.name)
     return [entry for entry in entries if entry.is_dir()], [entry for entry in entries if not entry.is_dir()]
 
 
@@ -693,7 +689,7 @@ def _read_class_folders(folder: Path, whole: Path, modality: Modality, root: str
     name, plural = modality.name, modality.plural
     folders, files = _entries(folder)
     skipped: Counter[str] = Counter()
-    skipped["hidden or system file"] += sum(_is_stray(entry.name) for entry in folder.iterdir())
+    skipped["hidden or system file"] += sum(is_stray(entry.name) for entry in folder.iterdir())
     for file in files:
         skipped[f"{name} outside the class folders" if modality.names_file(file) else _kind(file.name)] += 1
     columns: dict[str, list] = {name: [], "label": []}
@@ -721,9 +717,9 @@ def _walk_files(folder: Path, modality: Modality, skipped: Counter[str], root: s
             folders[:] = []
             continue
         seen.add(os.path.realpath(_inside(place, root)))
-        skipped["hidden or system file"] += sum(_is_stray(name) for name in [*folders, *files])
-        folders[:] = sorted(name for name in folders if not _is_stray(name))
-        for name in sorted(name for name in files if not _is_stray(name)):
+        skipped["hidden or system file"] += sum(is_stray(name) for name in [*folders, *files])
+        folders[:] = sorted(name for name in folders if not is_stray(name))
+        for name in sorted(name for name in files if not is_stray(name)):
             if modality.names_file(name):
                 path = _utf8(os.path.join(place, name))
                 yield _inside(path, root) if os.path.islink(path) else path

@@ -12,6 +12,7 @@ import datasets
 
 from hftl.audio import audio_problem
 from hftl.images import image_problem
+from hftl.suffixes import AUDIO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from hftl.video import video_problem
 
 
@@ -69,24 +70,19 @@ _PATHS = ("file", "path", "filename", "file_name", "filepath", "file_path")
 # fmt: off
 IMAGE = Modality(
     "image", "images",
-    frozenset({
-        ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif",
-        ".jp2",
-    }),
+    IMAGE_SUFFIXES,
     ("image", "img", *_PATHS, "image_path", "image_file", "picture", "photo"),
     image_problem, datasets.Image, '"image.jpg"',
 )
 AUDIO = Modality(
     "audio", "recordings",
-    frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64"}),
+    AUDIO_SUFFIXES,
     ("audio", "sound", "speech", "recording", *_PATHS, "audio_path", "audio_file", "clip", "wav"),
     audio_problem, datasets.Audio, '"recording.wav"',
 )
 VIDEO = Modality(
     "video", "videos",
-    frozenset({
-        ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv", ".m2ts",
-    }),
+    VIDEO_SUFFIXES,
     ("video", "clip", "movie", *_PATHS, "video_path", "video_file"),
     video_problem, datasets.Video, '"video.mp4"',
 )

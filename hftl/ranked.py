@@ -16,16 +16,17 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hftl import folder, machine
-from hftl.builtin import TASK_OF_DATASET, cache_folder
+from hftl.builtin import builtin_task, cache_folder
 from hftl.errors import UsageError
 from hftl.folder import say
-from hftl.tables import TABLE_SUFFIXES, aligned, as_csv
+from hftl.suffixes import AUDIO_SUFFIXES, IMAGE_SUFFIXES, TABLE_SUFFIXES, VIDEO_SUFFIXES, is_stray
+from hftl.tables import aligned, as_csv
 from hftl.tasks import TASKS
 
 #: scores that models can be ranked by
@@ -40,6 +41,11 @@ _DATA, _WEIGHTS = ("dataset", "dataset_name"), ("weights", "text_model")
 _OWN = ("builtin:", "random:")
 #: tasks whose tables hold all that is read
 _TEXTS = ("text-classification", "token-classification", "multiple-choice")
+_TASK_OF_SUFFIX = {
+    **dict.fromkeys(IMAGE_SUFFIXES, "image-classification"),
+    **dict.fromkeys(AUDIO_SUFFIXES, "audio-classification"),
+    **dict.fromkeys(VIDEO_SUFFIXES, "video-classification"),
+}
 #: variables of the environment that change what is read, computed, or how fast
 _ENVIRONMENT = re.compile(
     "HFTL_|HF_|TRANSFORMERS_|ACCELERATE_|(PY)?TORCH|PYTHONPATH|WORLD_SIZE|CUDA_|NVIDIA_|HIP_|ROCR_|OMP_|MKL_|KMP_|GOMP_|"
@@ -78,32 +84,42 @@ class Candidate:
 
 
 def task_of_data(tokens: Sequence[str]) -> str:
-    """The task that the data of `--dataset` are for, as far as names of files say: texts where there are tables alone.
+    """The task that the data of `--dataset` are for, as far as the names of files say it.
 
     Raises:
-        UsageError: they do not say it.
+        UsageError: they do not, or there are none.
     """
-    (name, *_) = [value for flag in _DATA for value in _values(tokens).get(flag, ())] or [""]
-    place = Path(os.path.expanduser(name))
-    files = (path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
-    task = TASK_OF_DATASET.get(name.removeprefix("builtin:")) or _task_of_files(files)
+    names = [value for flag, values in _values(tokens).items() if flag in _DATA for value in values]
+    if not names:
+        raise UsageError("--dataset is missing: name a folder, a table, a Hub id or builtin:NAME.")
+    name = names[-1]
+    place = os.path.expanduser(name)
+    task = builtin_task(name.removeprefix("builtin:")) if name.startswith("builtin:") else _task_of_files(place)
     if task is None:
-        raise UsageError(f"--task is missing, and --dataset {name!r} does not tell it: name one of {', '.join(TASKS)}.")
-    say(f"task: {task}, by what {name} holds (--task names another)")
+        why = "the names of its files do not tell it" if os.path.exists(place) else "there is no such file or folder"
+        raise UsageError(f"--task is missing, and of --dataset {name[:200]!r} {why}: name one of {', '.join(TASKS)}.")
+    say(f"task: {task}, as the names of the files say (--task names another)")
     return task
 
 
-def _task_of_files(files: Iterable[Path]) -> str | None:
-    """The task of the first file with pictures, sounds or a video in it; where there are tables alone that of texts."""
-    from hftl.modality import FILES  # takes as long as all the rest
-
+def _task_of_files(place: str) -> str | None:
+    """The task of the first picture, recording or video of a folder; where there are tables alone that of texts."""
     task = None
-    for path in files:
-        kind = next((name for name, kind in FILES.items() if kind.names_file(path)), None)
-        if kind:
-            return kind
-        task = task or ("text-classification" if path.suffix.lower() in TABLE_SUFFIXES else None)
+    for path in _files(place):
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix in _TASK_OF_SUFFIX:
+            return _TASK_OF_SUFFIX[suffix]
+        task = task or ("text-classification" if suffix in TABLE_SUFFIXES else None)
     return task
+
+
+def _files(place: str) -> Iterator[str]:
+    """The files of a folder, in an order that does not depend on the disk, without hidden ones; of a file itself."""
+    if not os.path.isdir(place):
+        yield place
+    for above, folders, names in os.walk(place):
+        folders[:] = sorted(entry for entry in folders if not is_stray(entry))
+        yield from (os.path.join(above, entry) for entry in sorted(names) if not is_stray(entry))
 
 
 def identify(task_name: str, models: Sequence[str], tokens: Sequence[str]) -> dict[str, str]:

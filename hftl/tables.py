@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 
 from hftl.errors import UsageError
 from hftl.inert import as_cell, on_one_line
+from hftl.suffixes import TABLE_SUFFIXES
 
 if TYPE_CHECKING:
     import datasets
-
-TABLE_SUFFIXES = {".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet"}
 
 
 def as_csv(lines: Iterable[Sequence[object]]) -> str:

@@ -7,7 +7,6 @@ command goes on with an interrupted search, and with the trial in whose midst it
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import importlib.util
 import json
@@ -46,7 +45,8 @@ _FIXED = {
     "output_dir", "resume", "overwrite", "time_budget", "preset", "push_to_hub",
 }  # fmt: skip
 _RANGE = re.compile(r"(log|uniform|int)\(\s*([^,()\s]+)\s*,\s*([^,()\s]+)\s*\)")
-_SETTING = re.compile(r"\s*([^=\s]+)=(\w+\([^()]*\)|(?:'[^']*'|[^\s'])+)(?=\s|$)")
+_CALL, _VALUE = r"\w+\([^()]*\)", r"(?:'[^']*'|[^\s',]*)"
+_SETTING = re.compile(rf"\s*([^=\s]+)=({_CALL}|{_VALUE}(?:,{_VALUE})*)(?=\s|$)")
 #: an entry of a list by which its flag is not given
 _NOT_GIVEN = "default"
 
@@ -58,7 +58,7 @@ class Dimension:
     Attributes:
         name: of the argument.
         kind: log, uniform, int or list.
-        values: both ends of a range, or the entries of a list, as they were written.
+        values: both ends of a range, or the entries of a list.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Dimension:
     values: tuple[str, ...]
 
     def suggest(self, trial: Any) -> str:
-        """The value for a trial, as on the command line."""
+        """The value for a trial, as on the command line, or `default`."""
         if self.kind == "list":
             return trial.suggest_categorical(self.name, list(self.values))
         if self.kind == "int":
@@ -93,7 +93,8 @@ def read_space(text: str, names: dict[str, str]) -> list[Dimension]:
     if text[position:].strip() or not found:
         raise UsageError(
             f"--search {text!r} cannot be read{f' at {text[position:].strip()!r}' if found else ''}: write "
-            "'learning_rate=log(1e-5,1e-3) method=lora,partial'."
+            "'learning_rate=log(1e-5,1e-3) method=lora,partial'; a value with commas, blanks or brackets stands in "
+            "single quotes."
         )
     twice = {entry.name for entry in found if [other.name for other in found].count(entry.name) > 1}
     if twice:
@@ -107,10 +108,12 @@ def _dimension(name: str, values: str, names: dict[str, str]) -> Dimension:
     name = names[name]
     if name in _FIXED:
         raise UsageError(f"--search: {name} must be the same in all trials, or their scores would not compare.")
-    if not re.match(r"\w+\(", values):
-        listed = tuple(filter(None, next(csv.reader([values], quotechar="'"))))
+    if not re.fullmatch(_CALL, values):
+        listed = tuple(quoted or bare for quoted, bare in re.findall(r"'([^']*)'|([^',]+)", values) if quoted or bare)
         if not listed:
             raise UsageError(f"--search {name}={values}: the list is empty.")
+        if _NOT_GIVEN in listed and name in ("method", "model_name_or_path"):
+            raise UsageError(f"--search {name}={values}: it cannot be left out: name what stands for {_NOT_GIVEN}.")
         return Dimension(name, "list", listed)
     match = _RANGE.fullmatch(values)
     if not match:
@@ -172,7 +175,10 @@ class Search:
         if self.arguments.output_dir is None:
             self.arguments.output_dir = folder.default_output_dir(stage_arguments(self.arguments, method="tune"))
         self.path = Path(self.arguments.output_dir)
-        self.settings = {"search": sorted(space.split()), **folder.resume_settings(self.arguments)}
+        self.settings = {
+            "search": sorted(match[0].strip() for match in _SETTING.finditer(space)),
+            **folder.resume_settings(self.arguments),
+        }
 
     def _settings(self, values: dict[str, str]) -> Any:
         given = [f"--{name}={value}" for name, value in values.items() if value != _NOT_GIVEN]

@@ -201,6 +201,7 @@ FLAGS = [
         ("--feature_cache on cannot be: the rows of a batch are mixed",),
     ),
     Bad("cutmix of texts", f"{TEXT} --cutmix 1", ("--cutmix mixes the pixels", "embeddings", "not supported")),
+    Bad("cutmix of sounds", "train audio-classification --model m --dataset d --cutmix 1", ("--cutmix", "--mixup")),
     Bad("mixup of nothing", f"{IMAGE} --mixup 0", ("--mixup must be above 0",)),
     Bad("decay without its average", f"{TEXT} --ema_decay 0.9", ("--ema_decay is for --average ema",)),
     Bad("average that is not saved", f"{TEXT} --average ema --save_only_model", ("--save_only_model", "--average ema")),
@@ -850,9 +851,17 @@ RUNS = [
 RANK = "rank --task text-classification --models {bert} --dataset"
 CHOOSING = [
     Bad(
-        "rank of what names no task", "rank --models {bert} --dataset some/data", ("--task", "'some/data'", "multiple-")
+        "rank of what is not there",
+        "rank --models {bert} --dataset some/data",
+        ("'some/data'", "there is no such file"),
     ),
-    Bad("rank without task and data", "rank --models {bert}", ("--task is missing", "--dataset ''")),
+    Bad(
+        "rank of words", "rank --models {bert} --dataset words", ("--task", "do not tell it"), {"words/a.txt": "a film"}
+    ),
+    Bad("rank of an endless name", f"rank --models {{bert}} --dataset {'a' * 5000}", ("--task is missing",)),
+    Bad("rank without task and data", "rank --models {bert}", ("--dataset is missing",), classes("pictures", a=2, b=2)),
+    Bad("rank of no such data", "rank --models {bert} --dataset builtin:digit", ("'digit'", "Did you mean 'digits'")),
+    Bad("rank by settings", "rank --models {bert} --config s.yaml", ("Name the task",), {"s.yaml": "seed: 1"}),
     Bad("rank without models", "rank --task text-classification --dataset {table}", ("--models",)),
     Bad("rank without data", RANK[:-10], ("--dataset is missing",)),
     Bad("rank of an unknown task", "rank --task text --models a --dataset b", ("'text'", "text-classification")),
@@ -890,6 +899,8 @@ CHOOSING += [
     Bad("tune between words", f"{TUNE} 'learning_rate=log(low,high)'", ("learning_rate=log(low,high)", "'low'")),
     Bad("tune of an empty list", f"{TUNE} learning_rate=,", ("learning_rate=,", "the list is empty")),
     Bad("tune of nothing", f"{TUNE} learning_rate", ("cannot be read", "learning_rate=log")),
+    Bad("tune of an open quote", f'{TUNE} "template=it\'s,b"', ("cannot be read", "single quotes")),
+    Bad("tune of no method", f"{TUNE} method=default,lora", ("method=default,lora", "cannot be left out")),
     Bad("tune twice", f"{TUNE} learning_rate=1e-4,1e-3 learning_rate=1e-5", ("more than once",)),
     Bad("tune of the data", f"{TUNE} seed=1,2", ("seed must be the same in all trials",)),
     Bad("tune of a bad value", f"{TUNE} learning_rate=1e-4,-1", ("--learning_rate must be above 0",)),

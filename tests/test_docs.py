@@ -93,7 +93,7 @@ def check_hftl(words: list[str]) -> None:
             cli._run(words[1:])
         options, unknown = parsed.value.args
         if command in ("rank", "check-labels", "lr-find", "tune"):  # the other flags are those of a training
-            task = options.task if command == "rank" else rest[0]
+            task = options.task or "image-classification" if command == "rank" else rest[0]
             check_flags(find_task(task).arguments_class, unknown)
         else:
             assert not unknown
@@ -237,6 +237,7 @@ def test_the_site_builds_and_knows_every_error(tmp_path: Path) -> None:
     assert "it wants a token: make one that may write" in page
     flags = (tmp_path / "site" / "flags.html").read_text(encoding="utf-8")
     assert 'id="lora_r"' in flags
+    assert 'id="embedding_size"' in flags
     assert 'id="word_dropout"' in flags
     pages = "\n".join(path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*.html"))
     assert not re.findall(r'(?:<script[^>]* src|<link[^>]* rel="stylesheet"[^>]* href)="https?:[^"]*"', pages)

@@ -270,9 +270,9 @@ def test_rates_and_epochs_are_those_that_were_given() -> None:
 
 #: rates of the blocks or adapters and of the head, by method; vit as if it were 768 wide
 DEFAULT_RATES = {
-    "bert": {"full": (1e-4, 1e-3), "partial": (3e-4, 1e-3), "lora": (1e-3, 1e-3), "frozen": (1e-3, 1e-3)},
-    "vit": {"full": (5e-5, 1e-3), "partial": (1.5e-4, 1e-3), "lora": (5e-4, 1e-3), "frozen": (1e-3, 1e-3)},
-    "timm_resnet18": {"full": (2e-4, 3e-3), "partial": (6e-4, 3e-3), "lora": (1e-3, 3e-3), "frozen": (3e-3, 3e-3)},
+    "bert": {"full": (1e-4, 1e-3), "partial": (1e-4, 1e-3), "lora": (1e-3, 1e-3), "frozen": (1e-3, 1e-3)},
+    "vit": {"full": (5e-5, 1e-3), "partial": (5e-5, 1e-3), "lora": (5e-4, 1e-3), "frozen": (1e-3, 1e-3)},
+    "timm_resnet18": {"full": (2e-4, 3e-3), "partial": (2e-4, 3e-3), "lora": (1e-3, 3e-3), "frozen": (3e-3, 3e-3)},
 }
 
 
@@ -293,19 +293,14 @@ def test_what_trains_few_numbers_has_a_multiple_of_the_rate_of_adapters(method: 
     assert (stage.learning_rate, stage.head_learning_rate) == pytest.approx((rate, 1e-3))
     (stage,) = plan_of(method, fresh("bert"), "--learning_rate=1e-3").stages
     assert (stage.learning_rate, stage.head_learning_rate) == pytest.approx((1e-3, 1e-3))
+    (stage,) = plan_of(method, fresh("bert"), "--model=random:any").stages
+    assert stage.learning_rate == pytest.approx(rate)
 
 
-@pytest.mark.parametrize(("count", "rate"), [(1, 3e-4), (2, 3e-4), (3, 3**0.5 * 1e-4), (4, 1e-4)])
-def test_the_fewer_blocks_train_the_higher_is_their_rate(count: int, rate: float) -> None:
-    (stage,) = plan_of("partial", fresh("bert"), f"--unfreeze_blocks={count}").stages
-    assert (stage.learning_rate, stage.head_learning_rate) == pytest.approx((rate, 1e-3))
-    (given,) = plan_of("partial", fresh("bert"), f"--unfreeze_blocks={count}", f"--learning_rate={rate / 2}").stages
-    assert (given.learning_rate, given.head_learning_rate) == pytest.approx((rate / 2, 5e-4))
-
-
-def test_the_one_block_of_surgical_has_the_rate_of_few_blocks() -> None:
-    _, second = plan_of("surgical", fresh("bert")).stages
-    assert (second.learning_rate, second.head_learning_rate) == pytest.approx((3e-4, 5e-4))
+def test_the_one_block_of_surgical_has_a_multiple_of_the_rate_of_all() -> None:
+    for model_name, expected in (("some/model", (3e-4, 5e-4)), ("random:any", (1e-3, 5e-4))):
+        _, second = plan_of("surgical", fresh("bert"), f"--model={model_name}").stages
+        assert (second.learning_rate, second.head_learning_rate) == pytest.approx(expected)
 
 
 def test_a_given_rate_of_the_backbone_takes_the_head_along() -> None:

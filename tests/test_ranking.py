@@ -20,6 +20,7 @@ from small_data import write_images, write_texts
 from tiny_models import write_timm_folder, write_tiny_image_model, write_tiny_text_model
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
+import hftl
 from hftl import cli, folder, machine, pretrained, ranked, ranking, transferability
 from hftl.tasks.image_classification import ImageClassification
 
@@ -80,16 +81,40 @@ def test_the_task_is_that_of_the_files(
 ) -> None:
     monkeypatch.chdir(images)
     rank("--models", "resnet", "--dataset=data")
-    assert "task: image-classification, by what data holds" in capsys.readouterr().out
+    assert "task: image-classification, as the names of the files say" in capsys.readouterr().out
     rank("--models", "resnet", "--dataset=data", "--task=image-classification")
     assert "ranked before" in capsys.readouterr().out
-    write_texts(tmp_path / "texts", {"train": 4})
-    for data, task in (
-        ("builtin:pitches", "audio-classification"),
-        (str(tmp_path / "texts"), "text-classification"),
-        (str(next((tmp_path / "texts").glob("train.*"))), "text-classification"),
-    ):
-        assert ranked.task_of_data([f"--dataset={data}"]) == task
+
+
+@pytest.mark.parametrize(
+    ("names", "task"),
+    [
+        (["digits/a/1.wav", "digits/.cache/1.png", "digits/__MACOSX/1.png"], "audio-classification"),
+        (["digits/a/1.mp4"], "video-classification"),
+        (["digits/train.csv", "digits/images/1.JPG"], "image-classification"),
+        (["digits/train.csv"], "text-classification"),
+    ],
+)
+def test_files_name_their_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], task: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(hftl.UsageError):  # the files are empty
+        rank("--models", "random:resnet18", "--dataset=digits")
+    assert f"task: {task}, as the names of the files say" in capsys.readouterr().out
+    monkeypatch.setattr(ranking, "rank", lambda task, *others: pytest.fail(task))
+    with pytest.raises(pytest.fail.Exception, match="audio-classification"):
+        rank("--models", "random:resnet18", "--dataset=builtin:pitches")
+
+
+def test_a_configuration_names_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "settings.yaml").write_text("task: multiple-choice\ndataset: builtin:riddles\n")
+    monkeypatch.setattr(ranking, "rank", lambda task, *others: pytest.fail(task))
+    with pytest.raises(pytest.fail.Exception, match="multiple-choice"):
+        rank("--models", "random:bert", "--config", tmp_path / "settings.yaml")
 
 
 def test_scores_are_those_of_the_models_own_outputs(images: Path) -> None:

@@ -228,11 +228,14 @@ def test_the_default_method_is_that_of_every_trial(world: Path, tmp_path: Path) 
 
 
 def test_a_flag_that_is_left_out_is_an_entry_of_a_list(world: Path, tmp_path: Path) -> None:
-    tokens = [f"--model={world / 'bert'}", f"--dataset={world / 'texts'}", f"--output_dir={tmp_path / 'run'}"]
-    search = Search("text-classification", tokens, "penalty=default,l2_sp reinit_blocks=default,1", 1)
-    found = search._settings({"penalty": "default", "reinit_blocks": "1"})
-    assert (found.penalty, found.reinit_blocks, "penalty" in found.given) == (None, 1, False)
-    assert search._settings({"penalty": "l2_sp", "reinit_blocks": "default"}).reinit_blocks is None
+    search = """penalty=default,l2_sp template='A film, {text}',{text}"""
+    tune(world, tmp_path / "run", 4, search, "--num_train_epochs=1", "--seed=1")
+    rows = trials_of(tmp_path / "run")
+    assert {row["penalty"] for row in rows} == {"default", "l2_sp"}
+    assert {row["template"] for row in rows} == {"A film, {text}", "{text}"}
+    best = max(rows, key=lambda row: float(row["accuracy"]))
+    recipe = read_yaml(tmp_path / "run" / "recipe.yaml")
+    assert (recipe.get("penalty") or "default", recipe["template"]) == (best["penalty"], best["template"])
 
 
 def test_a_run_whose_trial_was_not_told_is_not_trained_again(

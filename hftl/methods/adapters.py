@@ -155,9 +155,9 @@ def adapter_type(arguments: TransferArguments) -> str:
 def add_adapters(model: nn.Module, arguments: TransferArguments) -> Plan:
     """Adapters of one type of PEFT on the backbone's layers, and the head, train (LoRA, Hu et al. 2022; `TYPES`).
 
-    With `--lora_plus_ratio` LoRA's second matrices learn so many times as fast (LoRA+, Hayou et al. 2024).
     They are on every layer of the blocks that the type can take, rather than on query and value alone (Dettmers et al.
-    2023, "QLoRA", figure 2). BatchNorm keeps its statistics: the adapter's file would not hold others.
+    2023, "QLoRA", figure 2). With `--lora_plus_ratio` LoRA's second matrices learn faster (Hayou et al. 2024).
+    BatchNorm keeps its statistics: the adapter's file would not hold others.
 
     Raises:
         UsageError: the type is unknown or finds no layer that it can take, or its settings do not fit.

@@ -22,7 +22,6 @@ from hftl.methods.plan import (
     default_rates,
     head_stage,
     make_stage,
-    rate_of_last,
     resolved_rates,
 )
 from hftl.methods.reinit import reinitialise
@@ -104,7 +103,7 @@ def partial(model: nn.Module, arguments: TransferArguments) -> Plan:
         )
     reinitialise(model, arguments)
     names = [name for name, block in blocks.items() if block >= head - count]
-    rates = resolved_rates(model, arguments, factor=rate_of_last(count, head))
+    rates = resolved_rates(model, arguments)
     stage = make_stage(arguments, f"last {count} blocks", names, rates.backbone, rates.head)
     settings = {"learning_rate": rates.backbone, "head_learning_rate": rates.head, "unfreeze_blocks": count}
     return Plan(model, (stage,), settings)

@@ -119,13 +119,8 @@ def default_rates(model: nn.Module, pretrained: bool = True) -> Rates:
 #: them, with 16 a class 0.817, 0.814, 0.858 and 0.814, 0.827, 0.877, with all rows 0.910, 0.916, 0.934 and 0.919,
 #: 0.932, 0.952 (one draw); on 2,000 movie reviews 0.798, 0.806, 0.797 and 0.810, 0.817, 0.795 (one draw)
 RATE_OF_FEW = 5.0
-#: of one block, or of no more than the later half, as a multiple of the rate of the whole backbone. Once and 3 times:
-#: `partial`, all digits, 2 blocks 0.934, 0.948, the later half 0.956, 0.971; movie reviews, 2 blocks 0.799, 0.812, 5 of
-#: 7 0.819, 0.826; with 16 a class (two draws) digits, 2 blocks 0.818, 0.829, 6 of 17 0.851, 0.886, 10 of them 0.881,
-#: 0.921; TREC, 2 blocks of 7 0.742, 0.729, 5 of them 0.831, 0.849, all 0.844, 0.826. `surgical`, all digits 0.895,
-#: 0.905, movie reviews 0.783, 0.791, TREC with 16 a class 0.804, 0.831. It costs on cats and dogs, near to what the
-#: model knows: 0.984, 0.979
-RATE_OF_BLOCKS = 3.0
+#: of the one block of `surgical`, as a multiple of the rate of the whole backbone. FIGURES
+RATE_OF_ONE_BLOCK = 3.0
 #: about three epochs of a thousand rows
 LEAST_STEPS = 80
 #: of a stage whose epochs were added to reach the least number of steps
@@ -141,20 +136,17 @@ def later_half(blocks: int) -> int:
     return max(1, blocks // 2)
 
 
-def rate_of_last(count: int, blocks: int) -> float:
-    """The rate of the last `count` of so many blocks, as a multiple of that of all: 1 for all, most up to half."""
-    return RATE_OF_BLOCKS ** min(1.0, 2 * (1 - count / blocks))
-
-
 def resolved_rates(model: nn.Module, arguments: TransferArguments, key: str = "backbone", factor: float = 1.0) -> Rates:
     """The person's rates, else the defaults; a given rate of the backbone scales the head's along.
 
-    `--learning_rate` is the rate of `key`, whose default is multiplied by `factor` in a pretrained model. That of
-    adapters, biases and norms says nothing of the head: between their types it differs a thousandfold.
+    `--learning_rate` is the rate of `key`, whose default is multiplied by `factor`: that of the backbone in a
+    pretrained model alone. The head's is scaled along by how far a given rate is from this default. That of adapters,
+    biases and norms says nothing of the head: between their types it differs a thousandfold.
     """
     pretrained = is_pretrained(arguments)
     default = default_rates(model, pretrained)
-    default = replace(default, **{key: getattr(default, key) * (factor if pretrained else 1.0)})
+    factor = factor if pretrained or key != "backbone" else 1.0
+    default = replace(default, **{key: getattr(default, key) * factor})
     scale = arguments.learning_rate / getattr(default, key) if arguments.learning_rate else 1.0
     head = arguments.head_learning_rate or default.head * (scale if key == "backbone" else 1.0)
     return Rates(default.backbone * scale, head, default.adapters * scale)

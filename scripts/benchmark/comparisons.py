@@ -143,7 +143,6 @@ def partial(setting: Setting) -> dict[str, Comparison]:
         "--unfreeze_blocks=2",
         "--augmentation=none",
         f"--num_train_epochs={setting.epochs(5)}",
-        *(f"--{name}={rate}" for name, rate in IMAGE_RATES.items()),
     ]
     exact = ["--logging_steps=1", "--precision=fp32", "--feature_cache_dtype=float32"]
     ours = hftl_train(setting, "hftl partial", "image", *flags, *exact)
