@@ -293,14 +293,6 @@ def test_what_trains_few_numbers_has_a_multiple_of_the_rate_of_adapters(method: 
     assert (stage.learning_rate, stage.head_learning_rate) == pytest.approx((rate, 1e-3))
     (stage,) = plan_of(method, fresh("bert"), "--learning_rate=1e-3").stages
     assert (stage.learning_rate, stage.head_learning_rate) == pytest.approx((1e-3, 1e-3))
-    (stage,) = plan_of(method, fresh("bert"), "--model=random:any").stages
-    assert stage.learning_rate == pytest.approx(rate)
-
-
-def test_the_one_block_of_surgical_has_a_multiple_of_the_rate_of_all() -> None:
-    for model_name, expected in (("some/model", (3e-4, 5e-4)), ("random:any", (1e-3, 5e-4))):
-        _, second = plan_of("surgical", fresh("bert"), f"--model={model_name}").stages
-        assert (second.learning_rate, second.head_learning_rate) == pytest.approx(expected)
 
 
 def test_a_given_rate_of_the_backbone_takes_the_head_along() -> None:

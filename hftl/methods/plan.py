@@ -119,8 +119,6 @@ def default_rates(model: nn.Module, pretrained: bool = True) -> Rates:
 #: them, with 16 a class 0.817, 0.814, 0.858 and 0.814, 0.827, 0.877, with all rows 0.910, 0.916, 0.934 and 0.919,
 #: 0.932, 0.952 (one draw); on 2,000 movie reviews 0.798, 0.806, 0.797 and 0.810, 0.817, 0.795 (one draw)
 RATE_OF_FEW = 5.0
-#: of the one block of `surgical`, as a multiple of the rate of the whole backbone. FIGURES
-RATE_OF_ONE_BLOCK = 3.0
 #: about three epochs of a thousand rows
 LEAST_STEPS = 80
 #: of a stage whose epochs were added to reach the least number of steps
@@ -139,13 +137,10 @@ def later_half(blocks: int) -> int:
 def resolved_rates(model: nn.Module, arguments: TransferArguments, key: str = "backbone", factor: float = 1.0) -> Rates:
     """The person's rates, else the defaults; a given rate of the backbone scales the head's along.
 
-    `--learning_rate` is the rate of `key`, whose default is multiplied by `factor`: that of the backbone in a
-    pretrained model alone. The head's is scaled along by how far a given rate is from this default. That of adapters,
-    biases and norms says nothing of the head: between their types it differs a thousandfold.
+    `--learning_rate` is the rate of `key`, whose default is multiplied by `factor`. That of adapters, biases and norms
+    says nothing of the head: between their types it differs a thousandfold.
     """
-    pretrained = is_pretrained(arguments)
-    default = default_rates(model, pretrained)
-    factor = factor if pretrained or key != "backbone" else 1.0
+    default = default_rates(model, is_pretrained(arguments))
     default = replace(default, **{key: getattr(default, key) * factor})
     scale = arguments.learning_rate / getattr(default, key) if arguments.learning_rate else 1.0
     head = arguments.head_learning_rate or default.head * (scale if key == "backbone" else 1.0)

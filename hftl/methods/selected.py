@@ -16,7 +16,6 @@ from hftl.errors import UsageError
 from hftl.methods.plan import (
     LEAST_STEPS,
     RATE_OF_FEW,
-    RATE_OF_ONE_BLOCK,
     Plan,
     after_head,
     all_parameters,
@@ -92,7 +91,7 @@ def surgical(model: nn.Module, arguments: TransferArguments) -> Plan:
 
     The block is chosen when the second stage begins: a head that knows nothing yet would send noise through all blocks.
     """
-    rates = resolved_rates(model, arguments, factor=RATE_OF_ONE_BLOCK)
+    rates = resolved_rates(model, arguments)
     first = head_stage(model, arguments, rates)
     second = make_stage(arguments, "one block", all_parameters(model), rates.backbone, rates.head / 2)
     second = replace(after_head(second, model, arguments), choose=largest_relative_gradient)
