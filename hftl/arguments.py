@@ -1024,7 +1024,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (
         ("validation_fraction", "random_erasing", "word_dropout", "ema_decay"),
         lambda value: 0 < value < 1,
-        "lie between 0 and 1",
+        "lie between 0 and 1, and be neither",
     ),
     (("layer_decay",), lambda value: 0 < value <= 1, "lie above 0 and not above 1"),
 )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +11,8 @@ import numpy as np
 
 from hftl import folder, transferability
 from hftl.arguments import parse
-from hftl.errors import UsageError
 from hftl.label_errors import likely_label_errors
+from hftl.ranked import check_not_data
 from hftl.ranking import features_of, load_rows
 from hftl.tables import aligned, as_csv
 from hftl.tasks import find_task
@@ -35,10 +34,7 @@ def main(task_name: str, tokens: Sequence[str], output: str | None) -> None:
     """
     task_class = find_task(task_name)
     arguments = parse(task_class.arguments_class, tokens)
-    if output is not None and os.path.exists(output):
-        place = os.path.abspath(os.path.expanduser(str(arguments.dataset_name)))
-        if Path(os.path.abspath(output)).is_relative_to(place):
-            raise UsageError(f"--output {output!r} is a part of the data: name another file.")
+    check_not_data(output, arguments.dataset_name)
     splits = load_rows(arguments, task_class.modality)
     if splits.validation_is_drawn:  # rows to train on as well: whoever cleans them wants all looked at
         splits = dataclasses.replace(splits, train=datasets.concatenate_datasets([splits.train, splits.validation]))

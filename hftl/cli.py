@@ -288,8 +288,16 @@ def _choose_device() -> None:
     share_threads(on_cpu=not torch.accelerator.is_available())
 
 
-def _check_output(output: str | None, source: str = "") -> None:
+#: files of a run that end as what commands write
+_OF_RUNS = ("predictions.csv", "trials.csv", "report.html")
+
+
+def _check_output(output: str | None, source: str = "", endings: Sequence[str] = ()) -> None:
     """Refuse a place that cannot be written, or must not be, before anything is computed."""
+    if output is not None and endings and not output.lower().endswith(tuple(endings)):
+        raise UsageError(f"--output {output!r}: name a file that ends in {' or '.join(endings)}.")
+    if output is not None and Path(output).name in _OF_RUNS and Path(output).with_name("metrics.json").is_file():
+        raise UsageError(f"--output {output!r} is a file of a run: name another.")
     if output is not None and os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source):
         raise UsageError(f"--output {output!r} is the input itself: name another file.")
     if output is not None and not Path(output).parent.is_dir():
@@ -369,7 +377,8 @@ def _rank(argv: list[str]) -> None:
     parser.add_argument("--by", default="logme", choices=ranked.MEASURES)
     parser.add_argument("--output", help="CSV file to write, beside the table that is printed")
     options, rest = parser.parse_known_args(argv)
-    _check_output(options.output)
+    _check_output(options.output, endings=[".csv"])
+    ranked.check_not_data(options.output, ranked.dataset_of(rest))
     models = list(dict.fromkeys(options.models))
     has_config = any(token.partition("=")[0] == "--config" for token in rest)
     task = options.task or (_task_of_config(rest) if has_config else ranked.task_of_data(rest))
@@ -399,7 +408,7 @@ def _check_labels(argv: list[str]) -> None:
     parser = _training_parser("check-labels", "Training rows whose label is likely wrong.")
     parser.add_argument("--output", help="CSV file to write, with all of them")
     options, rest = parser.parse_known_args(argv[1:])
-    _check_output(options.output)
+    _check_output(options.output, endings=[".csv"])
     with quick_imports():
         from hftl import check_labels
 
@@ -412,7 +421,7 @@ def _lr_find(argv: list[str]) -> None:
     parser.add_argument("--output", default="lr_find.png", help="picture to write (default: lr_find.png)")
     parser.add_argument("--steps", type=_positive, default=100, help="of the test (default: 100)")
     options, rest = parser.parse_known_args(argv[1:])
-    _check_output(options.output)
+    _check_output(options.output, endings=[".png", ".svg", ".pdf"])
     with quick_imports():
         from hftl.fitting import find_learning_rate
 
@@ -498,7 +507,7 @@ def _compare(argv: list[str]) -> None:
     parser.add_argument("--output", help="page to write, beside the table that is printed")
     _add_trust(parser)
     options = parser.parse_args(argv)
-    _check_output(options.output)
+    _check_output(options.output, endings=[".html"])
     from hftl import compare
 
     compare.main(options.runs, options.output, options.trust_remote_code)

@@ -89,10 +89,9 @@ def task_of_data(tokens: Sequence[str]) -> str:
     Raises:
         UsageError: they do not, or there are none.
     """
-    names = [value for flag, values in _values(tokens).items() if flag in _DATA for value in values]
-    if not names:
+    name = dataset_of(tokens)
+    if name is None:
         raise UsageError("--dataset is missing: name a folder, a table, a Hub id or builtin:NAME.")
-    name = names[-1]
     place = os.path.expanduser(name)
     task = builtin_task(name.removeprefix("builtin:")) if name.startswith("builtin:") else _task_of_files(place)
     if task is None:
@@ -100,6 +99,24 @@ def task_of_data(tokens: Sequence[str]) -> str:
         raise UsageError(f"--task is missing, and of --dataset {name[:200]!r} {why}: name one of {', '.join(TASKS)}.")
     say(f"task: {task}, as the names of the files say (--task names another)")
     return task
+
+
+def dataset_of(tokens: Sequence[str]) -> str | None:
+    """What `--dataset` names, of several the last one."""
+    named = [value for flag, values in _values(tokens).items() if flag in _DATA for value in values]
+    return named[-1] if named else None
+
+
+def check_not_data(output: str | os.PathLike[str] | None, dataset: str | None) -> None:
+    """Refuse to write over a file of the data.
+
+    Raises:
+        UsageError: as said.
+    """
+    if output is None or dataset is None or not os.path.exists(output):
+        return
+    if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(os.path.expanduser(dataset))):
+        raise UsageError(f"--output {str(output)!r} is a part of the data: name another file.")
 
 
 def _task_of_files(place: str) -> str | None:
@@ -296,7 +313,7 @@ def recommendation(candidates: Sequence[Candidate], by: str, task_name: str, tok
     if by != "probe" and max(entry.probe for entry in candidates) > best.probe + error:
         top = max(candidates, key=lambda entry: entry.probe)
         lines.append(f"but: the probe prefers {top.model} ({top.probe:.4f}): try both")
-    flags = shlex.join([*best.flags, *tokens])
+    flags = shlex.join([*tokens, *best.flags])  # of a flag that is named twice the last one holds
     lines.append(f"next: hftl train {task_name} {flags}, or hftl advise with the same")
     return "\n".join(lines)
 

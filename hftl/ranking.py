@@ -153,6 +153,8 @@ def load_rows(arguments: ArgumentsType, modality: Modality) -> Splits:
     splits = data.load_splits(arguments, modality)
     for line in splits.report:
         say(line)
+    if max(splits.counts) < 2:
+        raise UsageError("Each class has one row: none is left to judge it by. Two of each are the least.")
     return dataclasses.replace(splits, test=None)
 
 

@@ -117,7 +117,9 @@ def _dimension(name: str, values: str, names: dict[str, str]) -> Dimension:
         return Dimension(name, "list", listed)
     match = _RANGE.fullmatch(values)
     if not match:
-        near = did_you_mean(values.partition("(")[0], ("log", "uniform", "int"))
+        kinds = ("log", "uniform", "int")
+        kind = values.partition("(")[0]
+        near = "" if kind in kinds else did_you_mean(kind, kinds)
         raise UsageError(f"--search {name}={values}: a range is log(a,b), uniform(a,b) or int(a,b).{near}")
     kind = match[1]
     try:
@@ -198,9 +200,13 @@ class Search:
         for value in dimension.values:
             alone = [self._refusal({**method, name: value}) for method in used]
             refused = refused or any(alone)
-            pairs = ({**method, **other, name: value} for method in used for other in others)
-            if all(alone) and all(self._refusal(values) for values in pairs):
-                raise next(filter(None, alone))
+            if not all(alone):
+                continue
+            pairs = [self._refusal({**method, **other, name: value}) for method in used for other in others]
+            if all(pairs):
+                reasons = [reason for reason in [*alone, *pairs] if reason]
+                # What is said only with another flag beside it is the fault of the value, and not that one is missing.
+                raise next((reason for reason in reasons if str(reason) not in map(str, alone)), reasons[0])
         return refused
 
     def _refusal(self, values: dict[str, str]) -> UsageError | None:

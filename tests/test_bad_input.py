@@ -869,6 +869,18 @@ CHOOSING = [
     Bad("rank by no measure", f"{RANK} {{table}} --by accuracy", ("--by", "'accuracy'", "logme")),
     Bad("rank by a head that is not there", f"{RANK} {{table}} --by leep", ("--by leep", "no trained head")),
     Bad("rank with one class", f"{RANK} t.csv", ("t.csv", "one class"), {"t.csv": "text,label\na,x\nb,x\nc,x\n"}),
+    Bad("rank into its data", f"{RANK} t.csv --output t.csv", ("is a part of the data",), {"t.csv": table()}),
+    Bad("rank into a sheet", f"{RANK} {{table}} --output t.xlsx", ("ends in .csv",)),
+    Bad("rank of one row a class", f"{RANK} {{table}} --shots 1", ("Each class has one row", "Two of each")),
+    Bad("compare into a run", "compare {run} {run} --output {run}/report.html", ("is a file of a run",)),
+    Bad("compare into scores", "compare {run} {run} --output {run}/metrics.json", ("ends in .html",)),
+    Bad("lr-find into a sheet", f"lr-find{TEXT[5:-17]} --output t.csv", ("ends in .png",)),
+    Bad(
+        "lr-find into its data",
+        "lr-find image-classification --model {vit} --dataset pets --output pets/a/0.png",
+        ("is a part of the data",),
+        classes("pets", a=3, b=3),
+    ),
     Bad("rank into no folder", f"{RANK} {{table}} --output no/t.csv", ("--output", "there is no folder 'no'")),
     Bad("advise without a task", "advise --model {bert}", ("Name the task: hftl advise TASK", "text-classification")),
     Bad("advise for no such task", "advise text --model {bert}", ("'text'", "text-classification")),
@@ -901,6 +913,10 @@ CHOOSING += [
     Bad("tune of nothing", f"{TUNE} learning_rate", ("cannot be read", "learning_rate=log")),
     Bad("tune of an open quote", f'{TUNE} "template=it\'s,b"', ("cannot be read", "single quotes")),
     Bad("tune of no method", f"{TUNE} method=default,lora", ("method=default,lora", "cannot be left out")),
+    Bad(
+        "tune of a bad weight", f"{TUNE} penalty=l2_sp penalty_weight=-1,0.1 --method full", ("--penalty_weight", "-1")
+    ),
+    Bad("tune of an open bracket", f"{TUNE} 'learning_rate=log(1e-5)'", ("a range is log(a,b)",)),
     Bad("tune twice", f"{TUNE} learning_rate=1e-4,1e-3 learning_rate=1e-5", ("more than once",)),
     Bad("tune of the data", f"{TUNE} seed=1,2", ("seed must be the same in all trials",)),
     Bad("tune of a bad value", f"{TUNE} learning_rate=1e-4,-1", ("--learning_rate must be above 0",)),
@@ -946,6 +962,12 @@ VALUES = [
         ("--batch_norm train", "a single row", "--dataloader_drop_last"),
     ),
     Bad("no such accelerator file", f"{TEXT} --accelerator_config nope.json", ("nope.json",)),
+    Bad("adapter of no rank", with_settings("vera", '"r": 0'), ("--peft_config: 'r' must be 1 or more",)),
+    Bad(
+        "ranks the wrong way",
+        with_settings("adalora", '"init_r": 1, "target_r": 8'),
+        ("'target_r' (8)", "'init_r' (1)"),
+    ),
     Bad("adapter setting of null", with_settings("lora", '"r": null'), ("--peft_config", "r")),
     Bad(
         "noise on the embeddings of images",

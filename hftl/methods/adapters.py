@@ -128,7 +128,7 @@ _OURS = {
     "total_step": "--max_steps or --num_train_epochs",
 }
 #: what PEFT raises for sizes and settings that do not go together
-_PEFT_ERRORS = (ValueError, TypeError, RuntimeError, NotImplementedError, KeyError, AttributeError, ImportError)
+_PEFT_ERRORS = (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ImportError, ArithmeticError)
 
 
 def adapter_type(arguments: TransferArguments) -> str:
@@ -166,6 +166,11 @@ def add_adapters(model: nn.Module, arguments: TransferArguments) -> Plan:
     given = peft_settings(arguments)
     targets = _targets(model, name, arguments)
     settings = _sizes_that_fit(name, [model.get_submodule(target) for target in targets]) | given
+    if name == "ADALORA" and settings.get("target_r", 8) > settings.get("init_r", 12):
+        raise UsageError(
+            f"--peft_config: AdaLoRA goes down to 'target_r' ({settings.get('target_r', 8)}), which is more than the "
+            f"'init_r' ({settings.get('init_r', 12)}) that it starts from."
+        )
     if name == "LORA":
         settings.setdefault("lora_alpha", 2 * settings["r"])
     rates = resolved_rates(model, arguments, "adapters", TYPES[name].rate)
@@ -222,6 +227,8 @@ def peft_settings(arguments: TransferArguments) -> dict[str, Any]:
             raise UsageError(f"--peft_config: {key!r} is set by hftl; use {_OURS[key]}.")
         if key not in keys:
             raise UsageError(f"--peft_config: {name} has no setting {key!r}.{did_you_mean(key, keys)}")
+        if key in ("r", "init_r", "target_r") and isinstance(settings[key], int) and settings[key] < 1:
+            raise UsageError(f"--peft_config: {key!r} must be 1 or more, not {settings[key]}.")
         if settings[key] is None:
             raise UsageError(f"--peft_config: {key!r} is null. Leave it out.")
         if key in flags:

@@ -56,7 +56,6 @@ VARIANTS: dict[str, list[str]] = {
     "full, SWA": ["--method=full", "--average=swa"],
     "auto, 60 s": ["--method=auto", "--time_budget=60s"],
     "auto, 200 s": ["--method=auto", "--time_budget=200s"],
-    "auto, 400 s": ["--method=auto", "--time_budget=400s"],
 }
 Entry = dict[str, Any]
 
