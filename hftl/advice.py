@@ -30,7 +30,7 @@ from hftl.methods import build_plan
 from hftl.methods.adapters import takes_lora
 from hftl.methods.plan import LEAST_STEPS, Plan, later_half, prepare_modules, with_least_steps
 from hftl.problems import is_uneven
-from hftl.ranking import Pooled, features_of, load_rows
+from hftl.ranking import Pooled, features_of, load_rows, require_two_rows
 from hftl.tasks import find_task
 
 #: the part of the error of guessing that the probe must take away. It is 0.98 on cats and dogs with EfficientNet-Lite0,
@@ -215,6 +215,7 @@ def advise(task_name: str, tokens: Sequence[str]) -> str:
     if arguments.finds_learning_rate:
         raise UsageError("--learning_rate auto: hftl advise says a rate itself. Leave it out, or run hftl lr-find.")
     splits = load_rows(arguments, task_class.modality)
+    require_two_rows(splits)
     found = features_of(task_class(arguments), splits)
     figures = look(found, splits)
     choice = choose(figures)

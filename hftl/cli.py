@@ -209,19 +209,24 @@ def _train(argv: list[str]) -> None:
 
 def _task_of_config(argv: list[str]) -> str:
     """The task that a configuration file names."""
-    from hftl.arguments import find_config
-    from hftl.yaml_files import read_yaml
-
-    path = next((token.partition("=")[2] for token in argv if token.startswith("--config=")), None)
-    if "--config" in argv[:-1]:
-        path = argv[argv.index("--config") + 1]
-    task = read_yaml(find_config(path)).get("task") if path else None
+    task = _config_of(argv).get("task")
     if not task:
         raise UsageError(
             f"Name the task: hftl train TASK …, with one of {', '.join(TASKS)}, or `task:` in the --config file."
         )
     check_task(str(task))
     return str(task)
+
+
+def _config_of(argv: list[str]) -> dict[str, Any]:
+    """What the file of `--config` says; nothing without one."""
+    from hftl.arguments import find_config
+    from hftl.yaml_files import read_yaml
+
+    path = next((token.partition("=")[2] for token in argv if token.startswith("--config=")), None)
+    if "--config" in argv[:-1]:
+        path = argv[argv.index("--config") + 1]
+    return read_yaml(find_config(path)) if path else {}
 
 
 #: what `hftl predict` does not write
@@ -296,7 +301,9 @@ def _check_output(output: str | None, source: str = "", endings: Sequence[str] =
     """Refuse a place that cannot be written, or must not be, before anything is computed."""
     if output is not None and endings and not output.lower().endswith(tuple(endings)):
         raise UsageError(f"--output {output!r}: name a file that ends in {' or '.join(endings)}.")
-    if output is not None and Path(output).name in _OF_RUNS and Path(output).with_name("metrics.json").is_file():
+    place = Path(output or "")
+    in_run = all(place.with_name(name).is_file() for name in ("metrics.json", "recipe.yaml")) if place.name else False
+    if in_run and place.name in _OF_RUNS and place.is_file():
         raise UsageError(f"--output {output!r} is a file of a run: name another.")
     if output is not None and os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source):
         raise UsageError(f"--output {output!r} is the input itself: name another file.")
@@ -378,10 +385,12 @@ def _rank(argv: list[str]) -> None:
     parser.add_argument("--output", help="CSV file to write, beside the table that is printed")
     options, rest = parser.parse_known_args(argv)
     _check_output(options.output, endings=[".csv"])
-    ranked.check_not_data(options.output, ranked.dataset_of(rest))
+    config = _config_of(rest) if any(token.partition("=")[0] == "--config" for token in rest) else {}
+    dataset = ranked.dataset_of(rest) or config.get("dataset") or config.get("dataset_name")
+    ranked.check_not_data(options.output, dataset)
     models = list(dict.fromkeys(options.models))
-    has_config = any(token.partition("=")[0] == "--config" for token in rest)
-    task = options.task or (_task_of_config(rest) if has_config else ranked.task_of_data(rest))
+    task = options.task or config.get("task") or ranked.task_of_data(dataset)
+    check_task(task)
     identities = ranked.identify(task, models, rest)  # as the files are before they are read
     found = ranked.known(identities)
     if found:
@@ -418,7 +427,7 @@ def _check_labels(argv: list[str]) -> None:
 def _lr_find(argv: list[str]) -> None:
     task = _named_task(argv, "lr-find")
     parser = _training_parser("lr-find", "A range test of the learning rate.")
-    parser.add_argument("--output", default="lr_find.png", help="picture to write (default: lr_find.png)")
+    parser.add_argument("--output", default="lr_find.png", help="picture, .png, .svg or .pdf (default: lr_find.png)")
     parser.add_argument("--steps", type=_positive, default=100, help="of the test (default: 100)")
     options, rest = parser.parse_known_args(argv[1:])
     _check_output(options.output, endings=[".png", ".svg", ".pdf"])

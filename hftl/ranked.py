@@ -83,13 +83,12 @@ class Candidate:
     chance: float
 
 
-def task_of_data(tokens: Sequence[str]) -> str:
-    """The task that the data of `--dataset` are for, as far as the names of files say it.
+def task_of_data(name: str | None) -> str:
+    """The task that data are for, as far as the names of their files say it.
 
     Raises:
         UsageError: they do not, or there are none.
     """
-    name = dataset_of(tokens)
     if name is None:
         raise UsageError("--dataset is missing: name a folder, a table, a Hub id or builtin:NAME.")
     place = os.path.expanduser(name)
@@ -97,7 +96,7 @@ def task_of_data(tokens: Sequence[str]) -> str:
     if task is None:
         why = "the names of its files do not tell it" if os.path.exists(place) else "there is no such file or folder"
         raise UsageError(f"--task is missing, and of --dataset {name[:200]!r} {why}: name one of {', '.join(TASKS)}.")
-    say(f"task: {task}, as the names of the files say (--task names another)")
+    say(f"task: {task} (--task names another)")
     return task
 
 
@@ -115,7 +114,8 @@ def check_not_data(output: str | os.PathLike[str] | None, dataset: str | None) -
     """
     if output is None or dataset is None or not os.path.exists(output):
         return
-    if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(os.path.expanduser(dataset))):
+    dataset = os.path.expanduser(dataset)
+    if any(Path(place(output)).is_relative_to(place(dataset)) for place in (os.path.abspath, os.path.realpath)):
         raise UsageError(f"--output {str(output)!r} is a part of the data: name another file.")
 
 

@@ -83,6 +83,7 @@ def rank(
     for arguments in settings:
         check(arguments)
     splits = load_rows(settings[0], task_class.modality)
+    require_two_rows(splits)
     started = before = time.perf_counter()
     waiting: list[Future[Candidate]] = []
     # On one core: threads of NumPy and of PyTorch, which prepares the next model, would wait for each other's cores.
@@ -143,6 +144,16 @@ def check(arguments: ArgumentsType) -> None:
     pretrained.check_model_name(arguments.model_name_or_path, arguments.trust_remote_code)
 
 
+def require_two_rows(splits: Splits) -> None:
+    """Refuse rows of which none can be left out and judged by the others of its class.
+
+    Raises:
+        UsageError: as said.
+    """
+    if max(splits.counts) < 2:
+        raise UsageError("No class has two training rows, of which one could be judged by the other: add rows.")
+
+
 def load_rows(arguments: ArgumentsType, modality: Modality) -> Splits:
     """The data with its report, without the test split.
 
@@ -153,8 +164,6 @@ def load_rows(arguments: ArgumentsType, modality: Modality) -> Splits:
     splits = data.load_splits(arguments, modality)
     for line in splits.report:
         say(line)
-    if max(splits.counts) < 2:
-        raise UsageError("Each class has one row: none is left to judge it by. Two of each are the least.")
     return dataclasses.replace(splits, test=None)
 
 

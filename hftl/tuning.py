@@ -200,13 +200,12 @@ class Search:
         for value in dimension.values:
             alone = [self._refusal({**method, name: value}) for method in used]
             refused = refused or any(alone)
-            if not all(alone):
-                continue
-            pairs = [self._refusal({**method, **other, name: value}) for method in used for other in others]
-            if all(pairs):
-                reasons = [reason for reason in [*alone, *pairs] if reason]
-                # What is said only with another flag beside it is the fault of the value, and not that one is missing.
-                raise next((reason for reason in reasons if str(reason) not in map(str, alone)), reasons[0])
+            pairs = [{**method, **other} for method in used for other in others]
+            if all(alone) and all(self._refusal({**pair, name: value}) for pair in pairs):
+                # With another flag beside it more is said of the value than that this other one is missing.
+                beside = (self._refusal({**pair, name: value}) for pair in pairs if not self._refusal(pair))
+                said = {str(reason) for reason in alone}
+                raise next((one for one in beside if one and str(one) not in said), None) or next(filter(None, alone))
         return refused
 
     def _refusal(self, values: dict[str, str]) -> UsageError | None:

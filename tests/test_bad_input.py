@@ -861,7 +861,13 @@ CHOOSING = [
     Bad("rank of an endless name", f"rank --models {{bert}} --dataset {'a' * 5000}", ("--task is missing",)),
     Bad("rank without task and data", "rank --models {bert}", ("--dataset is missing",), classes("pictures", a=2, b=2)),
     Bad("rank of no such data", "rank --models {bert} --dataset builtin:digit", ("'digit'", "Did you mean 'digits'")),
-    Bad("rank by settings", "rank --models {bert} --config s.yaml", ("Name the task",), {"s.yaml": "seed: 1"}),
+    Bad("rank by settings", "rank --models {bert} --config s.yaml", ("--dataset is missing",), {"s.yaml": "seed: 1"}),
+    Bad(
+        "rank into the data of its settings",
+        "rank --models {bert} --config s.yaml --output t.csv",
+        ("is a part of the data",),
+        {"s.yaml": "task: text-classification\ndataset: t.csv", "t.csv": table()},
+    ),
     Bad("rank without models", "rank --task text-classification --dataset {table}", ("--models",)),
     Bad("rank without data", RANK[:-10], ("--dataset is missing",)),
     Bad("rank of an unknown task", "rank --task text --models a --dataset b", ("'text'", "text-classification")),
@@ -871,7 +877,7 @@ CHOOSING = [
     Bad("rank with one class", f"{RANK} t.csv", ("t.csv", "one class"), {"t.csv": "text,label\na,x\nb,x\nc,x\n"}),
     Bad("rank into its data", f"{RANK} t.csv --output t.csv", ("is a part of the data",), {"t.csv": table()}),
     Bad("rank into a sheet", f"{RANK} {{table}} --output t.xlsx", ("ends in .csv",)),
-    Bad("rank of one row a class", f"{RANK} {{table}} --shots 1", ("Each class has one row", "Two of each")),
+    Bad("rank of one row a class", f"{RANK} {{table}} --shots 1", ("No class has two training rows",)),
     Bad("compare into a run", "compare {run} {run} --output {run}/report.html", ("is a file of a run",)),
     Bad("compare into scores", "compare {run} {run} --output {run}/metrics.json", ("ends in .html",)),
     Bad("lr-find into a sheet", f"lr-find{TEXT[5:-17]} --output t.csv", ("ends in .png",)),
@@ -916,7 +922,12 @@ CHOOSING += [
     Bad(
         "tune of a bad weight", f"{TUNE} penalty=l2_sp penalty_weight=-1,0.1 --method full", ("--penalty_weight", "-1")
     ),
-    Bad("tune of an open bracket", f"{TUNE} 'learning_rate=log(1e-5)'", ("a range is log(a,b)",)),
+    Bad("tune of one end", f"{TUNE} 'learning_rate=log(1e-5)'", ("a range is log(a,b), uniform(a,b) or int(a,b).\n",)),
+    Bad(
+        "tune of a template without a text",
+        f"{TUNE} 'average=none,ema ema_decay=0.9,0.99 template=film,{{{{text}}}}'",
+        ("--template", "{text}"),
+    ),
     Bad("tune twice", f"{TUNE} learning_rate=1e-4,1e-3 learning_rate=1e-5", ("more than once",)),
     Bad("tune of the data", f"{TUNE} seed=1,2", ("seed must be the same in all trials",)),
     Bad("tune of a bad value", f"{TUNE} learning_rate=1e-4,-1", ("--learning_rate must be above 0",)),
@@ -962,12 +973,9 @@ VALUES = [
         ("--batch_norm train", "a single row", "--dataloader_drop_last"),
     ),
     Bad("no such accelerator file", f"{TEXT} --accelerator_config nope.json", ("nope.json",)),
-    Bad("adapter of no rank", with_settings("vera", '"r": 0'), ("--peft_config: 'r' must be 1 or more",)),
-    Bad(
-        "ranks the wrong way",
-        with_settings("adalora", '"init_r": 1, "target_r": 8'),
-        ("'target_r' (8)", "'init_r' (1)"),
-    ),
+    Bad("adapter of no rank", with_settings("vera", '"r": 0'), ("--peft_config: 'r' must be a whole number",)),
+    Bad("ranks the wrong way", with_settings("adalora", '"init_r": 8'), ("'init_r' of AdaLoRA (8)", "'target_r' (8)")),
+    Bad("rank in words", with_settings("adalora", '"init_r": "8"'), ("'init_r' must be a whole number", "'8'")),
     Bad("adapter setting of null", with_settings("lora", '"r": null'), ("--peft_config", "r")),
     Bad(
         "noise on the embeddings of images",

@@ -81,7 +81,7 @@ def test_the_task_is_that_of_the_files(
 ) -> None:
     monkeypatch.chdir(images)
     rank("--models", "resnet", "--dataset=data")
-    assert "task: image-classification, as the names of the files say" in capsys.readouterr().out
+    assert "task: image-classification (--task names another)" in capsys.readouterr().out
     rank("--models", "resnet", "--dataset=data", "--task=image-classification")
     assert "ranked before" in capsys.readouterr().out
 
@@ -104,7 +104,7 @@ def test_files_name_their_task(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(hftl.UsageError):  # the files are empty
         rank("--models", "random:resnet18", "--dataset=digits")
-    assert f"task: {task}, as the names of the files say" in capsys.readouterr().out
+    assert f"task: {task} (--task names another)" in capsys.readouterr().out
     monkeypatch.setattr(ranking, "rank", lambda task, *others: pytest.fail(task))
     with pytest.raises(pytest.fail.Exception, match="audio-classification"):
         rank("--models", "random:resnet18", "--dataset=builtin:pitches")
@@ -427,3 +427,22 @@ def test_help_names_the_command_and_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "hftl rank --models A B C" in done.stdout
     assert done.stdout.split()[-1] == "False"
+
+
+def test_the_command_that_is_recommended_ends_with_the_model() -> None:
+    """Of a flag that stands twice the last one holds."""
+    scores: dict[str, Any] = {"logme": -0.2, "h_score": 0.4, "transrate": 0.1, "leep": None, "nce": None}
+    flags = ["--model=tiny", "--image_size=32"]
+    entry = ranked.Candidate(
+        1, "tiny@32", **scores, probe=0.9, parameters=9, features_per_second=1.0, flags=flags, rows=100, chance=0.5
+    )
+    said = ranked.recommendation([entry], "logme", "image-classification", ["--dataset=pets", "--image_size=64"])
+    assert "hftl train image-classification --dataset=pets --image_size=64 --model=tiny --image_size=32," in said
+
+
+def test_two_rows_of_a_class_are_enough_to_check_labels(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path / "few", {"train": 2})
+    cli._run(["check-labels", "image-classification", f"--model={images / 'vit'}", f"--dataset={tmp_path / 'few'}"])
+    assert "of 6 rows" in capsys.readouterr().out

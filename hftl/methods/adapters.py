@@ -166,11 +166,6 @@ def add_adapters(model: nn.Module, arguments: TransferArguments) -> Plan:
     given = peft_settings(arguments)
     targets = _targets(model, name, arguments)
     settings = _sizes_that_fit(name, [model.get_submodule(target) for target in targets]) | given
-    if name == "ADALORA" and settings.get("target_r", 8) > settings.get("init_r", 12):
-        raise UsageError(
-            f"--peft_config: AdaLoRA goes down to 'target_r' ({settings.get('target_r', 8)}), which is more than the "
-            f"'init_r' ({settings.get('init_r', 12)}) that it starts from."
-        )
     if name == "LORA":
         settings.setdefault("lora_alpha", 2 * settings["r"])
     rates = resolved_rates(model, arguments, "adapters", TYPES[name].rate)
@@ -198,7 +193,8 @@ def peft_settings(arguments: TransferArguments) -> dict[str, Any]:
     """The settings that were asked for, by their names in PEFT: those of `--peft_config`, and those with a flag.
 
     Raises:
-        UsageError: `--peft_config` is no JSON object, or has a key that the type does not have, or that hftl sets.
+        UsageError: `--peft_config` is no JSON object, or has a key that the type does not have, or that hftl sets, or
+            a rank that cannot be.
     """
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -227,15 +223,31 @@ def peft_settings(arguments: TransferArguments) -> dict[str, Any]:
             raise UsageError(f"--peft_config: {key!r} is set by hftl; use {_OURS[key]}.")
         if key not in keys:
             raise UsageError(f"--peft_config: {name} has no setting {key!r}.{did_you_mean(key, keys)}")
-        if key in ("r", "init_r", "target_r") and isinstance(settings[key], int) and settings[key] < 1:
-            raise UsageError(f"--peft_config: {key!r} must be 1 or more, not {settings[key]}.")
         if settings[key] is None:
             raise UsageError(f"--peft_config: {key!r} is null. Leave it out.")
         if key in flags:
             raise UsageError(f"--peft_config: {key!r} is also given by --{_LORA_FLAGS[key]}. Leave one out.")
         if key in implied:
             raise UsageError(f"--peft_config: {key!r} is what --method {arguments.method} stands for. Leave it out.")
+    _check_ranks(name, settings)
     return wanted
+
+
+def _check_ranks(name: str, settings: dict[str, Any]) -> None:
+    """Refuse ranks by which PEFT fails in the midst of a training, or trains nothing.
+
+    Raises:
+        UsageError: as said.
+    """
+    for key in {"r", "init_r", "target_r"} & set(settings) if name != "OFT" else ():  # whose r may be 0
+        if not isinstance(settings[key], int) or settings[key] < 1:
+            raise UsageError(f"--peft_config: {key!r} must be a whole number of 1 or more, not {settings[key]!r}.")
+    if name == "ADALORA":
+        from peft import AdaLoraConfig
+
+        start, end = settings.get("init_r", AdaLoraConfig.init_r), settings.get("target_r", AdaLoraConfig.target_r)
+        if end >= start:
+            raise UsageError(f"--peft_config: the 'init_r' of AdaLoRA ({start}) must be above its 'target_r' ({end}).")
 
 
 def _parsed(text: str | None) -> dict[str, Any]:
