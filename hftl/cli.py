@@ -386,10 +386,11 @@ def _rank(argv: list[str]) -> None:
     options, rest = parser.parse_known_args(argv)
     _check_output(options.output, endings=[".csv"])
     config = _config_of(rest) if any(token.partition("=")[0] == "--config" for token in rest) else {}
-    dataset = ranked.dataset_of(rest) or config.get("dataset") or config.get("dataset_name")
+    named = config.get("dataset") or config.get("dataset_name")
+    dataset = ranked.dataset_of(rest) or (str(named) if named else None)
     ranked.check_not_data(options.output, dataset)
     models = list(dict.fromkeys(options.models))
-    task = options.task or config.get("task") or ranked.task_of_data(dataset)
+    task = options.task or str(config.get("task") or ranked.task_of_data(dataset))
     check_task(task)
     identities = ranked.identify(task, models, rest)  # as the files are before they are read
     found = ranked.known(identities)

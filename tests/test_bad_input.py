@@ -863,6 +863,13 @@ CHOOSING = [
     Bad("rank of no such data", "rank --models {bert} --dataset builtin:digit", ("'digit'", "Did you mean 'digits'")),
     Bad("rank by settings", "rank --models {bert} --config s.yaml", ("--dataset is missing",), {"s.yaml": "seed: 1"}),
     Bad(
+        "rank by settings that are none",
+        "rank --models {bert} --config s.yaml",
+        ("Unknown task", "3"),
+        {"s.yaml": "task: [3]\ndataset: 3"},
+    ),
+    Bad("rank by a number", "rank --models {bert} --config s.yaml", ("'3'", "no such file"), {"s.yaml": "dataset: 3"}),
+    Bad(
         "rank into the data of its settings",
         "rank --models {bert} --config s.yaml --output t.csv",
         ("is a part of the data",),
