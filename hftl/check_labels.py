@@ -12,7 +12,6 @@ import numpy as np
 from hftl import folder, transferability
 from hftl.arguments import parse
 from hftl.label_errors import likely_label_errors
-from hftl.ranked import check_not_data
 from hftl.ranking import features_of, load_rows
 from hftl.tables import aligned, as_csv
 from hftl.tasks import find_task
@@ -34,7 +33,7 @@ def main(task_name: str, tokens: Sequence[str], output: str | None) -> None:
     """
     task_class = find_task(task_name)
     arguments = parse(task_class.arguments_class, tokens)
-    check_not_data(output, arguments.dataset_name)
+    folder.check_not_data(output, arguments.dataset_name)
     splits = load_rows(arguments, task_class.modality)
     if splits.validation_is_drawn:  # rows to train on as well: whoever cleans them wants all looked at
         splits = dataclasses.replace(splits, train=datasets.concatenate_datasets([splits.train, splits.validation]))

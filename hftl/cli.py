@@ -220,13 +220,15 @@ def _task_of_config(argv: list[str]) -> str:
 
 def _config_of(argv: list[str]) -> dict[str, Any]:
     """What the file of `--config` says; nothing without one."""
-    from hftl.arguments import find_config
-    from hftl.yaml_files import read_yaml
-
     path = next((token.partition("=")[2] for token in argv if token.startswith("--config=")), None)
     if "--config" in argv[:-1]:
         path = argv[argv.index("--config") + 1]
-    return read_yaml(find_config(path)) if path else {}
+    if not path:
+        return {}
+    from hftl.arguments import find_config
+    from hftl.yaml_files import read_yaml
+
+    return read_yaml(find_config(path))
 
 
 #: what `hftl predict` does not write
@@ -301,9 +303,7 @@ def _check_output(output: str | None, source: str = "", endings: Sequence[str] =
     """Refuse a place that cannot be written, or must not be, before anything is computed."""
     if output is not None and endings and not output.lower().endswith(tuple(endings)):
         raise UsageError(f"--output {output!r}: name a file that ends in {' or '.join(endings)}.")
-    place = Path(output or "")
-    in_run = all(place.with_name(name).is_file() for name in ("metrics.json", "recipe.yaml")) if place.name else False
-    if in_run and place.name in _OF_RUNS and place.is_file():
+    if output is not None and Path(output).name in _OF_RUNS and os.path.exists(output) and _is_run(Path(output).parent):
         raise UsageError(f"--output {output!r} is a file of a run: name another.")
     if output is not None and os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source):
         raise UsageError(f"--output {output!r} is the input itself: name another file.")
@@ -313,6 +313,13 @@ def _check_output(output: str | None, source: str = "", endings: Sequence[str] =
         raise UsageError(f"--output {output!r} is a folder: name a file in it.")
     if output is not None and os.path.exists(output) and not Path(output).is_file():
         raise UsageError(f"--output {output!r} is no ordinary file, and would be replaced by one: name another.")
+
+
+def _is_run(place: Path) -> bool:
+    """Whether a folder holds a finished run."""
+    from hftl.folder import METRICS, RECIPE
+
+    return (place / METRICS).is_file() and (place / RECIPE).is_file()
 
 
 def _evaluate(argv: list[str]) -> None:
@@ -378,24 +385,23 @@ def _rank(argv: list[str]) -> None:
     parser.add_argument(
         "--models", required=True, nargs="+", metavar="MODEL", help="as --model; for images and videos MODEL@SIDE"
     )
-    from hftl import ranked
-    from hftl.folder import say
+    from hftl import folder, ranked
 
     parser.add_argument("--by", default="logme", choices=ranked.MEASURES)
     parser.add_argument("--output", help="CSV file to write, beside the table that is printed")
     options, rest = parser.parse_known_args(argv)
     _check_output(options.output, endings=[".csv"])
-    config = _config_of(rest) if any(token.partition("=")[0] == "--config" for token in rest) else {}
+    config = _config_of(rest)
     named = config.get("dataset") or config.get("dataset_name")
     dataset = ranked.dataset_of(rest) or (str(named) if named else None)
-    ranked.check_not_data(options.output, dataset)
+    folder.check_not_data(options.output, dataset)
     models = list(dict.fromkeys(options.models))
     task = options.task or str(config.get("task") or ranked.task_of_data(dataset))
     check_task(task)
     identities = ranked.identify(task, models, rest)  # as the files are before they are read
     found = ranked.known(identities)
     if found:
-        say(f"ranked before, from the same files and versions: {', '.join(found)}")
+        folder.say(f"ranked before, from the same files and versions: {', '.join(found)}")
     others = [model for model in models if model not in found]
     if others:
         with quick_imports():

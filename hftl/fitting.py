@@ -20,7 +20,6 @@ from hftl.folder import FOUND_IN_DATA, LOGS, METRICS, PREDICTIONS, say
 from hftl.known_rows import look, read_splits
 from hftl.lr_find import FEWEST, check_one_process, draw, report, sweep
 from hftl.methods import Plan, build_plan
-from hftl.ranked import check_not_data
 from hftl.repeats import repeat
 from hftl.report import write_report
 from hftl.run import Run, load_run
@@ -167,7 +166,7 @@ def find_learning_rate(task_name: str, tokens: Sequence[str], output: Path, step
     arguments = parse(task_class.arguments_class, tokens)
     if "output_dir" in arguments.typed:
         raise UsageError("--output_dir: hftl lr-find writes no run but a picture. Name that with --output.")
-    check_not_data(output, arguments.dataset_name)
+    folder.check_not_data(output, arguments.dataset_name)
     # A rate is what is looked for: a head alone is then trained, not solved.
     object.__setattr__(arguments, "given", arguments.given | {"learning_rate"})
     arguments = stage_arguments(arguments, report_to=[])

@@ -555,3 +555,16 @@ def disk_error(error: BaseException | None) -> str | None:
         if os.strerror(number) in str(error):
             return reason
     return "the disk is full" if any(text in str(error) for text in _TORCH_ERRORS) else None
+
+
+def check_not_data(output: str | os.PathLike[str] | None, dataset: str | None) -> None:
+    """Refuse to write over a file of the data.
+
+    Raises:
+        UsageError: as said.
+    """
+    if output is None or dataset is None or not os.path.exists(output):
+        return
+    dataset = os.path.expanduser(dataset)
+    if any(Path(place(output)).is_relative_to(place(dataset)) for place in (os.path.abspath, os.path.realpath)):
+        raise UsageError(f"--output {str(output)!r} is a part of the data: name another file.")

@@ -106,19 +106,6 @@ def dataset_of(tokens: Sequence[str]) -> str | None:
     return named[-1] if named else None
 
 
-def check_not_data(output: str | os.PathLike[str] | None, dataset: str | None) -> None:
-    """Refuse to write over a file of the data.
-
-    Raises:
-        UsageError: as said.
-    """
-    if output is None or dataset is None or not os.path.exists(output):
-        return
-    dataset = os.path.expanduser(dataset)
-    if any(Path(place(output)).is_relative_to(place(dataset)) for place in (os.path.abspath, os.path.realpath)):
-        raise UsageError(f"--output {str(output)!r} is a part of the data: name another file.")
-
-
 def _task_of_files(place: str) -> str | None:
     """The task of the first picture, recording or video of a folder; where there are tables alone that of texts."""
     task = None
