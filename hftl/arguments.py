@@ -1153,8 +1153,6 @@ def _check_averaging(arguments: TransferArguments) -> None:
         raise UsageError(f"--save_only_model leaves the average of --average {arguments.average} out: leave out one.")
     if arguments.average == "soup" and arguments.eval_strategy == "no":
         raise UsageError("--average soup needs evaluations: --eval_strategy epoch, or steps.")
-    if arguments.soup_runs > 1 and arguments.wise_ft:
-        raise UsageError("--soup_runs and --wise_ft each average the result of the last stage: leave one out.")
 
 
 def seconds_of(duration: str) -> float:

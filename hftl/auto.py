@@ -29,8 +29,15 @@ from torch import nn
 
 from hftl import backbones, compute, folder
 from hftl.answers import read_answers
-from hftl.arguments import TransferArguments, seconds_of, set_precision, stage_arguments, views_of_a_row
-from hftl.averaging import INGREDIENTS
+from hftl.arguments import (
+    TransferArguments,
+    is_pretrained,
+    seconds_of,
+    set_precision,
+    stage_arguments,
+    views_of_a_row,
+)
+from hftl.averaging import INGREDIENTS, MIXES
 from hftl.batches import decoding_threads
 from hftl.callbacks import TimeLimit
 from hftl.data import Splits
@@ -245,8 +252,9 @@ class Ladder:
         costs = self._measure()
         views = views_of_a_row(self.arguments)
         self.reserve += 1.2 * costs.prediction * views * (test_rows + len(self.splits.validation))
-        # Epochs and then runs are scored.
-        cooking = 1.2 * costs.prediction * (INGREDIENTS + 1) * len(self.splits.validation)
+        # Epochs and then runs are scored, and then mixes.
+        mixes = len(MIXES) if self._judges_by_few else 0
+        cooking = 1.2 * costs.prediction * (INGREDIENTS + 1 + mixes) * len(self.splits.validation)
         self._finish_interrupted(cooking)
         if self._of("final"):
             return
@@ -318,9 +326,8 @@ class Ladder:
         Successive halving (Jamieson and Talwalkar 2016): all train for one epoch, the better half anew for two, and so
         on. What an interrupted run has tried is not tried again.
         """
-        too_few = len(self.splits.validation) < _LEAST_TO_TELL
-        if too_few or (epochs < _EPOCHS_FOR_TRIALS and not self._of("trial")):
-            return _WAYS[1] if too_few or epochs < _EPOCHS_OF_RUN else _WAYS[0]
+        if self._judges_by_few or (epochs < _EPOCHS_FOR_TRIALS and not self._of("trial")):
+            return _WAYS[1] if self._judges_by_few or epochs < _EPOCHS_OF_RUN else _WAYS[0]
         spent = sum(trial.epochs for trial in self._of("trial")) / self.stretch
         ways = self._all_ways() if epochs + spent >= _EPOCHS_FOR_ALL else list(_WAYS[:_FEW_WAYS])
         sign = 1 if self.arguments.greater_is_better else -1
@@ -404,6 +411,7 @@ class Ladder:
             resume=(place / CHECKPOINTS / RECIPE).is_file(),
             average="soup" if soup and self._cooks(epochs) else "none",
             soup_runs=_most_runs(at_once) if again else 1,
+            wise_ft=rung == "final" and method == "lp_ft" and self._judges_by_few and is_pretrained(self.arguments),
             unfreeze_blocks=blocks or None,
             **(self._plain() if rung in ("probe", "pairs") else {}),
             **(OF_KEPT_FEATURES if method == "full" else {}),
@@ -451,6 +459,11 @@ class Ladder:
             return plan
         stages, rates = scaled(plan, list(plan.stages), main_rate(plan) * factor, keeps_head=False)
         return dataclasses.replace(plan, stages=tuple(stages), settings=plan.settings | rates)
+
+    @property
+    def _judges_by_few(self) -> bool:
+        """Whether validation has too few rows to tell one way from another."""
+        return len(self.splits.validation) < _LEAST_TO_TELL
 
     @property
     def _half(self) -> float:

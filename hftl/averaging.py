@@ -46,7 +46,7 @@ INGREDIENTS = 3
 #: in the folder of a training that is one of several: its weights
 INGREDIENT = "ingredient.safetensors"
 #: mixes of the pretrained and the fine-tuned backbone that are tried, as in the paper
-_MIXES = tuple(round(tenth / 10, 1) for tenth in range(11))
+MIXES = tuple(round(tenth / 10, 1) for tenth in range(11))
 
 
 class Averaging(TrainerCallback):
@@ -433,7 +433,7 @@ def interpolate(trainer: TransferTrainer, start: Tensors) -> dict[str, Any]:
     sign = 1 if trainer.args.greater_is_better else -1
     best, tried = (-math.inf, -math.inf), []
     mix, evaluation = 1.0, None
-    for share in _MIXES:
+    for share in MIXES:
         put(tensors, {name: torch.lerp(start[name], end[name], share) for name in tensors})
         score, loss = trainer.validate()
         tried.append({"mix": share, "score": score, "loss": loss})

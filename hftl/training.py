@@ -390,7 +390,7 @@ def _run_stages(
         elif index not in apart:
             say(_announcement(stage, model, index, len(stages), task.arguments.max_steps, kept))
             try:
-                record = _stage_record(task, trainer, stage, kept, pretrained if is_last else {})
+                record = _stage_record(task, trainer, stage, kept)
             except (Diverged, torch.OutOfMemoryError) as error:
                 is_spare = limit is not None or isinstance(error, Diverged)
                 if index <= first_run or not is_spare:  # the last stage needs a run that comes to its end
@@ -451,6 +451,8 @@ def _run_stages(
                 is_last = not _plan_further_runs(task.arguments, stages, index + 1, records[-1], limit)
             if is_last and start and finals[first_run:] != [final]:
                 records[-1] |= soup_of_runs(trainer, finals[first_run:])
+            if is_last and pretrained:
+                records[-1] |= interpolate(trainer, pretrained)
             if is_last and averaged_views(task.arguments):
                 if kept is not None:
                     kept.release()
@@ -622,22 +624,19 @@ def _stage_record(
     trainer: TransferTrainer,
     stage: Stage,
     kept: KeptFeatures | None,
-    pretrained: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
     """Solve the head or train the stage; what metrics.json says of it."""
     if kept is not None and kept.solved:
         return _solve_stage(task, trainer, kept)
     if not stage.trainable:
         return _score_stage(trainer, stage)
-    return _train_stage(trainer, stage, task.arguments.resume, pretrained, 0.0 if kept is None else kept.seconds)
+    return _train_stage(trainer, stage, task.arguments.resume, 0.0 if kept is None else kept.seconds)
 
 
-def _train_stage(
-    trainer: TransferTrainer, stage: Stage, resume: bool, pretrained: dict[str, torch.Tensor], preparing: float
-) -> dict[str, Any]:
+def _train_stage(trainer: TransferTrainer, stage: Stage, resume: bool, preparing: float) -> dict[str, Any]:
     """Train one stage, from its last whole checkpoint if there is one; its features took seconds of `preparing`.
 
-    Weights are averaged behind it: those of its steps or epochs, then with the pretrained ones, if any are given.
+    Weights of its steps or epochs are averaged behind it.
     """
     place = Path(str(trainer.args.output_dir))
     wait_for_all()
@@ -648,7 +647,6 @@ def _train_stage(
     started = time.perf_counter()
     output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     averaged = {} if trainer.average is None else trainer.average.finish()
-    averaged |= interpolate(trainer, pretrained) if pretrained else {}
     trained = time.perf_counter() - started
     seconds = trained + preparing
     share = max(1, trainer.state.global_step - trainer._initial_global_step) / trainer.state.global_step

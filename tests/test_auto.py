@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -351,6 +352,31 @@ def test_few_rows_have_runs_of_many_epochs_and_no_trials(
     printed = capsys.readouterr().out
     assert "auto: to train the whole model for 2 epochs takes about" in printed
     assert "all, run 2: epoch 7, validation" in printed
+
+
+@pytest.mark.parametrize("fewest", [200, 1])
+def test_where_few_rows_judge_the_last_training_is_mixed_with_the_pretrained_model(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fewest: int
+) -> None:
+    """After its runs are averaged; where many rows judge, nothing is mixed."""
+    monkeypatch.setattr(auto, "_LEAST_TO_TELL", fewest)
+    monkeypatch.setattr(auto, "_EPOCHS_FOR_TRIALS", math.inf)
+    monkeypatch.setattr(auto, "_EPOCHS_OF_RUN", math.inf)  # lp_ft, whoever judges
+    monkeypatch.setattr(auto, "gives_features", lambda *_: False)  # no pairs
+    monkeypatch.setattr(auto, "_shape", lambda *_: (2, 3.0))
+    monkeypatch.setattr(auto.Ladder, "_is_better", lambda *_: True)
+    train(world, tmp_path / "run", "--time_budget=1h")
+    final = rows_of(tmp_path / "run")[-1]
+    run = hftl.load_run(tmp_path / "run")
+    stage = run.metrics["train"]["stages"][-1]
+    assert (final["method"], stage["soup"]["tried"]) == ("lp_ft", 3)
+    assert run.task.arguments.wise_ft == (fewest == 200)
+    if fewest == 1:
+        assert "wise_ft" not in stage
+        return
+    tried = stage["wise_ft"]["tried"]
+    assert tried[-1]["score"] == stage["soup"]["score"]
+    assert float(final["score"]) == max(entry["score"] for entry in tried)
 
 
 @pytest.mark.usefixtures("many_rows")

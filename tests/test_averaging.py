@@ -658,6 +658,14 @@ def test_the_mix_is_the_best_on_validation(place: Path, tmp_path: Path, capsys: 
         torch.testing.assert_close(value.float(), expected.float(), rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_runs_are_averaged_before_they_are_mixed(place: Path, tmp_path: Path) -> None:
+    run = train(place, "bert", tmp_path / "run", "--soup_runs=2", "--wise_ft")
+    stage = run.metrics["train"]["stages"][-1]
+    assert stage["wise_ft"]["tried"][-1]["score"] == stage["soup"]["score"]
+    scores = hftl.load_run(tmp_path / "run").evaluate(str(place / "texts"), split="dev")
+    assert scores["accuracy"] == max(entry["score"] for entry in stage["wise_ft"]["tried"])
+
+
 def test_any_mix_can_win(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever validation prefers is what the model becomes: here 0.3."""
     validate = TransferTrainer.validate
