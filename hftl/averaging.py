@@ -429,19 +429,25 @@ def interpolate(trainer: TransferTrainer, start: Tensors) -> dict[str, Any]:
     everything = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     tensors = {name: everything[name].data for name in start}
     end = {name: tensor.clone() for name, tensor in tensors.items()}
-    start = {name: start[name].to(tensor) for name, tensor in tensors.items()}
     sign = 1 if trainer.args.greater_is_better else -1
     best, tried = (-math.inf, -math.inf), []
     mix, evaluation = 1.0, None
     for share in MIXES:
-        put(tensors, {name: torch.lerp(start[name], end[name], share) for name in tensors})
+        _put_mix(tensors, start, end, share)
         score, loss = trainer.validate()
         tried.append({"mix": share, "score": score, "loss": loss})
         if (sign * score, -loss) > best:
             best, mix, evaluation = (sign * score, -loss), share, trainer.chosen_evaluation
-    put(tensors, {name: torch.lerp(start[name], end[name], mix) for name in tensors})
+    _put_mix(tensors, start, end, mix)
     trainer.chosen_evaluation = evaluation
     what = "zero-shot model" if backbones.starts_from_texts(model) else "pretrained backbone"
     parts = f"{mix:g} of the fine-tuned and {1 - mix:g} of the {what}"
     say(f"wise_ft: {parts}, {_shown(trainer, sign * best[0])}")
     return {"wise_ft": {"mix": mix, "tried": tried}}
+
+
+@torch.no_grad()
+def _put_mix(tensors: Tensors, start: Tensors, end: Tensors, share: float) -> None:
+    """Put a mix into tensors, one at a time: beside the model no more than its fine-tuned weights need memory."""
+    for name, tensor in tensors.items():
+        tensor.copy_(torch.lerp(start[name].to(tensor), end[name], share))

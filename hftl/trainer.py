@@ -423,10 +423,11 @@ class TransferTrainer(Trainer):
     def validate(self) -> tuple[float, float]:
         """Evaluate the weights as they are on validation: the score that chooses, and the loss.
 
-        `chosen_evaluation` becomes what this gave.
+        `chosen_evaluation` becomes what this gave. The workers stay for the next call, where `predict` starts new ones
+        each time: with 32 pictures they take longer than what they are for.
         """
-        output = self.predict(self.eval_dataset, metric_key_prefix="validation")
-        self.chosen_evaluation, metrics = output, output.metrics or {}
+        output = self.evaluation_loop(self.get_eval_dataloader(), "Validation", metric_key_prefix="validation")
+        self.chosen_evaluation, metrics = output, output.metrics
         return metrics[f"validation_{self.args.metric_for_best_model}"], metrics["validation_loss"]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

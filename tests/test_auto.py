@@ -352,6 +352,7 @@ def test_few_rows_have_runs_of_many_epochs_and_no_trials(
     printed = capsys.readouterr().out
     assert "auto: to train the whole model for 2 epochs takes about" in printed
     assert "all, run 2: epoch 7, validation" in printed
+    assert "wise_ft: " not in printed  # the best of eleven would be no fair test against pairs
 
 
 @pytest.mark.parametrize("fewest", [200, 1])
@@ -377,6 +378,39 @@ def test_where_few_rows_judge_the_last_training_is_mixed_with_the_pretrained_mod
     tried = stage["wise_ft"]["tried"]
     assert tried[-1]["score"] == stage["soup"]["score"]
     assert float(final["score"]) == max(entry["score"] for entry in tried)
+
+
+@pytest.mark.parametrize("method", ["lp_ft", "full"])
+@pytest.mark.parametrize("epochs", [0.6, 3.0])
+def test_time_for_mixes_is_kept_also_behind_a_short_training(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, epochs: float
+) -> None:
+    reserves: list[float] = []
+    monkeypatch.setattr(auto.Ladder, "_most_promising", lambda *_: auto.Way(method))
+    monkeypatch.setattr(auto, "gives_features", lambda *_: False)  # no pairs
+
+    def last_training(self: auto.Ladder, costs: auto.Costs) -> tuple[int, float, int]:
+        reserves.append(self.reserve)
+        return 1, epochs, 1
+
+    monkeypatch.setattr(auto.Ladder, "_last_training", last_training)
+    train(world, tmp_path / "run", "--time_budget=1h")
+    if method == "lp_ft" or epochs > 2:
+        assert reserves[-1] > reserves[0]
+    else:
+        assert len(reserves) == 1
+
+
+def test_an_untrained_model_is_mixed_with_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path / "images", {"train": 16, "val": 8, "test": 8})
+    monkeypatch.setattr(auto, "_shape", lambda *_: (1, 1.0))
+    settings = ["--model=random:resnet18", "--image_size=32", f"--output_dir={tmp_path / 'run'}", "--method=auto"]
+    words = ["train", "image-classification", f"--dataset={tmp_path / 'images'}", *settings, "--time_budget=1h"]
+    cli._run([*words, "--report_to=none"])
+    assert [row[1] for row in tried(tmp_path / "run")] == ["frozen", "lp_ft"]
+    assert "failed" not in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("many_rows")

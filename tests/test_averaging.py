@@ -666,6 +666,25 @@ def test_runs_are_averaged_before_they_are_mixed(place: Path, tmp_path: Path) ->
     assert scores["accuracy"] == max(entry["score"] for entry in stage["wise_ft"]["tried"])
 
 
+def test_a_mix_that_was_interrupted_is_made_again(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training is finished then, and is not repeated."""
+
+    def power_cut(*_: Any) -> None:
+        raise OSError("no power")
+
+    run = train(place, "bert", tmp_path / "run", "--wise_ft")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "interpolate", power_cut)
+        with pytest.raises(OSError, match="no power"):
+            train(place, "bert", tmp_path / "cut", "--wise_ft")
+    monkeypatch.setattr(TransferTrainer, "train", power_cut)
+    again = train(place, "bert", tmp_path / "cut", "--wise_ft", "--overwrite=false", "--resume")
+    first, second = (one.metrics["train"]["stages"][-1]["wise_ft"] for one in (run, again))
+    assert second == first
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "cut"))
+    assert [name for name in one if not one[name].equal(other[name])] == []
+
+
 def test_any_mix_can_win(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever validation prefers is what the model becomes: here 0.3."""
     validate = TransferTrainer.validate
