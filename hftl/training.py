@@ -620,10 +620,7 @@ def _first(logits: Any, labels: Any) -> torch.Tensor:
 
 
 def _stage_record(
-    task: ClassificationTask,
-    trainer: TransferTrainer,
-    stage: Stage,
-    kept: KeptFeatures | None,
+    task: ClassificationTask, trainer: TransferTrainer, stage: Stage, kept: KeptFeatures | None
 ) -> dict[str, Any]:
     """Solve the head or train the stage; what metrics.json says of it."""
     if kept is not None and kept.solved:
