@@ -1048,6 +1048,11 @@ def _check_values(arguments: TransferArguments) -> None:
     for name, needed in (("eval_do_concat_batches", True), ("prediction_loss_only", False)):
         if getattr(arguments, name) is not needed:
             raise UsageError(f"--{name}: hftl scores an evaluation by all of its answers. Leave it out.")
+    for kind in ("bf16", "fp16"):
+        if getattr(arguments, f"{kind}_full_eval"):  # Trainer casts the model itself, outside of a training for good
+            raise UsageError(
+                f"--{kind}_full_eval rounds the trained weights. Take --precision {kind}, which evaluates so too."
+            )
     if arguments.output_dir is not None and not arguments.output_dir.strip():
         raise UsageError("--output_dir is empty: name a folder, or leave it out.")
     if not all(name.strip() for name in arguments.metrics or []):

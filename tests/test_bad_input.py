@@ -153,6 +153,16 @@ FLAGS = [
     Bad("no room for a text", f"{TEXT} --max_length 2", ("--max_length 2 leaves no room", "2 special tokens")),
     Bad("answers one by one", f"{TEXT} --eval_do_concat_batches false", ("--eval_do_concat_batches", "Leave it out")),
     Bad("only the loss", f"{TEXT} --prediction_loss_only true", ("--prediction_loss_only", "Leave it out")),
+    Bad(
+        "weights rounded by an evaluation",
+        f"{TEXT} --bf16_full_eval true",
+        ("--bf16_full_eval rounds the trained weights", "--precision bf16"),
+    ),
+    Bad(
+        "weights rounded to fp16 by an evaluation",
+        f"{TEXT} --fp16_full_eval true",
+        ("--fp16_full_eval rounds the trained weights", "--precision fp16"),
+    ),
     Bad("negative decay", f"{TEXT} --weight_decay -1", ("--weight_decay", "from 0 on, not -1")),
     Bad("clipping at no number", f"{TEXT} --max_grad_norm nan", ("--max_grad_norm", "not nan")),
     Bad(
