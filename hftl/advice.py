@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import platform
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import psutil
 import torch
 from sklearn.metrics import silhouette_score
 
-from hftl import backbones, compute, transferability
+from hftl import backbones, compute, machine, transferability
 from hftl.arguments import parse, stage_arguments
 from hftl.data import Splits
 from hftl.errors import UsageError
@@ -193,9 +192,8 @@ def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    name = platform.processor() or platform.machine()
-    return f"{device.type}, {compute.cores()} cores ({name}), {memory:.0f} GB"
+    memory = psutil.virtual_memory().total / 1e9
+    return f"{device.type}, {machine.cores()} cores ({machine.processor()[0]}), {memory:.0f} GB"
 
 
 def advise(task_name: str, tokens: Sequence[str]) -> str:
@@ -255,7 +253,9 @@ def _training(found: Pooled, figures: Figures, choice: Choice) -> tuple[list[str
     default = arguments.learning_rate is None
     source = f"the default of {choice.method} for models of this kind and width" if default else "as given"
     seconds = epochs * figures.rows * _seconds_a_row(found, plan)
-    reason = f"enough for {LEAST_STEPS} steps" if epochs > 3 else "more gained nothing on a few thousand rows"
+    reason = (
+        f"enough for {LEAST_STEPS} steps" if epochs > stage.epochs else "more gained nothing on a few thousand rows"
+    )
     reason = "three times as many learn a few dozen texts by heart" if stage.headless else reason
     reason = "as given" if "num_train_epochs" in arguments.given else reason
     lines = [

@@ -288,7 +288,7 @@ class TransferArguments(TrainingArguments):
     soup_runs: int = _argument(
         1,
         "Trainings of the last stage from the same start, each in another order; their weights are averaged, but for "
-        "what makes it worse on validation.",
+        "what makes it worse on validation by more than chance.",
     )
     ema_decay: float | None = _argument(None, "ema: what is left of the average at each step (default 0.999).")
     wise_ft: bool = _argument(

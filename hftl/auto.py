@@ -71,7 +71,7 @@ _SPENT = "spent.json"
 #: budgets, and nothing else
 PRESETS = {"fast": "1m", "medium": "10m", "best": "1h"}
 #: what the ladder sets itself
-_CHOSEN = {"num_train_epochs", "max_steps", "head_solver", "early_stopping_patience"}
+_CHOSEN = {"num_train_epochs", "max_steps", "head_solver", "early_stopping_patience", "eval_delay"}
 #: what changes the rows in each epoch: the probe, whose rows run once, does without, and so do pairs
 _PLAIN = {"mixup": None, "cutmix": None, "random_erasing": None, "word_dropout": None, "augmentation": "none"}
 #: of the time left, what planned work may take: machines are noisy, and what takes longer is ended at the limit. With
@@ -255,8 +255,15 @@ class Ladder:
         # Epochs and then runs are scored, and then mixes.
         cooking = row * (INGREDIENTS + 1 + (len(MIXES) if self._judges_by_few else 0)) * len(self.splits.validation)
         self._finish_interrupted(cooking)
-        if self._of("final"):
+        if not self._of("final"):
+            self._climb_to_the_last(costs, cooking)
+        if any(math.isfinite(trial.score) or trial.method == "partial" for trial in self._of("final")):
             return
+        if self.left > _PARTIAL_COSTS * self._of("probe")[0].seconds:
+            self._train("final", Way("partial"), self._epochs(3.0), soup=True)
+
+    def _climb_to_the_last(self, costs: Costs, cooking: float) -> None:
+        """Probe, pairs, trials, and the last training where it fits, whose soups and mixes take `cooking` seconds."""
         if not self._of("probe"):
             self._check_probe_fits(costs.prediction)
             self._train("probe", Way("frozen"), 0.0)
@@ -273,12 +280,8 @@ class Ladder:
         if epochs >= _LEAST_FOR_SOUP or self._mixes(way):
             self.reserve += cooking
             runs, epochs, at_once = self._last_training(costs)
-        fits = epochs >= _LEAST_EPOCHS
-        if fits:
+        if epochs >= _LEAST_EPOCHS:
             self._train("final", way, self._epochs(epochs), soup=runs == 1 or way.method == "partial", at_once=at_once)
-        failed = not fits or math.isinf(self.trials[-1].score)
-        if failed and self.left > _PARTIAL_COSTS * self._of("probe")[0].seconds:
-            self._train("final", Way("partial"), self._epochs(3.0), soup=True)
 
     def _seconds_an_epoch(self, costs: Costs, several: bool = False) -> float:
         """What stands for an epoch takes with its evaluations, alone, in a single training or in one of several."""

@@ -354,7 +354,7 @@ def _shown(trainer: TransferTrainer, score: float) -> str:
 
 
 def check_length(stage: Stage, steps_an_epoch: int, arguments: TransferArguments) -> None:
-    """Refuse `--average swa` of a single epoch.
+    """Refuse `--average swa` of a single epoch, and `--average soup` of none that is evaluated.
 
     Raises:
         UsageError: as said.
@@ -362,6 +362,13 @@ def check_length(stage: Stage, steps_an_epoch: int, arguments: TransferArguments
     epochs = arguments.max_steps / steps_an_epoch if arguments.max_steps > 0 else stage.epochs
     if arguments.average == "swa" and stage.trainable and math.ceil(epochs) < _SWA_LEAST:
         raise UsageError("--average swa is the mean over several epochs: give --num_train_epochs 2 or more.")
+    if arguments.average == "soup" and stage.trainable:
+        length, unit = (epochs, "epochs") if arguments.eval_strategy == "epoch" else (epochs * steps_an_epoch, "steps")
+        if arguments.eval_delay > length:
+            raise UsageError(
+                f"--eval_delay {arguments.eval_delay:g} leaves --average soup no evaluation in {length:g} {unit}: "
+                "leave out one."
+            )
 
 
 def check_averaging(plan: Plan, arguments: TransferArguments) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hftl import compute
+from hftl import compute, machine
 from hftl.errors import UsageError
 from hftl.inert import visible, without_home
 
@@ -63,7 +63,7 @@ def decoding_threads(rows: Any) -> int:
     value = next((value for name, value in rows[0].items() if name not in ("id", "label")), None) if len(rows) else None
     if not isinstance(value, str | bytes | dict):
         return 1
-    return max(1, min(4, compute.cores() // compute.local_processes() - 1))
+    return max(1, min(4, machine.cores() // compute.local_processes() - 1))
 
 
 def prepared(

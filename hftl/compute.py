@@ -32,7 +32,7 @@ from hftl.cpu_kernels import cpu_kernels
 from hftl.first_token import first_token_alone, last_part
 from hftl.folder import read_json, say, write_json
 from hftl.losses import Loss
-from hftl.machine import processor
+from hftl.machine import cores, processor
 from hftl.side_by_side import side_by_side
 
 #: rows of a measured batch: the ratio of the precisions at 16 is that at 32, and it costs half
@@ -64,11 +64,6 @@ def library_versions() -> list[str]:
 
 
 # --- threads and memory ----------------------------------------------------------------------------------------------
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def local_processes() -> int:

@@ -31,11 +31,8 @@ TAG_METRICS = ("f1", "precision", "recall", "f1_macro", "accuracy")
 #: those of `similarity_metrics`
 SIMILARITY_METRICS = ("map_at_r", "recall_at_1", "recall_at_5", "recall_at_10")
 _IN_OWN_UNIT = ("rmse", "mae")
-#: scores of rows between 0 and 1, which chance moves by about the standard error of a share
-SHARES = (
-    "accuracy", "f1_macro", "f1_weighted", "f1_micro", "precision_macro", "recall_macro", "subset_accuracy",
-    "recall_at_1", "recall_at_5", "recall_at_10",
-)  # fmt: skip
+#: scores of rows of one class each, between 0 and 1, which chance moves by about the standard error of a share
+SHARES = ("accuracy", "f1_macro", "f1_weighted", "precision_macro", "recall_macro")
 #: scores of which less is better
 LOWER_IS_BETTER = ("loss", "log_loss", "expected_calibration_error", "hamming_loss", "rmse", "mae")
 
@@ -94,7 +91,7 @@ def swapped_answers(
     A row's part is the mean of what it adds to the answers of one and takes from those of the other.
 
     Args:
-        metric: one of `SHARES`; of those that are no mean over classes a row counts as in accuracy.
+        metric: one of `SHARES`.
         labels: class ids, shape (rows,).
         before: predicted class ids of the same shape.
         now: those of the other model.

@@ -181,7 +181,6 @@ def features_of(task: ClassificationTask, splits: Splits, settle: Callable[[], N
         UsageError: the model cannot be used.
     """
     arguments = task.arguments
-    check(arguments)
     model = task.build_model(splits)
     (stage,) = frozen(model, arguments).stages
     compute.share_threads(on_cpu=arguments.device.type == "cpu")

@@ -184,7 +184,7 @@ def prepare(
         adapt_batch_norm(task, plan.model, splits)
         for stage in stages:
             if stage.reference is not None:  # what a penalty compares with has the same statistics
-                stage.reference.load_state_dict(plan.model.state_dict(), strict=False)
+                stage.reference.load_state_dict(dict(plan.model.named_buffers()), strict=False)
     longest = longest_stage(stages, plan.model)
     if arguments.device.type == "cpu" and not mostly_frozen(longest, plan.model):
         compute.keep_freed_memory()
@@ -347,9 +347,8 @@ def _run_stages(
     results: dict[str, Any] = {}
     apart: set[int] = set()  # numbers of the runs that other processes train
     finals: list[Path] = []
-    pretrained = pretrained_weights(Plan(model, tuple(stages))) if task.arguments.wise_ft else {}
+    pretrained = pretrained_weights(plan) if task.arguments.wise_ft else {}
     searched = searched_stage(plan, task.arguments) if task.arguments.finds_learning_rate else None
-    chooses = any(stage.choose is not None for stage in stages)
     limit = _limit(callbacks)
     at_once = 1 if limit is None else limit.at_once
 
@@ -379,7 +378,7 @@ def _run_stages(
             after.enter_context(headless(task, model, data["train"]))
         trainer = _stage_trainer(task, stage, model, splits, rows, index, kept, run=index - first_run)
         after.callback(trainer.end_workers)
-        _check_sharding(task.arguments, trainer, model, stages, chooses)
+        _check_sharding(task.arguments, trainer, plan)
         for callback in callbacks:
             trainer.add_callback(callback)
         final = Path(str(trainer.args.output_dir), "final")
@@ -807,9 +806,7 @@ def _evaluate(
     return results
 
 
-def _check_sharding(
-    arguments: TransferArguments, trainer: TransferTrainer, model: nn.Module, stages: list[Stage], chooses: bool
-) -> None:
+def _check_sharding(arguments: TransferArguments, trainer: TransferTrainer, plan: Plan) -> None:
     """Refuse what needs whole weights in each process, where they are sharded.
 
     Raises:
@@ -819,10 +816,10 @@ def _check_sharding(
         return
     needs_all = {
         "--problem_type regression": arguments.problem_type == "regression",
-        f"--method {arguments.method}": hasattr(model, "peft_config"),
-        "--method surgical": chooses,
-        "--method setfit": any(stage.headless for stage in stages),
-        "--penalty": any(stage.penalty is not None for stage in stages),
+        f"--method {arguments.method}": hasattr(plan.model, "peft_config"),
+        "--method surgical": any(stage.choose is not None for stage in plan.stages),
+        "--method setfit": any(stage.headless for stage in plan.stages),
+        "--penalty": any(stage.penalty is not None for stage in plan.stages),
     }
     for what in (name for name, found in needs_all.items() if found):
         raise UsageError(f"{what} does not work with FSDP or DeepSpeed yet: use multi_gpu.yaml.")

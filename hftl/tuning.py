@@ -8,6 +8,7 @@ command goes on with an interrupted search, and with the trial in whose midst it
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.util
 import json
 import math
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from hftl import data, folder, pretrained
@@ -356,13 +358,15 @@ class Search:
         except optuna.TrialPruned:
             self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             say("trial: stopped, it falls behind")
-        except UsageError as error:
+        except (UsageError, torch.OutOfMemoryError) as error:
             # What the first trial is refused for is likely wrong for all.
-            if isinstance(error, DiskError) or not (self._done() or isinstance(error, Diverged)):
+            of_its_own = isinstance(error, (Diverged, torch.OutOfMemoryError))
+            if isinstance(error, DiskError) or not (self._done() or of_its_own):
                 raise
             trial.set_user_attr("reason", str(error))
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
             say(f"trial: failed: {error}")
+            gc.collect()  # what the training held
         shutil.rmtree(place, ignore_errors=True)
         folder.write_text(self.path / TABLE, self.csv())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from hftl import compute
+from hftl import compute, machine
 from hftl.arguments import is_sharded
 from hftl.features import mostly_frozen
 from hftl.methods.plan import prepare_modules
@@ -33,7 +33,7 @@ def most_workers(task: ClassificationTask) -> int:
     """
     if task.arguments.dataloader_num_workers >= 0:
         return task.arguments.dataloader_num_workers
-    cores = compute.cores() // compute.local_processes()
+    cores = machine.cores() // compute.local_processes()
     if task.modality.is_text or cores < 2:
         return 0
     return max(1, cores // 4) if task.arguments.use_cpu else cores - 1

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_data import write_images, write_texts
+from small_data import write_images, write_sounds, write_texts
 from tiny_models import write_timm_folder, write_tiny_text_model
 
 from hftl import cli
 from hftl.advice import Figures, choose
+from hftl.machine import processor
 
 SEEN = Figures(
     counts=(500, 400),
@@ -84,6 +85,17 @@ def test_the_command_for_texts_works(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert {"--method=setfit", "--num_train_epochs=10", "--learning_rate=0.0001"} <= set(command)
     cli._run([*command[1:], f"--output_dir={tmp_path / 'run'}", "--report_to=none"])
     assert "test" in json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+
+def test_epochs_are_only_said_to_be_added_where_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A task of sounds has six epochs as a rule."""
+    write_timm_folder(tmp_path / "resnet", "resnet18", channels=[8, 8, 8, 8], stem_width=8)
+    write_sounds(tmp_path / "data", {"train": 20, "validation": 2})
+    flags = ["--model", tmp_path / "resnet", "--dataset", tmp_path / "data", "--per_device_train_batch_size=2"]
+    printed, command = advice(capsys, "audio-classification", *flags)
+    assert "--num_train_epochs=6" in command
+    assert "6 epochs (more gained nothing on a few thousand rows)" in printed
+    assert f"({processor()[0]})" in printed
 
 
 def test_pictures_that_are_enlarged_and_classes_of_different_size(

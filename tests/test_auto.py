@@ -747,6 +747,25 @@ def test_a_method_that_the_model_does_not_take_does_not_end_the_ladder(
 
 
 @pytest.mark.usefixtures("many_rows")
+def test_a_last_training_that_fails_when_it_goes_on_leaves_its_time_to_another(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "_EPOCHS_FOR_TRIALS", 1e9)
+    errors: list[BaseException] = [KeyboardInterrupt(), torch.OutOfMemoryError("full")]
+
+    def on_step_end(self: Any, *arguments: Any, **kwargs: Any) -> None:
+        if errors:
+            raise errors.pop(0)
+
+    monkeypatch.setattr(auto.TimeLimit, "on_step_end", on_step_end)
+    with pytest.raises(KeyboardInterrupt):
+        train(world, tmp_path / "run", "--time_budget=60s")
+    train(world, tmp_path / "run", "--time_budget=60s", "--resume")
+    assert tried(tmp_path / "run") == [("probe", "frozen"), ("final", "full"), ("final", "partial")]
+    assert hftl.load_run(tmp_path / "run").metrics["test"]
+
+
+@pytest.mark.usefixtures("many_rows")
 def test_an_error_that_is_no_fault_of_the_method_ends_the_ladder(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -216,6 +216,16 @@ FLAGS = [
     Bad("decay without its average", f"{TEXT} --ema_decay 0.9", ("--ema_decay is for --average ema",)),
     Bad("average that is not saved", f"{TEXT} --average ema --save_only_model", ("--save_only_model", "--average ema")),
     Bad("decay of two", f"{TEXT} --average ema --ema_decay 2", ("--ema_decay", "between 0 and 1")),
+    Bad(
+        "soup of no evaluation",
+        f"{TEXT} --average soup --num_train_epochs 2 --eval_delay 3",
+        ("--eval_delay 3", "--average soup", "2 epochs"),
+    ),
+    Bad(
+        "evaluations of the ladder delayed",
+        f"{TEXT} --method auto --time_budget 60s --eval_delay 1",
+        ("--method auto chooses --eval_delay itself", "Leave it out"),
+    ),
     Bad("mean of one epoch", f"{TEXT} --average swa --num_train_epochs 1", ("--average swa", "--num_train_epochs 2")),
     Bad(
         "mean of an unknown length",

@@ -206,6 +206,23 @@ def test_adapted_statistics_are_those_of_the_training_images(place: Path, method
     torch.testing.assert_close(stem.running_var, within, rtol=1e-3, atol=1e-4)
 
 
+def test_what_a_penalty_compares_with_has_adapted_statistics_and_no_blocks_that_start_anew(place: Path) -> None:
+    (place / "own.py").write_text(
+        "import torch\n"
+        "def kept(stage, model, batch, outputs):\n"
+        f"    torch.save(stage.reference.state_dict(), {str(place / 'reference.pt')!r})\n"
+        "    return outputs['logits'].sum() * 0\n"
+    )
+    flags = [f"--penalty={place / 'own.py'}:kept", "--method=full", "--reinit_blocks=1", "--num_train_epochs=1"]
+    cli._run(command(place, "cnn", "compared", *flags, "--batch_norm=adapt", "--augmentation=none"))
+    reference = torch.load(place / "reference.pt")
+    start = load_file(place / "cnn" / "model.safetensors")
+    values = {name.removeprefix("timm_model."): value for name, value in reference.items()}
+    changed = {name for name, value in values.items() if name in start and not torch.equal(value, start[name])}
+    assert "bn1.running_mean" in changed
+    assert all(name.endswith(("running_mean", "running_var", "num_batches_tracked")) for name in changed)
+
+
 def test_adapted_statistics_stay_in_training(tmp_path: Path) -> None:
     model = fresh("timm_resnet18")
     (stage,) = plan_of("full", model, "--batch_norm=adapt", *RATES).stages

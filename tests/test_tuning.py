@@ -12,6 +12,7 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 from safetensors.torch import load_file
 from small_data import write_texts
 from tiny_models import write_tiny_text_model
@@ -186,6 +187,23 @@ def test_values_that_do_not_go_together_fail_a_trial(world: Path, tmp_path: Path
     with pytest.raises(hftl.UsageError, match="--wise_ft: --method lora leaves the backbone's weights alone"):
         tune(world, tmp_path / "none", 2, "lora_r=int(1,4)", "--method=lora", "--wise_ft")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_trial_that_the_memory_does_not_hold_fails_and_no_other(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_plan = tuning.train_plan
+
+    def little_memory(task: Any, plan: Any, splits: Any, arguments: Any, callbacks: Any) -> Any:
+        if arguments.per_device_train_batch_size == 8:
+            raise torch.OutOfMemoryError("full")
+        return train_plan(task, plan, splits, arguments, callbacks)
+
+    monkeypatch.setattr(tuning, "train_plan", little_memory)
+    tune(world, tmp_path / "run", 4, "per_device_train_batch_size=4,8", "--num_train_epochs=1", "--seed=2")
+    rows = [(row["state"], row["per_device_train_batch_size"]) for row in trials_of(tmp_path / "run")]
+    assert set(rows) == {("complete", "4"), ("failed", "8")}
+    assert "trial: failed: full" in capsys.readouterr().out
 
 
 def test_a_flag_is_searched_where_another_one_allows_it(world: Path, tmp_path: Path) -> None:
