@@ -116,12 +116,12 @@ class Figures:
 
 @dataclass(frozen=True)
 class Choice:
-    """A method with its flags, and why; the lines name the figures that they rest on."""
+    """A method, what of the model it trains, and why; the lines name the figures that they rest on."""
 
     method: str
-    flags: tuple[str, ...]
     blocks: str
     reasons: tuple[str, ...]
+    unfreeze_blocks: int | None = None
 
 
 def choose(figures: Figures) -> Choice:
@@ -140,26 +140,26 @@ def choose(figures: Figures) -> Choice:
     gap = f"the linear layer is {100 * (figures.probe - figures.neighbours):.1f} points above the nearest neighbours"
     if figures.pairs and not large:
         why = "texts in pairs teach more than their labels: 3 points above full with 16 a class, 2 with 64, 0 with 200"
-        return Choice("setfit", (), f"all {figures.blocks}, on pairs, and then the head", (size, nearness, why))
+        return Choice("setfit", f"all {figures.blocks}, on pairs, and then the head", (size, nearness, why))
     if near and not large:
         why = "the features separate the classes already, and more weights would learn the few rows by heart"
-        return Choice("frozen", (), "the head alone", (size, nearness, why))
+        return Choice("frozen", "the head alone", (size, nearness, why))
     if near:
         why = "enough rows to adapt everything; the head first, so that its first gradients do not spoil good features"
-        return Choice("lp_ft", (), f"all {figures.blocks} and the head", (size, nearness, why))
+        return Choice("lp_ft", f"all {figures.blocks} and the head", (size, nearness, why))
     if large:
         why = "the features do not separate the classes well enough, and the rows suffice to change them"
         whys = (why,) if figures.skill >= FOREIGN else (why, _FROM_SCRATCH)
-        return Choice("full", (), f"all {figures.blocks} and the head", (size, nearness, *whys))
+        return Choice("full", f"all {figures.blocks} and the head", (size, nearness, *whys))
     if held and figures.adaptable:
         why = f"{gap}: what tells the classes apart is in the features, and adapters of few weights bring it forward"
         blocks = f"adapters in all {figures.blocks} but the first"
-        return Choice("lora", (), blocks, (size, nearness, why, _BETTER_THAN_THE_RULE))
+        return Choice("lora", blocks, (size, nearness, why, _BETTER_THAN_THE_RULE))
     why = f"{gap}: the last features do not hold the classes, so that the later half is learned anew on earlier ones"
     if held:
         why = f"{gap}, and the model has no layers for adapters: the later half is trained"
-    flags, blocks = (f"--unfreeze_blocks={half}",), f"the last {half} of {figures.blocks}"
-    return Choice("partial", flags, blocks, (size, nearness, why, _BETTER_THAN_THE_RULE))
+    blocks = f"the last {half} of {figures.blocks}"
+    return Choice("partial", blocks, (size, nearness, why, _BETTER_THAN_THE_RULE), unfreeze_blocks=half)
 
 
 def look(found: Pooled, splits: Splits) -> Figures:
@@ -218,7 +218,9 @@ def advise(task_name: str, tokens: Sequence[str]) -> str:
     figures = look(found, splits)
     choice = choose(figures)
     training, flags = _training(found, figures, choice)
-    command = ["hftl", "train", task_name, *tokens, f"--method={choice.method}", *choice.flags, *flags]
+    chosen = {"method": choice.method, "unfreeze_blocks": choice.unfreeze_blocks}
+    own = [f"--{name}={value}" for name, value in chosen.items() if value is not None]
+    command = ["hftl", "train", task_name, *tokens, *own, *flags]
     seen = [
         f"data:      {figures.rows:,} rows, {len(figures.counts)} classes, {figures.smallest:,} to "
         f"{max(figures.counts):,} rows a class ({max(figures.counts) / figures.smallest:.1f} to 1); {figures.inputs}",
@@ -242,8 +244,8 @@ def _training(found: Pooled, figures: Figures, choice: Choice) -> tuple[list[str
     """Rate and length in words, and as flags; one batch of the method's longest stage is timed."""
     if choice.method == "frozen":
         return ["rate:      none: the head is solved on the kept features", "length:    seconds"], ()
-    chosen = {name.lstrip("-"): int(value) for name, value in (flag.split("=") for flag in choice.flags)}
-    arguments = stage_arguments(found.task.arguments, method=choice.method, **chosen)
+    blocks = choice.unfreeze_blocks or found.task.arguments.unfreeze_blocks
+    arguments = stage_arguments(found.task.arguments, method=choice.method, unfreeze_blocks=blocks)
     plan = build_plan(copy.deepcopy(found.model), arguments)
     rate, head = plan.settings["learning_rate"], plan.settings.get("head_learning_rate")
     stage = longest_stage(plan.stages, plan.model)
