@@ -71,7 +71,7 @@ _SPENT = "spent.json"
 #: budgets, and nothing else
 PRESETS = {"fast": "1m", "medium": "10m", "best": "1h"}
 #: what the ladder sets itself
-_CHOSEN = {"num_train_epochs", "max_steps", "head_solver", "early_stopping_patience", "eval_delay"}
+_CHOSEN = {"num_train_epochs", "max_steps", "head_solver", "early_stopping_patience"}
 #: what changes the rows in each epoch: the probe, whose rows run once, does without, and so do pairs
 _PLAIN = {"mixup": None, "cutmix": None, "random_erasing": None, "word_dropout": None, "augmentation": "none"}
 #: of the time left, what planned work may take: machines are noisy, and what takes longer is ended at the limit. With
@@ -662,6 +662,8 @@ def check(arguments: TransferArguments) -> None:
     for name, default in (("average", "none"), ("wise_ft", False), ("soup_runs", 1)):
         if getattr(arguments, name) != default:
             raise UsageError(f"--{name} does not go with --method auto, whose time it would use up. Name a method.")
+    if arguments.eval_delay:
+        raise UsageError("--eval_delay: --method auto places its evaluations itself. Leave it out.")
     if arguments.keep_checkpoints:
         raise UsageError("--keep_checkpoints: --method auto removes its trials as it goes. Leave it out.")
     if arguments.world_size > 1:

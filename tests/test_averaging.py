@@ -25,7 +25,7 @@ from tiny_training import TinyData, every_tensor, tiny_arguments, tiny_trainer
 from transformers import TrainerCallback
 
 import hftl
-from hftl import averaging, callbacks, cli, methods, side_by_side, training
+from hftl import averaging, backbones, callbacks, cli, methods, side_by_side, training
 from hftl.errors import Diverged
 from hftl.trainer import TransferTrainer
 
@@ -56,7 +56,8 @@ def trained(name: str, folder: Path, *flags: str, average: str, scores: list[flo
     `scores` are what its evaluations give, one after the other, in place of its accuracy.
     """
     model = TINY[name]()
-    common = ["--learning_rate=1e-2", f"--average={average}", "--batch_norm=train"]
+    common = ["--learning_rate=1e-2", f"--average={average}"]
+    common += ["--batch_norm=train"] if backbones.batch_norms(model) else []
     common += ["--eval_strategy=epoch", "--save_strategy=epoch", "--load_best_model_at_end=true"]
     common += ["--metric_for_best_model=accuracy", "--greater_is_better=true", "--save_total_limit=1"]
     flags = (*common, *flags)

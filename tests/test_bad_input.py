@@ -224,7 +224,7 @@ FLAGS = [
     Bad(
         "evaluations of the ladder delayed",
         f"{TEXT} --method auto --time_budget 60s --eval_delay 1",
-        ("--method auto chooses --eval_delay itself", "Leave it out"),
+        ("--eval_delay: --method auto places its evaluations itself", "Leave it out"),
     ),
     Bad("mean of one epoch", f"{TEXT} --average swa --num_train_epochs 1", ("--average swa", "--num_train_epochs 2")),
     Bad(
@@ -498,6 +498,16 @@ METHODS = [
         "statistics of a model that has none",
         f"{TEXT} --batch_norm adapt",
         ("--batch_norm adapt", "BertForSequenceClassification has no BatchNorm layer"),
+    ),
+    Bad(
+        "statistics trained of a model that has none",
+        f"{TEXT} --batch_norm train",
+        ("--batch_norm train", "BertForSequenceClassification has no BatchNorm layer"),
+    ),
+    Bad(
+        "task of PEFT",
+        with_settings("lora", '"task_type": "CAUSAL_LM"'),
+        ("'task_type' is set by hftl", "another task of hftl"),
     ),
     Bad(
         "statistics of a model that is not pretrained",

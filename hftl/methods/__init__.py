@@ -96,8 +96,10 @@ def build_plan(model: nn.Module, arguments: TransferArguments) -> Plan:
         if unknown:
             near = did_you_mean(unknown[0], names)
             raise UsageError(f"--method {arguments.method}: the model has no parameter {unknown[0]!r}.{near}")
-    if arguments.batch_norm == "adapt" and not backbones.batch_norms(plan.model):
-        raise UsageError(f"--batch_norm adapt: {type(model).__name__} has no BatchNorm layer. Leave it out.")
+    if arguments.batch_norm in ("adapt", "train") and not backbones.batch_norms(plan.model):
+        raise UsageError(
+            f"--batch_norm {arguments.batch_norm}: {type(model).__name__} has no BatchNorm layer. Leave it out."
+        )
     return penalties.with_penalty(plan, arguments, reference)
 
 

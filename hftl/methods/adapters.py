@@ -125,6 +125,7 @@ _OURS = {
     "layers_to_transform": "--lora_blocks or --lora_layers_pattern",
     "modules_to_save": "nothing: the head is always saved",
     "peft_type": "--peft_type",
+    "task_type": "another task of hftl",
     "total_step": "--max_steps or --num_train_epochs",
 }
 #: what PEFT raises for sizes and settings that do not go together
