@@ -74,8 +74,8 @@ class Work:
             "--dataloader_num_workers=0",
             "--learning_rate=1e-5",
             "--num_train_epochs=1",
-            "--batch_norm=train",  # as the bare Trainer does: equal work
         ]
+        flags += ["--batch_norm=train"] if kind == "image" else []  # as the bare Trainer does: equal work
         self.arguments = hftl.parse(arguments_class, flags + (["--bf16"] if options.bf16 else []))
         self.task = task_class(self.arguments)
         self.splits = self.task.load_splits()
