@@ -423,10 +423,7 @@ class Ladder:
         judged = place.with_name(f"{place.name}.better")  # beside it while it takes its place, which may be interrupted
         try:
             if not (place / METRICS).is_file():  # else it was stopped between its end and the table's knowing of it
-                plan = self._plan(arguments, factor)
-                fitting = _fitting(place, plan, arguments, at_once)
-                limit = TimeLimit(self.budget.ends - self.reserve, self._half, fitting)
-                train_plan(self.task, plan, self.splits, arguments, [limit])
+                self._train_plan(arguments, factor, at_once)
             runs, done = _outcome(place)
             epochs = epochs or _epochs_of_head(place)
             long = rung == "final" and epochs * done >= self._half
@@ -437,7 +434,8 @@ class Ladder:
             if not self.trials:
                 raise
             say(f"auto: {method} failed: {error}")
-            gc.collect()  # what the training held
+        if math.isinf(score):
+            gc.collect()  # what the training held; until here the error holds it
         if better:
             judged.touch()
             folder.promote(place, self.path)
@@ -445,6 +443,13 @@ class Ladder:
         self.trials.append(Trial(rung, *way, runs, trained, score, time.time() - started, better))
         _write_table(self.path / TABLE, self.trials, self.budget.spent)
         shutil.rmtree(place, ignore_errors=True)
+
+    def _train_plan(self, arguments: TransferArguments, factor: float, at_once: int) -> None:
+        """Train a copy of the model, which nothing holds any longer behind it."""
+        plan = self._plan(arguments, factor)
+        fitting = _fitting(Path(str(arguments.output_dir)), plan, arguments, at_once)
+        limit = TimeLimit(self.budget.ends - self.reserve, self._half, fitting)
+        train_plan(self.task, plan, self.splits, arguments, [limit])
 
     def _plan(self, arguments: TransferArguments, factor: float) -> Plan:
         """A plan for a copy of the model, at a factor of the method's rates.

@@ -246,6 +246,7 @@ class Search:
             while len(self._done()) < self.trials:
                 try:
                     self._trial(dataclasses.replace(splits, test=None))
+                    gc.collect()  # what it held, or a larger trial behind it would not fit
                 except UsageError:
                     trained = any((self.path / TRIALS).glob(f"*/{CHECKPOINTS}/*/*"))
                     if not self._done() and not trained:  # nothing to go on with
@@ -366,7 +367,6 @@ class Search:
             trial.set_user_attr("reason", str(error))
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
             say(f"trial: failed: {error}")
-            gc.collect()  # what the training held
         shutil.rmtree(place, ignore_errors=True)
         folder.write_text(self.path / TABLE, self.csv())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -763,6 +765,30 @@ def test_a_last_training_that_fails_when_it_goes_on_leaves_its_time_to_another(
     train(world, tmp_path / "run", "--time_budget=60s", "--resume")
     assert tried(tmp_path / "run") == [("probe", "frozen"), ("final", "full"), ("final", "partial")]
     assert hftl.load_run(tmp_path / "run").metrics["test"]
+
+
+@pytest.mark.usefixtures("many_rows")
+def test_what_a_failed_training_held_is_gone_before_the_next(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_plan, failed, alive = auto.train_plan, [], []
+
+    def fails(task: Any, plan: Any, splits: Any, arguments: Any, callbacks: Any) -> Any:
+        alive.extend(reference() is not None for reference in failed)
+        if arguments.method == "full":
+            plan.model.itself = [plan.model]  # a circle, as a trainer makes
+            failed.append(weakref.ref(plan.model))
+            raise torch.OutOfMemoryError("full")
+        return train_plan(task, plan, splits, arguments, callbacks)
+
+    monkeypatch.setattr(auto, "_EPOCHS_FOR_TRIALS", 1e9)
+    monkeypatch.setattr(auto, "train_plan", fails)
+    gc.disable()
+    try:
+        train(world, tmp_path / "run", "--time_budget=60s")
+    finally:
+        gc.enable()
+    assert alive == [False]
 
 
 @pytest.mark.usefixtures("many_rows")

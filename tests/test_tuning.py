@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import gc
 import json
 import os
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -204,6 +206,29 @@ def test_a_trial_that_the_memory_does_not_hold_fails_and_no_other(
     rows = [(row["state"], row["per_device_train_batch_size"]) for row in trials_of(tmp_path / "run")]
     assert set(rows) == {("complete", "4"), ("failed", "8")}
     assert "trial: failed: full" in capsys.readouterr().out
+
+
+def test_what_a_failed_trial_held_is_gone_before_the_next(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_plan, failed, alive = tuning.train_plan, [], []
+
+    def fails(task: Any, plan: Any, splits: Any, arguments: Any, callbacks: Any) -> Any:
+        alive.extend(reference() is not None for reference in failed)
+        if arguments.per_device_train_batch_size == 8:
+            plan.model.itself = [plan.model]  # a circle, as a trainer makes
+            failed.append(weakref.ref(plan.model))
+            raise torch.OutOfMemoryError("full")
+        return train_plan(task, plan, splits, arguments, callbacks)
+
+    monkeypatch.setattr(tuning, "train_plan", fails)
+    gc.disable()
+    try:
+        tune(world, tmp_path / "run", 4, "per_device_train_batch_size=4,8", "--num_train_epochs=1", "--seed=2")
+    finally:
+        gc.enable()
+    assert alive
+    assert not any(alive)
 
 
 def test_a_flag_is_searched_where_another_one_allows_it(world: Path, tmp_path: Path) -> None:
