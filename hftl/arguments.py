@@ -15,7 +15,7 @@ import re
 import string
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -866,7 +866,7 @@ def _config_tokens(path: Path, names: dict[str, str], lists: set[str]) -> list[s
     tokens = []
     for key, value in read_yaml(path).items():
         if str(key) not in names:
-            raise UsageError(f"Unknown key {key!r} in {str(path)!r}.{did_you_mean(str(key), names)}")
+            raise UsageError(f"Unknown key {key!r} in {str(path)!r}.{_hint(str(key), names)}")
         if isinstance(value, list) and names[key] not in lists:
             raise UsageError(f"Key {key!r} in {str(path)!r} takes one value, not a list.")
         tokens += argument_tokens(names[key], value)
@@ -908,9 +908,19 @@ def _check_names(tokens: Sequence[str], names: dict[str, str]) -> set[str]:
                 raise UsageError(
                     f"--{name} mixes the pixels of images; mixing videos or the embeddings of texts is not supported."
                 )
-            raise UsageError(f"Unknown flag --{name}.{did_you_mean(name, [*names, 'config', 'help'])}")
+            raise UsageError(f"Unknown flag --{name}.{_hint(name, [*names, 'config', 'help'])}")
         given.add(field_name)
     return given
+
+
+def _hint(name: str, names: Iterable[str]) -> str:
+    """What may be meant by an unknown name: a flag of other tasks, or the nearest one."""
+    from hftl.tasks import TASKS, find_task
+
+    users = [
+        task for task in TASKS if name in {item.name for item in dataclasses.fields(find_task(task).arguments_class)}
+    ]
+    return f" It is for {', '.join(users)}: leave it out." if users else did_you_mean(name, names)
 
 
 def _check_gpu_wish(namespace: argparse.Namespace, given: set[str]) -> None:

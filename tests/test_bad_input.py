@@ -149,7 +149,11 @@ FLAGS = [
     Bad("unknown task", "train image-clasification", ("'image-clasification'", "Did you mean 'image-classification'")),
     Bad("no task", "train --dataset {table}", ("Name the task", "image-classification", "text-classification")),
     Bad("unknown flag", f"{TEXT} --learning_rat 1e-4", ("Unknown flag --learning_rat", "'learning_rate'")),
-    Bad("flag of another task", f"{TEXT} --image_size 64", ("Unknown flag --image_size",)),
+    Bad(
+        "flag of another task",
+        f"{TEXT} --image_size 64",
+        ("Unknown flag --image_size. It is for image-classification, ", "leave it out"),
+    ),
     Bad("no room for a text", f"{TEXT} --max_length 2", ("--max_length 2 leaves no room", "2 special tokens")),
     Bad("answers one by one", f"{TEXT} --eval_do_concat_batches false", ("--eval_do_concat_batches", "Leave it out")),
     Bad("only the loss", f"{TEXT} --prediction_loss_only true", ("--prediction_loss_only", "Leave it out")),
