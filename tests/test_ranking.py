@@ -395,6 +395,18 @@ def test_a_recommended_model_that_knows_nothing_of_the_classes_is_no_secret() ->
     assert said not in ranked.recommendation([better], "logme", "text-classification", [])
 
 
+def test_an_h_score_that_tells_nothing_is_said(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two classes it is 1 where features outnumber the rows."""
+    models = ["--models", images / "vit@40", images / "vit@56", "--dataset", images / "data"]
+    said = "where features outnumber the rows"
+    rank(*models, "--by", "h_score", "--max_train_samples", "8")
+    assert said in capsys.readouterr().out
+    rank(*models, "--by", "logme", "--max_train_samples", "8")
+    assert said not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "gpt2"])
 def test_text_models_whatever_their_head(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tiny_text_model(tmp_path / kind, kind)
