@@ -19,7 +19,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import EarlyStoppingCallback, IntervalStrategy, SchedulerType
 
-from hftl import backbones, compute, folder
+from hftl import backbones, compute, folder, penalties
 from hftl.adaptation import adapt_batch_norm
 from hftl.arguments import TransferArguments, averaged_views, is_sharded, set_precision, stage_arguments
 from hftl.averaging import (
@@ -408,7 +408,7 @@ def _run_stages(
         for callback in callbacks:
             if isinstance(callback, StopSignals):
                 callback.listen_here()
-        stages[index] = _chosen(task, stages[index], model, splits)
+        stages[index] = _chosen(task, stages[index], model, splits, taught=min(index, first_run) > 0)
         try:
             with contextlib.ExitStack() as after:
                 train(index, after, beside, held)
@@ -425,7 +425,7 @@ def _run_stages(
             }
         elif start:
             put(changing_tensors(model, stages[index]), start)
-        stages[index] = _chosen(task, stages[index], model, splits)
+        stages[index] = _chosen(task, stages[index], model, splits, taught=min(index, first_run) > 0)
         if index == until:
             break
         if index == searched:
@@ -509,9 +509,13 @@ def _place(arguments: TransferArguments, stage: Stage, index: int) -> Path:
     return Path(str(arguments.output_dir), CHECKPOINTS, f"{index + 1}-{name}")
 
 
-def _chosen(task: ClassificationTask, stage: Stage, model: nn.Module, splits: Splits) -> Stage:
-    """The stage with what it chooses to train by a few batches, the same ones for all processes and after a resume."""
-    if stage.choose is None:
+def _chosen(task: ClassificationTask, stage: Stage, model: nn.Module, splits: Splits, taught: bool) -> Stage:
+    """The stage with what it chooses by a few batches, the same ones for all processes and after a resume.
+
+    That is what trains, and where the head has been `taught` the weights of the channels that DELTA compares.
+    """
+    weighs = taught and stage.penalty is penalties.delta
+    if stage.choose is None and not weighs:
         return stage
     arguments = task.arguments
     size = arguments.per_device_train_batch_size or task.batch_size
@@ -521,7 +525,13 @@ def _chosen(task: ClassificationTask, stage: Stage, model: nn.Module, splits: Sp
     batches = [task.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
     batches = [{name: value.to(arguments.device) for name, value in batch.items()} for batch in batches]
     loss = stage.loss or task.loss(splits)
-    name, trainable = stage.choose(model.to(arguments.device).eval(), loss, batches, stage.trainable)
+    model.to(arguments.device).eval()
+    if weighs:
+        weights = penalties.channel_weights(model, loss, batches)
+        stage = dataclasses.replace(stage, channel_weights=of_all_processes(weights)[0])
+    if stage.choose is None:
+        return stage
+    name, trainable = stage.choose(model, loss, batches, stage.trainable)
     name, trainable = of_all_processes((name, trainable))[0]
     _, comma, run = stage.name.rpartition(_RUN)
     return dataclasses.replace(stage, name=f"{name}{comma}{run}" if comma else name, trainable=trainable, choose=None)

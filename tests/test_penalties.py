@@ -7,15 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from small_data import write_texts
 from test_methods import RATES, fresh, plan_of
-from tiny_models import tiny_inputs
+from tiny_models import tiny_inputs, write_tiny_text_model
 from tiny_training import TinyData, every_tensor, tiny_trainer
 from torch import nn
 from transformers import PreTrainedModel
 
-from hftl import backbones, penalties
+from hftl import backbones, cli, penalties
 from hftl.errors import UsageError
 from hftl.methods import Stage
 
@@ -107,6 +109,86 @@ def test_delta_compares_what_four_blocks_give(name: str) -> None:
             expected += sum(distances) / len(distances) / 3 / 2
     assert expected > 0
     assert float(value(stage, model, batch)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_channels_weigh_by_the_loss_without_them() -> None:
+    """Behind the last block of a ResNet all is linear, and so is this loss: the first order is exact there."""
+    model = calm("timm_resnet18").eval()
+    batches = [tiny_inputs(model, batch=size) | {"labels": torch.arange(size) % 2} for size in (2, 3)]
+    towards = torch.randn(2, model(**backbones.inputs_of(batches[0]))["logits"].shape[1])
+
+    def loss(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+        return (outputs["logits"] * towards[labels]).sum()
+
+    found = penalties.channel_weights(model, loss, batches)
+    assert list(found) == list(penalties.watched(model).blocks)
+    assert all(float(weights.mean()) == pytest.approx(1) and float(weights.min()) > 0 for weights in found.values())
+    last = model.get_submodule(list(found)[-1])
+    rises = []
+    for channel in range(len(list(found.values())[-1])):
+
+        def without(module: Any, inputs: Any, output: torch.Tensor, channel: int = channel) -> torch.Tensor:
+            return output.index_fill(1, torch.tensor([channel]), 0.0)
+
+        before = sum(float(loss(model(**backbones.inputs_of(batch)), batch["labels"])) for batch in batches)
+        hook = last.register_forward_hook(without)
+        rises.append(
+            sum(float(loss(model(**backbones.inputs_of(batch)), batch["labels"])) for batch in batches) - before
+        )
+        hook.remove()
+    rise = np.array(rises)
+    powers = np.exp((rise - rise.mean()) / rise.std() / 5)
+    np.testing.assert_allclose(list(found.values())[-1], powers / powers.mean(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["bert", "timm_resnet18", "timm_swin_tiny"])
+def test_delta_weighs_channels(name: str) -> None:
+    """Each by its weight: the weight of one channel alone gives its part, and all parts make the whole."""
+    model = calm(name).eval()
+    batch = tiny_inputs(model, batch=3)
+    loss = lambda outputs, labels: torch.nn.functional.cross_entropy(outputs["logits"], labels)  # noqa: E731
+    weights = penalties.channel_weights(model, loss, [batch | {"labels": torch.tensor([0, 1, 1])}])
+    stage = stage_of("delta", model)
+    moved(model)
+    alike = {key: torch.ones_like(value) for key, value in weights.items()}
+    whole = float(value(stage, model, batch))
+    assert float(value(replace(stage, channel_weights=alike), model, batch)) == pytest.approx(whole, rel=1e-5)
+    weighed = float(value(replace(stage, channel_weights=weights), model, batch))
+    (key, of_last) = list(weights.items())[-1]
+    parts = []
+    for channel in range(len(of_last)):
+        one = {name: torch.zeros_like(value) for name, value in weights.items()}
+        one[key][channel] = 1.0
+        parts.append(float(value(replace(stage, channel_weights=one), model, batch)))
+    of_others = alike | {key: torch.zeros_like(of_last)}
+    others = float(value(replace(stage, channel_weights=of_others), model, batch))
+    assert others + sum(parts) == pytest.approx(whole, rel=1e-4)
+    of_others = weights | {key: torch.zeros_like(of_last)}
+    others = float(value(replace(stage, channel_weights=of_others), model, batch))
+    expected = others + sum(part * float(weight) for part, weight in zip(parts, of_last, strict=True))
+    assert weighed == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("method", "weighs"), [("lp_ft", [True]), ("full", [False]), ("gradual", [True] * 4)])
+def test_channels_are_weighed_behind_a_stage_that_taught_the_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, weighs: list[bool]
+) -> None:
+    write_tiny_text_model(tmp_path / "bert")
+    write_texts(tmp_path / "texts", {"train": 12, "validation": 8})
+    seen: dict[str, bool] = {}
+    delta = penalties.delta
+
+    def noted(stage: Any, *given: Any) -> torch.Tensor:
+        seen[stage.name] = bool(stage.channel_weights)
+        return delta(stage, *given)
+
+    monkeypatch.setattr(penalties, "delta", noted)
+    monkeypatch.setitem(penalties.PENALTIES, "delta", noted)
+    flags = (
+        f"--model={tmp_path / 'bert'} --dataset={tmp_path / 'texts'} --output_dir={tmp_path / 'run'} --penalty=delta"
+    )
+    cli._run(["train", "text-classification", *flags.split(), f"--method={method}", "--num_train_epochs=1"])
+    assert list(seen.values()) == weighs
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "timm_resnet18", "timm_vit_tiny", "convnext"])

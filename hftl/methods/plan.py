@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from hftl import backbones
@@ -40,6 +41,8 @@ class Stage:
         penalty: `(stage, model, batch, outputs) -> scalar`, a mean over the rows of the batch, see `hftl.penalties`.
         penalty_weight: the loss in training is the task's plus this times the penalty.
         reference: the model as it was pretrained, for penalties that compare with it.
+        channel_weights: of a penalty that weighs what blocks give, by the names of their modules, shape (channels,);
+            set when the stage begins.
         solved_head_scale: what a head that the stage before solved is multiplied with as the stage begins; below 1
             with less where its logits would still move by more than 20 when a row's features move by their own length.
     """
@@ -59,6 +62,7 @@ class Stage:
     penalty: Callable[..., Any] | None = None
     penalty_weight: float = 0.0
     reference: nn.Module | None = None
+    channel_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     solved_head_scale: float = 1.0
 
     def __post_init__(self) -> None:
