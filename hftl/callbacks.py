@@ -14,11 +14,13 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
+from safetensors.torch import save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hftl.compute import wait_for_all
-from hftl.folder import is_main_process, say
+from hftl.folder import is_main_process, replacing, say
 from hftl.metrics import written
 from hftl.side_by_side import is_copy
 
@@ -118,6 +120,22 @@ class StopSignals(TrainerCallback):
         if self.number:
             wait_for_all()  # rank 0 may still be writing
             raise Interrupted(self.number)
+
+
+class KeepWeights(TrainerCallback):
+    """Writes what a training trained where it ends, with the statistics of BatchNorm layers."""
+
+    def __init__(self, path: Path) -> None:
+        """Keep where."""
+        self.path = path
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """The best evaluation's weights are in the model."""
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
+        still = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in still}
+        with replacing(self.path) as beside:
+            save_file(tensors, beside)
 
 
 class TimeLimit(TrainerCallback):

@@ -39,6 +39,7 @@ from hftl import auto, callbacks, cli, features, probes
 from hftl.folder import PREDICTIONS
 from hftl.run import Run
 from hftl.trainer import TransferTrainer
+from hftl.training import train_plan
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,12 @@ def test_runs_side_by_side_have_the_epochs_that_fit_into_one(
     assert auto._shape(epochs, 0.0, at_once) == shape
 
 
+@pytest.mark.parametrize(("goes_on", "most"), [(False, auto._MOST_EPOCHS), (True, auto._EPOCHS_BEHIND_TRIALS)])
+def test_runs_behind_trials_are_shorter(goes_on: bool, most: float) -> None:
+    assert auto._shape(99, 0.0, 2, goes_on) == (4, most)
+    assert auto._shape(4.0, 0.0, 2, goes_on) == ((4, 2) if goes_on else (2, 4))
+
+
 @pytest.mark.parametrize(
     ("left", "shape"),
     [(22.0, (1, 2.0, 1)), (27.0, (1, 3.0, 1)), (29.0, (2, 2.0, 2)), (45.0, (2, 3.0, 2)), (99.0, (4, 3.0, 2))],
@@ -125,13 +132,14 @@ def test_runs_go_side_by_side_from_two_epochs_on(
 ) -> None:
     """Of ten seconds alone, and of fourteen beside another."""
     ladder: Any = object.__new__(auto.Ladder)
+    ladder.trials = []
     ladder.arguments, ladder.stretch = hftl.parse(hftl.TextArguments, ["--model=a", "--dataset=b"]), 1.0
     monkeypatch.setattr(auto.Ladder, "left", left)
     monkeypatch.setattr(auto.Ladder, "_seconds_an_epoch", lambda *_, several=False: 10.0)
     costs = auto.Costs(training=1.0, prediction=1.0, at_once=2, slower=1.4, of_pairs=False)
-    assert ladder._last_training(costs) == shape
+    assert ladder._last_training(costs, auto.Way("full")) == shape
     ladder.arguments = hftl.parse(hftl.AudioArguments, ["--model=a", "--dataset=b"])  # which take twice the epochs
-    assert ladder._last_training(costs)[2] == (2 if left > 90 else 1)
+    assert ladder._last_training(costs, auto.Way("full"))[2] == (2 if left > 90 else 1)
 
 
 @pytest.mark.parametrize(
@@ -150,11 +158,12 @@ def test_several_runs_are_planned_with_fewer_evaluations(
 ) -> None:
     """Rows take ten seconds an epoch, an evaluation two: twelve in a single run, 11.3 in one of several."""
     ladder: Any = object.__new__(auto.Ladder)
+    ladder.trials = []
     ladder.arguments, ladder.stretch = hftl.parse(hftl.TextArguments, ["--model=a", "--dataset=b", *flags]), 1.0
     ladder.splits = SimpleNamespace(train=range(100), validation=range(100))
     monkeypatch.setattr(auto.Ladder, "left", left)
     costs = auto.Costs(training=0.1, prediction=0.02, at_once=1, slower=1.0, of_pairs=False)
-    assert ladder._last_training(costs) == shape
+    assert ladder._last_training(costs, auto.Way("full")) == shape
 
 
 def test_a_prediction_is_measured_in_a_batch_of_evaluation(
@@ -197,7 +206,7 @@ def test_the_last_training_has_runs_side_by_side_where_that_pays(
     monkeypatch.setattr(TransferTrainer, "training_step", noted)
     monkeypatch.setattr(auto, "_EPOCHS_FOR_TRIALS", 1e9)
     monkeypatch.setattr(auto.compute, "seconds_a_row_beside", lambda *_: beside)
-    monkeypatch.setattr(auto, "_shape", lambda epochs, later, at_once=1: (at_once, 3.0))
+    monkeypatch.setattr(auto, "_shape", lambda epochs, later, at_once, goes_on: (at_once, 3.0))
     monkeypatch.setattr(auto.TimeLimit, "epochs_left", lambda self, seconds: 2.0 if self.at_once > 1 else 0.0)
     monkeypatch.setattr(auto.Ladder, "_is_better", lambda *_: True)
     train(world, tmp_path / "run", "--time_budget=1h")
@@ -280,7 +289,7 @@ def test_the_whole_ladder(
     assert [rung for rung, _ in rungs[7:]] == ["trial"] * 3 + ["final"]  # the better half again, then the best of it
     lengths = [(row["epochs"], row["factor"]) for row in rows_of(tmp_path / "run")]
     assert [epochs for epochs, _ in lengths[1:10]] == ["1.0"] * 6 + ["2.0"] * 3
-    assert float(lengths[10][0]) == auto._MOST_EPOCHS
+    assert float(lengths[10][0]) == auto._EPOCHS_BEHIND_TRIALS
     printed = capsys.readouterr().out
     assert printed.count("soup: the mean of") == 1
     table = printed[printed.index("\nrung ") :].splitlines()[1:13]
@@ -308,6 +317,103 @@ def test_the_whole_ladder(
     card = (tmp_path / "run" / "README.md").read_text()
     assert f"{run.metrics['test']['accuracy']:.3f}" in card
     assert "# someone/mine" in card.splitlines()
+
+
+@pytest.mark.usefixtures("many_rows")
+@pytest.mark.parametrize("winner", ["full-2", "lp_ft-1", "lora-1"])
+def test_trials_go_on_where_they_ended(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, winner: str
+) -> None:
+    """Two ways of a first round train on in the second, and the winner's runs begin where that ended."""
+    ways = ("full-1", "full-2", "lp_ft-1", "lora-1")
+    monkeypatch.setattr(auto, "_WAYS", tuple(auto.Way(way[:-2], float(way[-1])) for way in ways))
+    second = ways[(ways.index(winner) + 1) % 4]
+    order = {winner: 2.0, second: 1.0}
+    monkeypatch.setattr(auto.Ladder, "_score", lambda self, place: order.get("-".join(place.name.split("-")[2:4]), 0.0))
+    monkeypatch.setattr(auto.Ladder, "_is_better", lambda *_: True)
+    monkeypatch.setattr(auto, "_shape", lambda *_: (1, 3.0))
+    monkeypatch.setattr(auto.TimeLimit, "epochs_left", lambda *_: 1e9)
+    trained = Trained(monkeypatch)
+    train(world, tmp_path / "run", "--preset=best", "--seed=3")
+    assert [(name, length) for name, length, *_ in trained.trainings] == [
+        *((way, 1.0) for way in ways),
+        *((way, 2.0) for way in (winner, second)),
+        (winner, 3.0),
+    ]
+    ends: dict[str, dict[str, torch.Tensor]] = {}
+    for way, _, stages, before, after in trained.trainings:
+        if way in ends:
+            assert stages == 1
+            assert set(before) == set(ends[way])
+            assert [name for name, tensor in before.items() if not tensor.equal(ends[way][name])] == []
+        else:
+            assert stages == (2 if way == "lp_ft-1" else 1)
+        assert any(not tensor.equal(after[name]) for name, tensor in before.items())
+        ends[way] = after
+    assert not (tmp_path / "run" / auto.TRIALS).exists()
+    arguments = hftl.load_run(tmp_path / "run").task.arguments
+    assert (arguments.method, arguments.head_epochs) == (winner[:-2], None)
+
+
+@pytest.mark.usefixtures("many_rows")
+@pytest.mark.parametrize("rung", ["trial", "final"])
+def test_a_trial_that_goes_on_is_interrupted(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: str
+) -> None:
+    """It ends where it would have without."""
+    monkeypatch.setattr(auto, "_WAYS", (auto.Way("full"), auto.Way("full", 2.0), auto.Way("lora"), auto.Way("partial")))
+    monkeypatch.setattr(auto.Ladder, "_score", lambda self, place: float("-full-2-" in place.name))
+    monkeypatch.setattr(auto.Ladder, "_is_better", lambda *_: True)
+    monkeypatch.setattr(auto, "_shape", lambda *_: (1, 3.0))
+    monkeypatch.setattr(auto.TimeLimit, "epochs_left", lambda *_: 0.0)
+    flags = ["--preset=best", "--per_device_train_batch_size=16"]
+    train(world, tmp_path / "whole", *flags)
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        length, place = (2.0, "-trial-full-2-") if rung == "trial" else (3.0, "-final-full-2-")
+        if place in args.output_dir and args.num_train_epochs == length and state.global_step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(auto.TimeLimit, "on_step_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(world, tmp_path / "run", *flags)
+    train(world, tmp_path / "run", *flags, "--resume")
+    assert tried(tmp_path / "run") == tried(tmp_path / "whole")
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run")]
+    assert [name for name, tensor in files[0].items() if not tensor.equal(files[1][name])] == []
+
+
+class Trained:
+    """What each training beyond the head begins with and ends with.
+
+    Attributes:
+        trainings: way, epochs, stages, and what trains, before and after.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.trainings: list[tuple[str, float, int, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
+        monkeypatch.setattr(auto, "train_plan", self.train)
+        self.after: dict[str, torch.Tensor] = {}
+
+    def train(self, task: Any, plan: Any, splits: Any, arguments: Any, given: list[Any]) -> Any:
+        here = self
+
+        class End(TrainerCallback):
+            def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                here.after = here.tensors(kwargs["model"], plan)
+
+        before = self.tensors(plan.model, plan)
+        result = train_plan(task, plan, splits, arguments, [*given, End()])
+        if arguments.method != "frozen":
+            method, factor = Path(arguments.output_dir).name.split("-")[2:4]
+            epochs = float(arguments.num_train_epochs)
+            self.trainings.append((f"{method}-{factor}", epochs, len(plan.stages), before, self.after))
+        return result
+
+    def tensors(self, model: Any, plan: Any) -> dict[str, torch.Tensor]:
+        names = plan.stages[-1].trainable
+        return {name: tensor.detach().clone() for name, tensor in model.named_parameters() if name in names}
 
 
 @pytest.mark.usefixtures("many_rows")
@@ -391,7 +497,7 @@ def test_time_for_mixes_is_kept_also_behind_a_short_training(
     monkeypatch.setattr(auto.Ladder, "_most_promising", lambda *_: auto.Way(method))
     monkeypatch.setattr(auto, "gives_features", lambda *_: False)  # no pairs
 
-    def last_training(self: auto.Ladder, costs: auto.Costs) -> tuple[int, float, int]:
+    def last_training(self: auto.Ladder, *_: Any) -> tuple[int, float, int]:
         reserves.append(self.reserve)
         return 1, epochs, 1
 
@@ -703,8 +809,6 @@ def test_the_time_limit_ends_a_training_with_an_evaluated_model(world: Path, tmp
         [f"--model={world / 'bert'}", f"--dataset={world / 'texts'}", f"--output_dir={tmp_path / 'run'}",
          "--method=full", "--num_train_epochs=3", "--report_to=none"],
     )  # fmt: skip
-    from hftl.training import train_plan
-
     task = hftl.TextClassification(arguments)
     splits = task.load_splits()
     plan = hftl.build_plan(task.build_model(splits), arguments)
