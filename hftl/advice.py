@@ -249,9 +249,7 @@ def _training(found: Pooled, figures: Figures, choice: Choice) -> tuple[list[str
     plan = build_plan(copy.deepcopy(found.model), arguments)
     rate, head = plan.settings["learning_rate"], plan.settings.get("head_learning_rate")
     stage = longest_stage(plan.stages, plan.model)
-    batch_size = arguments.per_device_train_batch_size or found.task.batch_size
-    steps = math.ceil(figures.rows / (batch_size * arguments.gradient_accumulation_steps))
-    epochs = with_least_steps(stage, steps).epochs
+    epochs = with_least_steps(stage, math.ceil(figures.rows / found.task.rows_a_step)).epochs
     default = arguments.learning_rate is None
     source = f"the default of {choice.method} for models of this kind and width" if default else "as given"
     seconds = epochs * figures.rows * _seconds_a_row(found, plan)

@@ -917,9 +917,7 @@ def _hint(name: str, names: Iterable[str]) -> str:
     """What may be meant by an unknown name: a flag of other tasks, or the nearest one."""
     from hftl.tasks import TASKS, find_task
 
-    users = [
-        task for task in TASKS if name in {item.name for item in dataclasses.fields(find_task(task).arguments_class)}
-    ]
+    users = [task for task in TASKS if name in flag_names(find_task(task).arguments_class)]
     return f" It is for {', '.join(users)}: leave it out." if users else did_you_mean(name, names)
 
 

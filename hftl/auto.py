@@ -239,8 +239,7 @@ class Ladder:
         self.budget = Budget(budget_seconds(self.arguments), spent)
         #: seconds that come after the last step of training: evaluations, and writing
         self.reserve = _WRITING
-        batch_size = self.arguments.per_device_train_batch_size or task.batch_size
-        steps = math.ceil(len(splits.train) / (batch_size * self.arguments.gradient_accumulation_steps))
+        steps = math.ceil(len(splits.train) / task.rows_a_step)
         #: passes over the rows in which pairs are learned
         self.pair_epochs = max(PAIR_EPOCHS, least_epochs(PAIR_STEPS, steps))
         #: with few rows a run has more epochs, as in every method: so many where there is one for many rows
@@ -287,11 +286,16 @@ class Ladder:
         if epochs >= _LEAST_EPOCHS:
             self._train("final", way, self._epochs(epochs), soup=runs == 1 or way.method == "partial", at_once=at_once)
 
-    def _seconds_an_epoch(self, costs: Costs, several: bool = False) -> float:
-        """What stands for an epoch takes with its evaluations, alone, in a single training or in one of several."""
+    def _seconds_an_epoch(self, costs: Costs, of_several: float = 0.0) -> float:
+        """What stands for an epoch takes with its evaluations, in a single training or in one of several.
+
+        Args:
+            costs: as measured.
+            of_several: the epochs of one of several trainings; 0 for a single one.
+        """
         evaluations = min(self.stretch / (self.arguments.eval_epochs or 1), MOST_EVALUATIONS)
-        if several and self._evaluates_twice:
-            evaluations = _EVALUATIONS_OF_SEVERAL / (_EPOCHS_OF_RUN + _later(self.arguments))
+        if of_several and self._evaluates_twice:
+            evaluations = _EVALUATIONS_OF_SEVERAL / of_several
         steps = self.stretch * costs.training * len(self.splits.train)
         return steps + evaluations * costs.prediction * len(self.splits.validation)
 
@@ -299,7 +303,8 @@ class Ladder:
         """Runs, the epochs of each, and how many train side by side."""
         later = _later(self.arguments)
         goes_on = self._goes_on(way)
-        fit = self.left / self._seconds_an_epoch(costs, several=True)
+        each = (_EPOCHS_BEHIND_TRIALS if goes_on else _EPOCHS_OF_RUN) + later
+        fit = self.left / self._seconds_an_epoch(costs, of_several=each)
         for at_once, slower in ((costs.at_once, costs.slower), (1, 1.0)):
             runs, epochs = _shape(fit / slower, later, at_once, goes_on)
             if runs > 1 and fit / slower >= _LEAST_FOR_SOUP + later:
@@ -368,9 +373,12 @@ class Ladder:
         return self.path / TRIALS / f"{way.method}_{way.factor:g}_{way.blocks}.safetensors"
 
     def _goes_on(self, way: Way) -> bool:
-        """Whether a training begins where trials ended: not with statistics adapted to the pretrained weights."""
-        tried = any(trial.way == way for trial in self._of("trial"))
-        return tried and self._weights(way).is_file() and self.arguments.batch_norm != "adapt"
+        """Whether a training begins where trials ended."""
+        return self._tried(way) > 0 and self._weights(way).is_file()
+
+    def _tried(self, way: Way) -> float:
+        """Epochs of the trials of a way."""
+        return sum(trial.epochs for trial in self._of("trial") if trial.way == way)
 
     def _finish_interrupted(self, cooking: float) -> None:
         """Go on with the trial that an interruption stopped, or that was finished and is not in the table yet.
@@ -443,7 +451,7 @@ class Ladder:
                 self._train_plan(arguments, rung, way, at_once)
             runs, done = _outcome(place)
             epochs = epochs or _epochs_of_head(place)
-            long = rung == "final" and epochs * done >= self._half
+            long = rung == "final" and self._tried(way) + epochs * done >= self._half
             usual = long and method != "partial" and not self._of("pairs")
             whole = usual or (method == _PAIRS and done >= _LONG)
             score, better = self._score(place), judged.is_file() or self._is_better(place, whole)
@@ -487,6 +495,7 @@ class Ladder:
             return plan
         plan.model.load_state_dict(load_file(self._weights(way)), strict=False)
         settings = {name: value for name, value in plan.settings.items() if name != "head_epochs"}
+        settings["num_train_epochs"] = self._tried(way) + plan.stages[-1].epochs  # for the recipe
         return dataclasses.replace(plan, stages=plan.stages[-1:], settings=settings)
 
     @property
@@ -576,8 +585,8 @@ class Ladder:
         batch = compute.typical_batch(data, self.task.collate)
         # Beside the model, which may be the faster of the two, by the threads that a prediction has.
         preparing = compute.seconds_to_prepare(data, self.task.collate) / decoding_threads(self.splits.train)
-        size = self.arguments.per_device_train_batch_size or self.task.batch_size
-        count = 2 if self.arguments.auto_find_batch_size else max(2, size)  # BatchNorm has no statistics of one row
+        rows_a_batch = max(2, self.task.rows_a_batch)  # BatchNorm has no statistics of one row
+        count = 2 if self.arguments.auto_find_batch_size else rows_a_batch
         batch = {name: value[:count].to(self.arguments.device) for name, value in batch.items()}
         rows = self.stretch * _MOST_RUNS * (_MOST_EPOCHS + _later(self.arguments)) * len(self.splits.train)
         loss = self.task.loss(self.splits)

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hftl.compute import wait_for_all
-from hftl.folder import is_main_process, replacing, say
+from hftl.folder import has_space, is_main_process, replacing, say
 from hftl.metrics import written
 from hftl.side_by_side import is_copy
 
@@ -123,7 +123,7 @@ class StopSignals(TrainerCallback):
 
 
 class KeepWeights(TrainerCallback):
-    """Writes what a training trained where it ends, with the statistics of BatchNorm layers."""
+    """Writes what a training trained where it ends, with the statistics of BatchNorm layers, if the disk has room."""
 
     def __init__(self, path: Path) -> None:
         """Keep where."""
@@ -133,9 +133,15 @@ class KeepWeights(TrainerCallback):
         """The best evaluation's weights are in the model."""
         model = extract_model_from_parallel(model, keep_torch_compile=False)
         still = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in still}
-        with replacing(self.path) as beside:
-            save_file(tensors, beside)
+        # Copies: two names of one tensor, or one whose channels lie last, are not written.
+        tensors = {
+            name: tensor.clone(memory_format=torch.contiguous_format)
+            for name, tensor in model.state_dict().items()
+            if name not in still
+        }
+        if has_space(self.path.parent, sum(tensor.nbytes for tensor in tensors.values())):
+            with replacing(self.path) as beside:
+                save_file(tensors, beside)
 
 
 class TimeLimit(TrainerCallback):

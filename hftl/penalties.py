@@ -79,8 +79,10 @@ def _distance(
 ) -> torch.Tensor:
     """Squared difference summed over channels by weight, mean over the positions of each row, mean over rows."""
     squares = _channels_last((values.float() - start.float()).square())
-    squares = squares.sum(dim=-1) if weights is None else squares @ weights.to(squares.device)
-    squares = squares.flatten(start_dim=1)
+    squares = (
+        squares if weights is None else squares * weights.to(squares.device)
+    )  # a product of matrices would be half
+    squares = squares.sum(dim=-1).flatten(start_dim=1)
     mask = None if mask is None else mask.flatten(end_dim=-2)  # of rows with several choices each choice is one
     if mask is None or mask.shape != squares.shape:
         return squares.mean()
@@ -88,7 +90,7 @@ def _distance(
 
 
 def _channels_last(values: torch.Tensor) -> torch.Tensor:
-    """Of what a block gives; they come last in tokens and in Swin's maps, whose two sides stand before, else first."""
+    """Of what a block gives: they come last in tokens and Swin's maps (of videos too), whose sides stand before."""
     is_last = values.ndim < 4 or (values.shape[-3] == values.shape[-2] != values.shape[-1])
     return values if is_last else values.movedim(1, -1)
 
@@ -99,8 +101,8 @@ def channel_weights(
     """How much the channels of the watched blocks matter: by the loss without each (Li et al. 2019, "DELTA").
 
     To first order, the gradient times what the channel gives (Molchanov et al. 2017), which takes one pass for all
-    channels. Standardised, and by a softmax at a temperature of 5 times their number, as the Transfer Learning Library
-    does it.
+    channels; with the head as the stage begins with it, a tenth of a solved one. Standardised, and by a softmax at a
+    temperature of 5 times their number, as the Transfer Learning Library does it.
 
     Args:
         model: in eval mode, with a head that knows the classes; what of it needs a gradient is changed.

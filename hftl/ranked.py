@@ -286,10 +286,10 @@ def recommendation(candidates: Sequence[Candidate], by: str, task_name: str, tok
             f"but: that is no better than always naming the largest class ({best.chance:.4f}): the rows do not show "
             "that the features of this model know these classes"
         )
-    if by == "h_score" and len(candidates) > 1 and math.isclose(best.h_score, candidates[1].h_score, rel_tol=1e-3):
+    if by == "h_score" and math.isclose(best.h_score, round(best.h_score), abs_tol=1e-6):
         lines.append(
-            "but: others have the same: where features outnumber the rows H-score is one less than there are classes, "
-            "and tells nothing: use another measure, such as logme"
+            "but: its features outnumber the rows: there H-score is one less than there are classes, and tells "
+            "nothing: use another measure, such as logme"
         )
     faster = [
         entry

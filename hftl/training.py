@@ -248,11 +248,10 @@ def _with_rate(
 
 def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: TransferArguments) -> list[Stage]:
     """Fill in what the arguments leave open, and the epochs of each stage."""
-    if arguments.per_device_train_batch_size is None:
-        arguments.per_device_train_batch_size = task.batch_size
+    arguments.per_device_train_batch_size = task.rows_a_batch
     arguments.metric_for_best_model, better = task.best_metric(splits)
     arguments.greater_is_better = better  # type: ignore[assignment]
-    rows = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    rows = task.rows_a_step
     steps = math.ceil(len(splits.train) / rows)
     if arguments.dataloader_drop_last and len(splits.train) < rows:
         raise UsageError(f"--dataloader_drop_last leaves none of {len(splits.train)} rows in batches of {rows}.")
@@ -266,7 +265,8 @@ def _resolve(task: ClassificationTask, plan: Plan, splits: Splits, arguments: Tr
         stages += [dataclasses.replace(last, name=f"{last.name}{_RUN}{run}") for run in runs]
     for name, value in plan.settings.items():
         setattr(arguments, name, value)
-    arguments.num_train_epochs = stages[-1].epochs or None  # of a stage that only scores there are none to repeat
+    epochs = plan.settings.get("num_train_epochs", stages[-1].epochs)
+    arguments.num_train_epochs = epochs or None  # of a stage that only scores there are none to repeat
     if arguments.eval_strategy == "epoch":
         arguments.eval_epochs = arguments.eval_epochs or epochs_between_evaluations(stages[-1])
     if arguments.average == "swa" and "lr_scheduler_type" not in arguments.given:
@@ -301,13 +301,13 @@ def _settle_precision(task: ClassificationTask, stage: Stage, model: nn.Module, 
             on_device = {name: value.to(arguments.device) for name, value in batch.items()}
             precision = compute.checked_bf16(model.to(arguments.device), on_device, loss)
         else:
-            steps = arguments.max_steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+            rows_given = arguments.max_steps * task.rows_a_step
             precision = compute.choose_precision(
                 model,
                 batch,
                 loss,
                 training=not mostly_frozen(stage, model),
-                rows=steps if arguments.max_steps > 0 else len(rows) * stage.epochs / arguments.world_size,
+                rows=(rows_given if arguments.max_steps > 0 else len(rows) * stage.epochs) / arguments.world_size,
                 arguments=arguments,
             )
     set_precision(arguments, precision)
@@ -518,7 +518,7 @@ def _chosen(task: ClassificationTask, stage: Stage, model: nn.Module, splits: Sp
     if stage.choose is None and not weighs:
         return stage
     arguments = task.arguments
-    size = arguments.per_device_train_batch_size or task.batch_size
+    size = task.rows_a_batch
     order = np.random.default_rng(arguments.seed).permutation(len(splits.train))[: _CHOOSING_BATCHES * size]
     dataset = task.dataset(splits.train.select(order), training=False)
     rows = [dataset[row] for row in range(len(order))]
@@ -527,7 +527,8 @@ def _chosen(task: ClassificationTask, stage: Stage, model: nn.Module, splits: Sp
     loss = stage.loss or task.loss(splits)
     model.to(arguments.device).eval()
     if weighs:
-        weights = penalties.channel_weights(model, loss, batches)
+        with compute.autocast(arguments.precision, arguments.device):
+            weights = penalties.channel_weights(model, loss, batches)
         stage = dataclasses.replace(stage, channel_weights=of_all_processes(weights)[0])
     if stage.choose is None:
         return stage

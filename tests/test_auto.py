@@ -40,6 +40,7 @@ from hftl.folder import PREDICTIONS
 from hftl.run import Run
 from hftl.trainer import TransferTrainer
 from hftl.training import train_plan
+from hftl.yaml_files import read_yaml
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def test_runs_go_side_by_side_from_two_epochs_on(
     ladder.trials = []
     ladder.arguments, ladder.stretch = hftl.parse(hftl.TextArguments, ["--model=a", "--dataset=b"]), 1.0
     monkeypatch.setattr(auto.Ladder, "left", left)
-    monkeypatch.setattr(auto.Ladder, "_seconds_an_epoch", lambda *_, several=False: 10.0)
+    monkeypatch.setattr(auto.Ladder, "_seconds_an_epoch", lambda *_, of_several=0.0: 10.0)
     costs = auto.Costs(training=1.0, prediction=1.0, at_once=2, slower=1.4, of_pairs=False)
     assert ladder._last_training(costs, auto.Way("full")) == shape
     ladder.arguments = hftl.parse(hftl.AudioArguments, ["--model=a", "--dataset=b"])  # which take twice the epochs
@@ -353,6 +354,30 @@ def test_trials_go_on_where_they_ended(
     assert not (tmp_path / "run" / auto.TRIALS).exists()
     arguments = hftl.load_run(tmp_path / "run").task.arguments
     assert (arguments.method, arguments.head_epochs) == (winner[:-2], None)
+    assert read_yaml(tmp_path / "run" / auto.RECIPE)["num_train_epochs"] == 1 + 2 + 3
+
+
+@pytest.mark.usefixtures("many_rows")
+@pytest.mark.parametrize("room", [True, False])
+def test_trials_of_a_convolutional_model_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: bool) -> None:
+    """Its tensors lie with the channels last. Where the disk has no room for them, the last training begins anew."""
+    write_tiny_cnn(tmp_path / "cnn")
+    write_images(tmp_path / "images", {"train": 12, "validation": 6})
+    monkeypatch.setattr(auto, "_WAYS", (auto.Way("full"), auto.Way("lp_ft")))
+    monkeypatch.setattr(auto.Ladder, "_score", lambda self, place: float("-full-" in place.name))
+    monkeypatch.setattr(auto.Ladder, "_is_better", lambda *_: True)
+    monkeypatch.setattr(auto, "_shape", lambda *_: (1, 3.0))
+    monkeypatch.setattr(callbacks, "has_space", lambda *_: room)
+    trained = Trained(monkeypatch)
+    settings = [f"--model={tmp_path / 'cnn'}", f"--dataset={tmp_path / 'images'}", f"--output_dir={tmp_path / 'run'}"]
+    cli._run(["train", "image-classification", *settings, "--method=auto", "--preset=best", "--report_to=none"])
+    lengths = [(name, length) for name, length, *_ in trained.trainings]
+    assert lengths == [("full-1", 1), ("lp_ft-1", 1), ("partial-1", 1), ("full-1", 3)]
+    first, last = trained.trainings[0], trained.trainings[-1]
+    assert any(tensor.ndim == 4 for tensor in last[3].values())
+    begins = last[3] if room else first[3]
+    ends = first[4] if room else last[3]
+    assert [name for name, tensor in begins.items() if not tensor.equal(ends[name])] == []
 
 
 @pytest.mark.usefixtures("many_rows")
@@ -403,11 +428,10 @@ class Trained:
             def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 here.after = here.tensors(kwargs["model"], plan)
 
-        before = self.tensors(plan.model, plan)
+        before, epochs = self.tensors(plan.model, plan), float(arguments.num_train_epochs or 0)
         result = train_plan(task, plan, splits, arguments, [*given, End()])
         if arguments.method != "frozen":
             method, factor = Path(arguments.output_dir).name.split("-")[2:4]
-            epochs = float(arguments.num_train_epochs)
             self.trainings.append((f"{method}-{factor}", epochs, len(plan.stages), before, self.after))
         return result
 

@@ -111,6 +111,15 @@ def test_delta_compares_what_four_blocks_give(name: str) -> None:
     assert float(value(stage, model, batch)) == pytest.approx(expected, rel=1e-3)
 
 
+def test_weighed_distances_are_not_computed_in_half_precision() -> None:
+    torch.manual_seed(0)
+    values, start, weights = torch.randn(6, 4, 8), torch.randn(6, 4, 8), torch.rand(8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = penalties._distance(values, start, None, weights)
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(float(((values - start).square() * weights).sum(dim=2).mean()), rel=1e-6)
+
+
 def test_channels_weigh_by_the_loss_without_them() -> None:
     """Behind the last block of a ResNet all is linear, and so is this loss: the first order is exact there."""
     model = calm("timm_resnet18").eval()

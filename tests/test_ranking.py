@@ -395,16 +395,20 @@ def test_a_recommended_model_that_knows_nothing_of_the_classes_is_no_secret() ->
     assert said not in ranked.recommendation([better], "logme", "text-classification", [])
 
 
-def test_an_h_score_that_tells_nothing_is_said(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of two classes it is 1 where features outnumber the rows."""
-    models = ["--models", images / "vit@40", images / "vit@56", "--dataset", images / "data"]
-    said = "where features outnumber the rows"
-    rank(*models, "--by", "h_score", "--max_train_samples", "8")
-    assert said in capsys.readouterr().out
-    rank(*models, "--by", "logme", "--max_train_samples", "8")
-    assert said not in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("by", "score", "told"), [("h_score", 1.0, True), ("h_score", 0.999, False), ("logme", 1.0, False)]
+)
+def test_an_h_score_that_tells_nothing_is_said(by: str, score: float, told: bool) -> None:
+    scores: dict[str, Any] = {"logme": -0.2, "h_score": score, "transrate": 0.1, "leep": None, "nce": None}
+    entry = ranked.Candidate(
+        1, "tiny", **scores, probe=0.9, parameters=9, features_per_second=1.0, flags=[], rows=8, chance=0.5
+    )
+    assert ("features outnumber the rows" in ranked.recommendation([entry], by, "text-classification", [])) == told
+
+
+def test_features_that_outnumber_the_rows(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rank("--models", images / "vit@40", "--dataset", images / "data", "--by", "h_score", "--max_train_samples", "8")
+    assert "features outnumber the rows" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "gpt2"])

@@ -65,6 +65,16 @@ class ClassificationTask:
         #: what the output layer that was solved last follows from, and the layer
         self.last_solution: tuple[bytes, LinearHead] | None = None
 
+    @property
+    def rows_a_batch(self) -> int:
+        """Rows of a training batch on one device."""
+        return self.arguments.per_device_train_batch_size or self.batch_size
+
+    @property
+    def rows_a_step(self) -> int:
+        """Rows of a training step, of all devices and accumulated parts together."""
+        return self.rows_a_batch * self.arguments.world_size * self.arguments.gradient_accumulation_steps
+
     @functools.cached_property
     def _extra_metrics(self) -> ExtraMetrics:
         return ExtraMetrics(self.arguments.metrics or [], self.problem.metric_names)
