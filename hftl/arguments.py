@@ -989,6 +989,8 @@ def _check_device(arguments: TransferArguments) -> None:
 
 def _match_strategies(arguments: TransferArguments) -> None:
     """The best checkpoint needs one for each evaluation: of two strategies, the default follows the other."""
+    if arguments.average == "soup" and arguments.eval_strategy == "no":
+        raise UsageError("--average soup needs evaluations: --eval_strategy epoch, or steps.")
     if not arguments.load_best_model_at_end:
         return
     for name in ("eval", "save"):
@@ -1164,8 +1166,6 @@ def _check_averaging(arguments: TransferArguments) -> None:
         )
     if arguments.average in ("ema", "swa") and arguments.save_only_model:
         raise UsageError(f"--save_only_model leaves the average of --average {arguments.average} out: leave out one.")
-    if arguments.average == "soup" and arguments.eval_strategy == "no":
-        raise UsageError("--average soup needs evaluations: --eval_strategy epoch, or steps.")
 
 
 def seconds_of(duration: str) -> float:

@@ -271,7 +271,7 @@ class Ladder:
             self._check_probe_fits(costs.prediction)
             self._train("probe", Way("frozen"), 0.0)
         epoch = self._seconds_an_epoch(costs)
-        length = "an epoch" if self.stretch == 1 else f"{self._epochs(1.0):g} epochs"
+        length = "an epoch" if self._epochs(1.0) == 1 else f"{self._epochs(1.0):g} epochs"
         left = f"{max(0, self.budget.left):.0f} s are left"
         if math.isfinite(epoch):
             say(f"auto: to train the whole model for {length} takes about {epoch:.0f} s, {left}")
@@ -302,7 +302,7 @@ class Ladder:
     def _last_training(self, costs: Costs, way: Way) -> tuple[int, float, int]:
         """Runs, the epochs of each, and how many train side by side."""
         later = _later(self.arguments)
-        goes_on = self._goes_on(way)
+        goes_on = self._goes_on(way) and way.method != "partial"  # which has one run and a soup of its epochs
         each = (_EPOCHS_BEHIND_TRIALS if goes_on else _EPOCHS_OF_RUN) + later
         fit = self.left / self._seconds_an_epoch(costs, of_several=each)
         for at_once, slower in ((costs.at_once, costs.slower), (1, 1.0)):

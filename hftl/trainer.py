@@ -287,7 +287,8 @@ class TransferTrainer(Trainer):
         Raises:
             Diverged: always.
         """
-        what = f"The loss is {float(loss)} at step {done + 1} of stage {self.stage.name!r}"
+        loss_name = "The loss" if self.stage.penalty is None else "The loss with its penalty"
+        what = f"{loss_name} is {float(loss)} at step {done + 1} of stage {self.stage.name!r}"
         raise diverged(what, self.args.output_dir)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:

@@ -283,7 +283,10 @@ class Search:
                     "on, --overwrite replaces it, or name another folder."
                 )
             if study.user_attrs.get("finished"):
-                raise UsageError(f"{str(self.path)!r} holds a finished search: --overwrite, or name another folder.")
+                raise UsageError(
+                    f"{str(self.path)!r} holds a finished search, whose test score is known: --overwrite replaces it, "
+                    "or name another folder."
+                )
 
     def _open(self) -> Any:
         import optuna

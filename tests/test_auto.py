@@ -143,6 +143,17 @@ def test_runs_go_side_by_side_from_two_epochs_on(
     assert ladder._last_training(costs, auto.Way("full"))[2] == (2 if left > 90 else 1)
 
 
+def test_partial_has_one_run_of_usual_length_behind_trials_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    ladder: Any = object.__new__(auto.Ladder)
+    ladder.arguments, ladder.stretch = hftl.parse(hftl.TextArguments, ["--model=a", "--dataset=b"]), 1.0
+    monkeypatch.setattr(auto.Ladder, "left", 999.0)
+    monkeypatch.setattr(auto.Ladder, "_seconds_an_epoch", lambda *_, of_several=0.0: 10.0)
+    monkeypatch.setattr(auto.Ladder, "_goes_on", lambda *_: True)
+    costs = auto.Costs(training=1.0, prediction=1.0, at_once=1, slower=1.0, of_pairs=False)
+    lengths = [ladder._last_training(costs, auto.Way(method))[1] for method in ("full", "partial")]
+    assert lengths == [auto._EPOCHS_BEHIND_TRIALS, auto._MOST_EPOCHS]
+
+
 @pytest.mark.parametrize(
     ("left", "flags", "shape"),
     [
@@ -344,11 +355,11 @@ def test_trials_go_on_where_they_ended(
     ends: dict[str, dict[str, torch.Tensor]] = {}
     for way, _, stages, before, after in trained.trainings:
         if way in ends:
-            assert stages == 1
+            assert len(stages) == 1
             assert set(before) == set(ends[way])
             assert [name for name, tensor in before.items() if not tensor.equal(ends[way][name])] == []
         else:
-            assert stages == (2 if way == "lp_ft-1" else 1)
+            assert len(stages) == (2 if way == "lp_ft-1" else 1)
         assert any(not tensor.equal(after[name]) for name, tensor in before.items())
         ends[way] = after
     assert not (tmp_path / "run" / auto.TRIALS).exists()
@@ -417,7 +428,7 @@ class Trained:
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.trainings: list[tuple[str, float, int, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
+        self.trainings: list[tuple[str, float, Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
         monkeypatch.setattr(auto, "train_plan", self.train)
         self.after: dict[str, torch.Tensor] = {}
 
@@ -432,7 +443,7 @@ class Trained:
         result = train_plan(task, plan, splits, arguments, [*given, End()])
         if arguments.method != "frozen":
             method, factor = Path(arguments.output_dir).name.split("-")[2:4]
-            self.trainings.append((f"{method}-{factor}", epochs, len(plan.stages), before, self.after))
+            self.trainings.append((f"{method}-{factor}", epochs, plan.stages, before, self.after))
         return result
 
     def tensors(self, model: Any, plan: Any) -> dict[str, torch.Tensor]:

@@ -238,6 +238,11 @@ FLAGS = [
     ),
     Bad(
         "soup without evaluations",
+        f"{TEXT} --average soup --eval_strategy no",
+        ("--average soup", "--eval_strategy epoch"),
+    ),
+    Bad(
+        "soup without evaluations, the best not loaded",
         f"{TEXT} --average soup --eval_strategy no --load_best_model_at_end false",
         ("--average soup", "--eval_strategy epoch"),
     ),
@@ -600,6 +605,7 @@ METHODS = [
     Bad("key given twice", with_settings("lora --lora_r 4", '"r": 4'), ("'r'", "--lora_r")),
     Bad("key of a short name", with_settings("dora", '"use_dora": false'), ("'use_dora'",)),
     Bad("settings that are no JSON", f"{TEXT} --method ia3 --peft_config r=4", ("--peft_config is no JSON", "'{")),
+    Bad("setting that is no number", with_settings("lora", '"lora_alpha": NaN'), ("--peft_config is no JSON", "NaN")),
     Bad("settings that do not fit", with_settings("miss", '"r": 999'), ("MISS", "999")),
     Bad("adapters with nothing to take", f"{TEXT} --method ia3 --lora_target_modules LayerNorm", ("IA3", "LN_TUNING")),
     Bad("pattern that matches nothing", f"{TEXT} --method lora --lora_layers_pattern qkv", ("'qkv'", "the first are")),
@@ -626,6 +632,11 @@ METHODS = [
         "4 bits, convolutions",
         f"{IMAGE} --model {{timm}} --method lora --load_in_4bit",
         ("--load_in_4bit", "no linear layer"),
+    ),
+    Bad(
+        "a start from the weights, in 8 bits",
+        f"{TEXT} --method pissa --load_in_8bit",
+        ("--method pissa: this start", "8 or 4 bits"),
     ),
     Bad("DoRA in 8 bits", f"{TEXT} --method dora --load_in_8bit", ("--load_in_8bit", "DoRA", "--load_in_4bit")),
     Bad("8 and 4 bits", f"{TEXT} --method lora --load_in_8bit --load_in_4bit", ("exclude each other",)),

@@ -218,7 +218,9 @@ def peft_settings(arguments: TransferArguments) -> dict[str, Any]:
         # peft 0.21 and bitsandbytes 0.50: the scales of the weights are lost in the first step.
         raise UsageError("--load_in_8bit does not go with DoRA on a CPU: take --load_in_4bit.")
     if few_bits and wanted.get("init_lora_weights") in _FROM_WEIGHTS:
-        raise UsageError("--init_lora_weights: this start is computed from the weights, which 8 or 4 bits do not hold.")
+        source = "--peft_config" if "init_lora_weights" in settings else f"--method {arguments.method}"
+        source = "--init_lora_weights" if "init_lora_weights" in flags else source
+        raise UsageError(f"{source}: this start is computed from the weights, which 8 or 4 bits do not hold.")
     for key in settings:
         if key in _OURS:
             raise UsageError(f"--peft_config: {key!r} is set by hftl; use {_OURS[key]}.")
@@ -251,9 +253,14 @@ def _check_ranks(name: str, settings: dict[str, Any]) -> None:
             raise UsageError(f"--peft_config: the 'init_r' of AdaLoRA ({start}) must be above its 'target_r' ({end}).")
 
 
+def _no_number(name: str) -> None:
+    """Refuse NaN and Infinity, which Python reads and JSON has not."""
+    raise ValueError(f"{name} is no number of JSON")
+
+
 def _parsed(text: str | None) -> dict[str, Any]:
     try:
-        settings = json.loads(text or "{}")
+        settings = json.loads(text or "{}", parse_constant=_no_number)
     except ValueError as error:
         raise UsageError(f"--peft_config is no JSON ({error}): write it as '{{\"r\": 4}}'.") from error
     if not isinstance(settings, dict):
