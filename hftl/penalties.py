@@ -79,9 +79,8 @@ def _distance(
 ) -> torch.Tensor:
     """Squared difference summed over channels by weight, mean over the positions of each row, mean over rows."""
     squares = _channels_last((values.float() - start.float()).square())
-    squares = (
-        squares if weights is None else squares * weights.to(squares.device)
-    )  # a product of matrices would be half
+    if weights is not None:
+        squares = squares * weights.to(squares.device)  # a product of matrices would be in half precision
     squares = squares.sum(dim=-1).flatten(start_dim=1)
     mask = None if mask is None else mask.flatten(end_dim=-2)  # of rows with several choices each choice is one
     if mask is None or mask.shape != squares.shape:

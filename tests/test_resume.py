@@ -227,8 +227,9 @@ def test_a_chosen_block_with_a_penalty_killed_and_resumed(place: Path) -> None:
     flags = ("--penalty=delta", "--lr_scheduler_type=slanted_triangular")
     whole = run(place, "surgical-whole", "image-classification", "", "surgical", *flags)
     assert whole.returncode == 0, whole.stderr
-    # The loss is called three times to choose the block, and three times an epoch: this is in the second epoch.
-    killed = run(place, "surgical-killed", "image-classification", "1:8:9", "surgical", *flags)
+    # The loss is called three times to weigh channels, three times to choose the block, and three times an epoch: this
+    # is in the second epoch.
+    killed = run(place, "surgical-killed", "image-classification", "1:11:9", "surgical", *flags)
     assert killed.returncode == -signal.SIGKILL
     resumed = run(place, "surgical-killed", "image-classification", "", "surgical", *flags, "--resume")
     assert resumed.returncode == 0, resumed.stderr
