@@ -38,9 +38,9 @@ from hftl.arguments import (
     stage_arguments,
     views_of_a_row,
 )
-from hftl.averaging import INGREDIENTS, MIXES
+from hftl.averaging import INGREDIENTS, MIXES, KeepWeights, changing_tensors, put
 from hftl.batches import decoding_threads
-from hftl.callbacks import KeepWeights, TimeLimit
+from hftl.callbacks import TimeLimit
 from hftl.data import Splits
 from hftl.errors import Diverged, UsageError
 from hftl.features import OF_KEPT_FEATURES, gives_features
@@ -80,15 +80,16 @@ _PLAIN = {"mixup": None, "cutmix": None, "random_erasing": None, "word_dropout":
 _PLANNED = 0.95
 #: from this part of an epoch on, one more is planned than fits: the rate falls with the time, which is used that way
 _BEGUN = 0.25
-#: of a run: three to five score alike on a few thousand rows (MiniLM on movie reviews), eight overfit them
-_MOST_EPOCHS = 5.0
 #: time for more goes into further runs of the last training, whose mean is better than any of them (with 16 rows a
 #: class too: three of `lp_ft` 0.5 points more than one, four data sets, three draws each); a third adds little, and a
 #: fourth is made only beside it
-_MOST_RUNS, _EPOCHS_OF_RUN = 3, 3.0
-#: of a run that goes on from a trial of an epoch (movie reviews, MiniLM, four runs, scored on 6,056 others: with two
-#: epochs 0.858, with three or four 0.856; anew with three 0.857 in a third more time)
-_EPOCHS_BEHIND_TRIALS = 2.0
+_MOST_RUNS = 3
+#: least epochs of one of several runs, and most of any: three to five score alike on a few thousand rows (MiniLM on
+#: movie reviews), eight overfit them …
+_EPOCHS_OF_RUN = (3.0, 5.0)
+#: … and of a run that goes on from a trial of an epoch (movie reviews, MiniLM, four runs, scored on 6,056 others: with
+#: two epochs 0.858, with three or four 0.856; anew with three 0.857 in a third more time)
+_EPOCHS_BEHIND_TRIALS = (2.0, 2.0)
 #: of each such run, whose epochs make no soup: it ends by its best evaluation still, and time goes into steps instead
 _EVALUATIONS_OF_SEVERAL = 2
 #: with fewer epochs of the whole model left than this, trials would eat what the last training needs …
@@ -303,13 +304,13 @@ class Ladder:
         """Runs, the epochs of each, and how many train side by side."""
         later = _later(self.arguments)
         goes_on = self._goes_on(way) and way.method != "partial"  # which has one run and a soup of its epochs
-        each = (_EPOCHS_BEHIND_TRIALS if goes_on else _EPOCHS_OF_RUN) + later
-        fit = self.left / self._seconds_an_epoch(costs, of_several=each)
+        lengths = _EPOCHS_BEHIND_TRIALS if goes_on else _EPOCHS_OF_RUN
+        fit = self.left / self._seconds_an_epoch(costs, of_several=lengths[0] + later)
         for at_once, slower in ((costs.at_once, costs.slower), (1, 1.0)):
-            runs, epochs = _shape(fit / slower, later, at_once, goes_on)
+            runs, epochs = _shape(fit / slower, later, at_once, lengths)
             if runs > 1 and fit / slower >= _LEAST_FOR_SOUP + later:
                 return runs, epochs, at_once
-        return *_shape(self.left / self._seconds_an_epoch(costs), later, 1, goes_on), 1
+        return *_shape(self.left / self._seconds_an_epoch(costs), later, 1, lengths), 1
 
     def _epochs(self, usual: float) -> float:
         """How many epochs of these rows stand for so many of a usual number of rows."""
@@ -339,7 +340,7 @@ class Ladder:
         so on. What an interrupted run has tried is not tried again.
         """
         if self._judges_by_few or (epochs < _EPOCHS_FOR_TRIALS and not self._of("trial")):
-            return _WAYS[1] if self._judges_by_few or epochs < _EPOCHS_OF_RUN else _WAYS[0]
+            return _WAYS[1] if self._judges_by_few or epochs < _EPOCHS_OF_RUN[0] else _WAYS[0]
         spent = sum(trial.epochs for trial in self._of("trial")) / self.stretch
         ways = self._all_ways() if epochs + spent >= _EPOCHS_FOR_ALL else list(_WAYS[:_FEW_WAYS])
         sign = 1 if self.arguments.greater_is_better else -1
@@ -473,7 +474,7 @@ class Ladder:
         """Train a copy of the model, which nothing holds any longer behind it."""
         plan = self._plan(arguments, way)
         fitting = _fitting(Path(str(arguments.output_dir)), plan, arguments, at_once)
-        keep = [KeepWeights(self._weights(way))] if rung == "trial" else []
+        keep = [KeepWeights(plan.stages[-1], self._weights(way))] if rung == "trial" else []
         limit = TimeLimit(self.budget.ends - self.reserve, self._half, fitting)
         train_plan(self.task, plan, self.splits, arguments, [limit, *keep])
 
@@ -493,7 +494,7 @@ class Ladder:
             plan = dataclasses.replace(plan, stages=tuple(stages), settings=plan.settings | rates)
         if not self._goes_on(way):
             return plan
-        plan.model.load_state_dict(load_file(self._weights(way)), strict=False)
+        put(changing_tensors(plan.model, plan.stages[-1]), load_file(self._weights(way)))
         settings = {name: value for name, value in plan.settings.items() if name != "head_epochs"}
         settings["num_train_epochs"] = self._tried(way) + plan.stages[-1].epochs  # for the recipe
         return dataclasses.replace(plan, stages=plan.stages[-1:], settings=settings)
@@ -588,7 +589,7 @@ class Ladder:
         rows_a_batch = max(2, self.task.rows_a_batch)  # BatchNorm has no statistics of one row
         count = 2 if self.arguments.auto_find_batch_size else rows_a_batch
         batch = {name: value[:count].to(self.arguments.device) for name, value in batch.items()}
-        rows = self.stretch * _MOST_RUNS * (_MOST_EPOCHS + _later(self.arguments)) * len(self.splits.train)
+        rows = self.stretch * _MOST_RUNS * (_EPOCHS_OF_RUN[1] + _later(self.arguments)) * len(self.splits.train)
         loss = self.task.loss(self.splits)
         at_once, slower = 1, 1.0
         try:
@@ -672,16 +673,18 @@ def _most_runs(at_once: int) -> int:
     return at_once * math.ceil(_MOST_RUNS / at_once)
 
 
-def _shape(epochs: float, later: float = 0.0, at_once: int = 1, goes_on: bool = False) -> tuple[int, float]:
+def _shape(
+    epochs: float, later: float = 0.0, at_once: int = 1, lengths: tuple[float, float] = _EPOCHS_OF_RUN
+) -> tuple[int, float]:
     """How many runs of how many epochs the last training has, where so many epochs fit in all.
 
     Args:
         epochs: that fit; of runs side by side, in one of them.
         later: how many more than usual a run needs, see `_later`.
         at_once: runs side by side.
-        goes_on: whether the runs begin where trials ended, and have fewer epochs.
+        lengths: the least epochs of one of several runs, and the most of any, without `later`.
     """
-    least, most = (_EPOCHS_BEHIND_TRIALS, _EPOCHS_BEHIND_TRIALS) if goes_on else (_EPOCHS_OF_RUN, _MOST_EPOCHS)
+    least, most = lengths
     times = min(max(epochs // (least + later), 1), _most_runs(at_once) // at_once)
     each = epochs / times
     if times == 1 and each >= _LEAST_FOR_SOUP:  # nothing follows that would want the time

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from accelerate.utils import extract_model_from_parallel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,7 +27,7 @@ from hftl.arguments import TransferArguments
 from hftl.callbacks import ends_epoch
 from hftl.compute import wait_for_all
 from hftl.errors import UsageError
-from hftl.folder import is_main_process, replacing, say
+from hftl.folder import has_space, is_main_process, replacing, say
 from hftl.methods import Plan, Stage
 from hftl.metrics import SHARES, swapped_answers, written
 
@@ -313,6 +314,23 @@ def changing_tensors(model: nn.Module, stage: Stage) -> Tensors:
     """Everything that a stage may change, by name: what may train, and all buffers."""
     parameters = ((name, tensor.detach()) for name, tensor in model.named_parameters() if name in stage.trainable)
     return {**dict(parameters), **dict(model.named_buffers())}
+
+
+class KeepWeights(TrainerCallback):
+    """Writes what a stage may change where its training ends, if the disk has room."""
+
+    def __init__(self, stage: Stage, path: Path) -> None:
+        """Keep which stage, and where."""
+        self.stage, self.path = stage, path
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """The best evaluation's weights are in the model."""
+        tensors = changing_tensors(extract_model_from_parallel(model, keep_torch_compile=False), self.stage)
+        # Copies: what shares its memory, or has its channels last, is not written.
+        copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        if has_space(self.path.parent, sum(tensor.nbytes for tensor in copies.values())):
+            with replacing(self.path) as beside:
+                save_file(copies, beside)
 
 
 def averaged_tensors(trainer: TransferTrainer) -> Tensors:

@@ -14,13 +14,11 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
-from safetensors.torch import save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hftl.compute import wait_for_all
-from hftl.folder import has_space, is_main_process, replacing, say
+from hftl.folder import is_main_process, say
 from hftl.metrics import written
 from hftl.side_by_side import is_copy
 
@@ -120,28 +118,6 @@ class StopSignals(TrainerCallback):
         if self.number:
             wait_for_all()  # rank 0 may still be writing
             raise Interrupted(self.number)
-
-
-class KeepWeights(TrainerCallback):
-    """Writes what a training trained where it ends, with the statistics of BatchNorm layers, if the disk has room."""
-
-    def __init__(self, path: Path) -> None:
-        """Keep where."""
-        self.path = path
-
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """The best evaluation's weights are in the model."""
-        model = extract_model_from_parallel(model, keep_torch_compile=False)
-        still = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        # Copies: two names of one tensor, or one whose channels lie last, are not written.
-        tensors = {
-            name: tensor.clone(memory_format=torch.contiguous_format)
-            for name, tensor in model.state_dict().items()
-            if name not in still
-        }
-        if has_space(self.path.parent, sum(tensor.nbytes for tensor in tensors.values())):
-            with replacing(self.path) as beside:
-                save_file(tensors, beside)
 
 
 class TimeLimit(TrainerCallback):

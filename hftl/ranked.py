@@ -286,7 +286,7 @@ def recommendation(candidates: Sequence[Candidate], by: str, task_name: str, tok
             f"but: that is no better than always naming the largest class ({best.chance:.4f}): the rows do not show "
             "that the features of this model know these classes"
         )
-    if by == "h_score" and math.isclose(best.h_score, round(best.h_score), abs_tol=1e-6):
+    if by == "h_score" and best.h_score > 0.5 and math.isclose(best.h_score, round(best.h_score), abs_tol=1e-6):
         lines.append(
             "but: its features outnumber the rows: there H-score is one less than there are classes, and tells "
             "nothing: use another measure, such as logme"

@@ -67,13 +67,14 @@ def shortened() -> Iterator[None]:
     """`--method auto` climbs to its last rung without trials, and mixes by halves; SlowFast is small."""
     from pytorchvideo.models import hub
 
-    before = hub.slowfast_r50, auto._EPOCHS_FOR_TRIALS, auto._MOST_EPOCHS, averaging.MIXES
+    before = hub.slowfast_r50, auto._EPOCHS_FOR_TRIALS, auto._EPOCHS_OF_RUN, averaging.MIXES
     # By a few rows any mix may be the best, also one with nothing of the training.
-    hub.slowfast_r50, auto._EPOCHS_FOR_TRIALS, auto._MOST_EPOCHS, averaging.MIXES = small_slowfast, 1e9, 1.0, (0.5,)
+    hub.slowfast_r50, averaging.MIXES = small_slowfast, (0.5,)
+    auto._EPOCHS_FOR_TRIALS, auto._EPOCHS_OF_RUN = 1e9, (3.0, 1.0)
     try:
         yield
     finally:
-        hub.slowfast_r50, auto._EPOCHS_FOR_TRIALS, auto._MOST_EPOCHS, averaging.MIXES = before
+        hub.slowfast_r50, auto._EPOCHS_FOR_TRIALS, auto._EPOCHS_OF_RUN, averaging.MIXES = before
 
 
 def write(place: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gc
 import json
 import math
 import os
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +23,7 @@ from safetensors.torch import load_file
 from small_data import write_images, write_texts
 from test_methods import plan_of
 from tiny_models import TINY, write_tiny_cnn, write_tiny_text_model
-from tiny_training import tiny_trainer
+from tiny_training import failing_trainings, tiny_trainer
 from transformers import (
     AutoModelForSequenceClassification,
     TrainerCallback,
@@ -35,7 +33,7 @@ from transformers import (
 )
 
 import hftl
-from hftl import auto, callbacks, cli, features, probes
+from hftl import auto, averaging, callbacks, cli, features, probes
 from hftl.folder import PREDICTIONS
 from hftl.run import Run
 from hftl.trainer import TransferTrainer
@@ -118,10 +116,10 @@ def test_runs_side_by_side_have_the_epochs_that_fit_into_one(
     assert auto._shape(epochs, 0.0, at_once) == shape
 
 
-@pytest.mark.parametrize(("goes_on", "most"), [(False, auto._MOST_EPOCHS), (True, auto._EPOCHS_BEHIND_TRIALS)])
-def test_runs_behind_trials_are_shorter(goes_on: bool, most: float) -> None:
-    assert auto._shape(99, 0.0, 2, goes_on) == (4, most)
-    assert auto._shape(4.0, 0.0, 2, goes_on) == ((4, 2) if goes_on else (2, 4))
+@pytest.mark.parametrize(("lengths", "most"), [((3.0, 5.0), 5), ((2.0, 2.0), 2)])
+def test_runs_behind_trials_are_shorter(lengths: tuple[float, float], most: float) -> None:
+    assert auto._shape(99, 0.0, 2, lengths) == (4, most)
+    assert auto._shape(4.0, 0.0, 2, lengths) == ((4, 2) if most == 2 else (2, 4))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +149,7 @@ def test_partial_has_one_run_of_usual_length_behind_trials_too(monkeypatch: pyte
     monkeypatch.setattr(auto.Ladder, "_goes_on", lambda *_: True)
     costs = auto.Costs(training=1.0, prediction=1.0, at_once=1, slower=1.0, of_pairs=False)
     lengths = [ladder._last_training(costs, auto.Way(method))[1] for method in ("full", "partial")]
-    assert lengths == [auto._EPOCHS_BEHIND_TRIALS, auto._MOST_EPOCHS]
+    assert lengths == [auto._EPOCHS_BEHIND_TRIALS[1], auto._EPOCHS_OF_RUN[1]]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +216,7 @@ def test_the_last_training_has_runs_side_by_side_where_that_pays(
     monkeypatch.setattr(TransferTrainer, "training_step", noted)
     monkeypatch.setattr(auto, "_EPOCHS_FOR_TRIALS", 1e9)
     monkeypatch.setattr(auto.compute, "seconds_a_row_beside", lambda *_: beside)
-    monkeypatch.setattr(auto, "_shape", lambda epochs, later, at_once, goes_on: (at_once, 3.0))
+    monkeypatch.setattr(auto, "_shape", lambda epochs, later, at_once, *_: (at_once, 3.0))
     monkeypatch.setattr(auto.TimeLimit, "epochs_left", lambda self, seconds: 2.0 if self.at_once > 1 else 0.0)
     monkeypatch.setattr(auto.Ladder, "_is_better", lambda *_: True)
     train(world, tmp_path / "run", "--time_budget=1h")
@@ -301,7 +299,7 @@ def test_the_whole_ladder(
     assert [rung for rung, _ in rungs[7:]] == ["trial"] * 3 + ["final"]  # the better half again, then the best of it
     lengths = [(row["epochs"], row["factor"]) for row in rows_of(tmp_path / "run")]
     assert [epochs for epochs, _ in lengths[1:10]] == ["1.0"] * 6 + ["2.0"] * 3
-    assert float(lengths[10][0]) == auto._EPOCHS_BEHIND_TRIALS
+    assert float(lengths[10][0]) == auto._EPOCHS_BEHIND_TRIALS[1]
     printed = capsys.readouterr().out
     assert printed.count("soup: the mean of") == 1
     table = printed[printed.index("\nrung ") :].splitlines()[1:13]
@@ -378,7 +376,7 @@ def test_trials_of_a_convolutional_model_go_on(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(auto.Ladder, "_score", lambda self, place: float("-full-" in place.name))
     monkeypatch.setattr(auto.Ladder, "_is_better", lambda *_: True)
     monkeypatch.setattr(auto, "_shape", lambda *_: (1, 3.0))
-    monkeypatch.setattr(callbacks, "has_space", lambda *_: room)
+    monkeypatch.setattr(averaging, "has_space", lambda *_: room)
     trained = Trained(monkeypatch)
     settings = [f"--model={tmp_path / 'cnn'}", f"--dataset={tmp_path / 'images'}", f"--output_dir={tmp_path / 'run'}"]
     cli._run(["train", "image-classification", *settings, "--method=auto", "--preset=best", "--report_to=none"])
@@ -505,7 +503,7 @@ def test_where_few_rows_judge_the_last_training_is_mixed_with_the_pretrained_mod
     """After its runs are averaged; where many rows judge, nothing is mixed."""
     monkeypatch.setattr(auto, "_LEAST_TO_TELL", fewest)
     monkeypatch.setattr(auto, "_EPOCHS_FOR_TRIALS", math.inf)
-    monkeypatch.setattr(auto, "_EPOCHS_OF_RUN", math.inf)  # lp_ft, whoever judges
+    monkeypatch.setattr(auto, "_EPOCHS_OF_RUN", (math.inf, 5.0))  # lp_ft, whoever judges
     monkeypatch.setattr(auto, "gives_features", lambda *_: False)  # no pairs
     monkeypatch.setattr(auto, "_shape", lambda *_: (2, 3.0))
     monkeypatch.setattr(auto.Ladder, "_is_better", lambda *_: True)
@@ -910,23 +908,9 @@ def test_a_last_training_that_fails_when_it_goes_on_leaves_its_time_to_another(
 def test_what_a_failed_training_held_is_gone_before_the_next(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_plan, failed, alive = auto.train_plan, [], []
-
-    def fails(task: Any, plan: Any, splits: Any, arguments: Any, callbacks: Any) -> Any:
-        alive.extend(reference() is not None for reference in failed)
-        if arguments.method == "full":
-            plan.model.itself = [plan.model]  # a circle, as a trainer makes
-            failed.append(weakref.ref(plan.model))
-            raise torch.OutOfMemoryError("full")
-        return train_plan(task, plan, splits, arguments, callbacks)
-
     monkeypatch.setattr(auto, "_EPOCHS_FOR_TRIALS", 1e9)
-    monkeypatch.setattr(auto, "train_plan", fails)
-    gc.disable()
-    try:
+    with failing_trainings(auto, lambda arguments: arguments.method == "full") as alive:
         train(world, tmp_path / "run", "--time_budget=60s")
-    finally:
-        gc.enable()
     assert alive == [False]
 
 

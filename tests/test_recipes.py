@@ -31,7 +31,7 @@ def _short_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     monkeypatch.setattr(training, "sweep", functools.partial(lr_find.sweep, steps=20))
     monkeypatch.setattr(auto, "_EPOCHS_FOR_TRIALS", 1e9)
-    monkeypatch.setattr(auto, "_MOST_EPOCHS", 1.0)
+    monkeypatch.setattr(auto, "_EPOCHS_OF_RUN", (auto._EPOCHS_OF_RUN[0], 1.0))
 
 
 #: configurations that train the real weights; to load, train and save its 24 million a hundred times takes minutes

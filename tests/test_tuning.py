@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import fcntl
-import gc
 import json
 import os
-import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from small_data import write_texts
 from tiny_models import write_tiny_text_model
+from tiny_training import failing_trainings
 from transformers import AutoModelForSequenceClassification
 
 import hftl
@@ -211,22 +210,8 @@ def test_a_trial_that_the_memory_does_not_hold_fails_and_no_other(
 def test_what_a_failed_trial_held_is_gone_before_the_next(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_plan, failed, alive = tuning.train_plan, [], []
-
-    def fails(task: Any, plan: Any, splits: Any, arguments: Any, callbacks: Any) -> Any:
-        alive.extend(reference() is not None for reference in failed)
-        if arguments.per_device_train_batch_size == 8:
-            plan.model.itself = [plan.model]  # a circle, as a trainer makes
-            failed.append(weakref.ref(plan.model))
-            raise torch.OutOfMemoryError("full")
-        return train_plan(task, plan, splits, arguments, callbacks)
-
-    monkeypatch.setattr(tuning, "train_plan", fails)
-    gc.disable()
-    try:
+    with failing_trainings(tuning, lambda arguments: arguments.per_device_train_batch_size == 8) as alive:
         tune(world, tmp_path / "run", 4, "per_device_train_batch_size=4,8", "--num_train_epochs=1", "--seed=2")
-    finally:
-        gc.enable()
     assert alive
     assert not any(alive)
 

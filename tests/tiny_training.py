@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from tiny_models import tiny_inputs
 from torch.utils.data import Dataset
@@ -96,3 +101,29 @@ def task_of(model: PreTrainedModel) -> Any:
 def logits_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(**batch).logits
+
+
+@contextmanager
+def failing_trainings(module: Any, fails: Callable[[Any], bool]) -> Iterator[list[bool]]:
+    """Trainings that `module` begins fail for want of memory where `fails` says so of their arguments.
+
+    Yields whether the models of those that failed still live, each time that a training begins. Nothing is collected
+    unless the code asks for it.
+    """
+    train_plan, failed, alive = module.train_plan, [], []
+
+    def fail(task: Any, plan: Any, splits: Any, arguments: Any, callbacks: Any) -> Any:
+        alive.extend(reference() is not None for reference in failed)
+        if fails(arguments):
+            plan.model.itself = [plan.model]  # a circle, as a trainer makes
+            failed.append(weakref.ref(plan.model))
+            raise torch.OutOfMemoryError("full")
+        return train_plan(task, plan, splits, arguments, callbacks)
+
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "train_plan", fail)
+            yield alive
+    finally:
+        gc.enable()
